@@ -1,0 +1,327 @@
+"""
+The AutoGaze model: vision stem, connector and gaze decoder (SPEC, "The model").
+
+This module owns the network and scoring a given gaze (`forward`); how patches are chosen is in `generation_autogaze`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
+from .generation_autogaze import GazeDecoding, draw_settings, resize_frames
+
+
+@dataclass
+class AutoGazeModelOutput(ModelOutput):
+    """
+    Scores of a given gaze.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, returned with labels):
+            Sum of the two losses below, of those whose labels were given.
+        next_token_loss (`torch.FloatTensor` of shape `()`, returned with `labels`):
+            Negative log-probability of the labels, averaged over those that are not ignored.
+        task_loss_error (`torch.FloatTensor` of shape `()`, returned with `task_loss_labels`):
+            Squared error of the predicted reconstruction losses, averaged over those that are not ignored.
+        log_action_probs (`torch.FloatTensor` of shape `(batch, N)`):
+            `log(p + 1e-8)` of each slot's patch.
+        task_loss_prediction (`torch.FloatTensor` of shape `(batch, N)`):
+            Predicted reconstruction loss after each slot.
+    """
+
+    loss: torch.FloatTensor | None = None
+    next_token_loss: torch.FloatTensor | None = None
+    task_loss_error: torch.FloatTensor | None = None
+    log_action_probs: torch.FloatTensor | None = None
+    task_loss_prediction: torch.FloatTensor | None = None
+
+
+class AutoGazeCausalConv3d(nn.Module):
+    """A 3-D convolution and ReLU that sees no later frame."""
+
+    def __init__(self, config: AutoGazeVisionConfig):
+        super().__init__()
+        self.num_past = config.temporal_kernel_size - 1
+        self.conv3d = nn.Conv3d(
+            config.hidden_size,
+            config.hidden_size,
+            (config.temporal_kernel_size, config.spatial_kernel_size, config.spatial_kernel_size),
+            padding=(0, config.spatial_kernel_size // 2, config.spatial_kernel_size // 2),
+        )
+
+    def forward(self, hidden: torch.Tensor, past: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes `(batch, channels, frames, rows, columns)` and the inputs before it, zeros if there are none."""
+        if past is None:
+            past = hidden.new_zeros(*hidden.shape[:2], self.num_past, *hidden.shape[3:])
+        hidden = torch.cat([past, hidden], dim=2)
+        return F.relu(self.conv3d(hidden)), hidden[:, :, hidden.shape[2] - self.num_past :]
+
+
+class AutoGazeVisionModel(nn.Module):
+    """Turns frames into vision tokens."""
+
+    def __init__(self, config: AutoGazeVisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.temporal_conv = nn.Conv3d(config.num_channels, config.hidden_size, kernel, stride=kernel)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.blocks = nn.ModuleList([AutoGazeCausalConv3d(config) for _ in range(config.num_blocks)])
+        self.out_proj = nn.Conv3d(config.hidden_size, config.output_size, 1)
+
+    def forward(
+        self, frames: torch.Tensor, past: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Takes `(batch, frames, channels, height, width)`; gives `(batch, frames, tokens, output_size)` and a state."""
+        hidden = self.temporal_conv(frames.transpose(1, 2))
+        hidden = self.norm(hidden.movedim(1, -1)).movedim(-1, 1)
+        state = []
+        for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            hidden, latest = block(hidden, before)
+            state.append(latest)
+        hidden = self.out_proj(hidden)
+        return hidden.flatten(3).permute(0, 2, 3, 1), state
+
+
+class AutoGazeConnector(nn.Module):
+    """Adds one learned embedding per token position, the same for every frame."""
+
+    def __init__(self, config: AutoGazeConfig):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(config.num_vision_tokens, config.vision_config.output_size))
+
+    def forward(self, vision: torch.Tensor) -> torch.Tensor:
+        return vision + self.pos_embed
+
+
+class AutoGazeDecoder(nn.Module):
+    """A Llama with one row of logits and one predicted loss for each of the `k` patches that a step proposes."""
+
+    def __init__(self, config: AutoGazeDecoderConfig):
+        super().__init__()
+        self.num_rows = config.num_multi_token_pred
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size * self.num_rows, bias=False)
+        self.task_loss_prediction_head = nn.Linear(config.hidden_size, self.num_rows, bias=False)
+
+    def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gives logits `(.., k, vocabulary)` and predicted losses `(.., k)` of hidden states `(.., hidden)`."""
+        return self.lm_head(hidden).unflatten(-1, (self.num_rows, -1)), self.task_loss_prediction_head(hidden)
+
+
+class AutoGazePreTrainedModel(PreTrainedModel):
+    config_class = AutoGazeConfig
+    # The published checkpoint keeps all weights under this name; loading strips it.
+    base_model_prefix = "gazing_model"
+    main_input_name = "pixel_values_videos"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "AutoGazeVisionModel"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AutoGazeConnector):
+            init.normal_(module.pos_embed, std=self.config.decoder_config.initializer_range)
+
+
+class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
+    """
+    AutoGaze: looks at a video frame by frame and picks the smallest set of patches that still reconstructs it
+    (arXiv 2603.12254).
+
+    [`~AutoGazeModel.generate`] gazes; calling the model scores a given gaze. Published checkpoints and this package's
+    load alike with `from_pretrained`.
+
+    Gazing runs on sdpa attention, or eager if that is asked for; scoring on any implementation that the library offers
+    for Llama, flash and flex attention included.
+
+    Args:
+        config (`AutoGazeConfig`): the configuration.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import AutoGazeConfig, AutoGazeModel
+
+    >>> model = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64)).eval()
+    >>> video = torch.randn(1, 4, 3, 64, 64)
+    >>> gaze = model.generate(video, gazing_ratio=[0.5, 0.1, 0.1, 0.1])
+    >>> gaze.num_gazing_each_frame.tolist()
+    [10, 2, 2, 2]
+    >>> model(video, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame).log_action_probs.shape
+    torch.Size([1, 16])
+
+    ```
+    """
+
+    def __init__(self, config: AutoGazeConfig):
+        super().__init__(config)
+        self.vision_model = AutoGazeVisionModel(config.vision_config)
+        self.connector = AutoGazeConnector(config)
+        self.gaze_decoder = AutoGazeDecoder(config.decoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embeddings of the patch ids."""
+        return self.gaze_decoder.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.gaze_decoder.model.embed_tokens = value
+
+    def embed_video(
+        self, frames: torch.Tensor, past: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """
+        Gives the vision tokens that the decoder reads.
+
+        Args:
+            frames (`torch.FloatTensor` of shape `(batch, frames, channels, image_size, image_size)`):
+                Normalised frames of the model's own size.
+            past (`list[torch.FloatTensor]`, *optional*):
+                The state that the call on the frames before returned.
+
+        Returns:
+            `tuple`: tokens `(batch, frames of gaze, tokens, hidden_size)`, and the state for the frames that follow.
+        """
+        vision, state = self.vision_model(frames.to(self.dtype), past)
+        return self.connector(vision), state
+
+    def forward(
+        self,
+        pixel_values_videos: torch.Tensor,
+        gazing_pos: torch.Tensor,
+        if_padded_gazing: torch.Tensor,
+        num_gazing_each_frame: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        task_loss_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> AutoGazeModelOutput:
+        """
+        Scores a given gaze: how likely each of its patches is, and what loss is predicted after it (SPEC, "Scoring").
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
+                Normalised frames, of any size: they are resized to the model's own.
+            gazing_pos (`torch.LongTensor` of shape `(batch, N)`):
+                Patch ids in order of choice, counted from the first patch of the first frame.
+            if_padded_gazing (`torch.BoolTensor` of shape `(batch, N)`):
+                True where a slot is padding: later tokens do not see it.
+            num_gazing_each_frame (`torch.LongTensor` of shape `(frames,)`):
+                Slots of each frame, padding included; their sum is `N`.
+            labels (`torch.LongTensor` of shape `(batch, N)`, *optional*):
+                Ids like `gazing_pos` that the next-token loss asks for, -100 where a slot is to be ignored.
+            task_loss_labels (`torch.FloatTensor` of shape `(batch, N)`, *optional*):
+                Measured reconstruction losses after each slot, NaN where a slot is to be ignored.
+            kwargs: passed on to the decoder's [`~transformers.LlamaModel`].
+
+        Returns:
+            [`AutoGazeModelOutput`]
+
+        Raises:
+            ValueError: if an argument does not fit the others; the message names it.
+        """
+        self._check_video(pixel_values_videos)
+        num_frames, num_slots = self._num_gaze_frames(pixel_values_videos), gazing_pos.shape[-1]
+        counts = num_gazing_each_frame
+        if len(counts) != num_frames or int(counts.sum()) != num_slots or bool((counts < 1).any()):
+            raise ValueError(
+                f"`num_gazing_each_frame` must hold {num_frames} positive counts, one for each frame, that add up to "
+                f"the {num_slots} slots of `gazing_pos`, got {counts.tolist()}"
+            )
+        expected = (len(pixel_values_videos), num_slots)
+        named = {
+            "gazing_pos": gazing_pos,
+            "if_padded_gazing": if_padded_gazing,
+            "labels": labels,
+            "task_loss_labels": task_loss_labels,
+        }
+        for name, value in named.items():
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(f"`{name}` must have the shape {expected}, got {tuple(value.shape)}")
+
+        device = gazing_pos.device
+        frame = torch.arange(num_frames, device=device).repeat_interleave(counts.to(device))
+        ids = self._local_ids("gazing_pos", gazing_pos, ~if_padded_gazing, frame)
+        vision, _ = self.embed_video(resize_frames(pixel_values_videos, self.config.image_size))
+        num_vision = vision.shape[2]
+        # Every frame's vision tokens stand before its gaze, so slot n comes after all vision tokens up to its frame.
+        slot_place = torch.arange(num_slots, device=device) + (frame + 1) * num_vision
+        tokens = torch.cat([vision.flatten(1, 2), self.gaze_decoder.model.embed_tokens(ids)], dim=1)
+        is_slot = torch.zeros(tokens.shape[1], dtype=torch.bool, device=device)
+        is_slot[slot_place] = True
+        order = torch.empty(tokens.shape[1], dtype=torch.long, device=device)
+        order[is_slot] = torch.arange(num_slots, device=device) + num_frames * num_vision
+        order[~is_slot] = torch.arange(num_frames * num_vision, device=device)
+        attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=device)
+        attention_mask[:, slot_place] = (~if_padded_gazing).long()
+        hidden = self.gaze_decoder.model(
+            inputs_embeds=tokens.index_select(1, order),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            **kwargs,
+        ).last_hidden_state
+
+        starts = (counts.cumsum(0) - counts).to(device)
+        slot = torch.arange(num_slots, device=device) - starts[frame]
+        row = slot % self.gaze_decoder.num_rows
+        # A step's k slots are all predicted by the token before its first.
+        source = slot_place - row - 1
+        sources, which = source.unique(return_inverse=True)
+        logits, _ = self.gaze_decoder.heads(hidden[:, sources])
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = logits[:, which, row].to(precise).log_softmax(-1)
+
+        def log_prob_of(labels: torch.Tensor) -> torch.Tensor:
+            return log_probs.gather(-1, labels[..., None]).squeeze(-1)
+
+        next_row = (row + 1) % self.gaze_decoder.num_rows
+        loss_source = torch.where(next_row == 0, slot_place, source)
+        losses = self.gaze_decoder.task_loss_prediction_head(hidden[:, loss_source])
+        predicted = losses.gather(-1, next_row.expand(len(losses), -1)[..., None]).squeeze(-1)
+
+        output = AutoGazeModelOutput(
+            log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(), task_loss_prediction=predicted
+        )
+        if labels is not None:
+            counted = labels != -100
+            target = self._local_ids("labels", labels, counted, frame)
+            output.next_token_loss = -(log_prob_of(target) * counted).sum() / counted.sum().clamp(min=1)
+        if task_loss_labels is not None:
+            counted = ~task_loss_labels.isnan()
+            error = predicted - task_loss_labels.nan_to_num().to(predicted.dtype)
+            output.task_loss_error = (error.square() * counted).sum() / counted.sum().clamp(min=1)
+        parts = [part for part in (output.next_token_loss, output.task_loss_error) if part is not None]
+        if parts:
+            output.loss = sum(parts)
+        return output
+
+    def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+        """Counts ids from their own frame, with the end id where they are not real; checks that they lie in it."""
+        num_patches = self.config.grid.num_patches
+        local = (ids - frame * num_patches).masked_fill(~is_real, self.config.end_id)
+        outside = is_real & ((local < 0) | (local >= num_patches))
+        if outside.any():
+            at = int(outside.any(0).nonzero()[0])
+            raise ValueError(
+                f"`{name}` must hold ids of frame t in t * {num_patches} .. t * {num_patches} + {num_patches - 1}, got "
+                f"{ids[:, at].tolist()} in slot {at}, which belongs to frame {int(frame[at])}"
+            )
+        return local
+
+    def _draw_settings(self, num_frames, generator):
+        return draw_settings(self.config, num_frames, self.training, generator)
+
+
+AutoGazeModel.register_for_auto_class("AutoModel")
