@@ -483,6 +483,28 @@ class GazeOutput(ModelOutput):
         boxes = self.grid.boxes(local.masked_fill(self.if_padded_gazing, 0), height, width)
         return boxes.masked_fill(self.if_padded_gazing[..., None], 0)
 
+    def finest_patches(self, height: int, width: int) -> torch.Tensor:
+        """
+        Tells for every pixel the finest kept patch that it lies in.
+
+        Args:
+            height, width (`int`): size of the frames in pixels.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, frames, height, width)`: ids counted from their frame, -1 where no kept
+            patch lies; a pixel lies where its centre lies.
+        """
+        device = self.gazing_pos.device
+        finest = torch.full((self.batch_size, self.num_frames, height, width), -1, device=device)
+        first = 0
+        for mask, (rows, cols) in zip(self.gazing_mask, self.grid.grids, strict=True):
+            row = (2 * torch.arange(height, device=device) + 1) * rows // (2 * height)
+            col = (2 * torch.arange(width, device=device) + 1) * cols // (2 * width)
+            patch = row[:, None] * cols + col
+            finest = torch.where(mask[..., patch], first + patch, finest)
+            first += rows * cols
+        return finest
+
     def coverage(self, height: int, width: int) -> torch.Tensor:
         """
         Marks the pixels that lie in at least one kept patch.
@@ -491,16 +513,42 @@ class GazeOutput(ModelOutput):
             height, width (`int`): size of the frames in pixels.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch, frames, height, width)`; a pixel lies where its centre lies.
+            `torch.BoolTensor` of shape `(batch, frames, height, width)`.
         """
-        covered = torch.zeros(
-            self.batch_size, self.num_frames, height, width, dtype=torch.bool, device=self.gazing_pos.device
-        )
-        for mask, (rows, cols) in zip(self.gazing_mask, self.grid.grids, strict=True):
-            row = (2 * torch.arange(height, device=mask.device) + 1) * rows // (2 * height)
-            col = (2 * torch.arange(width, device=mask.device) + 1) * cols // (2 * width)
-            covered |= mask.view(*mask.shape[:2], rows, cols)[..., row[:, None], col]
-        return covered
+        return self.finest_patches(height, width) >= 0
+
+    def gather_patches(self, video: torch.Tensor) -> torch.Tensor:
+        """
+        Cuts the kept patches out of the frames, resized to every scale (SPEC, "The vision tower").
+
+        Args:
+            video (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
+                The frames that the gaze is for, of any size and in any range of values.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, N, channels, patch_size, patch_size)`: resized bicubically without
+            antialiasing; zeros for padding.
+
+        Raises:
+            ValueError: if the clips or frames are not as many as the gaze's.
+        """
+        expected = (self.batch_size, self.num_frames * self.frame_sampling_rate)
+        if video.ndim != 5 or tuple(video.shape[:2]) != expected:
+            raise ValueError(
+                f"`video` must have the shape {expected} and then (channels, height, width), got {tuple(video.shape)}"
+            )
+        frames = video[:, :: self.frame_sampling_rate].flatten(0, 1)
+        patches = []
+        for size in self.grid.sizes:
+            resized = frames
+            if tuple(frames.shape[-2:]) != size:
+                resized = F.interpolate(frames, size=size, mode="bicubic", align_corners=False)
+            columns = F.unfold(resized, self.patch_size, stride=self.patch_size)
+            patches.append(columns.transpose(1, 2).unflatten(2, (-1, self.patch_size, self.patch_size)))
+        patches = torch.cat(patches, dim=1).unflatten(0, (self.batch_size, -1)).flatten(1, 2)
+        slots = self.gazing_pos.masked_fill(self.if_padded_gazing, 0)
+        clip = torch.arange(self.batch_size, device=slots.device)[:, None]
+        return patches[clip, slots].masked_fill(self.if_padded_gazing[..., None, None, None], 0)
 
     def select(self, clip: int) -> "GazeOutput":
         """
@@ -521,7 +569,7 @@ class GazeOutput(ModelOutput):
         starts = self.num_gazing_each_frame.cumsum(0) - self.num_gazing_each_frame
         place = torch.arange(self.gazing_pos.shape[1], device=counts.device) - starts[self.frame_of_slot]
         own = place < counts[self.frame_of_slot]
-        return self._replace(
+        return self.replace(
             **{
                 key: self[key][clip : clip + 1, own]
                 for key in ("gazing_pos", "if_padded_gazing", "log_action_probs", "task_loss_prediction")
@@ -570,7 +618,7 @@ class GazeOutput(ModelOutput):
         for gaze in gazes:
             ids.append(gaze.gazing_pos + start * first.num_vision_tokens_each_frame)
             start += gaze.num_frames
-        return first._replace(
+        return first.replace(
             gazing_pos=torch.cat(ids, dim=1),
             **{
                 key: joined(key)
@@ -590,7 +638,8 @@ class GazeOutput(ModelOutput):
     def to(self, device: torch.device | str) -> "GazeOutput":
         """Moves every tensor to a device; a streaming state stays where it is."""
         moved = {key: value.to(device) for key, value in self.items() if isinstance(value, torch.Tensor)}
-        return self._replace(**moved, gazing_mask=[mask.to(device) for mask in self.gazing_mask])
+        return self.replace(**moved, gazing_mask=[mask.to(device) for mask in self.gazing_mask])
 
-    def _replace(self, **changes) -> "GazeOutput":
+    def replace(self, **changes) -> "GazeOutput":
+        """Gives a copy with some fields changed."""
         return type(self)(**{**self, **changes})

@@ -157,7 +157,7 @@ class GazeSelector:
         whole = own
         frames = pixel_values_videos
         if target_scales is not None:
-            whole = GazeGrid(target_scales, target_patch_size)
+            whole = self._target_grid(target_scales, target_patch_size, tuple(frames.shape[-2:]))
             frames = whole.cut_tiles(frames, own)
         tiles = len(frames) // batch_size
         gaze = self._gaze(
@@ -176,8 +176,7 @@ class GazeSelector:
                 self.config.frame_sampling_rate,
                 past_key_values=gaze.past_key_values,
             )
-        gaze.task_loss_requirement = threshold
-        return gaze
+        return gaze.replace(task_loss_requirement=threshold)
 
     def _gaze(
         self,
@@ -196,6 +195,20 @@ class GazeSelector:
     ) -> tuple[Number | torch.Tensor, Number | None]:
         """Gives the ratio and threshold to use when the caller names neither."""
         raise NotImplementedError
+
+    def _target_grid(
+        self, scales: Sequence[int | tuple[int, int]], patch_size: int, size: tuple[int, int]
+    ) -> GazeGrid:
+        try:
+            grid = GazeGrid(scales, patch_size)
+            grid.tile_layout(self.config.grid)
+        except ValueError as error:
+            raise ValueError(f"`target_scales`={scales} with `target_patch_size`={patch_size}: {error}") from error
+        if size != grid.sizes[-1]:
+            raise ValueError(
+                f"`pixel_values_videos` must be {grid.sizes[-1]} pixels, the last of `target_scales`, got {size}"
+            )
+        return grid
 
     def _check_video(self, video: torch.Tensor) -> None:
         if not isinstance(video, torch.Tensor) or video.ndim != 5:
@@ -378,8 +391,9 @@ class GazeDecoding(GazeSelector):
         )
         if output_scores:
             scores = self(frames, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame)
-            gaze.log_action_probs = scores.log_action_probs
-            gaze.task_loss_prediction = scores.task_loss_prediction
+            gaze = gaze.replace(
+                log_action_probs=scores.log_action_probs, task_loss_prediction=scores.task_loss_prediction
+            )
         return gaze
 
     def _gaze_at_frame(

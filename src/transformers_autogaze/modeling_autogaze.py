@@ -291,21 +291,23 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         losses = self.gaze_decoder.task_loss_prediction_head(hidden[:, loss_source])
         predicted = losses.gather(-1, next_row.expand(len(losses), -1)[..., None]).squeeze(-1)
 
-        output = AutoGazeModelOutput(
-            log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(), task_loss_prediction=predicted
-        )
+        next_token_loss = task_loss_error = None
         if labels is not None:
             counted = labels != -100
             target = self._local_ids("labels", labels, counted, frame)
-            output.next_token_loss = -(log_prob_of(target) * counted).sum() / counted.sum().clamp(min=1)
+            next_token_loss = -(log_prob_of(target) * counted).sum() / counted.sum().clamp(min=1)
         if task_loss_labels is not None:
             counted = ~task_loss_labels.isnan()
             error = predicted - task_loss_labels.nan_to_num().to(predicted.dtype)
-            output.task_loss_error = (error.square() * counted).sum() / counted.sum().clamp(min=1)
-        parts = [part for part in (output.next_token_loss, output.task_loss_error) if part is not None]
-        if parts:
-            output.loss = sum(parts)
-        return output
+            task_loss_error = (error.square() * counted).sum() / counted.sum().clamp(min=1)
+        losses = [loss for loss in (next_token_loss, task_loss_error) if loss is not None]
+        return AutoGazeModelOutput(
+            loss=sum(losses) if losses else None,
+            next_token_loss=next_token_loss,
+            task_loss_error=task_loss_error,
+            log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
+            task_loss_prediction=predicted,
+        )
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
         """Counts ids from their own frame, with the end id where they are not real; checks that they lie in it."""
