@@ -1,10 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
 from transformers import AutoConfig
 
+import transformers_autogaze
 from transformers_autogaze import AutoGazeConfig
+from transformers_autogaze.configuration_autogaze import CODE_FILES
 
 
 def test_the_published_layout_is_read():
@@ -25,6 +28,12 @@ def test_saving_writes_our_layout_and_reads_back_equal(tmp_path):
     assert "gaze_model_config" not in written and written["scales"] == [16, 32, 64]
     again = AutoGazeConfig.from_pretrained(tmp_path).to_dict()
     assert {**again, "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+
+
+def test_all_modules_that_travel_are_written_with_the_configuration(tmp_path):
+    AutoGazeConfig().save_pretrained(tmp_path)
+    modules = {path.name for path in Path(transformers_autogaze.__file__).parent.glob("*_autogaze.py")}
+    assert {path.name for path in tmp_path.glob("*.py")} == modules == set(CODE_FILES)
 
 
 def test_the_defaults_are_the_published_sizes():

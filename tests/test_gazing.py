@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -97,6 +99,15 @@ def test_counts_and_ratios_ignore_padding():
     assert torch.equal(gaze.num_real, kept.sum((1, 2)))
     assert gaze.kept_ratio.tolist() == pytest.approx((kept.sum((1, 2)) / (3 * 265)).tolist())
     assert gaze.reduction_factor.tolist() == pytest.approx((3 * 196 / kept.sum((1, 2))).tolist())
+
+
+def test_statistics_are_plain_numbers():
+    gaze = random_gaze(RECTANGULAR)
+    statistics = json.loads(json.dumps(gaze.statistics(1)))
+    assert statistics["num_frames"] == 3 and statistics["num_patches"] == int(gaze.num_real[1])
+    assert statistics["patches_each_frame"] == gaze.num_real_each_frame[1].tolist()
+    assert list(statistics["patches_each_scale"]) == ["16x32", "48x64"]
+    assert sum(statistics["patches_each_scale"].values()) == statistics["num_patches"]
 
 
 def test_ids_each_frame_count_from_their_frame():

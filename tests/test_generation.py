@@ -3,7 +3,7 @@ import torch
 from test_modeling import small_config
 
 from transformers_autogaze import AutoGazeModel, GazeCache, GazeOutput
-from transformers_autogaze.generation_autogaze import budget_each_frame, draw_settings, threshold_each_frame
+from transformers_autogaze.selection_autogaze import budget_each_frame, draw_settings, threshold_each_frame
 
 
 @pytest.fixture(scope="module")

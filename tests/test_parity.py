@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Checkpoint, checkpoint_folder
 
-from transformers_autogaze.generation_autogaze import resize_frames
+from transformers_autogaze.selection_autogaze import resize_frames
 
 
 CHECKPOINTS = ("tiny-1", "tiny-2", "full-3")

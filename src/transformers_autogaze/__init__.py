@@ -1,14 +1,84 @@
-"""AutoGaze for Hugging Face Transformers."""
+"""
+AutoGaze for Hugging Face Transformers: keep the patches of a video that matter, before a vision encoder sees it.
 
-from transformers import AutoConfig, AutoModel
+Importing this package registers its models and processors with the Auto classes and its pipeline,
+`pipeline("video-token-pruning")`.
+"""
 
-from .configuration_autogaze import AutoGazeConfig
-from .gazing_autogaze import GazeGrid, GazeOutput
-from .generation_autogaze import GazeCache, GazeSelector
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_autogaze import PIPELINE_TASK, AutoGazeConfig
+from .gazing_autogaze import GazeOutput
+from .generation_autogaze import GazeCache
+from .greedy_autogaze import GreedyGazeCache, GreedyGazeConfig, GreedyGazeSelector
+from .grid_autogaze import GazeGrid
 from .modeling_autogaze import AutoGazeModel
+from .pipeline_autogaze import VideoTokenPruningPipeline
+from .processing_autogaze import AutoGazeProcessor
+from .selection_autogaze import GazeSelector
+from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
-AutoConfig.register(AutoGazeConfig.model_type, AutoGazeConfig, exist_ok=True)
-AutoModel.register(AutoGazeConfig, AutoGazeModel, exist_ok=True)
+__version__ = "0.1.0"
 
-__all__ = ["AutoGazeConfig", "AutoGazeModel", "GazeCache", "GazeGrid", "GazeOutput", "GazeSelector"]
+DEFAULT_SELECTOR = Path(__file__).parent / "pretrained" / "greedy"
+"""Folder of the selector that is used where none is named."""
+
+for _config, _model in ((AutoGazeConfig, AutoGazeModel), (GreedyGazeConfig, GreedyGazeSelector)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, AutoGazeProcessor, exist_ok=True)
+    AutoVideoProcessor.register(_config, AutoGazeVideoProcessor, exist_ok=True)
+if PIPELINE_TASK not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        PIPELINE_TASK,
+        pipeline_class=VideoTokenPruningPipeline,
+        pt_model=AutoModel,
+        default={"model": (str(DEFAULT_SELECTOR), None)},
+        type="multimodal",
+    )
+
+# Found in their modules when they are first asked for.
+_LAZY = {
+    "CompositeReconstruction": "reconstruction",
+    "mse_to_task_loss": "reconstruction",
+    "task_loss_to_mse": "reconstruction",
+    "contact_sheet": "visualization",
+    "paint_gaze": "visualization",
+    "side_by_side": "visualization",
+    "read_video": "video_decoding_autogaze",
+    "write_video": "video",
+}
+
+__all__ = [
+    "DEFAULT_SELECTOR",
+    "AutoGazeConfig",
+    "AutoGazeModel",
+    "AutoGazeProcessor",
+    "AutoGazeVideoProcessor",
+    "GazeCache",
+    "GazeGrid",
+    "GazeOutput",
+    "GazeSelector",
+    "GreedyGazeCache",
+    "GreedyGazeConfig",
+    "GreedyGazeSelector",
+    "VideoTokenPruningPipeline",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -13,12 +13,31 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import cached_file
 
-from .gazing_autogaze import GazeGrid
+from .grid_autogaze import GazeGrid
 
 
 DECODING_POSITIONS = ("sequential", "frame_tail")
 PIPELINE_TASK = "video-token-pruning"
+CODE_FILES = tuple(
+    f"{name}_autogaze.py"
+    for name in (
+        "composite",
+        "configuration",
+        "gazing",
+        "generation",
+        "greedy",
+        "grid",
+        "modeling",
+        "pipeline",
+        "processing",
+        "selection",
+        "video_decoding",
+        "video_processing",
+    )
+)
+"""The modules that travel with a checkpoint."""
 _PIPELINE = {"impl": "pipeline_autogaze.VideoTokenPruningPipeline", "pt": ["AutoModel"], "type": "multimodal"}
 
 
@@ -67,10 +86,14 @@ class GazeSelectorConfig(PreTrainedConfig):
             kwargs: the arguments of [`~transformers.PreTrainedConfig.save_pretrained`].
         """
         os.makedirs(save_directory, exist_ok=True)
-        here = Path(__file__).parent
-        if here.resolve() != Path(save_directory).resolve():
-            for module in sorted(here.glob("*_autogaze.py")):
-                shutil.copyfile(module, Path(save_directory) / module.name)
+        for name in CODE_FILES:
+            source = Path(__file__).parent / name
+            if not source.exists() and self.name_or_path:
+                # Loaded as remote code, this module lies in a cache that need not hold the others.
+                source = cached_file(self.name_or_path, name, _raise_exceptions_for_missing_entries=False)
+            target = Path(save_directory) / name
+            if source is not None and Path(source).resolve() != target.resolve():
+                shutil.copyfile(source, target)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -2,6 +2,9 @@
 The AutoGaze model: vision stem, connector and gaze decoder (SPEC, "The model").
 
 This module owns the network and scoring a given gaze (`forward`); how patches are chosen is in `generation_autogaze`.
+
+Remote code: older versions of transformers fetch only the modules that an entry point imports itself, so the entry points
+(configuration, modeling, greedy, processing, video_processing, pipeline) import all that they need, some for that alone.
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
-from .generation_autogaze import GazeDecoding, draw_settings, resize_frames
+from .gazing_autogaze import GazeOutput  # noqa: F401
+from .generation_autogaze import GazeDecoding
+from .grid_autogaze import GazeGrid  # noqa: F401
+from .selection_autogaze import draw_settings, resize_frames
 
 
 @dataclass

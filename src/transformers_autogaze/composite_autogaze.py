@@ -1,0 +1,397 @@
+"""Closed-form reconstruction of a video from its gazed patches, and the greedy gaze that serves it best.
+
+This module owns what kept patches are worth in pixels: the reconstruction that needs no weights (DESIGN, "Closed-form
+reconstruction"), its error, the search on that error, and the error as a task loss. It knows nothing of models and
+files, nor of how frames were resized and normalised before; what ids, scales and grids mean it asks the grid.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .gazing_autogaze import GazeGrid, GazeOutput
+
+
+# Undoing a normalisation leaves pixels a rounding error outside 0..1; anything more is a mistake.
+_PIXEL_TOLERANCE = 1e-3
+# The search counts squared errors in whole multiples of this. Sums over up to 2**25 pixel values are then exact in
+# float64 in whatever order they are taken, so equal gains are equal to the last bit and no batch can sway a choice.
+_ERROR_UNIT = 2.0**-28
+_LEAST_MSE = 1e-10
+
+
+def mse_to_task_loss(mse: torch.Tensor) -> torch.Tensor:
+    """
+    Turns mean squared errors into task losses, `(40 - PSNR) / 20` (DESIGN, "Our task loss").
+
+    Args:
+        mse (`torch.FloatTensor` of any shape): mean squared errors of pixels in 0..1; below 1e-10 they count as 1e-10.
+
+    Returns:
+        `torch.FloatTensor` shaped like `mse`: 1 at 20 dB, 0.7 at 26 dB, 0 at 40 dB, negative above, and -3 (100 dB) for
+        no error at all.
+    """
+    return 2 + mse.clamp(min=_LEAST_MSE).log10() / 2
+
+
+def task_loss_to_mse(task_loss: torch.Tensor) -> torch.Tensor:
+    """
+    Turns task losses into mean squared errors; the inverse of [`mse_to_task_loss`] for losses from -3 up.
+
+    Args:
+        task_loss (`torch.FloatTensor` of any shape): losses `(40 - PSNR) / 20`.
+
+    Returns:
+        `torch.FloatTensor` shaped like `task_loss`: mean squared errors of pixels in 0..1.
+    """
+    return torch.pow(10, 2 * task_loss - 4)
+
+
+class GreedySearchOutput(NamedTuple):
+    """
+    What [`CompositeReconstruction.search`] found; `K` is the largest budget of a frame.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(batch, frames, K)`):
+            Patches in the order of choice, counted from the first patch of their frame; -1 after the last.
+        mse (`torch.FloatTensor` of shape `(batch, frames, K)`):
+            Mean squared error of the frame after each choice, pixels in 0..1; after the last it stays what it was.
+        counts (`torch.LongTensor` of shape `(batch, frames)`):
+            Number of chosen patches.
+        reconstruction (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
+            The last frame as reconstructed; `previous` for the frames that follow.
+    """
+
+    ids: torch.LongTensor
+    mse: torch.FloatTensor
+    counts: torch.LongTensor
+    reconstruction: torch.FloatTensor
+
+
+class CompositeReconstruction:
+    """
+    Rebuilds frames from their gazed patches without weights, and searches the patches that rebuild them best.
+
+    Frame `t` starts as the reconstruction of frame `t - 1`, mid-grey before the first. Its gazed patches are laid over
+    that, coarse to fine: a patch is cut out of the frame resized to its scale (bicubic, antialiased) and blown up to
+    the block it covers (bicubic inside the block, clamped to 0..1). What no gazed patch covers keeps the old pixels;
+    patches of the finest scale are the frame itself (DESIGN, "Closed-form reconstruction").
+
+    The edges of the blocks of all scales lie on one regular grid of cells, whose number per axis is the least common
+    multiple of the patches there. A patch is a union of cells, so the search adds up cells and never touches pixels.
+
+    Args:
+        grid (`GazeGrid`):
+            Scales and patches; frames come in the size of its finest scale.
+
+    Raises:
+        ValueError: if the finest scale does not divide into whole cells.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.composite_autogaze import CompositeReconstruction, task_loss_to_mse
+
+    >>> clip = torch.full((1, 2, 3, 224, 224), 0.5)
+    >>> clip[..., 208:, 208:] = 1.0  # a white patch in the last corner of both frames
+    >>> composite = CompositeReconstruction(GazeGrid([32, 64, 112, 224], patch_size=16))
+    >>> found = composite.search(clip, budgets=torch.tensor([3, 1]), max_error=task_loss_to_mse(torch.zeros(1, 2)))
+    >>> found.ids.tolist()
+    [[[264, -1, -1], [0, -1, -1]]]
+    >>> torch.allclose(found.reconstruction, clip[:, -1])
+    True
+
+    ```
+    """
+
+    def __init__(self, grid: GazeGrid):
+        self.grid = grid
+        self.cells: tuple[int, int] = tuple(math.lcm(*patches) for patches in zip(*grid.grids, strict=True))
+        """Rows and columns of cells."""
+        if any(size % cells for size, cells in zip(grid.sizes[-1], self.cells, strict=True)):
+            raise ValueError(
+                f"`grid` must have a finest scale that divides into {self.cells[0]}x{self.cells[1]} cells, the least "
+                f"common multiples of its grids {grid.grids}, got {grid.sizes[-1]} pixels"
+            )
+        self._cached_tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
+
+    def __repr__(self) -> str:
+        return f"CompositeReconstruction({self.grid})"
+
+    def reconstruct(
+        self,
+        pixels: torch.Tensor,
+        gaze: GazeOutput | Sequence[torch.Tensor],
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Rebuilds clips from their gazed patches.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                The clips, float32 or float64 pixels in 0..1 (give or take 0.001), in the size of the finest scale.
+            gaze (`GazeOutput` or `Sequence[torch.BoolTensor]` of shape `(batch, frames, patches)`):
+                What was kept: a gaze, or its masks, one per scale.
+            previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
+                Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
+
+        Returns:
+            `torch.FloatTensor` shaped like `pixels`.
+
+        Raises:
+            ValueError: if a shape, a dtype or the range of the pixels is not as above, or the gaze has another grid.
+        """
+        current = self._start(pixels, previous)
+        if isinstance(gaze, GazeOutput):
+            if gaze.grid != self.grid:
+                raise ValueError(f"`gaze` must be one of {self.grid}, got one of {gaze.grid}")
+            gaze = gaze.gazing_mask
+        expected = [((*pixels.shape[:2], patches), torch.bool) for patches in self.grid.num_patches_each_scale]
+        given = [(tuple(mask.shape), mask.dtype) for mask in gaze]
+        if given != expected:
+            raise ValueError(f"`gaze` must hold one mask per scale, of {expected}, got {given}")
+        frames = []
+        # Under autocast the products would come out in half precision.
+        with torch.autocast(pixels.device.type, enabled=False):
+            for t in range(pixels.shape[1]):
+                current = self._lay(current, self._render(pixels[:, t].contiguous()), [mask[:, t] for mask in gaze])
+                frames.append(current)
+        return torch.stack(frames, dim=1)
+
+    @torch.no_grad()
+    def search(
+        self,
+        pixels: torch.Tensor,
+        budgets: Sequence[int] | torch.Tensor,
+        max_error: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
+    ) -> GreedySearchOutput:
+        """
+        Chooses patches greedily: next is always the one that lowers the squared error of its frame most.
+
+        Equal gains go to the lowest id. With a budget to use up, the search goes on when nothing helps any more; the
+        error never rises, since some patch of the finest scale is always there that does no harm. What a clip gets
+        does not depend on the others of its batch.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                The clips, float32 or float64 pixels in 0..1 (give or take 0.001), in the size of the finest scale.
+            budgets (`Sequence[int]` or `torch.LongTensor` of shape `(frames,)`):
+                Patches to choose in each frame, 1 to `grid.num_patches`.
+            max_error (`torch.FloatTensor` of shape `(batch, frames)`, *optional*):
+                A frame is done as soon as one patch is chosen and its mean squared error is at most this; `-inf` for
+                never. If not given, every frame uses up its budget.
+            previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
+                Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
+
+        Returns:
+            [`GreedySearchOutput`]
+
+        Raises:
+            ValueError: if a shape, a dtype, the range of the pixels or a budget is not as above, or `max_error` is NaN.
+        """
+        current = self._start(pixels, previous)
+        batch, num_frames = pixels.shape[:2]
+        budgets = torch.as_tensor(budgets)
+        if budgets.shape != (num_frames,) or budgets.is_floating_point():
+            raise ValueError(f"`budgets` must be {num_frames} whole numbers, one per frame, got {budgets.tolist()}")
+        if budgets.min() < 1 or budgets.max() > self.grid.num_patches:
+            raise ValueError(f"`budgets` must lie in 1..{self.grid.num_patches}, got {budgets.tolist()}")
+        if max_error is not None and max_error.shape != (batch, num_frames):
+            raise ValueError(f"`max_error` must be of shape {(batch, num_frames)}, got {tuple(max_error.shape)}")
+        if max_error is not None and max_error.isnan().any():
+            raise ValueError(f"`max_error` must be numbers, `-inf` for no threshold, got {max_error.tolist()}")
+
+        tables, longest = self._tables(pixels), int(budgets.max())
+        error_unit = _ERROR_UNIT / pixels[0, 0].numel()  # of the mean over a frame
+        ids = torch.full((batch, num_frames, longest), -1, device=pixels.device)
+        mse = pixels.new_empty(batch, num_frames, longest)
+        counts = budgets.to(pixels.device).repeat(batch, 1)
+        with torch.autocast(pixels.device.type, enabled=False):
+            for t, budget in enumerate(budgets.tolist()):
+                frame = pixels[:, t].contiguous()
+                layers = self._render(frame)
+                errors = torch.stack([self._cell_errors(layer, frame) for layer in (current, *layers[:-1])], dim=1)
+                limit = None if max_error is None else max_error[:, t].to(errors) / error_unit
+                chosen, totals = _choose(tables, errors, budget, limit)
+                steps = chosen.shape[1]
+                if limit is not None:
+                    counts[:, t] = ((totals > limit[:, None]).sum(1) + 1).clamp(max=steps)
+                is_real = torch.arange(steps, device=pixels.device) < counts[:, t, None]
+                ids[:, t, :steps] = chosen.where(is_real, -1)
+                mse[:, t] = F.pad(totals, (0, longest - steps), mode="replicate") * error_unit
+                kept = torch.zeros(batch, self.grid.num_patches, dtype=torch.bool, device=pixels.device)
+                current = self._lay(current, layers, self.grid.split_by_scale(kept.scatter_(1, chosen, True)))
+        return GreedySearchOutput(ids, mse, counts, current)
+
+    def _start(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """Checks clips and the state of their stream; gives the image `(batch, 3, height, width)` before them."""
+        height, width = self.grid.sizes[-1]
+        if pixels.ndim != 5 or 0 in pixels.shape or tuple(pixels.shape[2:]) != (3, height, width):
+            raise ValueError(
+                f"`pixels` must be of shape (batch, frames, 3, {height}, {width}), none of them 0, got "
+                f"{tuple(pixels.shape)}"
+            )
+        if pixels.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"`pixels` must be float32 or float64, got {pixels.dtype}")
+        lowest, highest = (float(value) for value in pixels.aminmax())
+        if not (lowest >= -_PIXEL_TOLERANCE and highest <= 1 + _PIXEL_TOLERANCE):
+            raise ValueError(
+                f"`pixels` must lie in 0..1, got {lowest:.4g}..{highest:.4g}: undo the normalisation and clamp them"
+            )
+        shape = (len(pixels), 3, height, width)
+        if previous is None:
+            return pixels.new_full(shape, 0.5)
+        if tuple(previous.shape) != shape:
+            raise ValueError(f"`previous` must be of shape {shape}, got {tuple(previous.shape)}")
+        return previous.to(pixels)
+
+    def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
+        """Draws a frame `(batch, 3, height, width)` from all patches of each scale; that of the finest is the frame."""
+        patch, layers = self.grid.patch_size, []
+        for (rows, cols), resize in zip(self.grid.grids[:-1], self._tables(frame).resizes, strict=True):
+            small = resize.down_rows @ frame @ resize.down_cols
+            wide = small.view(-1, 3, rows * patch, cols, patch) @ resize.up_cols
+            layer = resize.up_rows @ wide.view(-1, 3, rows, patch, frame.shape[-1])
+            layers.append(layer.view_as(frame).clamp_(0, 1))
+        return [*layers, frame]
+
+    def _lay(self, image: torch.Tensor, layers: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Lays the patches that masks `(batch, patches)` mark, one per scale, over an image, coarse to fine."""
+        height, width = self.grid.sizes[-1]
+        for layer, mask, (rows, cols) in zip(layers, masks, self.grid.grids, strict=True):
+            mask = mask.to(image.dtype).view(-1, 1, rows, 1, cols, 1)
+            mask = mask.expand(-1, -1, -1, height // rows, -1, width // cols).reshape(-1, 1, height, width)
+            # With weights of 0 and 1, lerp is an exact choice; on a CPU it is many times faster than torch.where.
+            image = torch.lerp(image, layer, mask)
+        return image
+
+    def _cell_errors(self, image: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+        """Sums squared errors over cells and channels: float64 `(batch, *cells)` in whole multiples of the unit."""
+        tables = self._tables(frame)
+        squares = F.mse_loss(image, frame, reduction="none").flatten(1, 2)
+        return (tables.sum_rows @ squares @ tables.sum_cols).double().div_(_ERROR_UNIT).round_()
+
+    def _tables(self, pixels: torch.Tensor) -> "_Tables":
+        key = (pixels.device, pixels.dtype)
+        if key not in self._cached_tables:
+            self._cached_tables[key] = _Tables.build(self.grid, self.cells, pixels)
+        return self._cached_tables[key]
+
+
+class _Resize(NamedTuple):
+    """Matrices that resize a frame to one scale, and the patches there to the blocks they cover."""
+
+    down_rows: torch.Tensor  # (height at the scale, height)
+    down_cols: torch.Tensor  # (width, width at the scale)
+    up_rows: torch.Tensor  # (height of a block, patch size)
+    up_cols: torch.Tensor  # (patch size, width of a block)
+
+
+class _Tables(NamedTuple):
+    """
+    The geometry of a grid as matrices: resizing and summing over cells in the pixels' dtype, the search in float64.
+
+    The search sums over the rows of cells, then the columns, of the patches of all scales alike. So it keeps patches in
+    slots `(rows of all scales, columns of all scales)`, of which only those whose row and column share a scale exist.
+    """
+
+    resizes: list[_Resize]  # every scale but the finest
+    sum_rows: torch.Tensor  # (cell rows, 3 * height)
+    sum_cols: torch.Tensor  # (width, cell columns)
+    gain_rows: torch.Tensor  # (rows, scales * cell rows): the cells of a patch, at its own scale and all coarser ones
+    gain_cols: torch.Tensor  # (cell columns, columns)
+    rows_of_slot: torch.Tensor  # (slots, scales * cell rows, 1): those of `gain_rows`
+    cols_of_slot: torch.Tensor  # (slots, 1, cell columns)
+    closed: torch.Tensor  # (rows, columns): 0 for patches, -inf where there is none
+    id_of_slot: torch.Tensor  # (slots,)
+
+    @classmethod
+    def build(cls, grid: GazeGrid, cells: tuple[int, int], pixels: torch.Tensor) -> "_Tables":
+        """Makes the tables for pixels of some dtype and device."""
+        (height, width), patch = grid.sizes[-1], grid.patch_size
+        resizes = []
+        for (h, w), (rows, cols) in zip(grid.sizes[:-1], grid.grids[:-1], strict=True):
+            down_rows, down_cols = _resize_matrix(height, h, antialias=True), _resize_matrix(width, w, antialias=True)
+            up_rows, up_cols = _resize_matrix(patch, height // rows), _resize_matrix(patch, width // cols)
+            resizes.append(_Resize(*(m.contiguous().to(pixels) for m in (down_rows, down_cols.T, up_rows, up_cols.T))))
+
+        scales = torch.arange(len(grid.grids))
+        num_rows, num_cols = zip(*grid.grids, strict=True)
+        rows = torch.cat([_parts(count, cells[0]) for count in num_rows])
+        cols = torch.cat([_parts(count, cells[1]) for count in num_cols])
+        row_scale = scales.repeat_interleave(torch.tensor(num_rows))
+        col_scale = scales.repeat_interleave(torch.tensor(num_cols))
+        gain_rows = ((scales <= row_scale[:, None])[:, :, None] * rows[:, None]).flatten(1)
+        is_patch = row_scale[:, None] == col_scale
+        search = (
+            gain_rows,
+            cols.T.contiguous(),
+            gain_rows.repeat_interleave(len(cols), dim=0)[:, :, None],
+            cols.repeat(len(rows), 1)[:, None],
+            torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
+            is_patch.flatten().cumsum(0) - 1,
+        )
+        return cls(
+            resizes,
+            _parts(cells[0], height).repeat(1, 3).to(pixels),
+            _parts(cells[1], width).T.contiguous().to(pixels),
+            *(table.to(pixels.device) for table in search),
+        )
+
+
+def _resize_matrix(old: int, new: int, antialias: bool = False) -> torch.Tensor:
+    """Gives the weights `(new, old)` of a bicubic resize along one axis, as torch has them."""
+    identity = torch.eye(old, dtype=torch.float64)[None, None]
+    return F.interpolate(identity, size=(new, old), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
+
+
+def _parts(count: int, size: int) -> torch.Tensor:
+    """Cuts `size` places into equal parts: float64 `(count, size)`, 1 where a part covers a place."""
+    return torch.eye(count, dtype=torch.float64).repeat_interleave(size // count, dim=1)
+
+
+def _choose(
+    tables: _Tables, errors: torch.Tensor, budget: int, limit: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Chooses the patches of one frame.
+
+    Args:
+        tables (`_Tables`): of the grid.
+        errors (`torch.DoubleTensor` of shape `(batch, scales, *cells)`):
+            Squared error of every cell as it is and with each scale but the finest, which leaves none, laid there.
+        budget (`int`): patches to choose.
+        limit (`torch.DoubleTensor` of shape `(batch,)`, *optional*): squared error of the frame at which a clip is done.
+
+    Returns:
+        `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, steps)`. A clip that is done
+        before others repeats its last choice, which changes nothing.
+    """
+    batch = len(errors)
+    # By how much the error of a cell falls from one layer to the next finer one. The error itself is the sum over all
+    # scales, what a patch gains is the sum up to its own scale, and laying it makes just these numbers zero.
+    drops = errors.clone()
+    drops[:, :-1] -= errors[:, 1:]
+    drops = drops.flatten(1, 2)
+    gain_rows, gain_cols = tables.gain_rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
+    closed = tables.closed.repeat(batch, 1, 1)
+    slots, totals = [], []
+    for _ in range(budget):
+        gains = torch.baddbmm(closed, torch.bmm(gain_rows, drops), gain_cols)
+        slot = gains.flatten(1).argmax(-1)
+        if limit is not None and slots:
+            slot = torch.where(totals[-1] <= limit, slots[-1], slot)
+        closed.view(batch, -1).scatter_(1, slot[:, None], -math.inf)
+        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
+        drops.addcmul_(drops, covered, value=-1)
+        slots.append(slot)
+        totals.append(drops.sum((1, 2)))
+        if limit is not None and (totals[-1] <= limit).all():
+            break
+    return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)

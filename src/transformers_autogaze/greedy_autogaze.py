@@ -1,0 +1,229 @@
+"""
+The greedy selector: chooses patches on the measured error of the closed-form reconstruction, without any weights.
+
+This module makes a selector of `composite_autogaze`'s search: normalised frames in, a [`GazeOutput`] out, streaming, and
+a checkpoint that is a configuration alone.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
+from .configuration_autogaze import GazeSelectorConfig
+from .gazing_autogaze import GazeOutput
+from .grid_autogaze import GazeGrid  # noqa: F401 (see modeling_autogaze)
+from .selection_autogaze import GazeSelector
+
+
+class GreedyGazeConfig(GazeSelectorConfig):
+    """
+    Configuration of a [`GreedyGazeSelector`].
+
+    Args:
+        scales (`Sequence[int | tuple[int, int]]`, *optional*, defaults to `[32, 64, 112, 224]`):
+            Sizes in pixels at which patches are chosen, coarse to fine; frames are resized to the last.
+        patch_size (`int`, *optional*, defaults to 16):
+            Height and width of a patch in pixels, at every scale.
+        gazing_ratio (`float`, *optional*, defaults to 0.75):
+            Share of patches to keep at most, where `generate` is given neither a ratio nor a threshold.
+        task_loss_requirement (`float`, *optional*, defaults to 0.7):
+            Loss at which a frame is good enough then: `(40 - PSNR) / 20`, so 0.7 is 26 dB.
+        rescale_factor (`float`, *optional*, defaults to 1/127.5), offset (`bool`, *optional*, defaults to `True`),
+        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's):
+            How the processor turned 0..255 into the values that arrive here, to undo it: times the factor, minus 1 with
+            `offset`, minus the mean, over the standard deviation.
+
+    Raises:
+        ValueError: if a ratio or a standard deviation is out of range.
+    """
+
+    model_type = "autogaze_greedy"
+    num_channels = 3
+    frame_sampling_rate = 1
+    max_num_frames = None  # A stream of any length is one clip.
+
+    def __init__(
+        self,
+        scales: Sequence[int | tuple[int, int]] = (32, 64, 112, 224),
+        patch_size: int = 16,
+        gazing_ratio: float = 0.75,
+        task_loss_requirement: float = 0.7,
+        rescale_factor: float = 1 / 127.5,
+        offset: bool = True,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        **kwargs,
+    ):
+        if not 0 <= gazing_ratio <= 1:
+            raise ValueError(f"`gazing_ratio` must lie in 0..1, got {gazing_ratio}")
+        if math.isnan(task_loss_requirement):
+            raise ValueError("`task_loss_requirement` must be a number, got NaN")
+        if not rescale_factor > 0 or len(image_std) != 3 or min(image_std) <= 0 or len(image_mean) != 3:
+            raise ValueError(
+                "`rescale_factor` and three values of `image_std` must be positive, with three of `image_mean`, got "
+                f"{rescale_factor}, {image_std} and {image_mean}"
+            )
+        self.gazing_ratio = gazing_ratio
+        self.task_loss_requirement = task_loss_requirement
+        self.rescale_factor = rescale_factor
+        self.offset = offset
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        super().__init__(scales, patch_size, **kwargs)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that frames are resized to."""
+        return self.grid.sizes[-1]
+
+
+class GreedyGazeCache:
+    """What the greedy selector remembers of a stream: the last frame as reconstructed from its kept patches."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, to start with new clips."""
+        self.reconstruction: torch.Tensor | None = None
+        """`(batch, 3, height, width)`, pixels in 0..1; `None` before the first frame."""
+
+
+class GreedyGazeSelector(GazeSelector, PreTrainedModel):
+    """
+    Keeps, one by one, the patch that lowers the reconstruction error of its frame most.
+
+    It has the model's interface and needs no weights. Its threshold is measured, not predicted: every frame either
+    meets it or has used its budget. `task_loss_prediction` of its gazes is the measured loss, `(40 - PSNR) / 20` of the
+    closed-form reconstruction.
+
+    Args:
+        config (`GreedyGazeConfig`, *optional*): the configuration.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import GreedyGazeSelector
+
+    >>> video = torch.linspace(-2, 2, 224).expand(1, 4, 3, 224, 224)  # four times the same smooth frame
+    >>> gaze = GreedyGazeSelector().generate(video, gazing_ratio=0.5, task_loss_requirement=0.7)
+    >>> gaze.num_real_each_frame.tolist()
+    [[4, 1, 1, 1]]
+
+    ```
+    """
+
+    config_class = GreedyGazeConfig
+    main_input_name = "pixel_values_videos"
+    input_modalities = ("video",)
+
+    def __init__(self, config: GreedyGazeConfig | None = None):
+        config = GreedyGazeConfig() if config is None else config
+        super().__init__(config)
+        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        scale = 1 / (config.rescale_factor * 255)
+        self.register_buffer("pixel_scale", (std * scale)[:, None, None], persistent=False)
+        self.register_buffer("pixel_offset", ((mean + config.offset) * scale)[:, None, None], persistent=False)
+        self.composite = CompositeReconstruction(config.grid)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the selector works."""
+        return self.pixel_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision it takes; it computes in float32 at least."""
+        return self.pixel_scale.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, config: GreedyGazeConfig | None = None, **kwargs
+    ) -> "GreedyGazeSelector":
+        """
+        Loads a selector from its `config.json`; there are no weights.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository of the Hub.
+            config (`GreedyGazeConfig`, *optional*): a configuration to use instead of the one that lies there.
+            kwargs: the arguments of [`~transformers.PreTrainedModel.from_pretrained`]; those about weights have no
+                effect.
+        """
+        if config is None:
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            config = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            )
+        return cls(config).eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Writes `config.json` and the code that loads it with `trust_remote_code=True`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write to; made if it is missing.
+            kwargs: the arguments of [`~transformers.PreTrainedConfig.save_pretrained`].
+        """
+        self.config.architectures = [type(self).__name__]
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(self, save_directory, config=self.config)
+        self.config.save_pretrained(save_directory, **kwargs)
+
+    def to_pixels(self, frames: torch.Tensor) -> torch.Tensor:
+        """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1."""
+        precise = torch.promote_types(frames.dtype, torch.float32)
+        return (frames.to(precise) * self.pixel_scale.to(precise) + self.pixel_offset.to(precise)).clamp(0, 1)
+
+    def _gaze(
+        self,
+        frames: torch.Tensor,
+        budget: torch.Tensor,
+        threshold: torch.Tensor | None,
+        past_key_values: GreedyGazeCache | None,
+        use_cache: bool,
+    ) -> GazeOutput:
+        cache = GreedyGazeCache() if past_key_values is None else past_key_values
+        if not isinstance(cache, GreedyGazeCache):
+            raise ValueError(f"`past_key_values` must be a GreedyGazeCache, got {type(cache).__name__}")
+        if cache.reconstruction is not None and len(cache.reconstruction) != len(frames):
+            raise ValueError(
+                f"`past_key_values` holds {len(cache.reconstruction)} clips, but {len(frames)} are given now (tiles "
+                "count); pass the frames of the same clips, or a new GreedyGazeCache"
+            )
+        found = self.composite.search(
+            self.to_pixels(frames),
+            budget,
+            None if threshold is None else task_loss_to_mse(threshold),
+            cache.reconstruction,
+        )
+        cache.reconstruction = found.reconstruction
+
+        grid, device = self.config.grid, frames.device
+        num_slots = found.counts.amax(0)
+        place = torch.arange(found.ids.shape[2], device=device)
+        is_slot = place < num_slots[:, None]
+        is_padding = place >= found.counts[..., None]
+        first = torch.arange(len(budget), device=device)[:, None] * grid.num_patches
+        ids = found.ids.masked_fill(is_padding, grid.num_patches) + first
+        return GazeOutput.from_ids(
+            ids[:, is_slot],
+            is_padding[:, is_slot],
+            num_slots,
+            grid,
+            task_loss_prediction=mse_to_task_loss(found.mse)[:, is_slot],
+            clip_num_gazing_each_frame=found.counts,
+            past_key_values=cache if use_cache else None,
+        )
+
+    def _draw_settings(self, num_frames: int, generator: torch.Generator | None) -> tuple[float, float]:
+        return self.config.gazing_ratio, self.config.task_loss_requirement
+
+
+GreedyGazeConfig.register_for_auto_class()
+GreedyGazeSelector.register_for_auto_class("AutoModel")

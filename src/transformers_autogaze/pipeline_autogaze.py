@@ -1,0 +1,278 @@
+"""
+The pipeline "video-token-pruning": any videos in, their gaze, records and statistics out.
+
+This module joins a processor and a selector; it decodes, chooses and draws nothing itself.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Pipeline
+from transformers.pipelines.base import no_collate_fn
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .composite_autogaze import CompositeReconstruction
+from .gazing_autogaze import GazeOutput
+from .grid_autogaze import GazeGrid
+from .processing_autogaze import AutoGazeProcessor
+from .selection_autogaze import GazeSelector, resize_frames
+from .video_decoding_autogaze import flatten_videos
+from .video_processing_autogaze import AutoGazeVideoProcessor  # noqa: F401 (see modeling_autogaze)
+
+
+Setting = float | Sequence[float] | None
+
+
+def gaze_clip_by_clip(
+    selector: GazeSelector,
+    pixel_values_videos: torch.Tensor,
+    gazing_ratio: Setting = None,
+    task_loss_requirement: Setting = None,
+    **options,
+) -> GazeOutput:
+    """
+    Gazes at videos of any length, in clips as long as those that the selector was trained on.
+
+    Args:
+        selector ([`GazeSelector`]):
+            What chooses. Its `config.max_num_frames` is the length of a clip; `None` takes a video as one.
+        pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
+            Normalised frames.
+        gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
+            As in [`~GazeSelector.generate`]; a sequence names one value for each frame of a clip, and every clip takes
+            it from its start.
+        options: further arguments of [`~GazeSelector.generate`].
+
+    Returns:
+        [`GazeOutput`] of the whole videos.
+
+    Raises:
+        ValueError: if a sequence is not as long as a clip, or an argument of `generate` is out of range.
+    """
+    total = pixel_values_videos.shape[1]
+    length = min(selector.config.max_num_frames or total, total)
+    for name, setting in {"gazing_ratio": gazing_ratio, "task_loss_requirement": task_loss_requirement}.items():
+        if setting is not None and np.ndim(setting) and len(setting) != length:
+            raise ValueError(
+                f"`{name}` must be one number or one for each of the {length} frames of a clip, got {len(setting)}"
+            )
+
+    def of_clip(setting: Setting, frames: int) -> Setting:
+        return setting if setting is None or not np.ndim(setting) else setting[:frames]
+
+    return GazeOutput.concatenate(
+        [
+            selector.generate(
+                clip,
+                gazing_ratio=of_clip(gazing_ratio, clip.shape[1]),
+                task_loss_requirement=of_clip(task_loss_requirement, clip.shape[1]),
+                **options,
+            )
+            for clip in pixel_values_videos.split(length, dim=1)
+        ]
+    )
+
+
+class VideoTokenPruningPipeline(Pipeline):
+    """
+    Chooses the patches of videos that a vision encoder needs to see: `pipeline("video-token-pruning")`.
+
+    A video longer than the selector's clips (16 frames for the published model) is gazed at clip by clip.
+
+    Args:
+        model ([`GazeSelector`] and [`~transformers.PreTrainedModel`]):
+            What chooses, such as [`AutoGazeModel`]. Without a model, `pipeline` takes [`GreedyGazeSelector`].
+        processor ([`AutoGazeProcessor`], *optional*):
+            What turns videos into frames; the published preprocessing if there is none.
+        kwargs: the arguments of [`~transformers.Pipeline`], such as `device` and `batch_size`, and defaults for those
+            of calls.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from transformers import pipeline
+    >>> import transformers_autogaze
+
+    >>> prune = pipeline("video-token-pruning", device="cpu")
+    >>> result = prune(np.zeros((8, 64, 96, 3), dtype=np.uint8), gazing_ratio=0.1)
+    >>> result["statistics"]["num_patches"], result["records"][0]["box"]
+    (208, [0.0, 0.0, 48.0, 32.0])
+
+    ```
+    """
+
+    _load_processor = None
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    def __init__(self, model, processor: AutoGazeProcessor | None = None, **kwargs):
+        processor = AutoGazeProcessor() if processor is None else processor
+        super().__init__(model=model, processor=processor, **kwargs)
+
+    def __call__(self, videos: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]]:
+        """
+        Prunes one video or many.
+
+        Args:
+            videos:
+                A video as [`AutoGazeProcessor`] takes it: a path, a URL, bytes, a list of PIL images, an array or tensor
+                of frames; or a list, generator or `Dataset` of videos.
+            gazing_ratio, task_loss_requirement (*optional*):
+                How much to keep; see [`~GazeSelector.generate`]. A sequence names one value per frame of a clip.
+            target_scales, target_patch_size (*optional*):
+                Scales and patch size of the encoder that the gaze is for; see [`~GazeSelector.generate`]. The frames
+                are resized to the last scale.
+            num_frames, fps (*optional*): which frames to take, as [`AutoGazeProcessor`] does.
+            return_patches (`bool`, *optional*, defaults to `False`): whether to return the kept patches' pixels.
+            return_reconstruction (`bool`, *optional*, defaults to `False`): whether to return the closed-form
+                reconstruction from the kept patches.
+            batch_size (`int`, *optional*, defaults to 1): how many videos of equal shape to gaze at together.
+            num_workers (`int`, *optional*, defaults to 0): processes that decode ahead.
+
+        Returns:
+            `dict` for one video, a list of them for a list, an iterator for a generator or `Dataset`. Its keys:
+
+            - `gaze` ([`GazeOutput`]): the gaze, a batch of one;
+            - `records` (`list[dict]`): every kept patch with its frame, scale, box and order, in the frames' own size;
+            - `statistics` (`dict`): see [`~GazeOutput.statistics`]; with the reconstruction also its `psnr`, in dB;
+            - `patches` (`torch.FloatTensor` of shape `(N, 3, patch_size, patch_size)`), if asked for: pixels in 0..1;
+            - `reconstruction` (`torch.FloatTensor` of shape `(frames, 3, height, width)`), if asked for: pixels in 0..1,
+              in the size of the finest scale.
+
+        Raises:
+            ValueError: if a video cannot be read or an argument is out of range.
+        """
+        if isinstance(videos, Dataset):
+            return super().__call__(videos, **kwargs)
+        if isinstance(videos, Iterator):
+            return super().__call__((video for video in videos), **kwargs)
+        listed = flatten_videos(videos)
+        results = super().__call__(listed, **kwargs)
+        is_list = isinstance(videos, (list, tuple)) and listed[0] is not videos
+        return results if is_list or getattr(videos, "ndim", 0) == 5 else results[0]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Writes the selector, the processor and their code to one folder, from which `pipeline` loads them again.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write to; made if it is missing.
+            kwargs: the arguments of [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+    def _sanitize_parameters(
+        self,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        target_scales: Sequence[int] | None = None,
+        target_patch_size: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        return_patches: bool | None = None,
+        return_reconstruction: bool | None = None,
+    ) -> tuple[dict, dict, dict]:
+        preprocess = {"num_frames": num_frames, "fps": fps, "target_scales": target_scales}
+        forward = {
+            "gazing_ratio": gazing_ratio,
+            "task_loss_requirement": task_loss_requirement,
+            "target_scales": target_scales,
+            "target_patch_size": target_patch_size,
+            "return_patches": return_patches,
+            "return_reconstruction": return_reconstruction,
+        }
+        # Only what is given, or a call's silence would undo the pipeline's own defaults.
+        parts = (preprocess, forward, {})
+        return tuple({key: value for key, value in part.items() if value is not None} for part in parts)
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ) -> Iterator[dict[str, Any]]:
+        """Prunes videos one after the other, neighbours of equal shape together; the base class batches text and images."""
+        if isinstance(inputs, Iterator):
+            prepared, num_workers = PipelineIterator(inputs, self.preprocess, preprocess_params), min(num_workers, 1)
+        else:
+            prepared = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        loader = DataLoader(prepared, num_workers=num_workers, batch_size=1, collate_fn=no_collate_fn)
+        for batch in _batches_of_equal_shape(loader, batch_size):
+            videos = torch.cat([item["pixel_values_videos"] for item in batch])
+            outputs = self.forward({"pixel_values_videos": videos}, **forward_params)
+            gaze = GazeOutput(**outputs["gaze"])
+            for index, item in enumerate(batch):
+                own = {key: value[index] for key, value in outputs.items() if key != "gaze"}
+                item = {"gaze": gaze.select(index), "frame_size": item["frame_size"], **own}
+                yield self.postprocess(item, **postprocess_params)
+
+    def preprocess(
+        self,
+        video: Any,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        target_scales: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Decodes one video and makes its `pixel_values_videos`; keeps the size of its frames."""
+        processor = self.processor.video_processor
+        clips, metadata = processor.load_clips(video, num_frames=num_frames, fps=fps)
+        size = None
+        if target_scales is not None:
+            height, width = GazeGrid(target_scales, patch_size=1).sizes[-1]
+            size = {"height": height, "width": width}
+        features = processor(
+            clips, do_sample_frames=False, input_data_format="channels_first", return_tensors="pt", size=size
+        )
+        return {"pixel_values_videos": features["pixel_values_videos"], "frame_size": tuple(clips[0].shape[-2:])}
+
+    def _forward(
+        self,
+        model_inputs: dict[str, torch.Tensor],
+        return_patches: bool = False,
+        return_reconstruction: bool = False,
+        **settings,
+    ) -> dict[str, Any]:
+        video = model_inputs["pixel_values_videos"]
+        gaze = gaze_clip_by_clip(self.model, video.to(self.model.dtype), **settings)
+        outputs = {"gaze": gaze}
+        if return_patches or return_reconstruction:
+            pixels = self.processor.video_processor.to_pixels(video.float()).clamp(0, 1)
+            if return_patches:
+                outputs["patches"] = gaze.gather_patches(pixels).clamp(0, 1)
+            if return_reconstruction:
+                frames = resize_frames(pixels, gaze.grid.sizes[-1]).clamp(0, 1)
+                outputs["reconstruction"] = CompositeReconstruction(gaze.grid).reconstruct(frames, gaze)
+                error = (outputs["reconstruction"] - frames).square().mean((1, 2, 3, 4))
+                outputs["psnr"] = -10 * error.clamp(min=1e-10).log10()
+        return outputs
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
+        """Turns one video's gaze into its records and statistics."""
+        gaze = model_outputs["gaze"]
+        result = {
+            "gaze": gaze,
+            "records": self.processor.post_process_gaze(gaze, model_outputs["frame_size"])[0],
+            "statistics": gaze.statistics(),
+        }
+        if "patches" in model_outputs:
+            result["patches"] = model_outputs["patches"]
+        if "reconstruction" in model_outputs:
+            result["reconstruction"] = model_outputs["reconstruction"]
+            result["statistics"]["psnr"] = float(model_outputs["psnr"])
+        return result
+
+
+def _batches_of_equal_shape(items: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for item in items:
+        shape = item["pixel_values_videos"].shape
+        if batch and (len(batch) == batch_size or batch[0]["pixel_values_videos"].shape != shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch

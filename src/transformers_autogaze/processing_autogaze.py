@@ -1,0 +1,270 @@
+"""The processor of AutoGaze: one call from a video file to the inputs of the gaze model and of the encoder behind it.
+
+This module joins the video processor with the processor of a downstream encoder and turns gazes into plain records. It
+owns no preprocessing and no geometry, and knows nothing of models.
+"""
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin, Unpack
+
+from .gazing_autogaze import GazeOutput
+
+# Not used here, but until 5.11 transformers takes along only modules that this file itself names when it loads it from a
+# folder; others' imports are missing then.
+from .grid_autogaze import GazeGrid  # noqa: F401
+from .video_decoding_autogaze import read_video  # noqa: F401
+from .video_processing_autogaze import AutoGazeVideoProcessor, AutoGazeVideosKwargs
+
+
+_ENCODER_FOLDER = "encoder_processor"
+_ENCODER_KEY = "encoder_processor_auto_class"
+
+
+class AutoGazeProcessor(ProcessorMixin):
+    r"""
+    Prepares videos for AutoGaze and, if wanted, the same frames for the encoder that looks at the gazed patches.
+
+    A video is decoded once, whoever looks at it.
+
+    Args:
+        video_processor (`AutoGazeVideoProcessor`, *optional*):
+            Makes the gaze model's inputs. The published preprocessing by default.
+        encoder_processor (image processor, video processor or processor, *optional*):
+            What belongs to the downstream encoder, such as a `SiglipImageProcessor` or a `Qwen2VLVideoProcessor`. Of a
+            processor for several modalities, its video processor is used, or its image processor if it has none. It is
+            saved to and loaded from the folder `encoder_processor`.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.processing_autogaze import AutoGazeProcessor
+
+    >>> processor = AutoGazeProcessor()
+    >>> inputs = processor(videos=np.zeros((64, 224, 224, 3), dtype=np.uint8), num_frames=16, return_tensors="pt")
+    >>> inputs["pixel_values_videos"].shape
+    torch.Size([1, 16, 3, 224, 224])
+
+    ```
+    """
+
+    def __init__(self, video_processor: AutoGazeVideoProcessor | None = None, encoder_processor: Any = None):
+        # The base class is passed over: it insists that every part is of a class that needs torchvision.
+        video_processor = AutoGazeVideoProcessor() if video_processor is None else video_processor
+        if not hasattr(video_processor, "load_clips"):
+            raise TypeError(f"`video_processor` must be an AutoGazeVideoProcessor, got {type(video_processor)}")
+        if encoder_processor is not None:
+            _auto_class_of(encoder_processor)
+        self.video_processor = video_processor
+        self.encoder_processor = encoder_processor
+        self.chat_template = None
+
+    def __call__(self, videos: Any, **kwargs: Unpack[AutoGazeVideosKwargs]) -> BatchFeature:
+        """
+        Loads and samples videos once and preprocesses them for the gaze model and the encoder.
+
+        Args:
+            videos: one video or a list of them; see [`AutoGazeVideoProcessor.preprocess`].
+            kwargs: arguments of [`AutoGazeVideoProcessor`], such as `num_frames`, `fps` and `return_tensors`. The first
+                two and `return_tensors` hold for the encoder as well; how the encoder's pixels are made is a matter of
+                its own processor.
+
+        Returns:
+            `BatchFeature` with `pixel_values_videos` for the gaze model, of shape `(batch, frames, 3, height, width)`,
+            and every output of the encoder's processor with `encoder_` before its name. An image processor sees every
+            frame as a picture; what it returns per picture is grouped by video, so `encoder_pixel_values` has the shape
+            `(batch, frames, channels, height, width)`.
+
+        Raises:
+            ValueError: see [`AutoGazeVideoProcessor.preprocess`].
+        """
+        loading = {key: kwargs.pop(key, None) for key in ("num_frames", "fps", "do_sample_frames", "video_metadata")}
+        input_data_format = kwargs.pop("input_data_format", None)
+        clips, metadata = self.video_processor.load_clips(videos, input_data_format=input_data_format, **loading)
+        features = self.video_processor(
+            clips,
+            video_metadata=metadata,
+            do_sample_frames=False,
+            input_data_format="channels_first",
+            **kwargs,
+        )
+        if self.encoder_processor is not None:
+            encoded = self._encode(clips, metadata, kwargs.get("return_tensors"))
+            features.update({f"encoder_{key}": value for key, value in encoded.items()})
+        return features
+
+    def _encode(self, clips: list[torch.Tensor], metadata: list[Any], return_tensors: Any) -> dict[str, Any]:
+        """Runs the encoder's processor on uint8 frames of shape `(frames, 3, height, width)`."""
+        processor = self.encoder_processor
+        if isinstance(processor, ProcessorMixin):
+            processor = getattr(processor, "video_processor", None) or processor.image_processor
+        if _is_video_processor(processor):
+            return processor(
+                clips,
+                video_metadata=metadata,
+                do_sample_frames=False,
+                input_data_format="channels_first",
+                return_tensors=return_tensors,
+            )
+        # Pictures leave no doubt about where the channels are, whatever the image processor is.
+        pictures = [[Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip] for clip in clips]
+        if "videos" in inspect.signature(processor.preprocess).parameters:
+            return processor(pictures, return_tensors=return_tensors)
+        counts = [len(clip) for clip in clips]
+        encoded = processor([picture for clip in pictures for picture in clip], return_tensors=return_tensors)
+        return {key: _group(value, counts) for key, value in encoded.items()}
+
+    def post_process_gaze(
+        self, gaze: GazeOutput, target_sizes: tuple[int, int] | Sequence[tuple[int, int]]
+    ) -> list[list[dict[str, Any]]]:
+        """
+        Turns a gaze into plain records, which can be written as JSON.
+
+        Args:
+            gaze ([`GazeOutput`]): the gaze of a batch of clips.
+            target_sizes (`tuple[int, int]` or a sequence of them, one per clip):
+                Height and width in pixels of the frames that the boxes are to lie in; one pair serves all clips.
+
+        Returns:
+            `list`, one entry per clip: a `list[dict]`, one record per kept patch in the order of choice, padding left
+            out, with `frame` (counted from 0), `scale` (the size in pixels that its frame was resized to, a number or
+            `[height, width]`), `id` (counted from the frame's first patch), `box` (`[left, top, right, bottom]` in
+            pixels) and `order` (place of choice in its frame, from 0).
+
+        Raises:
+            ValueError: if `target_sizes` are not positive or not one pair or one per clip.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GazeGrid, GazeOutput
+        >>> from transformers_autogaze.processing_autogaze import AutoGazeProcessor
+
+        >>> masks = [torch.tensor([[[True]]]), torch.tensor([[[False, False, False, True]]])]
+        >>> gaze = GazeOutput.from_masks(masks, GazeGrid([16, 32], patch_size=16))
+        >>> AutoGazeProcessor().post_process_gaze(gaze, target_sizes=(100, 200))[0][1]
+        {'frame': 0, 'scale': 32, 'id': 4, 'box': [100.0, 50.0, 200.0, 100.0], 'order': 1}
+
+        ```
+        """
+        sizes = np.asarray(target_sizes)
+        sizes = sizes[None].repeat(gaze.batch_size, 0) if sizes.shape == (2,) else sizes
+        if sizes.shape != (gaze.batch_size, 2) or not (sizes > 0).all():
+            raise ValueError(
+                f"`target_sizes` must be (height, width), or one such pair for each of {gaze.batch_size} clips, got "
+                f"{target_sizes!r}"
+            )
+        real, frame = ~gaze.if_padded_gazing, gaze.frame_of_slot
+        ids = (gaze.gazing_pos - frame * gaze.num_vision_tokens_each_frame).masked_fill(~real, 0)
+        scale, _, _ = gaze.grid.locate(ids)
+        earlier = gaze.num_real_each_frame.cumsum(1) - gaze.num_real_each_frame
+        order = real.cumsum(1) - 1 - earlier[:, frame]
+        scales = [list(size) if isinstance(size, (tuple, list)) else size for size in gaze.scales]
+        boxes = {size: gaze.boxes(*size) for size in set(map(tuple, sizes.tolist()))}
+        return [
+            [
+                {"frame": f, "scale": scales[s], "id": i, "box": box, "order": o}
+                for f, s, i, box, o in zip(
+                    frame[kept].tolist(),
+                    scale[clip, kept].tolist(),
+                    ids[clip, kept].tolist(),
+                    boxes[tuple(sizes[clip].tolist())][clip, kept].tolist(),
+                    order[clip, kept].tolist(),
+                    strict=True,
+                )
+            ]
+            for clip, kept in enumerate(real)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives what `processor_config.json` holds; the encoder's processor is only named by its Auto class."""
+        output = super().to_dict()
+        output.pop("encoder_processor", None)
+        if self.encoder_processor is not None:
+            output[_ENCODER_KEY] = _auto_class_of(self.encoder_processor)
+        return output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """
+        Saves the processor with its code, and the encoder's processor in the folder `encoder_processor`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write, created if missing.
+            push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload it as well.
+            kwargs: `repo_id` (the folder's name by default) and arguments of `push_to_hub`.
+
+        Returns:
+            `list[str]`: the configuration files written.
+        """
+        files = super().save_pretrained(save_directory)
+        if self.encoder_processor is not None:
+            files += self.encoder_processor.save_pretrained(os.path.join(save_directory, _ENCODER_FOLDER)) or []
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+        return files
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict[str, Any] | None = None, **kwargs
+    ) -> list[Any]:
+        # The base class loads every part through an Auto class, and that of videos needs torchvision.
+        video_processor, encoder = kwargs.pop("video_processor", None), kwargs.pop("encoder_processor", None)
+        trust_remote_code = kwargs.pop("trust_remote_code", None)
+        if video_processor is None:
+            video_processor = AutoGazeVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        auto_class = (processor_dict or {}).get(_ENCODER_KEY)
+        if encoder is None and auto_class is not None:
+            if auto_class not in ("AutoImageProcessor", "AutoVideoProcessor", "AutoProcessor"):
+                raise ValueError(
+                    f"`{_ENCODER_KEY}` must be AutoImageProcessor, AutoVideoProcessor or AutoProcessor, got {auto_class!r}"
+                )
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+            encoder = getattr(transformers, auto_class).from_pretrained(
+                pretrained_model_name_or_path,
+                subfolder=os.path.join(kwargs.get("subfolder", ""), _ENCODER_FOLDER),
+                trust_remote_code=trust_remote_code,
+                **{key: kwargs[key] for key in hub if key in kwargs},
+            )
+        return [video_processor, encoder]
+
+
+def _is_video_processor(processor: Any) -> bool:
+    # Video processors are image processors, too; and their common base has changed its name over time.
+    return hasattr(processor, "get_video_processor_dict")
+
+
+def _auto_class_of(encoder_processor: Any) -> str:
+    """Names the Auto class that loads the encoder's processor."""
+    if isinstance(encoder_processor, ProcessorMixin) and any(
+        getattr(encoder_processor, part, None) is not None for part in ("video_processor", "image_processor")
+    ):
+        return "AutoProcessor"
+    if _is_video_processor(encoder_processor):
+        return "AutoVideoProcessor"
+    if hasattr(encoder_processor, "get_image_processor_dict"):
+        return "AutoImageProcessor"
+    raise TypeError(
+        "`encoder_processor` must be an image processor, a video processor or a processor that has one, such as "
+        f"AutoImageProcessor.from_pretrained gives, got {type(encoder_processor)}"
+    )
+
+
+def _group(value: Any, counts: list[int]) -> Any:
+    """Groups what an image processor returned per picture by the videos that the pictures came from."""
+    if not isinstance(value, (torch.Tensor, np.ndarray, list)) or len(value) != sum(counts):
+        return value
+    if not isinstance(value, list) and len(set(counts)) == 1:
+        return value.reshape(len(counts), counts[0], *value.shape[1:])
+    ends = np.cumsum(counts)
+    return [list(value[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+
+
+AutoGazeProcessor.register_for_auto_class()

@@ -1,0 +1,318 @@
+"""
+What all selectors share: the interface `generate`, budgets, thresholds, resizing and tiling.
+
+This module owns everything about gazing that does not depend on how patches are chosen; a selector adds that.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from .gazing_autogaze import GazeOutput
+from .grid_autogaze import GazeGrid
+
+
+Number = float | int
+
+
+def budget_each_frame(
+    gazing_ratio: Number | Sequence[Number] | torch.Tensor, num_frames: int, num_patches: int
+) -> torch.Tensor:
+    """
+    Turns a share of patches into a number of patches for every frame (SPEC, "Choosing patches").
+
+    Args:
+        gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`):
+            Share of all patches of a frame, 0..1; every frame gets one patch at least.
+        num_frames (`int`): frames of the clip.
+        num_patches (`int`): patches of one frame over all scales.
+
+    Returns:
+        `torch.LongTensor` of shape `(frames,)`, on the CPU: `max(1, floor(gazing_ratio * num_patches))`, where a
+        product within 1e-6 of the next whole number counts as that number, so that `26 / 265` means 26 patches.
+
+    Raises:
+        ValueError: if a ratio is not in 0..1, or there is not one number or one per frame.
+    """
+    ratio = torch.as_tensor(gazing_ratio, dtype=torch.float64).cpu()
+    if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != num_frames):
+        raise ValueError(
+            f"`gazing_ratio` must be one number or one for each of the {num_frames} frames, got the shape "
+            f"{tuple(ratio.shape)}"
+        )
+    if not ((ratio >= 0) & (ratio <= 1)).all():
+        raise ValueError(f"`gazing_ratio` must lie in 0..1, the share of patches to keep, got {gazing_ratio}")
+    return (ratio * num_patches + 1e-6).floor().clamp(min=1).long().expand(num_frames)
+
+
+def threshold_each_frame(
+    task_loss_requirement: Number | Sequence[Number] | torch.Tensor, batch_size: int, num_frames: int
+) -> torch.Tensor:
+    """
+    Brings a threshold to one number for every frame of every clip.
+
+    Args:
+        task_loss_requirement (`float`, sequence of `float` or `torch.Tensor`):
+            One number; one per frame, shape `(frames,)`; one per clip, shape `(batch,)` or `(batch, 1)`; or one for
+            each, shape `(batch, frames)`. Where batch and frames are equal, one dimension means frames.
+        batch_size (`int`): clips.
+        num_frames (`int`): frames of a clip.
+
+    Returns:
+        `torch.DoubleTensor` of shape `(batch, frames)`.
+
+    Raises:
+        ValueError: if the shape is none of these or a number is NaN.
+    """
+    threshold = torch.as_tensor(task_loss_requirement, dtype=torch.float64)
+    if threshold.isnan().any():
+        raise ValueError(f"`task_loss_requirement` must be numbers, got NaN in {task_loss_requirement}")
+    if threshold.shape == (batch_size,) and batch_size != num_frames:
+        threshold = threshold[:, None]
+    allowed = [(), (1,), (num_frames,), (1, num_frames), (batch_size, 1), (batch_size, num_frames)]
+    if tuple(threshold.shape) not in allowed:
+        raise ValueError(
+            f"`task_loss_requirement` must be one number, one for each of the {num_frames} frames, one for each of "
+            f"the {batch_size} clips, or both, got the shape {tuple(threshold.shape)}"
+        )
+    return threshold.expand(batch_size, num_frames)
+
+
+class GazeSelector:
+    """
+    What every selector has in common: `generate`, which checks its input, resizes, cuts tiles and stitches the result.
+
+    A selector has a `config` with `grid`, `image_size`, `num_channels` and `frame_sampling_rate`, and implements `_gaze`,
+    which chooses patches of clips at its own size, and `_draw_settings`.
+    """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values_videos: torch.Tensor,
+        gazing_ratio: Number | Sequence[Number] | torch.Tensor | None = None,
+        task_loss_requirement: Number | Sequence[Number] | torch.Tensor | None = None,
+        target_scales: Sequence[int | tuple[int, int]] | None = None,
+        target_patch_size: int | None = None,
+        past_key_values: object | None = None,
+        use_cache: bool = False,
+        **options,
+    ) -> GazeOutput:
+        """
+        Gazes: chooses the patches to keep of every frame.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
+                Normalised frames, of any size: they are resized to the selector's own (bicubic, no antialiasing).
+            gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`, *optional*):
+                Share of patches to keep of a frame, 0..1, as one number or one per frame; at least one patch is kept.
+                Given alone, frames keep exactly that many.
+            task_loss_requirement (`float`, sequence of `float` or `torch.Tensor`, *optional*):
+                Loss at which a frame is good enough: one number, one per frame `(frames,)`, one per clip `(batch,)`,
+                or `(batch, frames)`. Given alone, a frame may keep all its patches. With neither, the configuration
+                decides.
+            target_scales (`Sequence[int]`, *optional*):
+                Scales of the encoder that the gaze is for, as many as the selector's own. The frames must be of the
+                last one's size; they are cut into tiles that are gazed at one by one.
+            target_patch_size (`int`, *optional*):
+                Patch size of that encoder; given with `target_scales`.
+            past_key_values (*optional*):
+                State that an earlier call returned, to continue its clips. Ids count from the first frame given now.
+            use_cache (`bool`, *optional*, defaults to `False`):
+                Whether to return the state to continue with, as `past_key_values`.
+            options: further options of the selector. [`AutoGazeModel`] takes `do_sample` (`bool`), `temperature`
+                (`float`, above 0) and `generator` (`torch.Generator`) to sample instead of taking the likeliest
+                patches, and `output_scores` (`bool`) to score its choice as well: then `log_action_probs` and
+                `task_loss_prediction` are filled.
+
+        Returns:
+            [`GazeOutput`]
+
+        Raises:
+            ValueError: if an argument is out of range or does not fit the frames; the message names it.
+        """
+        own = self.config.grid
+        self._check_video(pixel_values_videos)
+        batch_size, num_frames = len(pixel_values_videos), self._num_gaze_frames(pixel_values_videos)
+        if (target_scales is None) != (target_patch_size is None):
+            raise ValueError(
+                "`target_scales` and `target_patch_size` must be given together, got "
+                f"target_scales={target_scales}, target_patch_size={target_patch_size}"
+            )
+        if target_scales is not None and options.get("output_scores"):
+            raise ValueError(
+                "`output_scores` must be False with `target_scales`: stitched tiles have no order to score"
+            )
+        if gazing_ratio is None and task_loss_requirement is None:
+            gazing_ratio, task_loss_requirement = self._draw_settings(num_frames, options.get("generator"))
+        budget = budget_each_frame(1 if gazing_ratio is None else gazing_ratio, num_frames, own.num_patches)
+        threshold = None
+        if task_loss_requirement is not None:
+            threshold = threshold_each_frame(task_loss_requirement, batch_size, num_frames)
+            precise = torch.promote_types(pixel_values_videos.dtype, torch.float32)
+            threshold = threshold.to(pixel_values_videos.device, precise)
+
+        whole = own
+        frames = pixel_values_videos
+        if target_scales is not None:
+            whole = self._target_grid(target_scales, target_patch_size, tuple(frames.shape[-2:]))
+            frames = whole.cut_tiles(frames, own)
+        tiles = len(frames) // batch_size
+        gaze = self._gaze(
+            resize_frames(frames, self.config.image_size),
+            budget,
+            None if threshold is None else threshold.repeat_interleave(tiles, dim=0),
+            past_key_values,
+            use_cache,
+            **options,
+        )
+        if target_scales is not None:
+            # The order of choice is lost, as in the published code: tiles have no common one.
+            gaze = GazeOutput.from_masks(
+                whole.stitch_tiles(gaze.gazing_mask, own),
+                whole,
+                self.config.frame_sampling_rate,
+                past_key_values=gaze.past_key_values,
+            )
+        return gaze.replace(task_loss_requirement=threshold)
+
+    def _gaze(
+        self,
+        frames: torch.Tensor,
+        budget: torch.Tensor,
+        threshold: torch.Tensor | None,
+        past_key_values: object | None,
+        use_cache: bool,
+        **options,
+    ) -> GazeOutput:
+        """Chooses patches of clips `(batch, frames, channels, image_size, image_size)`; see `generate`."""
+        raise NotImplementedError
+
+    def _draw_settings(
+        self, num_frames: int, generator: torch.Generator | None
+    ) -> tuple[Number | torch.Tensor, Number | None]:
+        """Gives the ratio and threshold to use when the caller names neither."""
+        raise NotImplementedError
+
+    def _target_grid(
+        self, scales: Sequence[int | tuple[int, int]], patch_size: int, size: tuple[int, int]
+    ) -> GazeGrid:
+        try:
+            grid = GazeGrid(scales, patch_size)
+            grid.tile_layout(self.config.grid)
+        except ValueError as error:
+            raise ValueError(f"`target_scales`={scales} with `target_patch_size`={patch_size}: {error}") from error
+        if size != grid.sizes[-1]:
+            raise ValueError(
+                f"`pixel_values_videos` must be {grid.sizes[-1]} pixels, the last of `target_scales`, got {size}"
+            )
+        return grid
+
+    def _check_video(self, video: torch.Tensor) -> None:
+        if not isinstance(video, torch.Tensor) or video.ndim != 5:
+            got = tuple(video.shape) if isinstance(video, torch.Tensor) else type(video).__name__
+            raise ValueError(
+                f"`pixel_values_videos` must be a tensor (batch, frames, channels, height, width), got {got}"
+            )
+        if not video.is_floating_point():
+            raise ValueError(
+                f"`pixel_values_videos` must hold normalised floats, got {video.dtype}; use the processor on raw frames"
+            )
+        if 0 in video.shape:
+            raise ValueError(f"`pixel_values_videos` must not be empty, got the shape {tuple(video.shape)}")
+        if video.shape[2] != self.config.num_channels:
+            raise ValueError(
+                f"`pixel_values_videos` must have {self.config.num_channels} channels in its third dimension, got "
+                f"{video.shape[2]} in the shape {tuple(video.shape)}"
+            )
+        self._num_gaze_frames(video)
+
+    def _num_gaze_frames(self, video: torch.Tensor) -> int:
+        rate = self.config.frame_sampling_rate
+        if video.shape[1] % rate:
+            raise ValueError(f"`pixel_values_videos` must hold a multiple of {rate} frames, got {video.shape[1]}")
+        return video.shape[1] // rate
+
+
+def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
+    """
+    Resizes every frame, whatever its aspect ratio was (SPEC, "The model", step 1).
+
+    Args:
+        video (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): frames.
+        size (`int` or `tuple[int, int]`): height and width in pixels to resize to, bicubic without antialiasing; one
+            number for a square.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, frames, channels, *size)`.
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if tuple(video.shape[-2:]) == size:
+        return video
+    frames = F.interpolate(video.flatten(0, 1), size=size, mode="bicubic", align_corners=False)
+    return frames.view(*video.shape[:3], *size)
+
+
+def draw_settings(
+    config, num_frames: int, is_training: bool, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, float | None]:
+    """
+    Draws a ratio for every frame, and a threshold, as the configuration says (SPEC, "Choosing patches").
+
+    Args:
+        config (`AutoGazeConfig`): names the strategies and their numbers.
+        num_frames (`int`): frames of the clip.
+        is_training (`bool`): whether the strategies for training count, or those for inference.
+        generator (`torch.Generator`, *optional*): where random numbers come from.
+
+    Returns:
+        `tuple`: ratios, a `torch.FloatTensor` of shape `(frames,)`, and a threshold or `None`.
+    """
+    mode = "training" if is_training else "inference"
+
+    def strategy(section: dict) -> tuple[str, dict]:
+        name = section[f"sample_strategy_during_{mode}"]
+        return name, section[name]
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    name, numbers = strategy(config.gazing_ratio_config)
+    if name == "fixed":
+        mean = numbers["gazing_ratio"]
+    else:
+        low, high = numbers["gazing_ratio_min"], numbers["gazing_ratio_max"]
+        if name == "uniform":
+            mean = uniform(low, high)
+        else:
+            # An exponential law cut to low..high, by the inverse of its distribution function.
+            rate = numbers["lambda"]
+            share = uniform(0, -math.expm1(-rate * (high - low)))
+            mean = low - math.log1p(-share) / rate
+
+    spread, numbers = strategy(config.gazing_ratio_each_frame_config)
+    ratio = torch.full((num_frames,), float(mean))
+    if spread == "dirichlet":
+        alpha = numbers["alpha"]
+        alpha = [float(part) for part in alpha.split(",")] if isinstance(alpha, str) else alpha
+        alpha = torch.as_tensor(alpha, dtype=torch.float32)
+        if alpha.ndim and len(alpha) != num_frames:
+            raise ValueError(
+                f"`gazing_ratio_each_frame_config['dirichlet']['alpha']` must be one number or one for each of the "
+                f"{num_frames} frames, got {numbers['alpha']!r}"
+            )
+        alpha = alpha.expand(num_frames)
+        weights = torch._standard_gamma(alpha, generator=generator)
+        ratio = (weights / weights.sum() * mean * num_frames).clamp(max=1)
+
+    threshold = None
+    has_threshold = getattr(config, f"has_task_loss_requirement_during_{mode}")
+    if has_threshold or spread == "self":
+        name, numbers = strategy(config.task_loss_requirement_config)
+        if name == "fixed":
+            threshold = numbers["task_loss_requirement"]
+        else:
+            threshold = uniform(numbers["task_loss_requirement_min"], numbers["task_loss_requirement_max"])
+    return ratio, threshold

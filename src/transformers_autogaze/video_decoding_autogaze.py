@@ -1,0 +1,387 @@
+"""Videos in: RGB frames out of a file, a URL, bytes or a file object, with PyAV, or out of arrays and pictures.
+
+This module owns decoding, the choice of frames and the many forms in which frames are handed over. It knows nothing of
+preprocessing, patches or models: what comes out are whole levels 0..255 at the size they were filmed.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
+from io import BytesIO, TextIOBase
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.request import Request, urlopen
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+from transformers.image_utils import ChannelDimension
+from transformers.video_utils import VideoMetadata
+
+
+# FFmpeg's flag of a stream that is a still picture, such as the cover of a song.
+_COVER_PICTURE = 0x400
+
+
+def is_video_source(value: Any) -> bool:
+    """Tells whether `value` is something that [`read_video`] opens, rather than frames."""
+    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
+
+
+def sample_indices(
+    total_num_frames: int,
+    video_fps: float | None = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
+) -> list[int]:
+    """
+    Chooses frames evenly over a video, as the video processors of transformers do.
+
+    Frame `i` of `n` is `floor(i * total_num_frames / n)`; with `fps`, `n = max(1, floor(seconds * fps))`.
+
+    Args:
+        total_num_frames (`int`): frames of the video, at least 1.
+        video_fps (`float`, *optional*): frames per second of the video; needed with `fps`.
+        num_frames (`int`, *optional*): how many frames to choose. Excludes `fps`.
+        fps (`float`, *optional*):
+            How many frames to choose per second of video, at most the video's own rate (one percent of slack lets 30
+            stand for 29.97). Excludes `num_frames`. With neither, all frames are chosen.
+
+    Returns:
+        `list[int]`: indices in ascending order, none of them twice.
+
+    Raises:
+        ValueError: if both are given, or if one asks for more than the video has.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.video_decoding_autogaze import sample_indices
+
+    >>> sample_indices(64, num_frames=4)
+    [0, 16, 32, 48]
+    >>> sample_indices(64, video_fps=30, fps=2)
+    [0, 16, 32, 48]
+
+    ```
+    """
+    _check_sampling(num_frames, fps)
+    if total_num_frames < 1:
+        raise ValueError("the video must have at least one frame, got none")
+    if fps is not None:
+        if not video_fps:
+            raise ValueError(
+                f"`fps` is {fps}, but how many frames per second the video itself has is unknown; give `num_frames`, or "
+                "`video_metadata` with `fps` if the video is an array"
+            )
+        if fps > 1.01 * video_fps:
+            raise ValueError(f"`fps` must be at most {video_fps:g}, the video's own frames per second, got {fps}")
+        # The small term keeps 2 s at 4.1 fps from becoming 8 frames where the product falls just below a whole number.
+        num_frames = min(max(1, int(total_num_frames / video_fps * fps + 1e-6)), total_num_frames)
+    if num_frames is None:
+        return list(range(total_num_frames))
+    if num_frames > total_num_frames:
+        raise ValueError(f"`num_frames` must be at most {total_num_frames}, the video's frames, got {num_frames}")
+    return [index * total_num_frames // num_frames for index in range(num_frames)]
+
+
+def read_video(
+    source: str | os.PathLike | bytes | BinaryIO, num_frames: int | None = None, fps: float | None = None
+) -> tuple[np.ndarray, VideoMetadata]:
+    """
+    Decodes a video, or evenly chosen frames of it, on all cores.
+
+    Only chosen frames are converted and kept. The frames are counted in the stream itself, not taken from the
+    container's header, which may be wrong or silent. A frame that the file says to show rotated is rotated.
+
+    A damaged video gives what can be decoded, and a warning where the stream or its container tells that there should
+    be more (MP4 and AVI say how many frames they hold; WebM and MPEG-TS don't, so one that is cut off reads as a short
+    video). Sampling then goes over the frames that could be decoded.
+
+    Args:
+        source (`str`, `os.PathLike`, `bytes` or file object):
+            Path of a video, its http(s) URL, its contents, or a binary file object, which is read from its beginning
+            and stays open.
+        num_frames (`int`, *optional*): how many frames to take, evenly over the video; see [`sample_indices`].
+        fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
+
+    Returns:
+        `tuple` of the frames, a `np.ndarray` of shape `(frames, height, width, 3)` and type uint8 (RGB), and their
+        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of the chosen frames.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the source is no video, has no video stream or no frame that can be decoded, if a URL cannot be
+            read, if the frames change their size, or if more frames are asked for than there are.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.video import write_video
+    >>> from transformers_autogaze.video_decoding_autogaze import read_video
+
+    >>> _ = write_video("clip.mp4", np.zeros((30, 32, 48, 3), dtype=np.uint8), fps=15)
+    >>> frames, metadata = read_video("clip.mp4", num_frames=3)
+    >>> frames.shape, metadata.frames_indices, metadata.fps
+    ((3, 32, 48, 3), [0, 10, 20], 15.0)
+
+    ```
+    """
+    _check_sampling(num_frames, fps)
+    source, name = _resolve(source)
+    counted, promised, video_fps = _probe(source, name)
+    try:
+        indices = sample_indices(counted, video_fps, num_frames, fps) if counted else []
+        frames, total = _decode(source, name, indices)
+        if total and total != counted:
+            # Not every packet became one frame, so the choice was made out of a wrong number.
+            indices = sample_indices(total, video_fps, num_frames, fps)
+            frames, _ = _decode(source, name, indices)
+    except ValueError as error:
+        raise ValueError(f"`source` {name}: {error}") from error
+    if frames is None:
+        raise ValueError(f"`source` {name} holds no frame that can be decoded; give a complete video file")
+    if total < promised:
+        warnings.warn(
+            f"{name} is damaged or cut off: {total} of its {promised} frames could be decoded",
+            UserWarning,
+            stacklevel=2,
+        )
+    return frames, VideoMetadata(
+        total_num_frames=total,
+        fps=video_fps,
+        width=frames.shape[2],
+        height=frames.shape[1],
+        duration=total / video_fps if video_fps else None,
+        video_backend="pyav",
+        frames_indices=indices[: len(frames)],
+    )
+
+
+def flatten_videos(videos: Any) -> list[Any]:
+    """Lists the videos of any nesting: sources, four-dimensional arrays and lists of frames."""
+    if is_video_source(videos):
+        return [videos]
+    if isinstance(videos, Image.Image):
+        return [[videos]]
+    if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim in (3, 4, 5):
+        return list(videos) if videos.ndim == 5 else [videos if videos.ndim == 4 else videos[None]]
+    if isinstance(videos, (list, tuple)) and len(videos):
+        if all(_is_frame(item) for item in videos):
+            return [videos]
+        return [video for item in videos for video in flatten_videos(item)]
+    if isinstance(videos, (list, tuple)):
+        raise ValueError("`videos` must hold at least one video of at least one frame, got an empty list")
+    shape = getattr(videos, "shape", None)
+    raise ValueError(
+        "`videos` must be a path, an http(s) URL, bytes, a list of frames, an array or tensor of 3 to 5 dimensions, or a "
+        f"list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
+    )
+
+
+def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, name: str) -> torch.Tensor:
+    """Takes frames of a video and makes them a uint8 tensor of shape `(frames, 3, height, width)`."""
+    if len(video) == 0:
+        raise ValueError(f"{name} must have at least one frame, got none")
+    if isinstance(video, (list, tuple)):
+        kinds = {
+            kind.__name__ for kind in (Image.Image, np.ndarray, torch.Tensor) for f in video if isinstance(f, kind)
+        }
+        if len(kinds) > 1:
+            raise ValueError(f"{name} must hold frames of one kind, got {sorted(kinds)}")
+        numbers = range(len(video))
+        if isinstance(video[0], Image.Image):
+            # Converting a picture costs something, so only those asked for are.
+            video, numbers = [np.asarray(video[index].convert("RGB")) for index in indices], indices
+            indices, input_data_format = range(len(video)), "channels_last"
+        for number, frame in zip(numbers, video, strict=True):
+            if frame.shape != video[0].shape:
+                raise ValueError(
+                    f"{name} must hold frames of one size, but frame {number} has the shape {tuple(frame.shape)} and frame "
+                    f"{numbers[0]} {tuple(video[0].shape)}"
+                )
+        video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
+    prefers_last = isinstance(video, np.ndarray)
+    if prefers_last:
+        # Torch takes neither read-only nor flipped arrays.
+        video = torch.from_numpy(np.require(video, requirements=("C", "W")))
+    if video.ndim == 3:
+        video, input_data_format = video[:, None], "channels_first"
+    if 0 in video.shape:
+        raise ValueError(f"{name} must have frames of at least one pixel, got the shape {tuple(video.shape)}")
+    if _channels_are_last(video, input_data_format, prefers_last, name):
+        video = video.permute(0, 3, 1, 2)
+    clip = _to_levels(video, name)[torch.as_tensor(indices)] if len(indices) < len(video) else _to_levels(video, name)
+    return clip.expand(-1, 3, -1, -1) if clip.shape[1] == 1 else clip[:, :3]
+
+
+def _check_sampling(num_frames: int | None, fps: float | None):
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"give one of `num_frames` and `fps`, not both; got {num_frames} and {fps}")
+    if num_frames is not None and (
+        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
+    ):
+        raise ValueError(f"`num_frames` must be a whole number of at least 1, got {num_frames!r}")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < float("inf")):
+        raise ValueError(f"`fps` must be above 0 frames per second, got {fps!r}")
+
+
+def _resolve(source: Any) -> tuple[str | BinaryIO, str]:
+    """Turns a source into something that can be opened twice, and its name for messages."""
+    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+        return _download(source), source
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(f"`source` must be a video file or an http(s) URL, but there is no {str(path)!r}")
+        if not path.is_file():
+            raise ValueError(f"`source` must be a video file, but {str(path)!r} is a folder or a device")
+        return str(path), repr(str(path))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return BytesIO(source), f"of {len(source)} bytes"
+    if hasattr(source, "read") and not isinstance(source, TextIOBase):
+        name = f"file object {getattr(source, 'name', type(source).__name__)!r}"
+        return source if hasattr(source, "seekable") and source.seekable() else BytesIO(source.read()), name
+    raise ValueError(f"`source` must be a path, an http(s) URL, bytes or a binary file object, got {type(source)}")
+
+
+def _download(url: str) -> BytesIO:
+    # Not left to FFmpeg, which does not check certificates by default.
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "transformers-autogaze"}), timeout=60) as response:
+            return BytesIO(response.read())
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"`source` {url!r} could not be downloaded: {error}") from error
+
+
+@contextmanager
+def _open(source: str | BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
+    """Opens a source and finds its video stream."""
+    if not isinstance(source, str):
+        source.seek(0)
+    try:
+        container = av.open(source, metadata_errors="ignore")
+    except FFmpegError as error:
+        raise ValueError(
+            f"`source` {name} is no video that FFmpeg can open, or it is incomplete ({error.strerror}); give a complete "
+            "video file such as MP4, WebM or AVI"
+        ) from error
+    with container:
+        streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & _COVER_PICTURE]
+        # FFmpeg draws text files as a terminal would.
+        if not streams or container.format.name == "tty":
+            found = (
+                sorted({stream.type for stream in container.streams}) if container.format.name != "tty" else ["text"]
+            )
+            raise ValueError(
+                f"`source` {name} has no video stream, only {' and '.join(found) or 'nothing'}; give a video file such as "
+                "MP4, WebM or AVI"
+            )
+        streams[0].thread_type = "AUTO"
+        yield container, streams[0]
+
+
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Yields the packets of a stream as far as the file is sound; then `None`, which empties the decoder."""
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+    except FFmpegError:
+        pass
+    yield None
+
+
+def _probe(source: str | BinaryIO, name: str) -> tuple[int, int, float | None]:
+    """Counts the packets to show, the frames there should be, and the frames per second, without decoding."""
+    with _open(source, name) as (container, stream):
+        packets = [packet.is_discard for packet in _packets(container, stream) if packet is not None]
+        shown = packets.count(False)
+        rate = stream.average_rate or stream.guessed_rate
+        # Packets before a cut in an edited MP4 are decoded but not shown.
+        return shown, max(shown, stream.frames - packets.count(True)), float(rate) if rate else None
+
+
+def _decode(source: str | BinaryIO, name: str, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
+    """Decodes all frames and converts those at `indices`; also returns how many frames there were."""
+    reformatter = VideoReformatter()
+    frames, taken, count, size = None, 0, 0, None
+    with _open(source, name) as (container, stream):
+        for packet in _packets(container, stream):
+            try:
+                decoded = stream.decode(packet)
+            except FFmpegError:
+                continue
+            for frame in decoded:
+                if size is None:
+                    size = frame.width, frame.height
+                elif size != (frame.width, frame.height):
+                    raise ValueError(
+                        f"frame {count} is {frame.width}x{frame.height} pixels, those before are {size[0]}x{size[1]}; "
+                        "give a video whose frames have one size"
+                    )
+                if taken < len(indices) and count == indices[taken]:
+                    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+                    # Older PyAV does not tell the rotation.
+                    pixels = np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
+                    if frames is None:
+                        frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
+                    frames[taken] = pixels
+                    taken += 1
+                count += 1
+    return (frames if frames is None else frames[:taken]), count
+
+
+def _is_frame(item: Any) -> bool:
+    return isinstance(item, Image.Image) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3))
+
+
+def _channels_are_last(video: torch.Tensor, input_data_format: str | None, prefers_last: bool, name: str) -> bool:
+    formats = (ChannelDimension.FIRST, ChannelDimension.LAST)
+    counts = dict(zip(formats, (video.shape[1], video.shape[3]), strict=True))
+    if input_data_format is None:
+        likely = [f for f in formats if counts[f] == 3] or [f for f in formats if counts[f] in (1, 4)]
+        if len(likely) == 2:
+            likely = [formats[prefers_last]]
+            warnings.warn(
+                f"{name} of shape {tuple(video.shape)} could have its channels first or last and is taken as "
+                f"{likely[0].value}; `input_data_format` settles it",
+                stacklevel=2,
+            )
+    elif input_data_format in formats:
+        likely = [f for f in formats if f == input_data_format and counts[f] in (1, 3, 4)]
+    else:
+        raise ValueError(f"`input_data_format` must be 'channels_first' or 'channels_last', got {input_data_format!r}")
+    if not likely:
+        raise ValueError(
+            f"{name} must have the shape (frames, height, width, channels) or (frames, channels, height, width) with 1, 3 "
+            f"or 4 channels, got {tuple(video.shape)}{f' as {input_data_format}' if input_data_format else ''}"
+        )
+    return likely[0] == ChannelDimension.LAST
+
+
+def _to_levels(video: torch.Tensor, name: str) -> torch.Tensor:
+    """Converts pixels of any type to levels 0..255 in uint8."""
+    if video.dtype == torch.uint8:
+        return video
+    if video.dtype == torch.bool or video.is_complex():
+        raise ValueError(f"{name} must hold integers in 0..255 or floats in 0..1, got {video.dtype}")
+    is_float, kind = video.is_floating_point(), video.dtype
+    video = video.float() if is_float else video.long()
+    low, high = video.min().item(), video.max().item()
+    if is_float and low >= -1e-3 and high <= 1 + 1e-3:
+        video = video * 255
+    elif not (low >= 0 and high <= 255) or (is_float and high <= 2):
+        # Floats barely above 1 are more likely pixels that overshot in a resize than an almost black video.
+        raise ValueError(
+            f"{name} must hold integers in 0..255, or floats in 0..1 or 0..255, got {kind} in {low:g}..{high:g}; clamp it "
+            "or undo a normalisation"
+        )
+    return video.round().clamp(0, 255).to(torch.uint8) if is_float else video.to(torch.uint8)

@@ -1,0 +1,308 @@
+"""The video processor of AutoGaze: any kind of video in, `pixel_values_videos` out.
+
+This module owns the preprocessing of pixels (channels, resize, crop, normalisation) and its inverse. How files are decoded
+is `video_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
+"""
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from .video_decoding_autogaze import flatten_videos, is_video_source, read_video, sample_indices, to_clip
+
+
+# PIL's numbers for the filters that torch has with antialiasing, too.
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+class AutoGazeVideosKwargs(VideosKwargs, total=False):
+    """
+    Arguments of [`AutoGazeVideoProcessor`] beside those of every video processor.
+
+    offset (`bool`): whether rescaling also subtracts 1, which gives -1..1.
+    """
+
+    offset: bool | None
+
+
+class AutoGazeVideoProcessor(BaseVideoProcessor):
+    r"""
+    Turns videos into the pixel values that AutoGaze was trained on (SPEC, "Preprocessing of the published checkpoint").
+
+    Per frame: resize, optionally crop, multiply by `rescale_factor` and subtract 1 (`offset`), then normalise with
+    `image_mean` and `image_std` **as well**, as the published checkpoint has it. The defaults are those of that
+    checkpoint, so a folder with its `preprocessor_config.json` loads with `from_pretrained`. Every argument can also be
+    given in a call, for that call only.
+
+    The resize is antialiased and rounds to whole levels, as PIL does, but runs batched in torch. It stays within 1/255
+    of a pixel level of PIL's result (before rescaling); most pixels are equal. Frames that already have the size
+    asked for are not touched.
+
+    Works with and without torchvision.
+
+    Args:
+        do_resize (`bool`, *optional*, defaults to `True`): whether to resize.
+        size (`int | dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
+            Size in pixels to resize to: `{"height": .., "width": ..}`, or `{"shortest_edge": ..}` (or just a number) for
+            the shorter side, the longer one following in proportion, rounded down.
+        resample (`int`, *optional*, defaults to 2): PIL's number of the filter: 2 is bilinear, 3 bicubic.
+        do_center_crop (`bool`, *optional*, defaults to `False`): whether to cut out the middle after resizing.
+        crop_size (`int | dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
+            Size in pixels of the cut; a smaller frame is padded with black.
+        do_rescale (`bool`, *optional*, defaults to `True`): whether to rescale the levels 0..255.
+        rescale_factor (`float`, *optional*, defaults to 1/127.5): what to multiply levels with.
+        offset (`bool`, *optional*, defaults to `True`): whether to subtract 1 after rescaling.
+        do_normalize (`bool`, *optional*, defaults to `True`): whether to subtract the mean and divide by the deviation.
+        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's): mean and deviation per channel.
+        num_frames (`int`, *optional*): how many frames to take, evenly over the video. All by default.
+        fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
+        do_sample_frames (`bool`, *optional*, defaults to `True`): `False` takes all frames whatever the two above say.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.video_processing_autogaze import AutoGazeVideoProcessor
+
+    >>> processor = AutoGazeVideoProcessor()
+    >>> video = np.zeros((64, 240, 320, 3), dtype=np.uint8)
+    >>> inputs = processor(video, num_frames=16, return_tensors="pt")
+    >>> inputs["pixel_values_videos"].shape
+    torch.Size([1, 16, 3, 224, 298])
+
+    ```
+    """
+
+    valid_kwargs = AutoGazeVideosKwargs
+    model_input_names = ["pixel_values_videos"]
+
+    do_resize = True
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    resample = 2
+    do_center_crop = False
+    crop_size = {"height": 224, "width": 224}
+    do_rescale = True
+    rescale_factor = 1 / 127.5
+    offset = True
+    do_normalize = True
+    image_mean = [0.485, 0.456, 0.406]
+    image_std = [0.229, 0.224, 0.225]
+    num_frames = None
+    fps = None
+    do_sample_frames = True
+
+    def __init__(self, **kwargs: Unpack[AutoGazeVideosKwargs]):
+        # The published file names the class of the published code, which would be written into ours.
+        kwargs.pop("image_processor_type", None)
+        super().__init__(**kwargs)
+
+    def preprocess(self, videos: Any, **kwargs: Unpack[AutoGazeVideosKwargs]) -> BatchFeature:
+        """
+        Loads, samples and preprocesses videos.
+
+        Args:
+            videos:
+                One video or a list of them, nested as may be. A video is a path, an http(s) URL, bytes or a file object
+                (see [`~video_decoding_autogaze.read_video`]); a list of PIL images or of arrays or tensors of one
+                frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames, channels,
+                height, width)`, five-dimensional for a batch. Channels are 3 for RGB, 1 for grey or 4 for RGBA, whose
+                transparency is dropped. Integers are levels 0..255. Floats are 0..1 if no value of the video exceeds
+                1 and levels 0..255 if some exceed 2; they are rounded to whole levels.
+            num_frames, fps, do_sample_frames (*optional*): frames to take; see [`AutoGazeVideoProcessor`].
+            video_metadata (`VideoMetadata | dict | list`, *optional*):
+                For arrays, one per video: its `fps`, so that frames can be taken by `fps`, and what else is known.
+            input_data_format (`str`, *optional*):
+                `"channels_first"` or `"channels_last"`. Inferred when left out; needed only if the frames are 3
+                pixels wide or high (else arrays are taken as channels last and tensors as channels first then).
+            device (`str | torch.device`, *optional*): where to preprocess. The input's own by default.
+            return_metadata (`bool`, *optional*): whether to return `video_metadata`, a list of `VideoMetadata`.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"` to stack the videos; a list of tensors otherwise.
+            kwargs: every other argument of [`AutoGazeVideoProcessor`], for this call.
+
+        Returns:
+            `BatchFeature` with `pixel_values_videos`, floats of shape `(batch, frames, 3, height, width)`, or a list of
+            `(frames, 3, height, width)` without `return_tensors`.
+
+        Raises:
+            ValueError: if a video is empty or no video, has an odd number of channels or values outside the range, if
+                frames differ in size, if more frames are asked for than there are, or if videos are to be stacked that
+                differ in shape.
+        """
+        options = self._options(kwargs)
+        _check_options(options)
+        loading = ("num_frames", "fps", "do_sample_frames", "video_metadata", "input_data_format")
+        clips, metadata = self.load_clips(videos, **{key: kwargs.get(key) for key in loading})
+        clips = [self._preprocess_clip(clip, options) for clip in clips]
+        if (return_tensors := kwargs.get("return_tensors")) is not None:
+            shapes = [tuple(clip.shape) for clip in clips]
+            if len(set(shapes)) > 1:
+                raise ValueError(
+                    f"`videos` have the shapes {shapes} (frames, channels, height, width) after preprocessing and cannot be "
+                    "stacked; give `num_frames` and a `size` with height and width, or leave out `return_tensors` to get a "
+                    "list"
+                )
+            clips = torch.stack(clips)
+        features = BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
+        if options["return_metadata"]:
+            features["video_metadata"] = metadata
+        return features
+
+    def load_clips(
+        self,
+        videos: Any,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        do_sample_frames: bool | None = None,
+        video_metadata: Any = None,
+        input_data_format: str | None = None,
+    ) -> tuple[list[torch.Tensor], list[VideoMetadata]]:
+        """
+        Decodes videos and samples their frames, without preprocessing them.
+
+        Args: as in [`~AutoGazeVideoProcessor.preprocess`].
+
+        Returns:
+            `tuple` of two lists, one entry per video: the frames, a `torch.Tensor` of shape `(frames, 3, height,
+            width)` and type uint8, and their `VideoMetadata`.
+        """
+        if num_frames is None and fps is None:
+            num_frames, fps = self.num_frames, self.fps
+        if not (self.do_sample_frames if do_sample_frames is None else do_sample_frames):
+            num_frames, fps = None, None
+        videos = flatten_videos(videos)
+        given = list(video_metadata) if isinstance(video_metadata, (list, tuple)) else [video_metadata] * len(videos)
+        if len(given) != len(videos):
+            raise ValueError(f"`video_metadata` must have one entry per video, {len(videos)}, got {len(given)}")
+        clips, metadata = [], []
+        for index, (video, known) in enumerate(zip(videos, given, strict=True)):
+            if is_video_source(video):
+                frames, known = read_video(video, num_frames, fps)
+                clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
+            else:
+                everything = list(range(len(video)))
+                known = {key: value for key, value in dict(known or {}).items() if value is not None}
+                known = VideoMetadata(**{"total_num_frames": len(video), "frames_indices": everything, **known})
+                if num_frames is not None or fps is not None:
+                    if known.total_num_frames != len(video):
+                        raise ValueError(
+                            f"`video_metadata` says {known.total_num_frames} frames, but `videos[{index}]` has {len(video)}; "
+                            "give all frames to sample from, or `do_sample_frames=False`"
+                        )
+                    known.frames_indices = sample_indices(len(video), known.fps, num_frames, fps)
+                    everything = known.frames_indices
+                clip = to_clip(video, everything, input_data_format, f"`videos[{index}]`")
+                known.height, known.width = known.height or clip.shape[-2], known.width or clip.shape[-1]
+            clips.append(clip)
+            metadata.append(known)
+        return clips, metadata
+
+    def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Undoes rescaling, offset and normalisation; what is left is a picture. Gradients pass through.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(.., 3, height, width)`): what this processor returned, by its own
+                configuration.
+
+        Returns:
+            `torch.Tensor` of the same shape: pixels in 0..1, up to rounding.
+        """
+        scale, shift = _scale_and_shift(self._options({}), pixel_values.device)
+        return (pixel_values - shift) / (scale * 255)
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Completes a call's arguments by the configuration."""
+        known = self.valid_kwargs.__annotations__
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(
+                f"{type(self).__name__} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}"
+            )
+        return {key: getattr(self, key, None) if kwargs.get(key) is None else kwargs[key] for key in known}
+
+    def _preprocess_clip(self, clip: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        clip = clip.to(options["device"] or clip.device)
+        if options["do_resize"]:
+            clip = _resize(clip, _target_size(options["size"], *clip.shape[-2:], "size"), options["resample"])
+        if options["do_center_crop"]:
+            clip = _center_crop(clip, _target_size(options["crop_size"], *clip.shape[-2:], "crop_size"))
+        scale, shift = _scale_and_shift(options, clip.device)
+        return torch.addcmul(shift, clip.to(scale.dtype), scale).contiguous()
+
+
+def _check_options(options: dict[str, Any]):
+    """Refuses what preprocessing would stumble over, before anything is decoded."""
+    if options["do_resize"]:
+        _target_size(options["size"], 1, 1, "size")
+        if options["resample"] not in _FILTERS:
+            raise ValueError(f"`resample` must be 2 (bilinear) or 3 (bicubic) as in PIL, got {options['resample']!r}")
+    if options["do_center_crop"]:
+        _target_size(options["crop_size"], 1, 1, "crop_size")
+    if options["do_normalize"]:
+        for key in ("image_mean", "image_std"):
+            if torch.tensor(options[key]).numel() not in (1, 3):
+                raise ValueError(f"`{key}` must be one number or three, for red, green and blue, got {options[key]!r}")
+
+
+def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, int]:
+    """Works out which height and width a `size` or `crop_size` asks for of a frame."""
+    if isinstance(size, Integral):
+        size = {"shortest_edge": size} if name == "size" else {"height": size, "width": size}
+    try:
+        wanted = dict(size)
+    except (TypeError, ValueError):
+        wanted = {}
+    if wanted.keys() == {"height", "width"}:
+        target = wanted["height"], wanted["width"]
+    elif wanted.keys() == {"shortest_edge"} and name == "size":
+        edge, shorter = wanted["shortest_edge"], min(height, width)
+        target = edge * height // shorter, edge * width // shorter
+    else:
+        target = (None,)
+    if any(not isinstance(side, Integral) or side < 1 for side in target):
+        kinds = "{'height': .., 'width': ..}" + (" or {'shortest_edge': ..}" if name == "size" else "")
+        raise ValueError(f"`{name}` must be a number of pixels or {kinds}, got {size!r}")
+    return target
+
+
+def _resize(clip: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
+    """Resizes frames of whole levels, rounding to whole levels."""
+    if tuple(clip.shape[-2:]) == size:
+        return clip
+    if clip.device.type == "cpu":
+        return F.interpolate(clip, size, mode=_FILTERS[resample], antialias=True)
+    return _resize_in_floats(clip, size, resample)
+
+
+def _resize_in_floats(clip: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
+    # Only the CPU resizes whole levels by itself. This goes PIL's way: first the width, then the height, each time
+    # rounding halves up.
+    for step in ((clip.shape[-2], size[1]), size):
+        clip = F.interpolate(clip.float(), step, mode=_FILTERS[resample], antialias=True)
+        clip = (clip + 0.5).floor().clamp(0, 255)
+    return clip
+
+
+def _center_crop(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Cuts the middle out of frames; what lies outside is black."""
+    (height, width), (high, wide) = clip.shape[-2:], size
+    top, left = (height - high) // 2, (width - wide) // 2
+    return F.pad(clip, (-left, wide - width + left, -top, high - height + top))
+
+
+def _scale_and_shift(options: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Folds rescaling, offset and normalisation of levels 0..255 into one product and one sum per channel."""
+    scale = torch.tensor(options["rescale_factor"] if options["do_rescale"] else 1.0, dtype=torch.float64)
+    shift = torch.tensor(-1.0 if options["do_rescale"] and options["offset"] else 0.0, dtype=torch.float64)
+    if options["do_normalize"]:
+        mean, std = (torch.tensor(options[key], dtype=torch.float64) for key in ("image_mean", "image_std"))
+        scale, shift = scale / std, (shift - mean) / std
+    return tuple(x.float().view(-1, 1, 1).to(device) for x in (scale, shift))
+
+
+AutoGazeVideoProcessor.register_for_auto_class()
