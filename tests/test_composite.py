@@ -204,6 +204,9 @@ def test_a_frame_ends_with_the_first_choice_that_meets_the_threshold():
 def test_at_least_one_patch_is_chosen_however_loose_the_threshold():
     found = CompositeReconstruction(NESTED).search(make_clips(NESTED), [5, 5, 5], torch.full((2, 3), torch.inf))
     assert (found.counts == 1).all() and (found.ids[..., 0] >= 0).all() and (found.ids[..., 1:] == -1).all()
+    still = make_clips(NESTED, num_frames=1)
+    found = CompositeReconstruction(NESTED).search(still, [5], torch.zeros(2, 1), previous=still[:, 0])
+    assert (found.counts == 1).all() and (found.mse == 0).all()
 
 
 @pytest.mark.parametrize("with_threshold", [False, True])

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .gazing_autogaze import GazeGrid, GazeOutput
+from .gazing_autogaze import GazeOutput
+from .grid_autogaze import GazeGrid
 
 
 # Undoing a normalisation leaves pixels a rounding error outside 0..1; anything more is a mistake.

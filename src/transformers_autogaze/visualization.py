@@ -44,7 +44,7 @@ def paint_gaze(frames: np.ndarray, gaze: GazeOutput, clip: int = 0) -> np.ndarra
     >>> gaze = GazeOutput.from_masks([torch.tensor([[[True, False, False, False]]])], GazeGrid([32], 16))
     >>> painted = paint_gaze(np.full((1, 32, 32, 3), 200, np.uint8), gaze)
     >>> painted[0, 8, 8].tolist(), painted[0, 24, 24].tolist()
-    ([130, 169, 192], [50, 50, 50])
+    ([130, 170, 192], [50, 50, 50])
 
     ```
     """
