@@ -160,6 +160,15 @@ def test_saved_processor_loads_with_its_encoder(tmp_path):
     assert AutoGazeProcessor.from_pretrained(tmp_path).encoder_processor is None
 
 
+def test_encoder_can_be_a_processor_for_several_modalities(tmp_path):
+    encoder = AutoGazeProcessor(AutoGazeVideoProcessor(size={"height": 8, "width": 8}, do_normalize=False))
+    AutoGazeProcessor(encoder_processor=encoder).save_pretrained(tmp_path)
+    processor = AutoGazeProcessor.from_pretrained(tmp_path)
+    out = processor(videos=noise(6, 20, 30, 3), num_frames=2, return_tensors="pt")
+    assert out["pixel_values_videos"].shape == (1, 2, 3, 224, 336)
+    assert out["encoder_pixel_values_videos"].shape == (1, 2, 3, 8, 8)
+
+
 def test_published_folder_loads(tmp_path):
     published = {"size": {"shortest_edge": 64}, "offset": True, "image_processor_type": "AutoGazeImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))

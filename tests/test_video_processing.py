@@ -322,7 +322,8 @@ sys.modules["transformers_autogaze"] = None
 import numpy as np
 from transformers import AutoVideoProcessor
 processor = AutoVideoProcessor.from_pretrained("saved", trust_remote_code=True)
-print(type(processor).__module__.split(".")[0], processor(np.zeros((4, 32, 32, 3), np.uint8), return_tensors="pt")["pixel_values_videos"].shape)
+values = processor(np.zeros((4, 32, 32, 3), np.uint8), return_tensors="pt")["pixel_values_videos"]
+print(type(processor).__module__.split(".")[0], values.shape)
 """
     done = subprocess.run(
         [sys.executable, "-I", "-c", script],

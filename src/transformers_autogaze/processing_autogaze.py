@@ -18,8 +18,8 @@ from transformers.processing_utils import ProcessorMixin, Unpack
 
 from .gazing_autogaze import GazeOutput
 
-# Not used here, but until 5.11 transformers takes along only modules that this file itself names when it loads it from a
-# folder; others' imports are missing then.
+# Not used here, but before 5.12 transformers takes along only the modules that this file itself names when it loads it
+# from a folder; what those import in turn would be missing.
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .video_decoding_autogaze import read_video  # noqa: F401
 from .video_processing_autogaze import AutoGazeVideoProcessor, AutoGazeVideosKwargs
@@ -73,47 +73,33 @@ class AutoGazeProcessor(ProcessorMixin):
 
         Args:
             videos: one video or a list of them; see [`AutoGazeVideoProcessor.preprocess`].
-            kwargs: arguments of [`AutoGazeVideoProcessor`], such as `num_frames`, `fps` and `return_tensors`. The first
-                two and `return_tensors` hold for the encoder as well; how the encoder's pixels are made is a matter of
-                its own processor.
+            kwargs: arguments of [`AutoGazeVideoProcessor.preprocess`]. Those that choose frames and `return_tensors`
+                hold for the encoder as well; how the encoder's pixels are made is a matter of its own processor.
 
         Returns:
             `BatchFeature` with `pixel_values_videos` for the gaze model, of shape `(batch, frames, 3, height, width)`,
             and every output of the encoder's processor with `encoder_` before its name. An image processor sees every
-            frame as a picture; what it returns per picture is grouped by video, so `encoder_pixel_values` has the shape
-            `(batch, frames, channels, height, width)`.
+            frame as a picture; what it returns per picture is grouped by video, so `encoder_pixel_values` has the
+            shape `(batch, frames, channels, height, width)`.
 
         Raises:
             ValueError: see [`AutoGazeVideoProcessor.preprocess`].
         """
-        loading = {key: kwargs.pop(key, None) for key in ("num_frames", "fps", "do_sample_frames", "video_metadata")}
-        input_data_format = kwargs.pop("input_data_format", None)
-        clips, metadata = self.video_processor.load_clips(videos, input_data_format=input_data_format, **loading)
-        features = self.video_processor(
-            clips,
-            video_metadata=metadata,
-            do_sample_frames=False,
-            input_data_format="channels_first",
-            **kwargs,
-        )
+        clips, metadata = self.video_processor.load_clips(videos, **kwargs)
+        loaded = {"video_metadata": metadata, "do_sample_frames": False, "input_data_format": "channels_first"}
+        features = self.video_processor(clips, **{**kwargs, **loaded})
         if self.encoder_processor is not None:
-            encoded = self._encode(clips, metadata, kwargs.get("return_tensors"))
+            encoded = self._encode(clips, kwargs.get("return_tensors"), loaded)
             features.update({f"encoder_{key}": value for key, value in encoded.items()})
         return features
 
-    def _encode(self, clips: list[torch.Tensor], metadata: list[Any], return_tensors: Any) -> dict[str, Any]:
+    def _encode(self, clips: list[torch.Tensor], return_tensors: Any, loaded: dict[str, Any]) -> dict[str, Any]:
         """Runs the encoder's processor on uint8 frames of shape `(frames, 3, height, width)`."""
         processor = self.encoder_processor
         if isinstance(processor, ProcessorMixin):
             processor = getattr(processor, "video_processor", None) or processor.image_processor
         if _is_video_processor(processor):
-            return processor(
-                clips,
-                video_metadata=metadata,
-                do_sample_frames=False,
-                input_data_format="channels_first",
-                return_tensors=return_tensors,
-            )
+            return processor(clips, return_tensors=return_tensors, **loaded)
         # Pictures leave no doubt about where the channels are, whatever the image processor is.
         pictures = [[Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip] for clip in clips]
         if "videos" in inspect.signature(processor.preprocess).parameters:
@@ -224,7 +210,8 @@ class AutoGazeProcessor(ProcessorMixin):
         if encoder is None and auto_class is not None:
             if auto_class not in ("AutoImageProcessor", "AutoVideoProcessor", "AutoProcessor"):
                 raise ValueError(
-                    f"`{_ENCODER_KEY}` must be AutoImageProcessor, AutoVideoProcessor or AutoProcessor, got {auto_class!r}"
+                    f"`{_ENCODER_KEY}` must be AutoImageProcessor, AutoVideoProcessor or AutoProcessor, got "
+                    f"{auto_class!r}"
                 )
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
             encoder = getattr(transformers, auto_class).from_pretrained(

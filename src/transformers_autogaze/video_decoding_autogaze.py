@@ -78,8 +78,8 @@ def sample_indices(
     if fps is not None:
         if not video_fps:
             raise ValueError(
-                f"`fps` is {fps}, but how many frames per second the video itself has is unknown; give `num_frames`, or "
-                "`video_metadata` with `fps` if the video is an array"
+                f"`fps` is {fps}, but how many frames per second the video itself has is unknown; give `num_frames`, "
+                "or `video_metadata` with `fps` if the video is an array"
             )
         if fps > 1.01 * video_fps:
             raise ValueError(f"`fps` must be at most {video_fps:g}, the video's own frames per second, got {fps}")
@@ -114,7 +114,7 @@ def read_video(
 
     Returns:
         `tuple` of the frames, a `np.ndarray` of shape `(frames, height, width, 3)` and type uint8 (RGB), and their
-        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of the chosen frames.
+        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of those chosen.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -181,8 +181,8 @@ def flatten_videos(videos: Any) -> list[Any]:
         raise ValueError("`videos` must hold at least one video of at least one frame, got an empty list")
     shape = getattr(videos, "shape", None)
     raise ValueError(
-        "`videos` must be a path, an http(s) URL, bytes, a list of frames, an array or tensor of 3 to 5 dimensions, or a "
-        f"list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
+        "`videos` must be a path, an http(s) URL, bytes, a list of frames, an array or tensor of 3 to 5 dimensions, "
+        f"or a list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
     )
 
 
@@ -204,8 +204,8 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         for number, frame in zip(numbers, video, strict=True):
             if frame.shape != video[0].shape:
                 raise ValueError(
-                    f"{name} must hold frames of one size, but frame {number} has the shape {tuple(frame.shape)} and frame "
-                    f"{numbers[0]} {tuple(video[0].shape)}"
+                    f"{name} must hold frames of one size, but frame {number} has the shape {tuple(frame.shape)} and "
+                    f"frame {numbers[0]} {tuple(video[0].shape)}"
                 )
         video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
     prefers_last = isinstance(video, np.ndarray)
@@ -270,8 +270,8 @@ def _open(source: str | BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
         container = av.open(source, metadata_errors="ignore")
     except FFmpegError as error:
         raise ValueError(
-            f"`source` {name} is no video that FFmpeg can open, or it is incomplete ({error.strerror}); give a complete "
-            "video file such as MP4, WebM or AVI"
+            f"`source` {name} is no video that FFmpeg can open, or it is incomplete ({error.strerror}); give a "
+            "complete video file such as MP4, WebM or AVI"
         ) from error
     with container:
         streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & _COVER_PICTURE]
@@ -281,8 +281,8 @@ def _open(source: str | BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
                 sorted({stream.type for stream in container.streams}) if container.format.name != "tty" else ["text"]
             )
             raise ValueError(
-                f"`source` {name} has no video stream, only {' and '.join(found) or 'nothing'}; give a video file such as "
-                "MP4, WebM or AVI"
+                f"`source` {name} has no video stream, only {' and '.join(found) or 'nothing'}; give a video file "
+                "such as MP4, WebM or AVI"
             )
         streams[0].thread_type = "AUTO"
         yield container, streams[0]
@@ -361,8 +361,8 @@ def _channels_are_last(video: torch.Tensor, input_data_format: str | None, prefe
         raise ValueError(f"`input_data_format` must be 'channels_first' or 'channels_last', got {input_data_format!r}")
     if not likely:
         raise ValueError(
-            f"{name} must have the shape (frames, height, width, channels) or (frames, channels, height, width) with 1, 3 "
-            f"or 4 channels, got {tuple(video.shape)}{f' as {input_data_format}' if input_data_format else ''}"
+            f"{name} must have the shape (frames, height, width, channels) or (frames, channels, height, width) with "
+            f"1, 3 or 4 channels, got {tuple(video.shape)}{f' as {input_data_format}' if input_data_format else ''}"
         )
     return likely[0] == ChannelDimension.LAST
 
@@ -381,7 +381,7 @@ def _to_levels(video: torch.Tensor, name: str) -> torch.Tensor:
     elif not (low >= 0 and high <= 255) or (is_float and high <= 2):
         # Floats barely above 1 are more likely pixels that overshot in a resize than an almost black video.
         raise ValueError(
-            f"{name} must hold integers in 0..255, or floats in 0..1 or 0..255, got {kind} in {low:g}..{high:g}; clamp it "
-            "or undo a normalisation"
+            f"{name} must hold integers in 0..255, or floats in 0..1 or 0..255, got {kind} in {low:g}..{high:g}; "
+            "clamp it or undo a normalisation"
         )
     return video.round().clamp(0, 255).to(torch.uint8) if is_float else video.to(torch.uint8)

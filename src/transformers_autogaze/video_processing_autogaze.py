@@ -1,7 +1,7 @@
 """The video processor of AutoGaze: any kind of video in, `pixel_values_videos` out.
 
-This module owns the preprocessing of pixels (channels, resize, crop, normalisation) and its inverse. How files are decoded
-is `video_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
+This module owns the preprocessing of pixels (resize, crop, normalisation) and its inverse. How videos are read is
+`video_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
 """
 
 from numbers import Integral
@@ -33,12 +33,13 @@ class AutoGazeVideosKwargs(VideosKwargs, total=False):
 
 class AutoGazeVideoProcessor(BaseVideoProcessor):
     r"""
-    Turns videos into the pixel values that AutoGaze was trained on (SPEC, "Preprocessing of the published checkpoint").
+    Turns videos into the pixel values that AutoGaze was trained on (SPEC, "Preprocessing of the published
+    checkpoint").
 
     Per frame: resize, optionally crop, multiply by `rescale_factor` and subtract 1 (`offset`), then normalise with
-    `image_mean` and `image_std` **as well**, as the published checkpoint has it. The defaults are those of that
-    checkpoint, so a folder with its `preprocessor_config.json` loads with `from_pretrained`. Every argument can also be
-    given in a call, for that call only.
+    `image_mean` and `image_std` **as well**. The defaults are those of the published checkpoint, so a folder with its
+    `preprocessor_config.json` loads with `from_pretrained`. Every argument can also be given in a call, for that call
+    only.
 
     The resize is antialiased and rounds to whole levels, as PIL does, but runs batched in torch. It stays within 1/255
     of a pixel level of PIL's result (before rescaling); most pixels are equal. Frames that already have the size
@@ -49,8 +50,8 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
     Args:
         do_resize (`bool`, *optional*, defaults to `True`): whether to resize.
         size (`int | dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
-            Size in pixels to resize to: `{"height": .., "width": ..}`, or `{"shortest_edge": ..}` (or just a number) for
-            the shorter side, the longer one following in proportion, rounded down.
+            Size in pixels to resize to: `{"height": .., "width": ..}`, or `{"shortest_edge": ..}` (or just a number)
+            for the shorter side, the longer one following in proportion, rounded down.
         resample (`int`, *optional*, defaults to 2): PIL's number of the filter: 2 is bilinear, 3 bicubic.
         do_center_crop (`bool`, *optional*, defaults to `False`): whether to cut out the middle after resizing.
         crop_size (`int | dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
@@ -58,7 +59,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         do_rescale (`bool`, *optional*, defaults to `True`): whether to rescale the levels 0..255.
         rescale_factor (`float`, *optional*, defaults to 1/127.5): what to multiply levels with.
         offset (`bool`, *optional*, defaults to `True`): whether to subtract 1 after rescaling.
-        do_normalize (`bool`, *optional*, defaults to `True`): whether to subtract the mean and divide by the deviation.
+        do_normalize (`bool`, *optional*, defaults to `True`): whether to normalise with mean and deviation.
         image_mean, image_std (`list[float]`, *optional*, default to ImageNet's): mean and deviation per channel.
         num_frames (`int`, *optional*): how many frames to take, evenly over the video. All by default.
         fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
@@ -108,12 +109,12 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
 
         Args:
             videos:
-                One video or a list of them, nested as may be. A video is a path, an http(s) URL, bytes or a file object
-                (see [`~video_decoding_autogaze.read_video`]); a list of PIL images or of arrays or tensors of one
-                frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames, channels,
-                height, width)`, five-dimensional for a batch. Channels are 3 for RGB, 1 for grey or 4 for RGBA, whose
-                transparency is dropped. Integers are levels 0..255. Floats are 0..1 if no value of the video exceeds
-                1 and levels 0..255 if some exceed 2; they are rounded to whole levels.
+                One video or a list of them, nested as may be. A video is a path, an http(s) URL, bytes or a file
+                object (see [`~video_decoding_autogaze.read_video`]); a list of PIL images or of arrays or tensors of
+                one frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames,
+                channels, height, width)`, five-dimensional for a batch. Channels are 3 for RGB, 1 for grey or 4 for
+                RGBA, whose transparency is dropped. Integers are levels 0..255. Floats are 0..1 if no value of the
+                video exceeds 1 and levels 0..255 if some exceed 2; they are rounded to whole levels.
             num_frames, fps, do_sample_frames (*optional*): frames to take; see [`AutoGazeVideoProcessor`].
             video_metadata (`VideoMetadata | dict | list`, *optional*):
                 For arrays, one per video: its `fps`, so that frames can be taken by `fps`, and what else is known.
@@ -126,26 +127,24 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
             kwargs: every other argument of [`AutoGazeVideoProcessor`], for this call.
 
         Returns:
-            `BatchFeature` with `pixel_values_videos`, floats of shape `(batch, frames, 3, height, width)`, or a list of
-            `(frames, 3, height, width)` without `return_tensors`.
+            `BatchFeature` with `pixel_values_videos`, floats of shape `(batch, frames, 3, height, width)`, or a list
+            of `(frames, 3, height, width)` without `return_tensors`.
 
         Raises:
-            ValueError: if a video is empty or no video, has an odd number of channels or values outside the range, if
-                frames differ in size, if more frames are asked for than there are, or if videos are to be stacked that
-                differ in shape.
+            ValueError: if a video is empty or no video, has other channels or values outside the range, if frames
+                differ in size, if more frames are asked for than there are, or if videos are to be stacked that differ
+                in shape.
         """
         options = self._options(kwargs)
-        _check_options(options)
-        loading = ("num_frames", "fps", "do_sample_frames", "video_metadata", "input_data_format")
-        clips, metadata = self.load_clips(videos, **{key: kwargs.get(key) for key in loading})
+        clips, metadata = self.load_clips(videos, **kwargs)
         clips = [self._preprocess_clip(clip, options) for clip in clips]
         if (return_tensors := kwargs.get("return_tensors")) is not None:
             shapes = [tuple(clip.shape) for clip in clips]
             if len(set(shapes)) > 1:
                 raise ValueError(
-                    f"`videos` have the shapes {shapes} (frames, channels, height, width) after preprocessing and cannot be "
-                    "stacked; give `num_frames` and a `size` with height and width, or leave out `return_tensors` to get a "
-                    "list"
+                    f"`videos` have the shapes {shapes} (frames, channels, height, width) after preprocessing and "
+                    "cannot be stacked; give `num_frames` and a `size` with height and width, or leave out "
+                    "`return_tensors` to get a list"
                 )
             clips = torch.stack(clips)
         features = BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
@@ -154,29 +153,25 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         return features
 
     def load_clips(
-        self,
-        videos: Any,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        do_sample_frames: bool | None = None,
-        video_metadata: Any = None,
-        input_data_format: str | None = None,
+        self, videos: Any, **kwargs: Unpack[AutoGazeVideosKwargs]
     ) -> tuple[list[torch.Tensor], list[VideoMetadata]]:
         """
         Decodes videos and samples their frames, without preprocessing them.
 
-        Args: as in [`~AutoGazeVideoProcessor.preprocess`].
+        Args: as in [`~AutoGazeVideoProcessor.preprocess`]; those that don't concern loading are only checked.
 
         Returns:
             `tuple` of two lists, one entry per video: the frames, a `torch.Tensor` of shape `(frames, 3, height,
             width)` and type uint8, and their `VideoMetadata`.
         """
+        options = self._options(kwargs)
+        num_frames, fps = kwargs.get("num_frames"), kwargs.get("fps")
         if num_frames is None and fps is None:
             num_frames, fps = self.num_frames, self.fps
-        if not (self.do_sample_frames if do_sample_frames is None else do_sample_frames):
+        if not options["do_sample_frames"]:
             num_frames, fps = None, None
-        videos = flatten_videos(videos)
-        given = list(video_metadata) if isinstance(video_metadata, (list, tuple)) else [video_metadata] * len(videos)
+        videos, given = flatten_videos(videos), kwargs.get("video_metadata")
+        given = list(given) if isinstance(given, (list, tuple)) else [given] * len(videos)
         if len(given) != len(videos):
             raise ValueError(f"`video_metadata` must have one entry per video, {len(videos)}, got {len(given)}")
         clips, metadata = [], []
@@ -185,18 +180,17 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
                 frames, known = read_video(video, num_frames, fps)
                 clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
             else:
-                everything = list(range(len(video)))
+                count, chosen = len(video), list(range(len(video)))
                 known = {key: value for key, value in dict(known or {}).items() if value is not None}
-                known = VideoMetadata(**{"total_num_frames": len(video), "frames_indices": everything, **known})
+                known = VideoMetadata(**{"total_num_frames": count, "frames_indices": chosen, **known})
                 if num_frames is not None or fps is not None:
-                    if known.total_num_frames != len(video):
+                    if known.total_num_frames != count:
                         raise ValueError(
-                            f"`video_metadata` says {known.total_num_frames} frames, but `videos[{index}]` has {len(video)}; "
-                            "give all frames to sample from, or `do_sample_frames=False`"
+                            f"`video_metadata` says {known.total_num_frames} frames, but `videos[{index}]` has "
+                            f"{count}; give all frames to sample from, or `do_sample_frames=False`"
                         )
-                    known.frames_indices = sample_indices(len(video), known.fps, num_frames, fps)
-                    everything = known.frames_indices
-                clip = to_clip(video, everything, input_data_format, f"`videos[{index}]`")
+                    known.frames_indices = chosen = sample_indices(count, known.fps, num_frames, fps)
+                clip = to_clip(video, chosen, kwargs.get("input_data_format"), f"`videos[{index}]`")
                 known.height, known.width = known.height or clip.shape[-2], known.width or clip.shape[-1]
             clips.append(clip)
             metadata.append(known)
@@ -217,13 +211,26 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         return (pixel_values - shift) / (scale * 255)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Completes a call's arguments by the configuration."""
+        """Completes a call's arguments by the configuration, and checks them before anything is decoded."""
         known = self.valid_kwargs.__annotations__
         if unknown := sorted(kwargs.keys() - known):
             raise TypeError(
                 f"{type(self).__name__} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}"
             )
-        return {key: getattr(self, key, None) if kwargs.get(key) is None else kwargs[key] for key in known}
+        options = {key: getattr(self, key, None) if kwargs.get(key) is None else kwargs[key] for key in known}
+        if options["do_resize"]:
+            _target_size(options["size"], 1, 1, "size")
+            if options["resample"] not in _FILTERS:
+                raise ValueError(
+                    f"`resample` must be 2 (bilinear) or 3 (bicubic) as in PIL, got {options['resample']!r}"
+                )
+        if options["do_center_crop"]:
+            _target_size(options["crop_size"], 1, 1, "crop_size")
+        if options["do_normalize"]:
+            for key in ("image_mean", "image_std"):
+                if torch.tensor(options[key]).numel() not in (1, 3):
+                    raise ValueError(f"`{key}` must be one number or three, one per channel, got {options[key]!r}")
+        return options
 
     def _preprocess_clip(self, clip: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         clip = clip.to(options["device"] or clip.device)
@@ -233,20 +240,6 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
             clip = _center_crop(clip, _target_size(options["crop_size"], *clip.shape[-2:], "crop_size"))
         scale, shift = _scale_and_shift(options, clip.device)
         return torch.addcmul(shift, clip.to(scale.dtype), scale).contiguous()
-
-
-def _check_options(options: dict[str, Any]):
-    """Refuses what preprocessing would stumble over, before anything is decoded."""
-    if options["do_resize"]:
-        _target_size(options["size"], 1, 1, "size")
-        if options["resample"] not in _FILTERS:
-            raise ValueError(f"`resample` must be 2 (bilinear) or 3 (bicubic) as in PIL, got {options['resample']!r}")
-    if options["do_center_crop"]:
-        _target_size(options["crop_size"], 1, 1, "crop_size")
-    if options["do_normalize"]:
-        for key in ("image_mean", "image_std"):
-            if torch.tensor(options[key]).numel() not in (1, 3):
-                raise ValueError(f"`{key}` must be one number or three, for red, green and blue, got {options[key]!r}")
 
 
 def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, int]:
