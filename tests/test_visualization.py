@@ -22,7 +22,7 @@ def gaze() -> GazeOutput:
 def test_kept_patches_are_tinted_by_scale_and_the_rest_is_dimmed(gaze):
     painted = paint_gaze(np.full((2, 40, 40, 3), 100, np.uint8), gaze, clip=1)
     for frame, scale, (y, x) in ((0, 0, (5, 5)), (0, 0, (30, 30)), (1, 1, (30, 30))):
-        expected = np.round(0.65 * 100 + 0.35 * np.array(SCALE_COLOURS[scale]))
+        expected = np.round((166 * 100 + 90 * np.array(SCALE_COLOURS[scale])) / 256)
         assert np.abs(painted[frame, y, x] - expected).max() <= 1
     assert (painted[1, 5, 5] == 25).all()
     assert (painted[1, 20, 20:] == SCALE_COLOURS[1]).all()

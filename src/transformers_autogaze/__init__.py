@@ -53,6 +53,7 @@ _LAZY = {
     "paint_gaze": "visualization",
     "side_by_side": "visualization",
     "read_video": "video_decoding_autogaze",
+    "stream_video": "video_decoding_autogaze",
     "write_video": "video",
 }
 

@@ -25,7 +25,8 @@ from transformers.utils import logging
 from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput, GazeSelector
 from .demo import render_demo_clip
 from .selection_autogaze import resize_frames
-from .video import stream_video, write_video
+from .video import write_video
+from .video_decoding_autogaze import stream_video
 from .visualization import contact_sheet, paint_gaze, side_by_side, to_frames
 
 
@@ -64,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     selector.add_argument("--model", metavar="DIR", help="checkpoint of a gaze model, a folder or a Hub repository")
     selector.add_argument("--selector", choices=["greedy"], help="a selector without weights (default: greedy)")
     output.add_argument(
-        "--gazing-ratio", type=float, default=0.75, metavar="R", help="share of patches to keep at most, 0..1 (default: 0.75)"
+        "--gazing-ratio",
+        type=float,
+        default=0.75,
+        metavar="R",
+        help="share of patches to keep at most, 0..1 (default: 0.75)",
     )
     output.add_argument(
         "--task-loss-requirement",
@@ -98,7 +103,12 @@ def _demo(options: argparse.Namespace) -> None:
 def _prune(options: argparse.Namespace) -> None:
     settings = {"gazing_ratio": options.gazing_ratio, "task_loss_requirement": options.task_loss_requirement}
     folder = DEFAULT_SELECTOR if options.model is None else options.model
-    selector = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(options.device)
+    try:
+        selector = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(options.device)
+    except OSError as error:
+        raise ValueError(
+            f"`--model` must be a checkpoint's folder or Hub repository, got {folder!r}: {error}"
+        ) from error
     pruning = Pruning(selector, _load_processor(folder), settings)
     metadata, frames = stream_video(options.video, num_frames=options.frames, fps=options.fps)
     count = len(metadata.frames_indices)
@@ -121,7 +131,9 @@ def _prune(options: argparse.Namespace) -> None:
     write_video(options.output / "overlay.mp4", overlay(), fps=rate)
     rows = [np.stack(strip) for strip in zip(*panels, strict=True)]
     names = ("original", "kept patches", "reconstruction from the kept patches")
-    contact_sheet(list(zip(names, rows, strict=True)), selector.config.scales).save(options.output / "contact_sheet.png")
+    contact_sheet(list(zip(names, rows, strict=True)), selector.config.scales).save(
+        options.output / "contact_sheet.png"
+    )
 
     statistics = pruning.statistics()
     gaze = {

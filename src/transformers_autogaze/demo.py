@@ -33,9 +33,15 @@ def render_demo_clip(num_frames: int = 64, height: int = 288, width: int = 512, 
             raise ValueError(f"`{name}` must be at least {least}, got {value}")
     generator = np.random.default_rng(seed)
     cut = num_frames * 5 // 8
-    meadow = _texture(height, width, generator, dark=(38, 70, 40), light=(150, 190, 110))
-    street = _texture(height, width + width // 2, generator, dark=(60, 62, 74), light=(205, 196, 184))
     y, x = np.mgrid[:height, :width]
+    meadow = _texture(height, width, generator, dark=(16, 44, 24), light=(176, 214, 110))
+    sky = np.array([96, 150, 214]) + (y / height)[..., None] * np.array([150, 110, 40])
+    meadow = np.where((y < 0.45 * height)[..., None], sky, meadow)
+    wall = _texture(height, width + width // 2, generator, dark=(120, 84, 70), light=(226, 190, 158))
+    pitch = max(8, height // 6)
+    row, col = np.mgrid[:height, : width + width // 2] % pitch
+    is_window = (row > 0.25 * pitch) & (row < 0.8 * pitch) & (col > 0.3 * pitch) & (col < 0.75 * pitch)
+    wall = np.where(is_window[..., None], np.array([34, 44, 66]), wall)
 
     frames = np.empty((num_frames, height, width, 3), np.uint8)
     for index in range(num_frames):
@@ -55,7 +61,7 @@ def render_demo_clip(num_frames: int = 64, height: int = 288, width: int = 512, 
             frame = np.where(is_light[..., None], np.array([255, 245, 170]), frame)
         else:
             shift = (index - cut) * (width // 2) // max(1, num_frames - cut - 1) // 3
-            frame = street[:, shift : shift + width]
+            frame = wall[:, shift : shift + width]
         frames[index] = np.clip(frame, 0, 255)
     return frames
 
@@ -66,7 +72,7 @@ def _texture(
     """Blends two colours by noise of several sizes, coarse blotches down to fine grain."""
     y, x = np.mgrid[:height, :width]
     pattern = np.zeros((height, width))
-    for size, weight in ((96, 1.0), (40, 0.6), (16, 0.35), (6, 0.15)):
+    for size, weight in ((96, 1.0), (40, 0.6), (16, 0.6), (6, 0.5)):
         rows, cols = height // size + 3, width // size + 3
         knots = generator.standard_normal((rows, cols))
         row, down = np.divmod(y / size, 1)
@@ -77,5 +83,5 @@ def _texture(
         top = knots[row, col] * (1 - right) + knots[row, col + 1] * right
         bottom = knots[row + 1, col] * (1 - right) + knots[row + 1, col + 1] * right
         pattern += weight * (top * (1 - down) + bottom * down)
-    share = (1 / (1 + np.exp(-1.8 * pattern)))[..., None]
+    share = (1 / (1 + np.exp(-2.4 * pattern)))[..., None]
     return np.array(dark) * (1 - share) + np.array(light) * share

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO, TextIOBase
+from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -137,32 +138,56 @@ def read_video(
     _check_sampling(num_frames, fps)
     source, name = _resolve(source)
     counted, promised, video_fps = _probe(source, name)
-    try:
-        indices = sample_indices(counted, video_fps, num_frames, fps) if counted else []
-        frames, total = _decode(source, name, indices)
-        if total and total != counted:
-            # Not every packet became one frame, so the choice was made out of a wrong number.
-            indices = sample_indices(total, video_fps, num_frames, fps)
-            frames, _ = _decode(source, name, indices)
-    except ValueError as error:
-        raise ValueError(f"`source` {name}: {error}") from error
+    indices = _indices_of(name, counted, video_fps, num_frames, fps)
+    frames, total = _decode(source, name, indices)
+    if total and total != counted:
+        # Not every packet became one frame, so the choice was made out of a wrong number.
+        indices = _indices_of(name, total, video_fps, num_frames, fps)
+        frames, _ = _decode(source, name, indices)
     if frames is None:
         raise ValueError(f"`source` {name} holds no frame that can be decoded; give a complete video file")
-    if total < promised:
-        warnings.warn(
-            f"{name} is damaged or cut off: {total} of its {promised} frames could be decoded",
-            UserWarning,
-            stacklevel=2,
-        )
-    return frames, VideoMetadata(
-        total_num_frames=total,
-        fps=video_fps,
-        width=frames.shape[2],
-        height=frames.shape[1],
-        duration=total / video_fps if video_fps else None,
-        video_backend="pyav",
-        frames_indices=indices[: len(frames)],
-    )
+    _warn_of_damage(name, total, promised)
+    return frames, _metadata(total, video_fps, frames[0], indices[: len(frames)])
+
+
+def stream_video(
+    source: str | os.PathLike | bytes | BinaryIO, num_frames: int | None = None, fps: float | None = None
+) -> tuple[VideoMetadata, Iterator[np.ndarray]]:
+    """
+    Decodes a video like [`read_video`], but frame by frame as they are asked for, so memory stays flat.
+
+    Args:
+        source, num_frames, fps: as in [`read_video`].
+
+    Returns:
+        `tuple` of the `VideoMetadata` and an iterator of frames, `np.ndarray` of shape `(height, width, 3)` and type
+        uint8 (RGB). Frames are chosen by the number that the stream is to hold; where fewer can be decoded, the
+        iterator ends early with a warning.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as [`read_video`]; a change of size only when it is reached.
+    """
+    _check_sampling(num_frames, fps)
+    source, name = _resolve(source)
+    counted, promised, video_fps = _probe(source, name)
+    indices = _indices_of(name, counted, video_fps, num_frames, fps)
+
+    def chosen() -> Iterator[np.ndarray]:
+        reformatter, taken, count = VideoReformatter(), 0, 0
+        for frame in _frames(source, name):
+            if taken < len(indices) and count == indices[taken]:
+                yield _to_rgb(frame, reformatter)
+                taken += 1
+            count += 1
+        if taken < len(indices):
+            _warn_of_damage(name, count, promised)
+
+    frames = chosen()
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"`source` {name} holds no frame that can be decoded; give a complete video file")
+    return _metadata(counted, video_fps, first, indices), chain([first], frames)
 
 
 def flatten_videos(videos: Any) -> list[Any]:
@@ -309,10 +334,30 @@ def _probe(source: str | BinaryIO, name: str) -> tuple[int, int, float | None]:
         return shown, max(shown, stream.frames - packets.count(True)), float(rate) if rate else None
 
 
-def _decode(source: str | BinaryIO, name: str, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
-    """Decodes all frames and converts those at `indices`; also returns how many frames there were."""
-    reformatter = VideoReformatter()
-    frames, taken, count, size = None, 0, 0, None
+def _indices_of(
+    name: str, total: int, video_fps: float | None, num_frames: int | None, fps: float | None
+) -> list[int]:
+    try:
+        return sample_indices(total, video_fps, num_frames, fps) if total else []
+    except ValueError as error:
+        raise ValueError(f"`source` {name}: {error}") from error
+
+
+def _metadata(total: int, video_fps: float | None, frame: np.ndarray, indices: list[int]) -> VideoMetadata:
+    return VideoMetadata(
+        total_num_frames=total,
+        fps=video_fps,
+        width=frame.shape[1],
+        height=frame.shape[0],
+        duration=total / video_fps if video_fps else None,
+        video_backend="pyav",
+        frames_indices=indices,
+    )
+
+
+def _frames(source: str | BinaryIO, name: str) -> Iterator[Any]:
+    """Decodes a video as far as it is sound; all frames have one size."""
+    size, count = None, 0
     with _open(source, name) as (container, stream):
         for packet in _packets(container, stream):
             try:
@@ -320,23 +365,43 @@ def _decode(source: str | BinaryIO, name: str, indices: Sequence[int]) -> tuple[
             except FFmpegError:
                 continue
             for frame in decoded:
-                if size is None:
-                    size = frame.width, frame.height
-                elif size != (frame.width, frame.height):
+                if size is not None and size != (frame.width, frame.height):
                     raise ValueError(
-                        f"frame {count} is {frame.width}x{frame.height} pixels, those before are {size[0]}x{size[1]}; "
-                        "give a video whose frames have one size"
+                        f"`source` {name}: frame {count} is {frame.width}x{frame.height} pixels, those before are "
+                        f"{size[0]}x{size[1]}; give a video whose frames have one size"
                     )
-                if taken < len(indices) and count == indices[taken]:
-                    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                    # Older PyAV does not tell the rotation.
-                    pixels = np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
-                    if frames is None:
-                        frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
-                    frames[taken] = pixels
-                    taken += 1
-                count += 1
+                size, count = (frame.width, frame.height), count + 1
+                yield frame
+
+
+def _to_rgb(frame: Any, reformatter: VideoReformatter) -> np.ndarray:
+    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    # Older PyAV does not tell the rotation.
+    return np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
+
+
+def _decode(source: str | BinaryIO, name: str, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
+    """Decodes all frames and converts those at `indices`; also returns how many frames there were."""
+    reformatter = VideoReformatter()
+    frames, taken, count = None, 0, 0
+    for frame in _frames(source, name):
+        if taken < len(indices) and count == indices[taken]:
+            pixels = _to_rgb(frame, reformatter)
+            if frames is None:
+                frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
+            frames[taken] = pixels
+            taken += 1
+        count += 1
     return (frames if frames is None else frames[:taken]), count
+
+
+def _warn_of_damage(name: str, total: int, promised: int):
+    if total < promised:
+        warnings.warn(
+            f"{name} is damaged or cut off: {total} of its {promised} frames could be decoded",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _is_frame(item: Any) -> bool:

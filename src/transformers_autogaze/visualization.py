@@ -15,8 +15,8 @@ from .gazing_autogaze import GazeOutput
 
 # Coarse to fine; told apart with any kind of colour vision (Okabe and Ito, 2008).
 SCALE_COLOURS = ((0, 114, 178), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (86, 180, 233))
-_TINT = 0.35
-_DIMMED = 0.25
+_TINT = 90  # of 256
+_DIM = 4
 
 
 def paint_gaze(frames: np.ndarray, gaze: GazeOutput, clip: int = 0) -> np.ndarray:
@@ -54,20 +54,24 @@ def paint_gaze(frames: np.ndarray, gaze: GazeOutput, clip: int = 0) -> np.ndarra
             f"`frames` must be {gaze.num_frames * gaze.frame_sampling_rate} as the gaze's, got {len(frames)}"
         )
     gaze = gaze.select(clip)
-    patch = gaze.finest_patches(*frames.shape[1:3])[0].repeat_interleave(gaze.frame_sampling_rate, 0).cpu()
-    scale = gaze.grid.locate(patch.clamp(min=0))[0].numpy()
-    patch = patch.numpy()
-    is_kept = (patch >= 0)[..., None]
-    colour = np.array(SCALE_COLOURS, np.float32)[scale % len(SCALE_COLOURS)]
-
+    patch = gaze.finest_patches(*frames.shape[1:3])[0].repeat_interleave(gaze.frame_sampling_rate, 0).cpu().numpy()
     is_edge = np.zeros(patch.shape, bool)
     is_edge[:, 1:] |= patch[:, 1:] != patch[:, :-1]
     is_edge[:, :, 1:] |= patch[:, :, 1:] != patch[:, :, :-1]
     is_edge[:, 0] = is_edge[:, :, 0] = True
 
-    painted = np.where(is_kept, (1 - _TINT) * frames + _TINT * colour, _DIMMED * frames)
-    painted = np.where(is_edge[..., None] & is_kept, colour, painted)
-    return painted.round().astype(np.uint8)
+    # One row per patch, and a last one, which -1 picks, for pixels that no patch covers.
+    counts = gaze.grid.num_patches_each_scale
+    scale = np.repeat(np.arange(len(counts)) % len(SCALE_COLOURS), counts)
+    colours = np.zeros((len(scale) + 1, 3), np.uint16)
+    colours[:-1] = np.array(SCALE_COLOURS)[scale]
+    is_kept = patch >= 0
+    painted = (frames.astype(np.uint16) * (256 - _TINT) + (colours * _TINT)[patch] + 128) >> 8
+    painted = painted.astype(np.uint8)
+    painted[~is_kept] = frames[~is_kept] // _DIM
+    outlined = is_edge & is_kept
+    painted[outlined] = colours[patch[outlined]]
+    return painted
 
 
 def side_by_side(panels: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
