@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from conftest import SHARED
+from safetensors.torch import load_file
 
 from transformers_autogaze import GazeGrid, GazeOutput
 
@@ -227,3 +229,14 @@ def test_bad_ids_and_grids_are_named():
         GazeGrid([112, 128, 224, 448], 16).tile_layout(PUBLISHED)
     with pytest.raises(ValueError, match="`video` must be .448, 448. pixels"):
         GazeGrid([64, 128, 224, 448], 16).cut_tiles(torch.zeros(1, 1, 3, 448, 224), PUBLISHED)
+
+
+@pytest.mark.skipif(not (SHARED / "fixtures" / "birds").exists(), reason="the published gaze is not here")
+@pytest.mark.parametrize("name", ["official", "official_seed_clip"])
+def test_masks_of_the_published_ids_equal_the_published_masks(name):
+    published = load_file(SHARED / "fixtures" / "birds" / f"{name}.safetensors")
+    counts, is_padding = published["num_gazing_each_frame"], published["if_padded_gazing"].bool()
+    gaze = GazeOutput.from_ids(published["gazing_pos"], is_padding, counts, PUBLISHED)
+    for index, mask in enumerate(gaze.gazing_mask):
+        assert torch.equal(mask, published[f"gazing_mask_{index}"].bool())
+    assert gaze.num_real.tolist() == [int((~is_padding).sum())]

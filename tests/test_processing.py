@@ -1,4 +1,3 @@
-import doctest
 import json
 import os
 import subprocess
@@ -9,17 +8,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import SHARED
+from PIL import Image
+from safetensors.torch import load_file
 from transformers.utils import is_torchvision_available
 
-from transformers_autogaze import (
-    GazeGrid,
-    GazeOutput,
-    processing_autogaze,
-    video,
-    video_decoding_autogaze,
-    video_processing_autogaze,
-)
+from transformers_autogaze import GazeGrid, GazeOutput, video_decoding_autogaze
 from transformers_autogaze.processing_autogaze import AutoGazeProcessor
+from transformers_autogaze.selection_autogaze import resize_frames
 from transformers_autogaze.video import write_video
 from transformers_autogaze.video_processing_autogaze import AutoGazeVideoProcessor
 
@@ -270,8 +266,14 @@ def test_rectangular_scales_are_written_as_lists():
     ]
 
 
-@pytest.mark.parametrize("module", [video, video_decoding_autogaze, video_processing_autogaze, processing_autogaze])
-def test_examples_run(module, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = doctest.testmod(module, extraglobs={"np": np, "torch": torch})
-    assert result.attempted and not result.failed
+@pytest.mark.skipif(not (SHARED / "fixtures" / "birds").exists(), reason="the published pixel values are not here")
+def test_published_pixel_values_of_a_real_clip_are_reproduced():
+    folder = SHARED / "fixtures" / "birds"
+    published = load_file(folder / "official.safetensors")
+    frames = [Image.open(folder / f"frame_0{index}.png") for index in range(2)]
+    processor = AutoGazeProcessor()
+    ours = processor(videos=frames, return_tensors="pt")["pixel_values_videos"]
+    pixels = [processor.video_processor.to_pixels(values) for values in (ours, published["video"])]
+    assert ours.shape == (1, 2, 3, 224, 398)
+    assert (pixels[0] - pixels[1]).abs().max() <= 2 / 255
+    torch.testing.assert_close(resize_frames(published["video"], 224), published["gazing_model_video"])

@@ -14,7 +14,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from transformers_autogaze import video_decoding_autogaze
 from transformers_autogaze.video import write_video
-from transformers_autogaze.video_decoding_autogaze import read_video, sample_indices
+from transformers_autogaze.video_decoding_autogaze import read_video, sample_indices, stream_video
 
 
 def grey_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -82,6 +82,19 @@ def test_only_chosen_frames_are_converted(clip, monkeypatch):
     monkeypatch.setattr(video_decoding_autogaze, "VideoReformatter", Counting)
     read_video(clip, num_frames=3)
     assert len(converted) == 3
+
+
+@pytest.mark.parametrize("sampling", [{}, {"num_frames": 5}, {"fps": 2.5}])
+def test_a_stream_gives_the_same_frames_one_by_one(clip, sampling, monkeypatch):
+    converted = []
+    to_rgb = video_decoding_autogaze._to_rgb
+    monkeypatch.setattr(video_decoding_autogaze, "_to_rgb", lambda *a: converted.append(1) or to_rgb(*a))
+    metadata, stream = stream_video(clip, **sampling)
+    assert len(converted) == 1  # the first, which tells the size
+    streamed = list(stream)
+    frames, expected = read_video(clip, **sampling)
+    assert metadata == expected
+    assert np.array_equal(np.stack(streamed), frames)
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.22"), reason="chose otherwise before")
@@ -208,6 +221,8 @@ def test_file_cut_off_after_its_index_gives_what_is_there_and_one_warning(tmp_pa
     count = metadata.total_num_frames
     assert [str(w.message).split(": ")[1] for w in caught] == [f"{count} of its 40 frames could be decoded"]
     assert 5 < count == len(frames) < 35 and indices_of(frames)[:5] == [0, 1, 2, 3, 4]
+    with pytest.warns(UserWarning, match="damaged or cut off"):
+        assert 5 < len(list(stream_video(part)[1])) < 35
     with pytest.warns(UserWarning):
         frames, metadata = read_video(part, num_frames=3)
     assert metadata.frames_indices == [0, count // 3, 2 * count // 3] and len(frames) == 3
@@ -238,6 +253,8 @@ def test_frames_that_change_size_are_refused(tmp_path):
     ]
     with pytest.raises(ValueError, match="frame 3 is 64x48 pixels, those before are 64x32"):
         read_video(b"".join(streams))
+    with pytest.raises(ValueError, match="frame 3 is 64x48 pixels"):
+        list(stream_video(b"".join(streams))[1])
 
 
 @pytest.mark.skipif(not hasattr(av.VideoFrame, "rotation"), reason="this PyAV does not tell the rotation")
