@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import is_torchvision_available
 
-from transformers_autogaze import GazeGrid, GazeOutput, video_decoding_autogaze
+from transformers_autogaze import GazeGrid, GazeOutput, video_decoding_autogaze, video_processing_autogaze
 from transformers_autogaze.processing_autogaze import AutoGazeProcessor
 from transformers_autogaze.selection_autogaze import resize_frames
 from transformers_autogaze.video import write_video
