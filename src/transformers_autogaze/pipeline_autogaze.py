@@ -236,8 +236,9 @@ class VideoTokenPruningPipeline(Pipeline):
         return_reconstruction: bool = False,
         **settings,
     ) -> dict[str, Any]:
-        video = model_inputs["pixel_values_videos"]
-        gaze = gaze_clip_by_clip(self.model, video.to(self.model.dtype), **settings)
+        # Resizing keeps its precision; the model rounds to its own only after.
+        video = model_inputs["pixel_values_videos"].to(torch.promote_types(self.model.dtype, torch.float32))
+        gaze = gaze_clip_by_clip(self.model, video, **settings)
         outputs = {"gaze": gaze}
         if return_patches or return_reconstruction:
             pixels = self.processor.video_processor.to_pixels(video.float()).clamp(0, 1)
