@@ -4,11 +4,14 @@ How the model gazes: its decode loop and the state of a stream.
 This module owns the loop and its cache; it knows the model only through its config, `embed_video` and `gaze_decoder`.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .gazing_autogaze import GazeOutput
 from .selection_autogaze import GazeSelector
@@ -46,18 +49,18 @@ class GazeCache:
         self.keys: list[torch.Tensor] = []
         """Per layer, `(batch, key/value heads, capacity, head size)`; the first `lengths[b]` places of clip b count."""
         self.values: list[torch.Tensor] = []
-        self.lengths: torch.Tensor | None = None
-        """`(batch,)`: tokens held of each clip."""
-        self.next_positions: torch.Tensor | None = None
-        """`(batch,)`: position of each clip's next token."""
-        self.frame_starts: list[torch.Tensor] = []
-        """Per frame, `(batch,)`: the place of its first vision token."""
+        self.lengths: list[int] = []
+        """Tokens held of each clip."""
+        self.next_positions: list[int] = []
+        """Position of each clip's next token."""
+        self.frame_starts: list[list[int]] = []
+        """Per frame and clip, the place of its first vision token."""
         self.convolutions: list[torch.Tensor] = []
         """Per block, the last inputs `(batch, channels, temporal kernel - 1, rows, columns)`."""
         self.unread_ids: torch.Tensor | None = None
         """`(batch, k)`: patches chosen last, in order, that the decoder has not read."""
-        self.num_unread: torch.Tensor | None = None
-        """`(batch,)`: how many of them are real."""
+        self.num_unread: list[int] = []
+        """How many of them are real, for each clip."""
 
     @property
     def num_frames(self) -> int:
@@ -67,7 +70,7 @@ class GazeCache:
     @property
     def batch_size(self) -> int | None:
         """Clips held; `None` while the cache is empty."""
-        return None if self.lengths is None else len(self.lengths)
+        return len(self.lengths) or None
 
     def crop(self, num_frames: int) -> None:
         """
@@ -86,27 +89,30 @@ class GazeCache:
             raise ValueError(f"`num_frames` must be at least 0, got {num_frames}")
         if num_frames >= self.num_frames:
             return
-        start = self.frame_starts[-num_frames] if num_frames else self.lengths
-        keep = int((self.lengths - start).max())
-        place = (start[:, None] + torch.arange(keep, device=start.device)).clamp(max=self.keys[0].shape[2] - 1)
-        for stored in (self.keys, self.values):
-            for layer, states in enumerate(stored):
-                index = place[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                stored[layer] = states.gather(2, index)
-        self.frame_starts = [at - start for at in self.frame_starts[len(self.frame_starts) - num_frames :]]
-        self.lengths = self.lengths - start
+        starts = self.frame_starts[-num_frames] if num_frames else self.lengths
+        for states in (*self.keys, *self.values):
+            for clip, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
+                # A copy first: the places overlap.
+                states[clip, :, : length - start] = states[clip, :, start:length].clone()
+        self.frame_starts = [
+            [place - start for place, start in zip(frame, starts, strict=True)]
+            for frame in self.frame_starts[self.num_frames - num_frames :]
+        ]
+        self.lengths = [length - start for length, start in zip(self.lengths, starts, strict=True)]
         if num_frames == 0:
-            self.num_unread = torch.zeros_like(self.num_unread)
+            self.num_unread = [0] * len(self.lengths)
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for further tokens of every clip; grows by half at least, so that copies stay rare."""
-        needed = int(self.lengths.max()) + num_tokens
-        capacity = self.keys[0].shape[2]
-        if needed > capacity:
-            grown = max(needed, capacity * 3 // 2)
-            for stored in (self.keys, self.values):
-                for layer, states in enumerate(stored):
-                    stored[layer] = F.pad(states, (0, 0, 0, grown - capacity))
+        needed, capacity = max(self.lengths) + num_tokens, self.keys[0].shape[2]
+        if needed <= capacity:
+            return
+        held = max(self.lengths)
+        for stored in (self.keys, self.values):
+            for layer, states in enumerate(stored):
+                grown = states.new_empty(*states.shape[:2], max(needed, capacity * 3 // 2), states.shape[3])
+                grown[:, :, :held] = states[:, :, :held]
+                stored[layer] = grown
 
 
 class GazeDecoding(GazeSelector):
@@ -131,23 +137,29 @@ class GazeDecoding(GazeSelector):
         grid = self.config.grid
         cache = self._prepare_cache(past_key_values, len(frames))
         vision, cache.convolutions = self.embed_video(frames, cache.convolutions)
+        num_vision, step_size = vision.shape[2], self.config.decoder_config.num_multi_token_pred
+        longest = int(budget.sum()) + len(budget) * num_vision + step_size
+        if threshold is None:
+            cache.reserve(longest)  # Every patch of the budget will be read; a threshold may end frames long before.
+        reader = _DecoderReader(
+            self.gaze_decoder, max(cache.next_positions) + longest, self.config._attn_implementation
+        )
+        choose = functools.partial(_choose, temperature=temperature if do_sample else None, generator=generator)
 
-        ids, padding, slots = [], [], []
+        ids, is_real, slots = [], [], []
         for frame, num_patches in enumerate(budget.tolist()):
             limit = None if threshold is None else threshold[:, frame]
-            frame_ids, is_real, num_slots = self._gaze_at_frame(
-                vision[:, frame], num_patches, limit, cache, temperature if do_sample else None, generator
-            )
-            ids.append(frame_ids + frame * grid.num_patches)
-            padding.append(~is_real)
-            slots.append(num_slots)
+            at_frame = self._gaze_at_frame(reader, vision[:, frame], num_patches, limit, cache, choose)
+            ids.append(at_frame[0] + frame * grid.num_patches)
+            is_real.append(at_frame[1])
+            slots.append(at_frame[2])
         gaze = GazeOutput.from_ids(
             torch.cat(ids, dim=1),
-            torch.cat(padding, dim=1),
+            ~torch.cat(is_real, dim=1),
             torch.tensor([frame_ids.shape[1] for frame_ids in ids], device=frames.device),
             grid,
             self.config.frame_sampling_rate,
-            clip_num_gazing_each_frame=torch.stack(slots, dim=1),
+            clip_num_gazing_each_frame=torch.tensor(slots, device=frames.device).T,
             past_key_values=cache if use_cache else None,
         )
         if output_scores:
@@ -159,94 +171,77 @@ class GazeDecoding(GazeSelector):
 
     def _gaze_at_frame(
         self,
+        reader: "_DecoderReader",
         vision: torch.Tensor,
         budget: int,
         threshold: torch.Tensor | None,
         cache: GazeCache,
-        temperature: float | None,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """
         Chooses patches of one frame, given its vision tokens `(batch, tokens, hidden)`.
 
         Returns ids `(batch, slots)` counted from the frame, the end id where a slot is padding; `(batch, slots)` true
-        where a slot is real; and `(batch,)` slots that each clip took itself.
+        where a slot is real; and for each clip the slots that it took itself.
         """
-        batch_size, device = len(vision), vision.device
-        end_id, step_size = self.config.end_id, self.config.decoder_config.num_multi_token_pred
-        ids = torch.full((batch_size, budget), end_id, device=device)
-        is_real = torch.zeros(batch_size, budget, dtype=torch.bool, device=device)
-        num_slots = torch.zeros(batch_size, dtype=torch.long, device=device)
-        is_active = torch.ones(batch_size, dtype=torch.bool, device=device)
-        # The end id is never chosen; padding is what the threshold leaves.
-        is_taken = torch.zeros(batch_size, end_id + 1, dtype=torch.bool, device=device)
-        is_taken[:, end_id] = True
+        batch_size, end_id = len(vision), self.config.end_id
+        step_size = self.config.decoder_config.num_multi_token_pred
+        ids = vision.new_full((batch_size, budget), end_id, dtype=torch.long)
+        is_real = torch.zeros_like(ids, dtype=torch.bool)
+        num_slots = [0] * batch_size
+        # What is added to the logits of each clip: -inf for ids that are taken. The end id is never chosen.
+        taken = vision.new_zeros(batch_size, end_id + 1)
+        taken[:, end_id] = -torch.inf
 
-        hidden = self._read_prompt(vision, cache)
-        prompt_end = cache.next_positions.clone()
+        hidden = self._read_prompt(reader, vision, cache)
+        prompt_ends = list(cache.next_positions)
+        active = list(range(batch_size))
         for start in range(0, budget, step_size):
-            size = min(step_size, budget - start)
+            stop = min(start + step_size, budget)
             logits, losses = self.gaze_decoder.heads(hidden)
-            chosen = self._choose(logits[:, :size], is_taken, temperature, generator)
-            chosen_is_real = is_active[:, None].expand(-1, size)
-            is_last = torch.full_like(is_active, start + size == budget)
-            if threshold is not None:
+            chosen = choose(logits[:, : stop - start], taken)
+            for clip in active:
+                num_slots[clip] = stop
+            rows = slice(None) if len(active) == batch_size else active
+            if threshold is None:
+                meets = None
+                going_on = list(range(len(active))) if stop < budget else []
+                ids[rows, start:stop], is_real[rows, start:stop] = chosen, True
+            else:
                 # Row i predicts the loss that stands before slot i, so a slot that comes after enough is padding.
-                meets = losses[:, :size] <= threshold[:, None]
+                meets = losses[:, : stop - start] <= threshold[rows, None]
                 if start == 0:
                     meets[:, 0] = False
-                is_last |= meets.any(dim=1)
-                chosen_is_real = chosen_is_real & ~meets
-            ids[:, start : start + size] = chosen.masked_fill(~chosen_is_real, end_id)
-            is_real[:, start : start + size] = chosen_is_real
-            num_slots += is_active * size
-
-            ends_now = is_active & is_last
-            self._keep_unread(cache, chosen, chosen_is_real, ends_now)
-            is_active = is_active & ~is_last
-            if start + size == budget or (threshold is not None and not is_active.any()):
-                return ids[:, : start + size], is_real[:, : start + size], num_slots
-            offset = torch.arange(step_size, device=device)
+                ids[rows, start:stop] = chosen.masked_fill(meets, end_id)
+                is_real[rows, start:stop] = ~meets
+                num_met = meets.sum(dim=1).tolist()  # the only wait for the device in a step
+                going_on = [row for row, met in enumerate(num_met) if not met] if stop < budget else []
+            if len(going_on) < len(active):
+                self._keep_unread(cache, chosen, meets, active, set(going_on))
+            if not going_on:
+                return ids[:, :stop], is_real[:, :stop], num_slots
+            if len(going_on) < len(active):
+                active = [active[row] for row in going_on]
+                chosen, taken = chosen[going_on], taken[going_on]
+            starts = cache.next_positions
             if self.config.decoding_positions == "frame_tail":
-                positions = prompt_end[:, None] - step_size + offset
-            else:
-                positions = cache.next_positions[:, None] + offset
-            hidden = self._read(self.gaze_decoder.model.embed_tokens(chosen), positions, is_active * step_size, cache)[
-                :, -1
-            ]
-
-    def _choose(
-        self,
-        logits: torch.Tensor,
-        is_taken: torch.Tensor,
-        temperature: float | None,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """Picks one id per row of `(batch, rows, vocabulary)`, none twice; marks them in `is_taken`."""
-        chosen = []
-        for row in logits.unbind(1):
-            row = row.masked_fill(is_taken, -torch.inf)
-            if temperature is None:
-                choice = row.argmax(dim=-1, keepdim=True)
-            else:
-                choice = torch.multinomial((row.float() / temperature).softmax(-1), 1, generator=generator)
-            is_taken.scatter_(1, choice, True)
-            chosen.append(choice)
-        return torch.cat(chosen, dim=1)
+                starts = [end - step_size for end in prompt_ends]
+            hidden = reader.read(
+                self.gaze_decoder.model.embed_tokens(chosen), active, starts, [step_size] * batch_size, cache
+            )
 
     def _prepare_cache(self, cache: GazeCache | None, batch_size: int) -> GazeCache:
         cache = GazeCache() if cache is None else cache
         if not isinstance(cache, GazeCache):
             raise ValueError(f"`past_key_values` must be a GazeCache, got {type(cache).__name__}")
-        if cache.lengths is None:
+        if cache.batch_size is None:
             config, weight = self.config.decoder_config, self.gaze_decoder.lm_head.weight
             size = (batch_size, config.num_key_value_heads, 0, config.head_dim)
             cache.keys = [weight.new_empty(size) for _ in range(config.num_hidden_layers)]
             cache.values = [weight.new_empty(size) for _ in range(config.num_hidden_layers)]
-            cache.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
-            cache.next_positions = cache.lengths.clone()
-            cache.num_unread = cache.lengths.clone()
-            cache.unread_ids = cache.lengths.new_full((batch_size, config.num_multi_token_pred), self.config.end_id)
+            cache.lengths, cache.next_positions, cache.num_unread = ([0] * batch_size for _ in range(3))
+            shape = (batch_size, config.num_multi_token_pred)
+            cache.unread_ids = torch.full(shape, self.config.end_id, device=weight.device)
         elif cache.batch_size != batch_size:
             raise ValueError(
                 f"`past_key_values` holds {cache.batch_size} clips, but {batch_size} are given now (tiles count); "
@@ -254,69 +249,162 @@ class GazeDecoding(GazeSelector):
             )
         return cache
 
+    @staticmethod
     def _keep_unread(
-        self, cache: GazeCache, chosen: torch.Tensor, is_real: torch.Tensor, ends_now: torch.Tensor
+        cache: GazeCache, chosen: torch.Tensor, meets: torch.Tensor | None, active: list[int], going_on: set[int]
     ) -> None:
-        """Notes a frame's last chosen patches: they are read together with the next frame."""
-        order = torch.argsort(is_real, dim=1, descending=True, stable=True)
-        ids = F.pad(chosen.gather(1, order), (0, cache.unread_ids.shape[1] - chosen.shape[1]))
-        cache.unread_ids = torch.where(ends_now[:, None], ids, cache.unread_ids)
-        cache.num_unread = torch.where(ends_now, is_real.sum(dim=1), cache.num_unread)
+        """Notes the last chosen patches of the clips whose frame ends: they are read together with the next frame."""
+        ended = [row for row in range(len(active)) if row not in going_on]
+        clips = [active[row] for row in ended]
+        ids, counts = chosen[ended], [chosen.shape[1]] * len(ended)
+        if meets is not None:
+            order = torch.argsort(meets[ended].byte(), dim=1, stable=True)
+            ids = ids.gather(1, order)
+            counts = (~meets[ended]).sum(dim=1).tolist()
+        cache.unread_ids[clips, : ids.shape[1]] = ids
+        for clip, count in zip(clips, counts, strict=True):
+            cache.num_unread[clip] = count
 
-    def _read_prompt(self, vision: torch.Tensor, cache: GazeCache) -> torch.Tensor:
+    def _read_prompt(self, reader: "_DecoderReader", vision: torch.Tensor, cache: GazeCache) -> torch.Tensor:
         """Reads the unread patches of the frame before and the vision tokens; gives the last one's hidden state."""
-        batch_size, num_vision = vision.shape[:2]
-        unread = cache.num_unread[:, None]
-        most_unread = int(unread.max())
-        tokens = torch.cat([self.gaze_decoder.model.embed_tokens(cache.unread_ids[:, :most_unread]), vision], dim=1)
-        # Clips with fewer unread patches than others end earlier; what follows their last vision token is not kept.
-        place = torch.arange(most_unread + num_vision, device=vision.device)
-        source = torch.where(place < unread, place, place - unread + most_unread).clamp(max=tokens.shape[1] - 1)
-        tokens = tokens.gather(1, source[..., None].expand(-1, -1, tokens.shape[-1]))
-        cache.frame_starts.append(cache.lengths + cache.num_unread)
-        num_new = cache.num_unread + num_vision
-        hidden = self._read(tokens, cache.next_positions[:, None] + place, num_new, cache)
-        return hidden[torch.arange(batch_size, device=vision.device), num_new - 1]
+        num_vision, unread = vision.shape[1], cache.num_unread
+        most = max(unread)
+        tokens = torch.cat([self.gaze_decoder.model.embed_tokens(cache.unread_ids[:, :most]), vision], dim=1)
+        if min(unread) < most:
+            # Clips with fewer unread patches end earlier; what follows their last vision token is not kept.
+            for clip, count in enumerate(unread):
+                tokens[clip, count : count + num_vision] = vision[clip]
+        cache.frame_starts.append([length + count for length, count in zip(cache.lengths, unread, strict=True)])
+        num_new = [count + num_vision for count in unread]
+        return reader.read(tokens, list(range(len(unread))), cache.next_positions, num_new, cache)
 
-    def _read(
-        self, tokens: torch.Tensor, positions: torch.Tensor, num_new: torch.Tensor, cache: GazeCache
+
+def _choose(
+    logits: torch.Tensor, taken: torch.Tensor, temperature: float | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Picks one id for each row of `(clips, rows, vocabulary)`, none twice; marks them with -inf in `taken`."""
+    chosen = []
+    for row in logits.unbind(1):
+        row = row + taken
+        if temperature is None:
+            choice = row.argmax(dim=-1, keepdim=True)
+        else:
+            choice = torch.multinomial((row.float() / temperature).softmax(-1), 1, generator=generator)
+        taken.scatter_(1, choice, -torch.inf)
+        chosen.append(choice)
+    return torch.cat(chosen, dim=1)
+
+
+class _DecoderReader:
+    """
+    Runs the gaze decoder on new tokens after all that is cached, on the decoder's own weights.
+
+    It does what `LlamaModel` does with a cache, made for many short reads: projections that share their input are one
+    product, rotations come from a table, keys and values are written in place and never copied, and the last layer is
+    computed for the one token whose hidden state is asked for. Clips of a batch are attended to together as long as
+    they are equally long, and one by one, at their own lengths, once they are not.
+    """
+
+    def __init__(self, decoder: nn.Module, num_positions: int, implementation: str | None):
+        model = decoder.model
+        self.norm = model.norm
+        self.is_eager = implementation == "eager"
+        self.layers = [
+            (
+                layer,
+                _joined(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                _joined(layer.mlp.gate_proj, layer.mlp.up_proj),
+            )
+            for layer in model.layers
+        ]
+        weight = model.embed_tokens.weight
+        cos, sin = model.rotary_emb(weight, position_ids=torch.arange(num_positions, device=weight.device)[None])
+        # Rotating turns (a, b) into (-b, a); the sign is put into the table instead.
+        half = sin.shape[-1] // 2
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+
+    def read(
+        self, tokens: torch.Tensor, clips: list[int], starts: list[int], num_new: list[int], cache: GazeCache
     ) -> torch.Tensor:
         """
-        Runs the decoder on new tokens `(batch, new, hidden)` after all that is cached; of clip b the first `num_new[b]`
-        are kept. Their keys and values are written behind the clip's last, so none is ever padding.
+        Reads tokens `(clips, new, hidden)` of some clips of the batch and caches them.
+
+        `starts` and `num_new` hold, for every clip of the batch, the position of its first new token and how many of
+        them are real. Gives the hidden state of each clip's last real token, `(clips, hidden)`.
         """
-        batch_size, num_tokens = tokens.shape[:2]
-        cache.reserve(num_tokens)
-        model = self.gaze_decoder.model
-        is_eager = self.config._attn_implementation == "eager"
-        place = cache.lengths[:, None] + torch.arange(num_tokens, device=tokens.device)
-        clip = torch.arange(batch_size, device=tokens.device)[:, None]
-        seen = int(cache.lengths.max()) + num_tokens
-        mask = (torch.arange(seen, device=tokens.device) <= place[..., None])[:, None]
-        if is_eager:
-            mask = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, torch.finfo(tokens.dtype).min)
-        cos, sin = model.rotary_emb(tokens, position_ids=positions)
+        size = tokens.shape[1]
+        cache.reserve(size)
+        lengths, firsts = [cache.lengths[clip] for clip in clips], [starts[clip] for clip in clips]
+        counts = [num_new[clip] for clip in clips]
+        is_uniform = len(clips) == len(cache.lengths) and len({*zip(lengths, firsts, counts, strict=True)}) == 1
+        # Where clips are equal they are one group; otherwise each is a group of its own.
+        groups = [slice(None)] if is_uniform else [slice(row, row + 1) for row in range(len(clips))]
+        cos, sin = (
+            torch.stack([table[first : first + size] for first in (firsts[:1] if is_uniform else firsts)])[:, :, None]
+            for table in (self.cos, self.sin)
+        )
+        causal = torch.full((size, size), -torch.inf, dtype=tokens.dtype, device=tokens.device).triu(1)
 
         hidden = tokens
-        for index, layer in enumerate(model.layers):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            query, key, value = (
-                projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            cache.keys[index][clip, :, place] = key.transpose(1, 2)
-            cache.values[index][clip, :, place] = value.transpose(1, 2)
-            key, value = cache.keys[index][:, :, :seen], cache.values[index][:, :, :seen]
-            if is_eager:
-                attended, _ = eager_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)
+        for index, (layer, project_qkv, project_mlp) in enumerate(self.layers):
+            attention, is_last = layer.self_attn, index == len(self.layers) - 1
+            projected = project_qkv(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
+            key_heads = cache.keys[index].shape[1]
+            rotated, value = projected[:, :, :-key_heads], projected[:, :, -key_heads:]
+            rotated = torch.addcmul(rotated * cos, rotated.roll(attention.head_dim // 2, dims=-1), sin)
+            query, key = rotated[:, :, :-key_heads].transpose(1, 2), rotated[:, :, -key_heads:].transpose(1, 2)
+            value = value.transpose(1, 2)
+            attended = []
+            for group in groups:
+                row = group.start or 0
+                old, count = lengths[row], counts[row]
+                stored = slice(None) if is_uniform else slice(clips[row], clips[row] + 1)
+                keys, values = (
+                    cache.keys[index][stored, :, : old + count],
+                    cache.values[index][stored, :, : old + count],
+                )
+                keys[:, :, old:], values[:, :, old:] = key[group, :, :count], value[group, :, :count]
+                first = count - 1 if is_last else 0
+                mask = None
+                if count - first > 1:
+                    mask = F.pad(causal[:count, :count], (old, 0))[None, None]
+                attended.append(self._attend(attention, query[group, :, first:count], keys, values, mask))
+            if is_last:
+                attended = torch.cat(attended)[:, 0]
+                hidden = torch.cat([hidden[group, counts[group.start or 0] - 1] for group in groups])
             else:
-                attended = F.scaled_dot_product_attention(
-                    query, key, value, attn_mask=mask, scale=attention.scaling, enable_gqa=True
-                ).transpose(1, 2)
-            hidden = hidden + attention.o_proj(attended.flatten(2))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        cache.lengths = cache.lengths + num_new
-        cache.next_positions = cache.next_positions + num_new
-        return model.norm(hidden)
+                attended = torch.cat([F.pad(part, (0, 0, 0, size - part.shape[1])) for part in attended])
+            hidden = hidden + attention.o_proj(attended)
+            gate, up = project_mlp(layer.post_attention_layernorm(hidden)).chunk(2, dim=-1)
+            hidden = hidden + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        for clip in clips:
+            cache.lengths[clip] += num_new[clip]
+            cache.next_positions[clip] += num_new[clip]
+        return self.norm(hidden)
+
+    def _attend(
+        self,
+        attention: nn.Module,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attends from `(clips, heads, new, head size)`; gives `(clips, new, heads * head size)`."""
+        if self.is_eager:
+            return eager_attention_forward(attention, query, keys, values, mask, scaling=attention.scaling)[0].flatten(
+                2
+            )
+        attended = F.scaled_dot_product_attention(
+            query, keys, values, mask, scale=attention.scaling, enable_gqa=attention.num_key_value_groups > 1
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+
+def _joined(*projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes one product of several of the same input; adapted or quantised projections are asked one by one."""
+    if any(type(projection) is not nn.Linear for projection in projections):
+        return lambda hidden: torch.cat([projection(hidden) for projection in projections], dim=-1)
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
+    return lambda hidden: F.linear(hidden, weight, bias)
