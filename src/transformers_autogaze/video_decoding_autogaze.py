@@ -7,6 +7,7 @@ preprocessing, patches or models: what comes out are whole levels 0..255 at the 
 import os
 import re
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -14,7 +15,7 @@ from io import BytesIO, TextIOBase
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.request import Request, urlopen
 
 import av
@@ -29,6 +30,12 @@ from transformers.video_utils import VideoMetadata
 
 # FFmpeg's flag of a stream that is a still picture, such as the cover of a song.
 _COVER_PICTURE = 0x400
+# Containers that hold one frame in each packet, and codecs that give one frame for each: only there do time stamps tell
+# which frame is which without decoding those before (VP8 has packets that show nothing, MPEG-TS a packet per field).
+_SEEKABLE_FORMATS = ("mov", "matroska")
+_SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
+# Frames that are rather decoded than jumped over: the decoder has several in the works, and a jump throws them away.
+_LEAST_JUMP = 4
 
 
 def is_video_source(value: Any) -> bool:
@@ -102,6 +109,9 @@ def read_video(
     Only chosen frames are converted and kept. The frames are counted in the stream itself, not taken from the
     container's header, which may be wrong or silent. A frame that the file says to show rotated is rotated.
 
+    Where a keyframe lies between chosen frames, decoding goes on from there (MP4, MOV, WebM and Matroska with H.264,
+    HEVC, VP9 or AV1); the frames are those that decoding everything gives. Damage in what is left out goes unseen then.
+
     A damaged video gives what can be decoded, and a warning where the stream or its container tells that there should
     be more (MP4 and AVI say how many frames they hold; WebM and MPEG-TS don't, so one that is cut off reads as a short
     video). Sampling then goes over the frames that could be decoded.
@@ -137,8 +147,14 @@ def read_video(
     """
     _check_sampling(num_frames, fps)
     source, name = _resolve(source)
-    counted, promised, video_fps = _probe(source, name)
+    counted, promised, video_fps, marks = _probe(source, name)
     indices = _indices_of(name, counted, video_fps, num_frames, fps)
+    if counted >= promised and _pays_to_jump(indices, marks):
+        try:
+            frames = _gather(_jump(source, name, indices, marks), len(indices))
+            return frames, _metadata(counted, video_fps, frames[0], indices)
+        except _LostError:
+            pass
     frames, total = _decode(source, name, indices)
     if total and total != counted:
         # Not every packet became one frame, so the choice was made out of a wrong number.
@@ -151,43 +167,69 @@ def read_video(
 
 
 def stream_video(
-    source: str | os.PathLike | bytes | BinaryIO, num_frames: int | None = None, fps: float | None = None
+    source: str | os.PathLike | bytes | BinaryIO,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start_frame: int = 0,
 ) -> tuple[VideoMetadata, Iterator[np.ndarray]]:
     """
     Decodes a video like [`read_video`], but frame by frame as they are asked for, so memory stays flat.
 
     Args:
         source, num_frames, fps: as in [`read_video`].
+        start_frame (`int`, *optional*, defaults to 0): how many of the chosen frames to leave out at the beginning.
 
     Returns:
-        `tuple` of the `VideoMetadata` and an iterator of frames, `np.ndarray` of shape `(height, width, 3)` and type
-        uint8 (RGB). Frames are chosen by the number that the stream is to hold; where fewer can be decoded, the
-        iterator ends early with a warning.
+        `tuple` of the `VideoMetadata`, whose `frames_indices` are those of all chosen frames, and an iterator of frames
+        from `start_frame` on, `np.ndarray` of shape `(height, width, 3)` and type uint8 (RGB). Frames are chosen by the
+        number that the stream is to hold; where fewer can be decoded, the iterator ends early with a warning.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: as [`read_video`]; a change of size only when it is reached.
+        ValueError: as [`read_video`]; a change of size only when it is reached. Also if `start_frame` lies beyond the
+            end.
     """
     _check_sampling(num_frames, fps)
     source, name = _resolve(source)
-    counted, promised, video_fps = _probe(source, name)
+    counted, promised, video_fps, marks = _probe(source, name)
     indices = _indices_of(name, counted, video_fps, num_frames, fps)
+    check_start_frame(start_frame, len(indices))
+    wanted = indices[start_frame:]
 
     def chosen() -> Iterator[np.ndarray]:
         reformatter, taken, count = VideoReformatter(), 0, 0
+        if not wanted:
+            return
+        if _pays_to_jump(wanted, marks):
+            try:
+                for frame in _jump(source, name, wanted, marks):
+                    yield _to_rgb(frame, reformatter)
+                    taken += 1
+                return
+            except _LostError:
+                pass  # What is missing is counted off from the beginning.
         for frame in _frames(source, name):
-            if taken < len(indices) and count == indices[taken]:
+            if count == wanted[taken]:
                 yield _to_rgb(frame, reformatter)
                 taken += 1
             count += 1
-        if taken < len(indices):
-            _warn_of_damage(name, count, promised)
+            if taken == len(wanted):
+                return
+        _warn_of_damage(name, count, promised)
 
     frames = chosen()
     first = next(frames, None)
     if first is None:
         raise ValueError(f"`source` {name} holds no frame that can be decoded; give a complete video file")
     return _metadata(counted, video_fps, first, indices), chain([first], frames)
+
+
+def check_start_frame(start_frame: int, count: int | None = None):
+    """Checks that a stream of `count` frames (`None` if nobody knows) can begin at `start_frame`."""
+    if isinstance(start_frame, bool) or not isinstance(start_frame, Integral) or start_frame < 0:
+        raise ValueError(f"`start_frame` must be a whole number of at least 0, got {start_frame!r}")
+    if start_frame and count is not None and start_frame >= count:
+        raise ValueError(f"`start_frame` must be below {count}, the number of frames taken, got {start_frame}")
 
 
 def flatten_videos(videos: Any) -> list[Any]:
@@ -324,14 +366,56 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
     yield None
 
 
-def _probe(source: str | BinaryIO, name: str) -> tuple[int, int, float | None]:
-    """Counts the packets to show, the frames there should be, and the frames per second, without decoding."""
+class _Marks(NamedTuple):
+    """What the time stamps of a stream tell about its frames in the order of showing."""
+
+    times: list[int]
+    """Of every frame, ascending."""
+    keys: list[int]
+    """Of the frames that decoding can begin at, ascending."""
+
+    def key_before(self, index: int) -> tuple[int, int]:
+        """The time of the last keyframe not after a frame, and the number of the frame that it is or comes before."""
+        place = bisect_right(self.keys, self.times[index]) - 1
+        return (self.keys[place], bisect_left(self.times, self.keys[place])) if place >= 0 else (self.times[0], 0)
+
+
+class _LostError(Exception):
+    """A frame did not come where its time stamp says."""
+
+
+def _probe(source: str | BinaryIO, name: str) -> tuple[int, int, float | None, _Marks | None]:
+    """
+    Counts the packets to show, the frames there should be, and the frames per second, without decoding.
+
+    Also gives the time stamps, or `None` where they cannot be relied on.
+    """
     with _open(source, name) as (container, stream):
-        packets = [packet.is_discard for packet in _packets(container, stream) if packet is not None]
-        shown = packets.count(False)
+        is_seekable = (
+            container.format.name.startswith(_SEEKABLE_FORMATS) and _codec_of(stream) in _SEEKABLE_CODECS
+        )
+        shown, hidden, times, keys = 0, 0, [], []
+        for packet in _packets(container, stream):
+            if packet is None:
+                continue
+            shown, hidden = shown + (not packet.is_discard), hidden + packet.is_discard
+            if is_seekable and (is_seekable := packet.pts is not None):
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+                if not packet.is_discard:
+                    times.append(packet.pts)
         rate = stream.average_rate or stream.guessed_rate
+        times.sort()
+        is_seekable = is_seekable and all(a < b for a, b in zip(times, times[1:], strict=False))
+        marks = _Marks(times, sorted(keys)) if is_seekable and len(keys) > 1 else None
         # Packets before a cut in an edited MP4 are decoded but not shown.
-        return shown, max(shown, stream.frames - packets.count(True)), float(rate) if rate else None
+        return shown, max(shown, stream.frames - hidden), float(rate) if rate else None, marks
+
+
+def _codec_of(stream: Any) -> str:
+    """Names what a stream is coded in, not the library that decodes it (AV1 has several)."""
+    context = stream.codec_context
+    return getattr(context.codec, "canonical_name", context.name)
 
 
 def _indices_of(
@@ -355,44 +439,107 @@ def _metadata(total: int, video_fps: float | None, frame: np.ndarray, indices: l
     )
 
 
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Decodes frames from where the container stands, as far as it is sound."""
+    for packet in _packets(container, stream):
+        try:
+            decoded = stream.decode(packet)
+        except FFmpegError:
+            continue
+        yield from decoded
+
+
 def _frames(source: str | BinaryIO, name: str) -> Iterator[Any]:
     """Decodes a video as far as it is sound; all frames have one size."""
+    size = None
+    with _open(source, name) as (container, stream):
+        for count, frame in enumerate(_decoded(container, stream)):
+            if size is not None and size != (frame.width, frame.height):
+                raise ValueError(
+                    f"`source` {name}: frame {count} is {frame.width}x{frame.height} pixels, those before are "
+                    f"{size[0]}x{size[1]}; give a video whose frames have one size"
+                )
+            size = (frame.width, frame.height)
+            yield frame
+
+
+def _pays_to_jump(indices: Sequence[int], marks: _Marks | None) -> bool:
+    """Tells whether a keyframe lies between chosen frames, or before the first, so that some need no decoding."""
+    if marks is None:
+        return False
+    return any(
+        index - before > _LEAST_JUMP and marks.key_before(index)[1] - before > _LEAST_JUMP
+        for before, index in zip(chain([-1], indices), indices, strict=False)
+    )
+
+
+def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Marks) -> Iterator[Any]:
+    """
+    Decodes chosen frames only, from the keyframe before each where that is shorter than going on.
+
+    Every frame is known by its time stamp. A frame that does not come, because the stream is damaged or a keyframe
+    was not really one, ends this with `_LostError` before a wrong frame is given, and so does a change of size.
+    """
     size, count = None, 0
     with _open(source, name) as (container, stream):
-        for packet in _packets(container, stream):
-            try:
-                decoded = stream.decode(packet)
-            except FFmpegError:
-                continue
-            for frame in decoded:
-                if size is not None and size != (frame.width, frame.height):
-                    raise ValueError(
-                        f"`source` {name}: frame {count} is {frame.width}x{frame.height} pixels, those before are "
-                        f"{size[0]}x{size[1]}; give a video whose frames have one size"
-                    )
-                size, count = (frame.width, frame.height), count + 1
-                yield frame
+        frames = _decoded(container, stream)
+        for index in indices:
+            time, first = marks.key_before(index)
+            if first - count >= _LEAST_JUMP:
+                try:
+                    container.seek(time, stream=stream)
+                except FFmpegError as error:
+                    raise _LostError from error
+                frames = _decoded(container, stream)
+            for frame in frames:
+                if frame.pts is None or frame.pts > marks.times[index]:
+                    raise _LostError
+                if size not in (None, (frame.width, frame.height)):
+                    raise _LostError
+                size = (frame.width, frame.height)
+                if frame.pts == marks.times[index]:
+                    break
+            else:
+                raise _LostError
+            yield frame
+            count = index + 1
 
 
 def _to_rgb(frame: Any, reformatter: VideoReformatter) -> np.ndarray:
-    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    frame, shape = reformatter.reformat(frame, format="rgb24"), (frame.height, frame.width, 3)
+    # A view of FFmpeg's picture, whose rows may have spare bytes at their ends; copying it costs as much as resizing.
+    plane = frame.planes[0]
+    pixels = np.ndarray(shape, np.uint8, buffer=plane, strides=(plane.line_size, 3, 1))
     # Older PyAV does not tell the rotation.
     return np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
 
 
 def _decode(source: str | BinaryIO, name: str, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
     """Decodes all frames and converts those at `indices`; also returns how many frames there were."""
-    reformatter = VideoReformatter()
-    frames, taken, count = None, 0, 0
-    for frame in _frames(source, name):
-        if taken < len(indices) and count == indices[taken]:
-            pixels = _to_rgb(frame, reformatter)
-            if frames is None:
-                frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
-            frames[taken] = pixels
-            taken += 1
-        count += 1
-    return (frames if frames is None else frames[:taken]), count
+    total = 0
+
+    def chosen() -> Iterator[Any]:
+        nonlocal total
+        wanted = iter(indices)
+        index = next(wanted, None)
+        for frame in _frames(source, name):
+            if total == index:
+                yield frame
+                index = next(wanted, None)
+            total += 1
+
+    return _gather(chosen(), len(indices)), total
+
+
+def _gather(frames: Iterator[Any], count: int) -> np.ndarray | None:
+    """Converts frames, `count` at most, into one array; `None` if there is none."""
+    reformatter, pixels, taken = VideoReformatter(), None, 0
+    for taken, frame in enumerate(frames, 1):
+        rgb = _to_rgb(frame, reformatter)
+        if pixels is None:
+            pixels = np.empty((count, *rgb.shape), dtype=np.uint8)
+        pixels[taken - 1] = rgb
+    return pixels if pixels is None else pixels[:taken]
 
 
 def _warn_of_damage(name: str, total: int, promised: int):
