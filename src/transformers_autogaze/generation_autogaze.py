@@ -254,12 +254,15 @@ class GazeDecoding(GazeSelector):
         """Notes the last chosen patches of the clips whose frame ends: they are read together with the next frame."""
         ended = [row for row in range(len(active)) if row not in going_on]
         clips = [active[row] for row in ended]
-        ids, counts = chosen[ended], [chosen.shape[1]] * len(ended)
+        # Slices where all end together, as they do without a threshold: a list of rows would have to wait for a device.
+        rows = slice(None) if len(ended) == len(active) else ended
+        places = slice(None) if len(clips) == len(cache.num_unread) else clips
+        ids, counts = chosen[rows], [chosen.shape[1]] * len(ended)
         if meets is not None:
-            order = torch.argsort(meets[ended].byte(), dim=1, stable=True)
+            order = torch.argsort(meets[rows].byte(), dim=1, stable=True)
             ids = ids.gather(1, order)
-            counts = (~meets[ended]).sum(dim=1).tolist()
-        cache.unread_ids[clips, : ids.shape[1]] = ids
+            counts = (~meets[rows]).sum(dim=1).tolist()
+        cache.unread_ids[places, : ids.shape[1]] = ids
         for clip, count in zip(clips, counts, strict=True):
             cache.num_unread[clip] = count
 
