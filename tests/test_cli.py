@@ -49,6 +49,20 @@ def test_prune_takes_a_model_and_samples_frames(clip, tiny, tmp_path):
     assert read_video(tmp_path / "overlay.mp4")[1].fps == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize(("tiles", "finest"), [("grid", "448x672"), ("native", "224")])
+def test_prune_gazes_at_tiles(clip, tmp_path, tiles, finest):
+    arguments = ["--frames", "3", "--tiles", tiles, "--max-tiles", "6", "--gazing-ratio", "0.2"]
+    assert main(["prune", str(clip), *arguments, "--task-loss-requirement", "-9", "-o", str(tmp_path)]) == 0
+    assert read_video(tmp_path / "overlay.mp4")[0].shape == (3, 66, 3 * 92 + 2 * 4, 3)
+    gaze = json.loads((tmp_path / "gaze.json").read_text())
+    assert list(gaze["statistics"]["patches_each_scale"])[-1] == finest
+    boxes = np.array([record["box"] for record in gaze["records"]])
+    assert len(boxes) == gaze["statistics"]["num_patches"] > 3 and gaze["statistics"]["psnr"] > 20
+    # Every patch shows something of the frame of 92x66 pixels, and no box reaches beyond it.
+    assert (boxes[:, :2] < boxes[:, 2:]).all() and boxes.min() >= 0
+    assert boxes[:, 2].max() <= 92 and boxes[:, 3].max() <= 66
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -58,6 +72,7 @@ def test_prune_takes_a_model_and_samples_frames(clip, tiny, tmp_path):
         (["prune", "{clip}", "--task-loss-requirement", "nan"], "`task_loss_requirement` must be numbers, got NaN"),
         (["prune", "{clip}", "--frames", "21"], "`num_frames` must be at most 20"),
         (["prune", "{clip}", "--fps", "-1"], "`fps` must be above 0"),
+        (["prune", "{clip}", "--tiles", "grid", "--max-tiles", "0"], "`max_tiles` must be a whole number"),
         (["prune", "{clip}", "--model", "{text}"], "`--model` must be a checkpoint"),
     ],
 )

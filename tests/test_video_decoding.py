@@ -206,6 +206,60 @@ def test_frames_are_counted_where_the_container_does_not_say(tmp_path):
     assert indices_of(frames) == metadata.frames_indices == [0, 5, 10, 15]
 
 
+@pytest.mark.parametrize(
+    "ending, options, jumps",
+    [
+        ("mp4", {"g": "8", "bf": "2"}, True),
+        ("mkv", {"g": "8", "bf": "3", "x264-params": "open-gop=1"}, True),
+        ("mp4", {"g": "1000", "sc_threshold": "0"}, False),  # the only keyframe is the first
+        ("ts", {"g": "8", "bf": "2"}, False),  # its packets need not be frames
+        ("mp4", {"g": "8", "bf": "0", "intra-refresh": "1"}, None),  # its keyframes are no whole pictures
+    ],
+)
+def test_seeking_gives_the_frames_that_scanning_gives(tmp_path, monkeypatch, ending, options, jumps):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    path = tmp_path / f"clip.{ending}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for index in range(60):
+            frame = np.roll(noise, 3 * index, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+    decoded = []
+    decode = video_decoding_autogaze._decoded
+
+    def counting(*args):
+        for frame in decode(*args):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(video_decoding_autogaze, "_decoded", counting)
+    monkeypatch.setattr(video_decoding_autogaze, "_LEAST_JUMP", 4)
+    for count in (1, 2, 3, 7, 11, 60):
+        frames, metadata = read_video(path, num_frames=count)
+        sought = len(decoded)
+        streamed = np.stack(list(stream_video(path, num_frames=count)[1]))
+        resumed = np.stack(list(stream_video(path, num_frames=count, start_frame=count // 2)[1]))
+        with monkeypatch.context() as scanning:
+            scanning.setattr(video_decoding_autogaze, "_pays_to_jump", lambda *args: False)
+            expected = read_video(path, num_frames=count)
+        assert np.array_equal(frames, expected[0]) and metadata == expected[1]
+        assert np.array_equal(streamed, frames) and np.array_equal(resumed, frames[count // 2 :])
+        if count == 3 and jumps is not None:
+            assert (sought < 30) if jumps else (sought == 60)
+        decoded.clear()
+
+
+def test_streams_start_where_they_are_told(clip):
+    metadata, stream = stream_video(clip, num_frames=5, start_frame=3)
+    assert metadata.frames_indices == [0, 8, 16, 24, 32] and indices_of(np.stack(list(stream))) == [24, 32]
+    for start, message in ((5, "below 5, the number of frames taken, got 5"), (-1, "at least 0, got -1")):
+        with pytest.raises(ValueError, match=f"`start_frame` must be .*{message}"):
+            stream_video(clip, num_frames=5, start_frame=start)
+
+
 def test_file_cut_off_before_its_index_is_refused(clip):
     with pytest.raises(ValueError, match="or it is incomplete"):
         read_video(clip.read_bytes()[:-500])

@@ -137,6 +137,14 @@ def test_pixels_come_back(options):
     assert processor.to_pixels(values.double().requires_grad_()).requires_grad
 
 
+def test_frames_can_be_resized_and_normalised_in_two_steps(processor):
+    video = noise(3, 50, 70, 3)
+    steps = processor.resize_levels(torch.from_numpy(video).permute(0, 3, 1, 2), (32, 40))
+    assert steps.dtype == torch.uint8
+    expected = processor(video, size={"height": 32, "width": 40}, return_tensors="pt")["pixel_values_videos"][0]
+    assert torch.equal(processor.to_pixel_values(steps), expected)
+
+
 FORMS = {
     "array, channels last": lambda v: v,
     "array, channels first": lambda v: v.transpose(0, 3, 1, 2),

@@ -7,32 +7,35 @@ takes no more memory than a short one.
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image
+from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.utils import logging
 
-from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput, GazeSelector
+from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput
 from .demo import render_demo_clip
 from .selection_autogaze import resize_frames
 from .video import write_video
 from .video_decoding_autogaze import stream_video
+from .video_gazing import GazeChunk, stream_gaze
 from .visualization import contact_sheet, paint_gaze, side_by_side, to_frames
 
 
-_CHUNK = 16  # frames, where the selector itself has no limit
 _PANEL = 448  # pixels on the shorter side of a panel at most
 _SHEET = 8  # frames on the contact sheet
+_PAINTED = 4  # frames that are painted together
+_REBUILT = 2**22  # pixels of the frames that are rebuilt together, one frame at least
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     frames = prune.add_mutually_exclusive_group()
     frames.add_argument("--frames", type=int, metavar="N", help="how many frames to take, evenly (default: all)")
     frames.add_argument("--fps", type=float, metavar="F", help="how many frames to take per second")
+    prune.add_argument(
+        "--tiles",
+        choices=["whole", "grid", "native"],
+        default="whole",
+        help="gaze at whole frames, resized (default); at tiles of frames resized to a grid of them that fits their "
+        "aspect ratio; or at tiles of frames as large as they are",
+    )
+    prune.add_argument(
+        "--max-tiles", type=int, default=48, metavar="N", help="tiles of a frame at most, for a grid (default: 48)"
+    )
     prune.set_defaults(run=_prune)
 
     demo = commands.add_parser("demo", parents=[output], help="prune a clip that is rendered on the spot")
@@ -97,6 +110,7 @@ def _demo(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     options.video = str(write_video(options.output / "clip.mp4", render_demo_clip(), fps=15))
     options.frames = options.fps = None
+    options.tiles, options.max_tiles = "whole", 1
     _prune(options)
 
 
@@ -109,43 +123,64 @@ def _prune(options: argparse.Namespace) -> None:
         raise ValueError(
             f"`--model` must be a checkpoint's folder or Hub repository, got {folder!r}: {error}"
         ) from error
-    pruning = Pruning(selector, _load_processor(folder), settings)
+    processor = _load_processor(folder)
     metadata, frames = stream_video(options.video, num_frames=options.frames, fps=options.fps)
+    chunks = stream_gaze(
+        selector,
+        frames,
+        processor.video_processor,
+        tiles=options.tiles,
+        max_tiles=options.max_tiles,
+        **settings,
+    )
     count = len(metadata.frames_indices)
     shown = {index * (count - 1) // max(1, min(count, _SHEET) - 1) for index in range(min(count, _SHEET))}
 
     options.output.mkdir(parents=True, exist_ok=True)
     panels: list[list[np.ndarray]] = []
+    start = time.perf_counter()
+    # Records wait in a file of their own, for their number grows with the video.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as records:
+        summary = Summary(processor, records)
 
-    def overlay() -> Iterator[np.ndarray]:
-        done = 0
-        with tqdm(total=count, unit="frame", desc="pruning") as progress:
-            while chunk := list(islice(frames, pruning.chunk_length)):
-                pictures = pruning.add(np.stack(chunk))
-                panels.extend([p[i] for p in pictures] for i in range(len(chunk)) if done + i in shown)
-                done += len(chunk)
-                progress.update(len(chunk))
-                yield from side_by_side(pictures)
+        def overlay() -> Iterator[np.ndarray]:
+            with tqdm(total=count, unit="frame", desc="pruning") as progress:
+                for chunk in chunks:
+                    pictures = summary.add(chunk)
+                    first, length = chunk.start, len(chunk.frames)
+                    # Frames as they were filmed are large; they must not wait until the next ones are here.
+                    del chunk
+                    panels.extend([p[i].copy() for p in pictures] for i in range(length) if first + i in shown)
+                    progress.update(length)
+                    joined = side_by_side(pictures)
+                    del pictures
+                    yield from joined
+                    del joined
 
-    rate = (metadata.fps or 30) * count / metadata.total_num_frames
-    write_video(options.output / "overlay.mp4", overlay(), fps=rate)
+        rate = (metadata.fps or 30) * count / metadata.total_num_frames
+        write_video(options.output / "overlay.mp4", overlay(), fps=rate)
+        seconds = time.perf_counter() - start
+        statistics = summary.statistics()
+        gaze = {
+            "video": options.video,
+            "selector": options.model or "greedy",
+            "tiles": options.tiles,
+            "frame_indices": [int(index) for index in metadata.frames_indices],
+            **settings,
+            "statistics": statistics,
+        }
+        with (options.output / "gaze.json").open("w", encoding="utf-8") as file:
+            file.write(json.dumps(gaze, indent=1).removesuffix("\n}") + ',\n "records": [\n')
+            records.seek(0)
+            shutil.copyfileobj(records, file)
+            file.write("\n ]\n}\n")
+
     rows = [np.stack(strip) for strip in zip(*panels, strict=True)]
     names = ("original", "kept patches", "reconstruction from the kept patches")
-    contact_sheet(list(zip(names, rows, strict=True)), selector.config.scales).save(
+    contact_sheet(list(zip(names, rows, strict=True)), list(statistics["patches_each_scale"])).save(
         options.output / "contact_sheet.png"
     )
-
-    statistics = pruning.statistics()
-    gaze = {
-        "video": options.video,
-        "selector": options.model or "greedy",
-        "frame_indices": [int(index) for index in metadata.frames_indices],
-        **settings,
-        "statistics": statistics,
-        "records": pruning.records,
-    }
-    (options.output / "gaze.json").write_text(json.dumps(gaze, indent=1) + "\n", encoding="utf-8")
-    _print_table(options, metadata, statistics, pruning.seconds)
+    _print_table(options, metadata, statistics, seconds)
 
 
 def _load_processor(folder: str | Path) -> AutoGazeProcessor:
@@ -156,65 +191,85 @@ def _load_processor(folder: str | Path) -> AutoGazeProcessor:
 
 
 @dataclass
-class Pruning:
+class Summary:
     """
-    Prunes a video chunk by chunk and gathers what is to be told about it.
+    Gathers what is to be told about a video that is gazed at chunk by chunk, and draws it.
 
     Args:
-        selector ([`GazeSelector`]): what chooses. One with `config.max_num_frames` starts anew with every chunk of so many
-            frames; another goes on with its stream.
-        processor ([`AutoGazeProcessor`]): what makes pixel values of frames.
-        settings (`dict`): `gazing_ratio` and `task_loss_requirement`.
+        processor ([`AutoGazeProcessor`]): what made the pixel values.
+        records (`TextIO`): where the records of kept patches are written, one a line and a comma between them.
     """
 
-    selector: GazeSelector
     processor: AutoGazeProcessor
-    settings: dict[str, float]
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: TextIO
     parts: list[dict[str, Any]] = field(default_factory=list)
     squared_errors: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    _state: object | None = None
+    _composite: CompositeReconstruction | None = None
     _reconstruction: torch.Tensor | None = None
-
-    @property
-    def chunk_length(self) -> int:
-        """Frames that [`Pruning.add`] takes at once."""
-        return self.selector.config.max_num_frames or _CHUNK
+    _comma: str = ""
 
     @torch.no_grad()
-    def add(self, frames: np.ndarray) -> list[np.ndarray]:
-        """Prunes the next frames `(frames, height, width, 3)`; gives the frames, their kept patches and reconstruction."""
-        video_processor = self.processor.video_processor
-        inputs = video_processor(
-            frames,
-            do_sample_frames=False,
-            input_data_format="channels_last",
-            return_tensors="pt",
-            device=str(self.selector.device),
+    def add(self, chunk: GazeChunk) -> list[np.ndarray]:
+        """Takes the next chunk; gives its frames, their kept patches and reconstruction, small enough to show."""
+        height, width = chunk.frames.shape[1:3]
+        self._composite = self._composite or CompositeReconstruction(chunk.gaze.grid)
+        self._write_records(chunk, height, width)
+        self.parts.append(chunk.gaze.statistics())
+
+        shrink = min(1.0, _PANEL / min(height, width))
+        size = max(1, round(height * shrink)), max(1, round(width * shrink))
+        frames = torch.from_numpy(chunk.frames).permute(0, 3, 1, 2)
+        frames = self.processor.video_processor.resize_levels(frames, size).permute(0, 2, 3, 1).contiguous()
+        # The grid may reach beyond the frame.
+        bottom, right = (
+            max(0, round(small * whole / part) - small)
+            for small, whole, part in zip(size, chunk.extent, (height, width), strict=True)
         )
-        video = inputs["pixel_values_videos"]
-        start = time.perf_counter()
-        goes_on = self.selector.config.max_num_frames is None
-        gaze = self.selector.generate(video, **self.settings, past_key_values=self._state, use_cache=goes_on)
-        self.parts.append(gaze.statistics())
-        self.seconds += time.perf_counter() - start
-        self._state = gaze.past_key_values
+        padded = np.pad(frames.numpy(), ((0, 0), (0, bottom), (0, right), (0, 0)))
+        rate, painted = chunk.gaze.frame_sampling_rate, []
+        # Painting takes many times the memory of the frames, so few are painted together.
+        for first in range(0, chunk.gaze.num_frames, _PAINTED):
+            masks = [mask[:, first : first + _PAINTED] for mask in chunk.gaze.gazing_mask]
+            gaze = GazeOutput.from_masks(masks, chunk.gaze.grid, rate)
+            drawn = paint_gaze(padded[first * rate : (first + _PAINTED) * rate], gaze)
+            painted.append(drawn[:, : size[0], : size[1]])
+        return [frames.numpy(), np.concatenate(painted), self._rebuild(chunk, size)]
 
-        pixels = video_processor.to_pixels(resize_frames(video, gaze.grid.sizes[-1])).clamp(0, 1)
-        rebuilt = CompositeReconstruction(gaze.grid).reconstruct(pixels, gaze, self._reconstruction)
-        self._reconstruction = rebuilt[:, -1]
-        self.squared_errors += (rebuilt - pixels).square().mean((0, 2, 3, 4)).tolist()
+    def _write_records(self, chunk: GazeChunk, height: int, width: int) -> None:
+        for record in self.processor.post_process_gaze(chunk.gaze, chunk.extent)[0]:
+            left, top, right, bottom = record["box"]
+            box = [left, top, min(right, width), min(bottom, height)]
+            line = json.dumps(record | {"frame": record["frame"] + chunk.start, "box": box})
+            self.records.write(f"{self._comma}  {line}")
+            self._comma = ",\n"
 
-        first = sum(part["num_frames"] for part in self.parts[:-1])
-        records = self.processor.post_process_gaze(gaze, frames.shape[1:3])[0]
-        self.records += [{**record, "frame": record["frame"] + first} for record in records]
-        return self._draw(frames, gaze, rebuilt[0])
+    def _rebuild(self, chunk: GazeChunk, size: tuple[int, int]) -> np.ndarray:
+        """Rebuilds the frames from the kept patches, measures the error and gives them in a size to show."""
+        processor, grid = self.processor.video_processor, chunk.gaze.grid
+        # Of a grid that reaches beyond the frame, only the frame counts.
+        inside = [
+            round(side * part / whole)
+            for side, part, whole in zip(grid.sizes[-1], chunk.frames.shape[1:3], chunk.extent, strict=True)
+        ]
+        bottom, right = (whole - part for whole, part in zip(chunk.extent, chunk.frames.shape[1:3], strict=True))
+        step = max(1, _REBUILT // (grid.sizes[-1][0] * grid.sizes[-1][1]))
+        shown = []
+        for first in range(0, len(chunk.levels), step):
+            values = processor.to_pixel_values(chunk.levels[first : first + step])
+            values = F.pad(values, (0, right, 0, bottom))
+            pixels = processor.to_pixels(resize_frames(values[None], grid.sizes[-1])).clamp(0, 1)
+            masks = [mask[:, first : first + step] for mask in chunk.gaze.gazing_mask]
+            rebuilt = self._composite.reconstruct(pixels, masks, self._reconstruction)
+            self._reconstruction = rebuilt[:, -1].clone()
+            rebuilt, pixels = (x[..., : inside[0], : inside[1]] for x in (rebuilt, pixels))
+            self.squared_errors += (rebuilt - pixels).square().mean((0, 2, 3, 4)).tolist()
+            shown.append(to_frames(rebuilt[0], size))
+        return np.concatenate(shown)
 
     def statistics(self) -> dict[str, Any]:
         """Sums up the whole video; see [`~GazeOutput.statistics`]. `psnr` is that of the closed-form reconstruction."""
         frames, patches = (sum(part[key] for part in self.parts) for key in ("num_frames", "num_patches"))
-        grid = self.selector.config.grid
+        grid = self._composite.grid
         return {
             "num_frames": frames,
             "num_patches": patches,
@@ -228,15 +283,6 @@ class Pruning:
             },
         }
 
-    def _draw(self, frames: np.ndarray, gaze: GazeOutput, rebuilt: torch.Tensor) -> list[np.ndarray]:
-        height, width = frames.shape[1:3]
-        shrink = min(1.0, _PANEL / min(height, width))
-        size = max(1, round(height * shrink)), max(1, round(width * shrink))
-        if size != (height, width):
-            small = [Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR) for frame in frames]
-            frames = np.stack([np.asarray(frame) for frame in small])
-        return [frames, paint_gaze(frames, gaze), to_frames(rebuilt, size)]
-
 
 def _print_table(options: argparse.Namespace, metadata: Any, statistics: dict[str, Any], seconds: float) -> None:
     count = statistics["num_frames"]
@@ -248,7 +294,7 @@ def _print_table(options: argparse.Namespace, metadata: Any, statistics: dict[st
         "patches kept": f"{statistics['num_patches']}, {statistics['num_patches'] / count:.1f} a frame ({scales})",
         "tokens": f"{statistics['reduction_factor']:.1f}x fewer than the {dense} of a dense encoder",
         "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches alone",
-        "gazing": f"{seconds:.2f} s, {count / seconds:.0f} frames/s on {options.device}",
+        "time": f"{seconds:.2f} s, {count / seconds:.0f} frames/s on {options.device}, from decoding to drawing",
         "written": ", ".join(str(options.output / name) for name in ("overlay.mp4", "gaze.json", "contact_sheet.png")),
     }
     print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))

@@ -30,12 +30,15 @@ from transformers.video_utils import VideoMetadata
 
 # FFmpeg's flag of a stream that is a still picture, such as the cover of a song.
 _COVER_PICTURE = 0x400
+# FFmpeg's number of a picture that is coded without looking at others.
+_INTRA_PICTURE = 1
 # Containers that hold one frame in each packet, and codecs that give one frame for each: only there do time stamps tell
 # which frame is which without decoding those before (VP8 has packets that show nothing, MPEG-TS a packet per field).
 _SEEKABLE_FORMATS = ("mov", "matroska")
 _SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
-# Frames that are rather decoded than jumped over: the decoder has several in the works, and a jump throws them away.
-_LEAST_JUMP = 4
+# Fewer frames than these are rather decoded than jumped over: the decoder has several in the works, and a jump throws
+# them away.
+_LEAST_JUMP = 16
 
 
 def is_video_source(value: Any) -> bool:
@@ -391,9 +394,7 @@ def _probe(source: str | BinaryIO, name: str) -> tuple[int, int, float | None, _
     Also gives the time stamps, or `None` where they cannot be relied on.
     """
     with _open(source, name) as (container, stream):
-        is_seekable = (
-            container.format.name.startswith(_SEEKABLE_FORMATS) and _codec_of(stream) in _SEEKABLE_CODECS
-        )
+        is_seekable = container.format.name.startswith(_SEEKABLE_FORMATS) and _codec_of(stream) in _SEEKABLE_CODECS
         shown, hidden, times, keys = 0, 0, [], []
         for packet in _packets(container, stream):
             if packet is None:
@@ -468,7 +469,7 @@ def _pays_to_jump(indices: Sequence[int], marks: _Marks | None) -> bool:
     if marks is None:
         return False
     return any(
-        index - before > _LEAST_JUMP and marks.key_before(index)[1] - before > _LEAST_JUMP
+        index - before > _LEAST_JUMP and marks.key_before(index)[1] - (before + 1) >= _LEAST_JUMP
         for before, index in zip(chain([-1], indices), indices, strict=False)
     )
 
@@ -480,12 +481,13 @@ def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Mar
     Every frame is known by its time stamp. A frame that does not come, because the stream is damaged or a keyframe
     was not really one, ends this with `_LostError` before a wrong frame is given, and so does a change of size.
     """
-    size, count = None, 0
+    size, count, key = None, 0, None
     with _open(source, name) as (container, stream):
         frames = _decoded(container, stream)
         for index in indices:
             time, first = marks.key_before(index)
             if first - count >= _LEAST_JUMP:
+                key = time
                 try:
                     container.seek(time, stream=stream)
                 except FFmpegError as error:
@@ -496,6 +498,11 @@ def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Mar
                     raise _LostError
                 if size not in (None, (frame.width, frame.height)):
                     raise _LostError
+                if key is not None and frame.pts >= key:
+                    # A stream that refreshes bit by bit calls frames keys that are no whole picture by themselves.
+                    if frame.pts > key or int(frame.pict_type) != _INTRA_PICTURE:
+                        raise _LostError
+                    key = None
                 size = (frame.width, frame.height)
                 if frame.pts == marks.times[index]:
                     break

@@ -19,6 +19,7 @@ from .video_decoding_autogaze import flatten_videos, is_video_source, read_video
 
 # PIL's numbers for the filters that torch has with antialiasing, too.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
+_FRAMES_AT_ONCE = 8  # resized together where that is done in floats
 
 
 class AutoGazeVideosKwargs(VideosKwargs, total=False):
@@ -210,6 +211,33 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         scale, shift = _scale_and_shift(self._options({}), pixel_values.device)
         return (pixel_values - shift) / (scale * 255)
 
+    def to_pixel_values(self, levels: torch.Tensor) -> torch.Tensor:
+        """
+        Rescales and normalises frames that need no resizing; the inverse of [`~AutoGazeVideoProcessor.to_pixels`].
+
+        Args:
+            levels (`torch.Tensor` of shape `(.., 3, height, width)`): levels 0..255, of any type.
+
+        Returns:
+            `torch.FloatTensor` of the same shape: what this processor makes of them, by its own configuration.
+        """
+        return _normalise(levels, self._options({}))
+
+    def resize_levels(self, levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """
+        Resizes frames to a height and width as this processor does, antialiased, and leaves them in whole levels.
+
+        On the CPU, frames whose channels lie last in memory are resized several times faster than others.
+
+        Args:
+            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
+            size (`tuple[int, int]`): height and width in pixels.
+
+        Returns:
+            `torch.ByteTensor` of shape `(frames, 3, *size)`, on the same device.
+        """
+        return _resize(levels, tuple(size), self.resample)
+
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Completes a call's arguments by the configuration, and checks them before anything is decoded."""
         known = self.valid_kwargs.__annotations__
@@ -238,8 +266,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
             clip = _resize(clip, _target_size(options["size"], *clip.shape[-2:], "size"), options["resample"])
         if options["do_center_crop"]:
             clip = _center_crop(clip, _target_size(options["crop_size"], *clip.shape[-2:], "crop_size"))
-        scale, shift = _scale_and_shift(options, clip.device)
-        return torch.addcmul(shift, clip.to(scale.dtype), scale).contiguous()
+        return _normalise(clip, options)
 
 
 def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, int]:
@@ -269,7 +296,8 @@ def _resize(clip: torch.Tensor, size: tuple[int, int], resample: int) -> torch.T
         return clip
     if clip.device.type == "cpu":
         return F.interpolate(clip, size, mode=_FILTERS[resample], antialias=True)
-    return _resize_in_floats(clip, size, resample)
+    # Floats take four times the memory, so a long clip is not turned into them at once.
+    return torch.cat([_resize_in_floats(part, size, resample).to(clip.dtype) for part in clip.split(_FRAMES_AT_ONCE)])
 
 
 def _resize_in_floats(clip: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
@@ -286,6 +314,12 @@ def _center_crop(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     (height, width), (high, wide) = clip.shape[-2:], size
     top, left = (height - high) // 2, (width - wide) // 2
     return F.pad(clip, (-left, wide - width + left, -top, high - height + top))
+
+
+def _normalise(levels: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    scale, shift = _scale_and_shift(options, levels.device)
+    # Channels that lie last are put first on the way to floats; doing so afterwards takes longer.
+    return torch.addcmul(shift, levels.to(scale.dtype, memory_format=torch.contiguous_format), scale)
 
 
 def _scale_and_shift(options: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,113 @@
+"""
+How much memory does `autogaze prune` take, and does it grow with the length of a video?
+
+Prunes a 1080p clip of 300 and of 1200 frames and a 3840x2160 clip of 64 frames in 45 tiles, each in a process of its own,
+and tells the peak of resident memory above that of the process idle with the selector loaded. Writes the same as JSON.
+The clips are made first and take some minutes. Needs Linux, whose kernel keeps the peak.
+
+    python benchmarks/gaze_memory.py -o gaze_memory.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from transformers_autogaze import DEFAULT_SELECTOR, write_video
+from transformers_autogaze.cli import main as autogaze
+from transformers_autogaze.demo import render_demo_clip
+
+
+CASES = (
+    {"name": "1080p, 300 frames", "frames": 300, "size": (1080, 1920), "arguments": []},
+    {"name": "1080p, 1200 frames", "frames": 1200, "size": (1080, 1920), "arguments": []},
+    {
+        "name": "2160p, 64 frames, 45 tiles",
+        "frames": 64,
+        "size": (2160, 3840),
+        "arguments": ["--tiles", "grid", "--max-tiles", "45"],
+    },
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: greedy)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path, default=Path("gaze_memory.json"))
+    parser.add_argument("--prune", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.prune:
+        return measure(options.model, options.threads, options.prune)
+
+    rows = []
+    print(f"{options.threads} threads, torch {torch.__version__}, {Path(options.model).name}")
+    print(f"{'case':<28} {'idle MiB':>9} {'peak MiB':>9} {'above MiB':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            clip = write_video(Path(folder) / "clip.mp4", frames_of(case["frames"], *case["size"]))
+            command = [
+                sys.executable,
+                __file__,
+                "--model",
+                options.model,
+                "--threads",
+                str(options.threads),
+                "--prune",
+            ]
+            command += ["prune", str(clip), "--model", options.model, "-o", folder, *case["arguments"]]
+            done = subprocess.run(
+                command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+            )
+            if done.returncode:
+                raise SystemExit(f"{case['name']} failed:\n{done.stderr}")
+            row = {"case": case["name"], **json.loads(done.stdout.splitlines()[-1])}
+            rows.append(row)
+            print(
+                f"{row['case']:<28} {row['idle']:>9.0f} {row['peak']:>9.0f} {row['peak'] - row['idle']:>10.0f}",
+                flush=True,
+            )
+    growth = rows[1]["peak"] / rows[0]["peak"] - 1
+    print(f"four times the frames: {100 * growth:+.1f} % of the peak")
+    machine = {"processor": platform.processor(), "threads": options.threads, "torch": torch.__version__}
+    options.output.write_text(
+        json.dumps({"machine": machine, "unit": "MiB", "growth": growth, "rows": rows}, indent=1) + "\n"
+    )
+
+
+def frames_of(count: int, height: int, width: int) -> Iterator[np.ndarray]:
+    """A clip with motion and a cut, over and over."""
+    return islice(cycle(render_demo_clip(32, height, width)), count)
+
+
+def measure(model: str, threads: int, command: list[str]) -> None:
+    """Runs the command line in this process and prints the memory before and at its peak, as JSON."""
+    torch.set_num_threads(threads)
+    selector = AutoModel.from_pretrained(model)
+    idle = memory("VmRSS")
+    del selector
+    if status := autogaze(command):
+        raise SystemExit(status)
+    print(json.dumps({"idle": idle, "peak": memory("VmHWM")}))
+
+
+def memory(key: str) -> float:
+    """Resident memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"{key} is not in /proc/self/status")
+
+
+if __name__ == "__main__":
+    main()

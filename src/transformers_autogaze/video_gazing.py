@@ -1,0 +1,414 @@
+"""
+Gazing at videos of any size and length, chunk by chunk, in memory that does not grow with the length.
+
+This module decides how frames become tiles and tiles become whole-frame gazes, and carries a selector along a video. How
+files are decoded, pixels resized and patches chosen it leaves to others; it draws and writes nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+
+from .gazing_autogaze import GazeOutput
+from .grid_autogaze import GazeGrid
+from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
+from .video_decoding_autogaze import check_start_frame, is_video_source, sample_indices, stream_video
+from .video_processing_autogaze import AutoGazeVideoProcessor
+
+
+Setting = float | Sequence[float] | None
+
+_CHUNK = 16  # frames, where the selector itself has no limit
+_TILINGS = ("whole", "grid", "native")
+
+
+class GazeChunk(NamedTuple):
+    """
+    The gaze of some consecutive frames of a video, and where they lie in it.
+
+    Args:
+        gaze ([`GazeOutput`]):
+            A batch of one over the whole frame; ids count from the first frame of the chunk.
+        start, stop (`int`):
+            The frames taken from the video that these are, `stop` not included: `start_frame=stop` goes on after them.
+        frame_indices (`list[int]`):
+            The same frames as the video itself counts them.
+        frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8):
+            The frames as they were filmed (RGB).
+        levels (`torch.ByteTensor` of shape `(frames, 3, tile rows * height, tile columns * width)`):
+            The frames as they were gazed at, levels 0..255, on the selector's device; with `tiles="native"` the frames
+            themselves, without the padding.
+        extent (`tuple[int, int]`):
+            Height and width in the frame's own pixels that the gaze's grid spans, so `gaze.boxes(*extent)` lies right.
+            It is the frame's size, but for `tiles="native"`, whose grid reaches to the ends of the last tiles.
+    """
+
+    gaze: GazeOutput
+    start: int
+    stop: int
+    frame_indices: list[int]
+    frames: np.ndarray
+    levels: torch.Tensor
+    extent: tuple[int, int]
+
+
+def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]:
+    """
+    Chooses how many rows and columns of square tiles to resize a frame to.
+
+    Args:
+        height, width (`int`): size of the frame in pixels.
+        max_tiles (`int`): tiles at most, at least 1.
+
+    Returns:
+        `tuple[int, int]`: rows and columns whose aspect ratio is nearest to the frame's, the most tiles of equally near.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.video_gazing import choose_tile_grid
+
+    >>> choose_tile_grid(2160, 3840, max_tiles=45), choose_tile_grid(1080, 1920, max_tiles=12)
+    ((5, 9), (2, 4))
+
+    ```
+    """
+
+    def stretch(layout: tuple[int, int]) -> tuple[Fraction, int]:
+        rows, cols = layout
+        ratio = Fraction(cols * height, rows * width)
+        return max(ratio, 1 / ratio), -rows * cols
+
+    layouts = [(rows, cols) for rows in range(1, max_tiles + 1) for cols in range(1, max_tiles // rows + 1)]
+    return min(layouts, key=stretch)
+
+
+def gaze_video(
+    selector: GazeSelector, source: Any, processor: AutoGazeVideoProcessor | None = None, **options: Any
+) -> GazeOutput:
+    """
+    Gazes at a whole video of any size and length.
+
+    Only the gaze is kept; [`stream_gaze`] gives it chunk by chunk, with the frames.
+
+    Args:
+        selector, source, processor: as in [`stream_gaze`].
+        options: the other arguments of [`stream_gaze`].
+
+    Returns:
+        [`GazeOutput`], a batch of one over whole frames; ids count from the first frame taken.
+
+    Raises:
+        ValueError: as [`stream_gaze`].
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GreedyGazeSelector, gaze_video
+
+    >>> frames = np.zeros((20, 90, 160, 3), dtype=np.uint8)
+    >>> gaze = gaze_video(GreedyGazeSelector(), frames, tiles="grid", max_tiles=2, task_loss_requirement=0.7)
+    >>> gaze.num_frames, gaze.scales[-1]
+    (20, (224, 448))
+
+    ```
+    """
+    return GazeOutput.concatenate([chunk.gaze for chunk in stream_gaze(selector, source, processor, **options)])
+
+
+def stream_gaze(
+    selector: GazeSelector,
+    source: Any,
+    processor: AutoGazeVideoProcessor | None = None,
+    tiles: str = "whole",
+    max_tiles: int = 48,
+    chunk_frames: int | None = None,
+    max_batch_size: int = 16,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start_frame: int = 0,
+    gazing_ratio: Setting = None,
+    task_loss_requirement: Setting = None,
+    progress: bool = False,
+) -> Iterator[GazeChunk]:
+    """
+    Gazes at a video of any size and length, chunk by chunk as they are asked for.
+
+    Memory depends on the size of a frame and the length of a chunk, not on the length of the video. Frames stay whole
+    levels until a batch of tiles is gazed at, on the selector's device.
+
+    Args:
+        selector ([`GazeSelector`]):
+            What chooses, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. Where `config.max_num_frames` names a
+            length, every chunk is a clip of its own; where it is `None`, the chunks are one stream.
+        source:
+            A video as [`read_video`] opens it: a path, a URL, bytes or a file object; or frames: an array or tensor of
+            shape `(frames, height, width, 3)` and type uint8, or any iterable of frames `(height, width, 3)`, which is
+            read no further than the chunk that is asked for.
+        processor ([`AutoGazeVideoProcessor`], *optional*):
+            Whose filter and normalisation to use; its `size` is not. The published one by default.
+        tiles (`str`, *optional*, defaults to `"whole"`):
+            `"whole"` resizes every frame to the selector's size, whatever its aspect ratio. `"grid"` resizes it to a
+            grid of at most `max_tiles` tiles of that size, near to its aspect ratio; see [`choose_tile_grid`].
+            `"native"` does not resize: the frame is padded at the right and bottom to whole tiles, and patches that lie
+            outside it altogether are dropped; a budget or threshold is still that of the padded tile.
+        max_tiles (`int`, *optional*, defaults to 48): tiles of a frame at most, for `"grid"`.
+        chunk_frames (`int`, *optional*): frames of a chunk; `config.max_num_frames` by default, or 16.
+        max_batch_size (`int`, *optional*, defaults to 16): tiles that are gazed at together. Changes no result.
+        num_frames, fps (*optional*): which frames to take, evenly over the video; see [`sample_indices`]. `fps` needs a
+            file, `num_frames` anything whose length is known.
+        start_frame (`int`, *optional*, defaults to 0):
+            How many of the frames taken to pass over, to go on where an earlier chunk had its `stop`. The chunks are
+            those that would have followed, unless the selector streams: its stream then starts anew.
+        gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
+            As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and every
+            chunk takes it from its start.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a bar.
+
+    Returns:
+        `Iterator[GazeChunk]`. A gaze of more than one tile has its ids in ascending order, for tiles have no common
+        order of choice, and no scores.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if an argument is out of range, the source is no video, or frames are no such arrays or change their
+            size. All but the frames is checked at once.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GreedyGazeSelector, stream_gaze
+
+    >>> frames = np.zeros((40, 90, 160, 3), dtype=np.uint8)
+    >>> for chunk in stream_gaze(GreedyGazeSelector(), frames, task_loss_requirement=0.7):
+    ...     print(chunk.start, chunk.stop, chunk.gaze.num_real_each_frame[0, :3].tolist())
+    0 16 [4, 1, 1]
+    16 32 [1, 1, 1]
+    32 40 [1, 1, 1]
+
+    ```
+    """
+    config = selector.config
+    if tiles not in _TILINGS:
+        raise ValueError(f"`tiles` must be one of {', '.join(map(repr, _TILINGS))}, got {tiles!r}")
+    chunk_frames = (config.max_num_frames or _CHUNK) if chunk_frames is None else chunk_frames
+    for name, value in {
+        "max_tiles": max_tiles,
+        "chunk_frames": chunk_frames,
+        "max_batch_size": max_batch_size,
+    }.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+    rate = config.frame_sampling_rate
+    if chunk_frames % rate:
+        raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
+    settings = {"gazing_ratio": gazing_ratio, "task_loss_requirement": task_loss_requirement}
+    for name, setting in settings.items():
+        if setting is not None and np.ndim(setting) and np.shape(setting) != (chunk_frames // rate,):
+            raise ValueError(
+                f"`{name}` must be one number or one for each of the {chunk_frames // rate} frames of a chunk, got "
+                f"the shape {np.shape(setting)}"
+            )
+    # Checked here, or a bad number would show only when the first chunk has been decoded.
+    if gazing_ratio is not None:
+        budget_each_frame(gazing_ratio, chunk_frames // rate, config.grid.num_patches)
+    if task_loss_requirement is not None:
+        threshold_each_frame(task_loss_requirement, 1, chunk_frames // rate)
+    processor = AutoGazeVideoProcessor() if processor is None else processor
+    indices, frames = _open_source(source, num_frames, fps, start_frame)
+    gazer = _TileGazer(selector, processor, tiles, max_tiles, max_batch_size, settings)
+
+    def chunks() -> Iterator[GazeChunk]:
+        start = start_frame
+        total = None if indices is None else len(indices) - start_frame
+        with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
+            while (pixels := _next_frames(frames, chunk_frames, gazer.size, start)) is not None:
+                stop = start + len(pixels)
+                numbers = list(range(start, stop)) if indices is None else list(indices[start:stop])
+                gaze, levels, extent = gazer.gaze(pixels)
+                chunk = GazeChunk(gaze, start, stop, numbers, pixels, levels, extent)
+                bar.update(stop - start)
+                # What the caller lets go must be gone before the next chunk is decoded.
+                del pixels, levels, gaze
+                yield chunk
+                del chunk
+                start = stop
+
+    return chunks()
+
+
+class _TileGazer:
+    """Gazes at chunks of frames of one size, tile by tile, and keeps what a streaming selector remembers of each."""
+
+    def __init__(
+        self,
+        selector: GazeSelector,
+        processor: AutoGazeVideoProcessor,
+        tiles: str,
+        max_tiles: int,
+        max_batch_size: int,
+        settings: dict[str, Setting],
+    ):
+        self.selector, self.processor, self.settings = selector, processor, settings
+        self.tiles, self.max_tiles, self.max_batch_size = tiles, max_tiles, max_batch_size
+        side = selector.config.image_size
+        self.tile_size: tuple[int, int] = (side, side) if isinstance(side, int) else tuple(side)
+        self.device = torch.device(getattr(selector, "device", "cpu"))
+        self.dtype = torch.promote_types(getattr(selector, "dtype", torch.float32), torch.float32)
+        self.streams = selector.config.max_num_frames is None
+        self.size: tuple[int, int] | None = None
+        self.states: dict[int, object] = {}
+
+    @torch.no_grad()
+    def gaze(self, frames: np.ndarray) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
+        """Gazes at frames `(frames, height, width, 3)`; gives the gaze, the levels gazed at and the grid's extent."""
+        if self.size is None:
+            self._plan(frames.shape[1:3])
+        levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
+        if self.tiles != "native":
+            levels = self.processor.resize_levels(
+                levels, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
+            )
+        own, count = self.selector.config.grid, self.rows * self.cols
+        parts = [
+            self._gaze_tiles(levels, range(first, min(first + self.max_batch_size, count)))
+            for first in range(0, count, self.max_batch_size)
+        ]
+        if count == 1:
+            return self._drop_outside(parts[0].replace(past_key_values=None)), levels, self.extent
+        masks = [torch.cat(scale) for scale in zip(*(part.gazing_mask for part in parts), strict=True)]
+        masks = self.grid.stitch_tiles(masks, own)
+        if self.inside is not None:
+            masks = [mask & inside for mask, inside in zip(masks, self.inside, strict=True)]
+        threshold = parts[0].task_loss_requirement
+        gaze = GazeOutput.from_masks(
+            masks,
+            self.grid,
+            self.selector.config.frame_sampling_rate,
+            task_loss_requirement=None if threshold is None else threshold[:1],
+        )
+        return gaze, levels, self.extent
+
+    def _plan(self, size: tuple[int, int]) -> None:
+        """Lays out the tiles for frames of a height and width."""
+        self.size, own = tuple(size), self.selector.config.grid
+        self.rows = self.cols = 1
+        self.extent, self.inside = self.size, None
+        if self.tiles == "grid":
+            tall, wide = self.tile_size
+            self.rows, self.cols = choose_tile_grid(size[0] * wide, size[1] * tall, self.max_tiles)
+        elif self.tiles == "native":
+            self.rows, self.cols = (-(-whole // tile) for whole, tile in zip(size, self.tile_size, strict=True))
+            self.extent = self.rows * self.tile_size[0], self.cols * self.tile_size[1]
+        scales = [(self.rows * height, self.cols * width) for height, width in own.sizes]
+        self.grid = own if self.rows * self.cols == 1 else GazeGrid(scales, own.patch_size)
+        if self.extent != self.size:
+            boxes = self.grid.boxes(torch.arange(self.grid.num_patches, device=self.device), *self.extent)
+            inside = (boxes[:, 0] < size[1]) & (boxes[:, 1] < size[0])
+            self.inside = self.grid.split_by_scale(inside)
+
+    def _gaze_tiles(self, levels: torch.Tensor, numbers: range) -> GazeOutput:
+        """Gazes at some tiles, counted row by row, of frames `(frames, 3, height, width)`."""
+        height, width = self.tile_size
+        # Padding is zeros among normalised values, as that of `GazeGrid.cut_tiles`.
+        video = torch.zeros(len(numbers), len(levels), 3, height, width, dtype=self.dtype, device=self.device)
+        for tile, number in zip(video, numbers, strict=True):
+            top, left = number // self.cols * height, number % self.cols * width
+            part = levels[..., top : top + height, left : left + width]
+            tile[..., : part.shape[-2], : part.shape[-1]] = self.processor.to_pixel_values(part)
+        count = len(levels) // self.selector.config.frame_sampling_rate
+        settings = {
+            name: setting if setting is None or not np.ndim(setting) else setting[:count]
+            for name, setting in self.settings.items()
+        }
+        if not self.streams:
+            return self.selector.generate(video, **settings)
+        state = self.states.get(numbers.start)
+        gaze = self.selector.generate(video, **settings, past_key_values=state, use_cache=True)
+        self.states[numbers.start] = gaze.past_key_values
+        return gaze
+
+    def _drop_outside(self, gaze: GazeOutput) -> GazeOutput:
+        """Turns kept patches of a single tile that lie outside the frame into padding; the order stays."""
+        if self.inside is None:
+            return gaze
+        first = gaze.frame_of_slot * self.grid.num_patches
+        local = (gaze.gazing_pos - first).masked_fill(gaze.if_padded_gazing, 0)
+        is_padding = gaze.if_padded_gazing | ~torch.cat(self.inside)[local]
+        return gaze.replace(
+            # The id after the last patch stands for none.
+            gazing_pos=torch.where(
+                is_padding & ~gaze.if_padded_gazing, first + self.grid.num_patches, gaze.gazing_pos
+            ),
+            if_padded_gazing=is_padding,
+            gazing_mask=[mask & inside for mask, inside in zip(gaze.gazing_mask, self.inside, strict=True)],
+        )
+
+
+def _open_source(
+    source: Any, num_frames: int | None, fps: float | None, start_frame: int
+) -> tuple[Sequence[int] | None, Iterator[Any]]:
+    """Gives the numbers of the frames to take, `None` if nobody knows how many there are, and those to gaze at."""
+    if is_video_source(source):
+        metadata, frames = stream_video(source, num_frames, fps, start_frame)
+        return metadata.frames_indices, frames
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        if source.ndim != 4 or source.shape[-1] != 3:
+            raise ValueError(f"`source` must have the shape (frames, height, width, 3), got {tuple(source.shape)}")
+    elif not isinstance(source, Iterable):
+        raise ValueError(
+            "`source` must be a path, an http(s) URL, bytes, a binary file object, an array or tensor of shape (frames, "
+            f"height, width, 3) or an iterable of frames, got {type(source)}"
+        )
+    if fps is not None:
+        raise ValueError(
+            f"`fps` needs a video file, which tells its own rate, got {fps} with frames; give `num_frames`"
+        )
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        if len(source) == 0:
+            raise ValueError("`source` must hold at least one frame, got none")
+        indices = sample_indices(len(source), num_frames=num_frames)
+        check_start_frame(start_frame, len(indices))
+        return indices, (source[index] for index in indices[start_frame:])
+    if num_frames is not None:
+        raise ValueError(
+            f"`num_frames` needs a source whose length is known, got {num_frames} with {type(source).__name__}"
+        )
+    check_start_frame(start_frame)
+    return None, _skip(iter(source), start_frame)
+
+
+def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
+    for passed in range(count):
+        if next(frames, None) is None:
+            check_start_frame(count, passed)
+    first = next(frames, None)
+    if first is None:
+        check_start_frame(count, count)
+        raise ValueError("`source` must hold at least one frame, got none")
+    yield first
+    yield from frames
+
+
+def _next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None, start: int) -> np.ndarray | None:
+    """Takes the next `count` frames, or those left, into one array; `None` if there is none."""
+    chunk, taken = None, 0
+    while taken < count and (frame := next(frames, None)) is not None:
+        frame = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
+        size = frame.shape[:2] if size is None else size
+        if frame.dtype != np.uint8 or frame.shape != (*size, 3) or 0 in size:
+            what = "as those before" if taken or start else "(height, width, 3)"
+            raise ValueError(
+                f"`source`: frame {start + taken} must be uint8 of shape {(*size, 3) if taken or start else what}, got "
+                f"{frame.dtype} of shape {frame.shape}"
+            )
+        if chunk is None:
+            chunk = np.empty((count, *frame.shape), np.uint8)
+        chunk[taken] = frame
+        taken += 1
+    return None if chunk is None else chunk[:taken]
