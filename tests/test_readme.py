@@ -20,7 +20,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "tiny-1", published)
     shutil.copy(FIXTURES / "processor" / "preprocessor_config.json", published)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, object] = {}
     for block in blocks:
         # The two on gazes for others go on with the model of their own sizes, not with the small published one.

@@ -34,6 +34,7 @@ CODE_FILES = tuple(
         "processing",
         "selection",
         "video_decoding",
+        "video_frames",
         "video_processing",
     )
 )

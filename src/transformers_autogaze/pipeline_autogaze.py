@@ -20,7 +20,8 @@ from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .processing_autogaze import AutoGazeProcessor
 from .selection_autogaze import GazeSelector, resize_frames
-from .video_decoding_autogaze import flatten_videos
+from .video_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
+from .video_frames_autogaze import flatten_videos
 from .video_processing_autogaze import AutoGazeVideoProcessor  # noqa: F401 (see modeling_autogaze)
 
 

@@ -22,6 +22,7 @@ from .gazing_autogaze import GazeOutput
 # from a folder; what those import in turn would be missing.
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .video_decoding_autogaze import read_video  # noqa: F401
+from .video_frames_autogaze import flatten_videos  # noqa: F401
 from .video_processing_autogaze import AutoGazeVideoProcessor, AutoGazeVideosKwargs
 
 

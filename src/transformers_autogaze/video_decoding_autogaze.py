@@ -1,7 +1,8 @@
-"""Videos in: RGB frames out of a file, a URL, bytes or a file object, with PyAV, or out of arrays and pictures.
+"""
+Videos in: RGB frames out of a file, a URL, bytes or a file object, with PyAV.
 
-This module owns decoding, the choice of frames and the many forms in which frames are handed over. It knows nothing of
-preprocessing, patches or models: what comes out are whole levels 0..255 at the size they were filmed.
+This module owns decoding and the choice of frames. It knows nothing of preprocessing, patches or models: what comes out
+are whole levels 0..255 at the size they were filmed.
 """
 
 import os
@@ -20,11 +21,8 @@ from urllib.request import Request, urlopen
 
 import av
 import numpy as np
-import torch
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
-from PIL import Image
-from transformers.image_utils import ChannelDimension
 from transformers.video_utils import VideoMetadata
 
 
@@ -39,11 +37,6 @@ _SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
 # Fewer frames than these are rather decoded than jumped over: the decoder has several in the works, and a jump throws
 # them away.
 _LEAST_JUMP = 16
-
-
-def is_video_source(value: Any) -> bool:
-    """Tells whether `value` is something that [`read_video`] opens, rather than frames."""
-    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
 
 
 def sample_indices(
@@ -233,63 +226,6 @@ def check_start_frame(start_frame: int, count: int | None = None):
         raise ValueError(f"`start_frame` must be a whole number of at least 0, got {start_frame!r}")
     if start_frame and count is not None and start_frame >= count:
         raise ValueError(f"`start_frame` must be below {count}, the number of frames taken, got {start_frame}")
-
-
-def flatten_videos(videos: Any) -> list[Any]:
-    """Lists the videos of any nesting: sources, four-dimensional arrays and lists of frames."""
-    if is_video_source(videos):
-        return [videos]
-    if isinstance(videos, Image.Image):
-        return [[videos]]
-    if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim in (3, 4, 5):
-        return list(videos) if videos.ndim == 5 else [videos if videos.ndim == 4 else videos[None]]
-    if isinstance(videos, (list, tuple)) and len(videos):
-        if all(_is_frame(item) for item in videos):
-            return [videos]
-        return [video for item in videos for video in flatten_videos(item)]
-    if isinstance(videos, (list, tuple)):
-        raise ValueError("`videos` must hold at least one video of at least one frame, got an empty list")
-    shape = getattr(videos, "shape", None)
-    raise ValueError(
-        "`videos` must be a path, an http(s) URL, bytes, a list of frames, an array or tensor of 3 to 5 dimensions, "
-        f"or a list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
-    )
-
-
-def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, name: str) -> torch.Tensor:
-    """Takes frames of a video and makes them a uint8 tensor of shape `(frames, 3, height, width)`."""
-    if len(video) == 0:
-        raise ValueError(f"{name} must have at least one frame, got none")
-    if isinstance(video, (list, tuple)):
-        kinds = {
-            kind.__name__ for kind in (Image.Image, np.ndarray, torch.Tensor) for f in video if isinstance(f, kind)
-        }
-        if len(kinds) > 1:
-            raise ValueError(f"{name} must hold frames of one kind, got {sorted(kinds)}")
-        numbers = range(len(video))
-        if isinstance(video[0], Image.Image):
-            # Converting a picture costs something, so only those asked for are.
-            video, numbers = [np.asarray(video[index].convert("RGB")) for index in indices], indices
-            indices, input_data_format = range(len(video)), "channels_last"
-        for number, frame in zip(numbers, video, strict=True):
-            if frame.shape != video[0].shape:
-                raise ValueError(
-                    f"{name} must hold frames of one size, but frame {number} has the shape {tuple(frame.shape)} and "
-                    f"frame {numbers[0]} {tuple(video[0].shape)}"
-                )
-        video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
-    prefers_last = isinstance(video, np.ndarray)
-    if prefers_last:
-        # Torch takes neither read-only nor flipped arrays.
-        video = torch.from_numpy(np.require(video, requirements=("C", "W")))
-    if video.ndim == 3:
-        video, input_data_format = video[:, None], "channels_first"
-    if 0 in video.shape:
-        raise ValueError(f"{name} must have frames of at least one pixel, got the shape {tuple(video.shape)}")
-    if _channels_are_last(video, input_data_format, prefers_last, name):
-        video = video.permute(0, 3, 1, 2)
-    clip = _to_levels(video, name)[torch.as_tensor(indices)] if len(indices) < len(video) else _to_levels(video, name)
-    return clip.expand(-1, 3, -1, -1) if clip.shape[1] == 1 else clip[:, :3]
 
 
 def _check_sampling(num_frames: int | None, fps: float | None):
@@ -556,51 +492,3 @@ def _warn_of_damage(name: str, total: int, promised: int):
             UserWarning,
             stacklevel=3,
         )
-
-
-def _is_frame(item: Any) -> bool:
-    return isinstance(item, Image.Image) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3))
-
-
-def _channels_are_last(video: torch.Tensor, input_data_format: str | None, prefers_last: bool, name: str) -> bool:
-    formats = (ChannelDimension.FIRST, ChannelDimension.LAST)
-    counts = dict(zip(formats, (video.shape[1], video.shape[3]), strict=True))
-    if input_data_format is None:
-        likely = [f for f in formats if counts[f] == 3] or [f for f in formats if counts[f] in (1, 4)]
-        if len(likely) == 2:
-            likely = [formats[prefers_last]]
-            warnings.warn(
-                f"{name} of shape {tuple(video.shape)} could have its channels first or last and is taken as "
-                f"{likely[0].value}; `input_data_format` settles it",
-                stacklevel=2,
-            )
-    elif input_data_format in formats:
-        likely = [f for f in formats if f == input_data_format and counts[f] in (1, 3, 4)]
-    else:
-        raise ValueError(f"`input_data_format` must be 'channels_first' or 'channels_last', got {input_data_format!r}")
-    if not likely:
-        raise ValueError(
-            f"{name} must have the shape (frames, height, width, channels) or (frames, channels, height, width) with "
-            f"1, 3 or 4 channels, got {tuple(video.shape)}{f' as {input_data_format}' if input_data_format else ''}"
-        )
-    return likely[0] == ChannelDimension.LAST
-
-
-def _to_levels(video: torch.Tensor, name: str) -> torch.Tensor:
-    """Converts pixels of any type to levels 0..255 in uint8."""
-    if video.dtype == torch.uint8:
-        return video
-    if video.dtype == torch.bool or video.is_complex():
-        raise ValueError(f"{name} must hold integers in 0..255 or floats in 0..1, got {video.dtype}")
-    is_float, kind = video.is_floating_point(), video.dtype
-    video = video.float() if is_float else video.long()
-    low, high = video.min().item(), video.max().item()
-    if is_float and low >= -1e-3 and high <= 1 + 1e-3:
-        video = video * 255
-    elif not (low >= 0 and high <= 255) or (is_float and high <= 2):
-        # Floats barely above 1 are more likely pixels that overshot in a resize than an almost black video.
-        raise ValueError(
-            f"{name} must hold integers in 0..255, or floats in 0..1 or 0..255, got {kind} in {low:g}..{high:g}; "
-            "clamp it or undo a normalisation"
-        )
-    return video.round().clamp(0, 255).to(torch.uint8) if is_float else video.to(torch.uint8)

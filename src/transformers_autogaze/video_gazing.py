@@ -17,7 +17,8 @@ from huggingface_hub.utils import tqdm
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
-from .video_decoding_autogaze import check_start_frame, is_video_source, sample_indices, stream_video
+from .video_decoding_autogaze import check_start_frame, sample_indices, stream_video
+from .video_frames_autogaze import is_video_source
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
 

@@ -14,7 +14,8 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding_autogaze import flatten_videos, is_video_source, read_video, sample_indices, to_clip
+from .video_decoding_autogaze import read_video, sample_indices
+from .video_frames_autogaze import flatten_videos, is_video_source, to_clip
 
 
 # PIL's numbers for the filters that torch has with antialiasing, too.
