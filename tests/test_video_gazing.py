@@ -8,6 +8,7 @@ from transformers_autogaze import (
     GazeOutput,
     GreedyGazeConfig,
     GreedyGazeSelector,
+    VideoTokenPruningPipeline,
     gaze_video,
     stream_gaze,
     write_video,
@@ -53,6 +54,13 @@ def values(frames: np.ndarray, size: tuple[int, int] | None = None) -> torch.Ten
     return processor(frames, size=size, input_data_format="channels_last", return_tensors="pt")["pixel_values_videos"]
 
 
+def published(frames: np.ndarray) -> torch.Tensor:
+    """What the processor, and so the pipeline, makes of whole frames."""
+    return AutoGazeVideoProcessor()(frames, input_data_format="channels_last", return_tensors="pt")[
+        "pixel_values_videos"
+    ]
+
+
 def same(one: GazeOutput, other: GazeOutput) -> bool:
     keys = ("gazing_pos", "if_padded_gazing", "num_gazing_each_frame", "clip_num_gazing_each_frame")
     return (
@@ -75,11 +83,11 @@ def test_chunks_of_a_file_are_the_gazes_of_their_frames(clips, tmp_path, samplin
         own = frames[chunk.start : chunk.stop]
         assert np.array_equal(chunk.frames, own) and chunk.extent == (36, 64)
         assert chunk.frame_indices == metadata.frames_indices[chunk.start : chunk.stop]
-        expected = clips.generate(values(own, (SIDE, SIDE)), **SETTINGS)
+        expected = clips.generate(published(own), **SETTINGS)
         assert same(chunk.gaze, expected) and torch.equal(
             chunk.gaze.task_loss_prediction, expected.task_loss_prediction
         )
-        assert torch.equal(AutoGazeVideoProcessor().to_pixel_values(chunk.levels)[None], values(own, (SIDE, SIDE)))
+        assert torch.equal(AutoGazeVideoProcessor().to_pixel_values(chunk.levels)[None], published(own))
     assert chunks[-1].stop == len(frames)
     whole = gaze_video(clips, path, **sampling, **SETTINGS)
     assert same(whole, GazeOutput.concatenate([chunk.gaze for chunk in chunks]))
@@ -88,16 +96,21 @@ def test_chunks_of_a_file_are_the_gazes_of_their_frames(clips, tmp_path, samplin
 def test_the_learned_model_gazes_chunk_by_chunk(tiny_model):
     frames = moving(tiny_model.config.max_num_frames + 1, 30, 50)
     ratio = [0.5] + [0.2] * (tiny_model.config.max_num_frames - 1)
-    side = tiny_model.config.image_size
     gaze = gaze_video(tiny_model, frames, gazing_ratio=ratio)
-    video = values(frames, (side, side)).double()
+    video = published(frames).double()
     expected = [tiny_model.generate(video[:, :-1], gazing_ratio=ratio), tiny_model.generate(video[:, -1:], 0.5)]
     assert same(gaze, GazeOutput.concatenate(expected))
 
 
+def test_whole_frames_give_what_the_pipeline_gives(tiny_model):
+    frames = moving(tiny_model.config.max_num_frames + 3, 36, 64)
+    result = VideoTokenPruningPipeline(tiny_model, device="cpu")(frames, gazing_ratio=0.3)
+    assert same(gaze_video(tiny_model, frames, gazing_ratio=0.3), result["gaze"])
+
+
 def test_a_streaming_selector_goes_on_over_chunks(stream):
     frames = moving(7, 40, 64)
-    expected = stream.generate(values(frames, (SIDE, SIDE)), **SETTINGS)
+    expected = stream.generate(published(frames), **SETTINGS)
     assert same(gaze_video(stream, frames, chunk_frames=3, **SETTINGS), expected)
     tiled = [gaze_video(stream, frames, tiles="native", chunk_frames=n, **SETTINGS) for n in (2, 7)]
     assert same(*tiled)

@@ -152,9 +152,10 @@ def stream_gaze(
             shape `(frames, height, width, 3)` and type uint8, or any iterable of frames `(height, width, 3)`, which is
             read no further than the chunk that is asked for.
         processor ([`AutoGazeVideoProcessor`], *optional*):
-            Whose filter and normalisation to use; its `size` is not. The published one by default.
+            Whose filter and normalisation to use, and for whole frames its `size`. The published one by default.
         tiles (`str`, *optional*, defaults to `"whole"`):
-            `"whole"` resizes every frame to the selector's size, whatever its aspect ratio. `"grid"` resizes it to a
+            `"whole"` preprocesses every frame as the processor does; the selector then makes a square of it, whatever
+            its aspect ratio: the published way. `"grid"` resizes it to a
             grid of at most `max_tiles` tiles of that size, near to its aspect ratio; see [`choose_tile_grid`].
             `"native"` does not resize: the frame is padded at the right and bottom to whole tiles, and patches that lie
             outside it altogether are dropped; a budget or threshold is still that of the padded tile.
@@ -271,7 +272,11 @@ class _TileGazer:
         if self.size is None:
             self._plan(frames.shape[1:3])
         levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
-        if self.tiles != "native":
+        if self.tiles == "whole":
+            # As the pipeline does: the processor's own size first, the selector's square in `generate`.
+            levels = self.processor.resize_levels(levels)
+            self.tile_size = tuple(levels.shape[-2:])
+        elif self.tiles == "grid":
             levels = self.processor.resize_levels(
                 levels, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
             )

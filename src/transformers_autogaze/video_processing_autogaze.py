@@ -224,7 +224,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         """
         return _normalise(levels, self._options({}))
 
-    def resize_levels(self, levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def resize_levels(self, levels: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """
         Resizes frames to a height and width as this processor does, antialiased, and leaves them in whole levels.
 
@@ -232,11 +232,14 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
 
         Args:
             levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
-            size (`tuple[int, int]`): height and width in pixels.
+            size (`tuple[int, int]`, *optional*): height and width in pixels; those of the processor's own `size` if not
+                given.
 
         Returns:
             `torch.ByteTensor` of shape `(frames, 3, *size)`, on the same device.
         """
+        if size is None:
+            size = _target_size(self.size, *levels.shape[-2:], "size")
         return _resize(levels, tuple(size), self.resample)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
