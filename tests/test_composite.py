@@ -264,6 +264,38 @@ def test_streaming_frame_by_frame_equals_the_whole_clip():
         previous = found.reconstruction
 
 
+def test_a_call_gives_the_frames_asked_for_and_their_task_losses():
+    composite = CompositeReconstruction(NESTED)
+    clips = make_clips(NESTED, num_frames=4)
+    gaze = GazeOutput.from_masks(random_masks(NESTED, 2, 4), NESTED)
+    rebuilt = composite.reconstruct(clips, gaze)
+    loss = 2 + (rebuilt - clips).square().mean((2, 3, 4)).log10() / 2
+    every = composite(clips, gaze)
+    assert torch.equal(every.reconstruction, rebuilt)
+    torch.testing.assert_close(every.loss, loss)
+    some = composite(clips, gaze, frames=[2, 0])
+    assert torch.equal(some.reconstruction, rebuilt[:, [2, 0]])
+    torch.testing.assert_close(some.loss, loss[:, [2, 0]])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frames": []}, r"`frames` must name at least one frame, each in 0..2, got \[\]"),
+        ({"frames": [0, 3]}, r"`frames` must name .* got \[0, 3\]"),
+        (
+            {"pixels": make_clips(NESTED)[:, :2]},
+            r"`pixels` must be of shape \(2, 3, 3, 64, 64\), .* got \(2, 2, 3, 64",
+        ),
+        ({"gaze": GazeOutput.from_masks(random_masks(CROSSING, 2, 3), CROSSING)}, r"`gaze` must be one of GazeGrid"),
+    ],
+)
+def test_bad_arguments_of_a_call_are_refused(options, message):
+    gaze = GazeOutput.from_masks(random_masks(NESTED, 2, 3), NESTED)
+    with pytest.raises(ValueError, match=message):
+        CompositeReconstruction(NESTED)(**{"pixels": make_clips(NESTED), "gaze": gaze, **options})
+
+
 def test_autocast_changes_nothing():
     composite = CompositeReconstruction(NESTED)
     clips = make_clips(NESTED, dtype=torch.float32)

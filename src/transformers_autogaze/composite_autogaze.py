@@ -72,6 +72,55 @@ class GreedySearchOutput(NamedTuple):
     reconstruction: torch.FloatTensor
 
 
+class ReconstructionOutput(NamedTuple):
+    """
+    What every reconstruction returns that is called with frames and their gaze; `F` frames were asked for.
+
+    Args:
+        reconstruction (`torch.FloatTensor` of shape `(batch, F, 3, height, width)`):
+            The frames as rebuilt from what was kept, in 0..1 like the pixels that were given.
+        loss (`torch.FloatTensor` of shape `(batch, F)`):
+            Task loss of each of them; what it measures is the reconstruction's own affair.
+    """
+
+    reconstruction: torch.FloatTensor
+    loss: torch.FloatTensor
+
+
+def check_reconstruction_inputs(
+    pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None, grid: GazeGrid
+) -> list[int]:
+    """
+    Checks what a reconstruction is called with.
+
+    Args:
+        pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+            The clips, one frame per frame of gaze, in the size of the grid's finest scale.
+        gaze ([`GazeOutput`]): what was kept of them, on the reconstruction's grid.
+        frames (`Sequence[int]`, *optional*): the frames to give, by their place in the clip; all if not given.
+        grid ([`GazeGrid`]): the reconstruction's grid.
+
+    Returns:
+        `list[int]`: the frames to give.
+
+    Raises:
+        ValueError: if something is not as above.
+    """
+    if gaze.grid != grid:
+        raise ValueError(f"`gaze` must be one of {grid}, got one of {gaze.grid}")
+    expected = (gaze.batch_size, gaze.num_frames, 3, *grid.sizes[-1])
+    if tuple(pixels.shape) != expected:
+        raise ValueError(
+            f"`pixels` must be of shape {expected}, a frame in the size of the finest scale for every frame of the "
+            f"gaze, got {tuple(pixels.shape)}"
+        )
+    frames = range(gaze.num_frames) if frames is None else frames
+    index = [int(frame) for frame in frames]
+    if not index or min(index) < 0 or max(index) >= gaze.num_frames:
+        raise ValueError(f"`frames` must name at least one frame, each in 0..{gaze.num_frames - 1}, got {index}")
+    return index
+
+
 class CompositeReconstruction:
     """
     Rebuilds frames from their gazed patches without weights, and searches the patches that rebuild them best.
@@ -123,6 +172,34 @@ class CompositeReconstruction:
 
     def __repr__(self) -> str:
         return f"CompositeReconstruction({self.grid})"
+
+    def __call__(
+        self, pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None = None
+    ) -> ReconstructionOutput:
+        """
+        Rebuilds frames and measures how well, as any reconstruction does that can be called like this.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                The clips, one frame per frame of gaze, float32 or float64 pixels in 0..1 (give or take 0.001), in the
+                size of the finest scale.
+            gaze ([`GazeOutput`]): what was kept of them.
+            frames (`Sequence[int]`, *optional*):
+                The frames to give, by their place in the clip; all if not given. They build on the frames before them
+                in any case.
+
+        Returns:
+            [`ReconstructionOutput`], its loss being `(40 - PSNR) / 20` of each frame.
+
+        Raises:
+            ValueError: if pixels or gaze are not as above, or a frame does not exist.
+        """
+        index = check_reconstruction_inputs(pixels, gaze, frames, self.grid)
+        length = max(index) + 1
+        masks = [mask[:, :length] for mask in gaze.gazing_mask]
+        rebuilt = self.reconstruct(pixels[:, :length], masks)[:, index]
+        mse = (rebuilt - pixels[:, index]).square().mean((2, 3, 4))
+        return ReconstructionOutput(rebuilt, mse_to_task_loss(mse))
 
     def reconstruct(
         self,
