@@ -240,3 +240,18 @@ def test_masks_of_the_published_ids_equal_the_published_masks(name):
     for index, mask in enumerate(gaze.gazing_mask):
         assert torch.equal(mask, published[f"gazing_mask_{index}"].bool())
     assert gaze.num_real.tolist() == [int((~is_padding).sum())]
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 3), (14, 14), (20, 31)])
+def test_covered_cells_are_those_that_share_an_area_with_a_kept_patch(rows, cols):
+    gaze = random_gaze(frames=2, seed=3)
+    # In frames of this size every edge is a whole number: the cells' and those of grids of 2, 4, 7 and 14 rows.
+    height, width = 28 * rows, 28 * cols
+    expected = torch.zeros(gaze.batch_size, gaze.num_frames, rows, cols, dtype=torch.bool)
+    boxes, frame_of_slot = gaze.boxes(height, width).round().long(), gaze.frame_of_slot
+    for clip in range(gaze.batch_size):
+        for slot in (~gaze.if_padded_gazing[clip]).nonzero().flatten().tolist():
+            left, top, right, bottom = boxes[clip, slot].tolist()
+            cells = expected[clip, frame_of_slot[slot]]
+            cells[top // 28 : -(-bottom // 28), left // 28 : -(-right // 28)] = True
+    assert torch.equal(gaze.covered_cells(rows, cols), expected)

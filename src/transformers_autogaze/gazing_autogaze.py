@@ -267,6 +267,40 @@ class GazeOutput(ModelOutput):
         """
         return self.finest_patches(height, width) >= 0
 
+    def covered_cells(self, rows: int, cols: int) -> torch.Tensor:
+        """
+        Marks the cells of any regular grid over the frame that a kept patch, of any scale, reaches into.
+
+        Args:
+            rows, cols (`int`): cells of the grid from top to bottom and from left to right.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch, frames, rows, cols)`: true where a cell and a kept patch share an area,
+            however small; edges that only touch do not count.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GazeGrid, GazeOutput
+
+        >>> gaze = GazeOutput.from_masks([torch.tensor([[[True, False, False, False]]])], GazeGrid([32]))
+        >>> gaze.covered_cells(rows=2, cols=3)[0, 0].int().tolist()
+        [[1, 1, 0], [0, 0, 0]]
+
+        ```
+        """
+
+        def shared(cells: int, patches: int) -> torch.Tensor:
+            # Both divide one length, so in units of 1 / (cells * patches) all edges are whole numbers.
+            cell = torch.arange(cells, device=self.gazing_pos.device)[:, None] * patches
+            patch = torch.arange(patches, device=self.gazing_pos.device) * cells
+            return ((cell < patch + cells) & (patch < cell + patches)).float()
+
+        covered = torch.zeros(self.batch_size, self.num_frames, rows, cols, device=self.gazing_pos.device)
+        for mask, (height, width) in zip(self.gazing_mask, self.grid.grids, strict=True):
+            covered += shared(rows, height) @ mask.unflatten(-1, (height, width)).float() @ shared(cols, width).T
+        return covered > 0
+
     def gather_patches(self, video: torch.Tensor) -> torch.Tensor:
         """
         Cuts the kept patches out of the frames, resized to every scale (SPEC, "The vision tower").
