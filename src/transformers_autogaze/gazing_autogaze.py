@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .grid_autogaze import GazeGrid
@@ -139,6 +138,38 @@ class GazeOutput(ModelOutput):
             clip_num_gazing_each_frame=torch.cat(list(masks), dim=-1).sum(-1),
             **extra,
         )
+
+    @classmethod
+    def full(
+        cls, grid: GazeGrid, batch_size: int, num_frames: int, scale: int | None = None, frame_sampling_rate: int = 1
+    ) -> "GazeOutput":
+        """
+        Builds the gaze that keeps everything.
+
+        Args:
+            grid (`GazeGrid`): the grid to keep the patches of.
+            batch_size (`int`): number of clips.
+            num_frames (`int`): number of gazed frames of a clip.
+            scale (`int`, *optional*): index of the only scale to keep, such as -1 for the finest; all by default.
+            frame_sampling_rate (`int`, *optional*, defaults to 1): video frames per frame of gaze.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GazeGrid, GazeOutput
+
+        >>> gaze = GazeOutput.full(GazeGrid([16, 32], patch_size=16), batch_size=1, num_frames=2, scale=-1)
+        >>> gaze.gazing_pos.tolist()
+        [[1, 2, 3, 4, 6, 7, 8, 9]]
+
+        ```
+        """
+        kept = range(len(grid.grids)) if scale is None else [range(len(grid.grids))[scale]]
+        masks = [
+            torch.full((batch_size, num_frames, count), index in kept)
+            for index, count in enumerate(grid.num_patches_each_scale)
+        ]
+        return cls.from_masks(masks, grid, frame_sampling_rate)
 
     @property
     def grid(self) -> GazeGrid:
@@ -321,18 +352,15 @@ class GazeOutput(ModelOutput):
             raise ValueError(
                 f"`video` must have the shape {expected} and then (channels, height, width), got {tuple(video.shape)}"
             )
+        real = ~self.if_padded_gazing
+        clip, slot = real.nonzero(as_tuple=True)
+        frame = self.frame_of_slot[slot]
+        ids = self.gazing_pos[clip, slot] - frame * self.num_vision_tokens_each_frame
         frames = video[:, :: self.frame_sampling_rate].flatten(0, 1)
-        patches = []
-        for size in self.grid.sizes:
-            resized = frames
-            if tuple(frames.shape[-2:]) != size:
-                resized = F.interpolate(frames, size=size, mode="bicubic", align_corners=False)
-            columns = F.unfold(resized, self.patch_size, stride=self.patch_size)
-            patches.append(columns.transpose(1, 2).unflatten(2, (-1, self.patch_size, self.patch_size)))
-        patches = torch.cat(patches, dim=1).unflatten(0, (self.batch_size, -1)).flatten(1, 2)
-        slots = self.gazing_pos.masked_fill(self.if_padded_gazing, 0)
-        clip = torch.arange(self.batch_size, device=slots.device)[:, None]
-        return patches[clip, slots].masked_fill(self.if_padded_gazing[..., None, None, None], 0)
+        patches = self.grid.cut_patches(frames, clip * self.num_frames + frame, ids)
+        slots = patches.new_zeros(*real.shape, *patches.shape[1:])
+        slots[clip, slot] = patches
+        return slots
 
     def select(self, clip: int) -> "GazeOutput":
         """

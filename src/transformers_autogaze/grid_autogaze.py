@@ -138,6 +138,73 @@ class GazeGrid:
         unit_y, unit_x = height / grids[scale, 0], width / grids[scale, 1]
         return torch.stack([col * unit_x, row * unit_y, (col + 1) * unit_x, (row + 1) * unit_y], dim=-1)
 
+    def cut_patches(self, frames: torch.Tensor, frame: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """
+        Cuts patches out of frames that are resized to every scale (SPEC, "The vision tower").
+
+        Args:
+            frames (`torch.FloatTensor` of shape `(frames, channels, height, width)`):
+                Frames of any size, in any range of values.
+            frame (`torch.LongTensor` of shape `(patches,)`): the frame that each patch is cut out of.
+            ids (`torch.LongTensor` of shape `(patches,)`): patch ids counted from the first patch of their frame.
+
+        Returns:
+            `torch.FloatTensor` of shape `(patches, channels, patch_size, patch_size)`: resized bicubically without
+            antialiasing.
+        """
+        scale, row, col = self.locate(ids)
+        patches = frames.new_empty(len(ids), frames.shape[1], self.patch_size, self.patch_size)
+        for index, (size, (rows, cols)) in enumerate(zip(self.sizes, self.grids, strict=True)):
+            wanted = (scale == index).nonzero().squeeze(1)
+            if not len(wanted):
+                continue
+            source, sheet = frames, frame[wanted]
+            if tuple(frames.shape[-2:]) != size:
+                seen, sheet = sheet.unique(return_inverse=True)
+                source = F.interpolate(frames[seen], size=size, mode="bicubic", align_corners=False)
+            windows = source.unflatten(3, (cols, self.patch_size)).unflatten(2, (rows, self.patch_size))
+            patches[wanted] = windows[sheet, :, row[wanted], :, col[wanted]]
+        return patches
+
+    def for_encoder(self, image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> "GazeGrid":
+        """
+        Matches this grid, a selector's, to an encoder: the grid to gaze for (SPEC, "Other resolutions").
+
+        The frame becomes the number of this grid's tiles that comes nearest to the encoder's own patches, one at least;
+        whole tiles, so that the patches of all scales lie over each other as they do in this grid.
+
+        Args:
+            image_size (`int` or `tuple[int, int]`): size in pixels of the encoder's images, square or `(height, width)`.
+            patch_size (`int` or `tuple[int, int]`): size in pixels of its patches, which must be square.
+
+        Returns:
+            [`GazeGrid`] with as many scales: its `scales` and `patch_size` are what `generate` takes as
+            `target_scales` and `target_patch_size`.
+
+        Raises:
+            ValueError: if the patches are not square or the image is smaller than one.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GazeGrid
+
+        >>> GazeGrid([32, 64, 112, 224], patch_size=16).for_encoder(image_size=384, patch_size=14)
+        GazeGrid(scales=[56, 112, 196, 392], patch_size=14)
+
+        ```
+        """
+        sides = [tuple(size) if isinstance(size, (tuple, list)) else (size, size) for size in (image_size, patch_size)]
+        (height, width), (patch, other) = sides
+        if patch != other:
+            raise ValueError(f"`patch_size` must be that of square patches, got {patch_size!r}")
+        if min(height, width) < patch:
+            raise ValueError(f"`image_size` must be at least the patch size {patch}, got {image_size!r}")
+        tiles = [
+            max(1, int(side / patch / own + 0.5)) for side, own in zip((height, width), self.grids[-1], strict=True)
+        ]
+        return GazeGrid([(rows * tiles[0] * patch, cols * tiles[1] * patch) for rows, cols in self.grids], patch)
+
     def split_by_scale(self, per_patch: torch.Tensor) -> list[torch.Tensor]:
         """Cuts the last dimension, one entry per patch of a frame, into one tensor per scale."""
         return list(per_patch.split(self.num_patches_each_scale, dim=-1))

@@ -1,0 +1,259 @@
+"""
+Attention inside the clips of one packed sequence, for towers that know neither masks nor clips.
+
+A tower's layers ask transformers' attention interface for the function named in their configuration. While a layer runs on
+a packed sequence, that name is the one registered here; it cuts the sequence into pieces and hands each to the
+implementation that the tower was loaded with: sdpa, eager, flex or flash. This module knows nothing of patches or towers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+ATTENTION_CHOICES = ("block_causal", "causal", "bidirectional", "frame")
+
+_NAME = "autogaze_packed"
+_ROWS = 256  # fewer queries than this share a call, behind a mask
+
+
+@dataclass(eq=False)
+class PackedAttention:
+    """
+    Which keys each token of a packed sequence attends to: always one contiguous stretch of them.
+
+    Args:
+        num_queries (`torch.LongTensor` of shape `(segments,)`):
+            Tokens of each segment; the segments lie one behind the other and fill the sequence.
+        first_key, end_key (`torch.LongTensor` of shape `(segments,)`):
+            The stretch of keys of a segment's tokens, the end not included.
+        is_causal (`bool`):
+            Whether a token sees its segment's keys up to itself only; then a segment's keys are its own tokens.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.integrations.packed_attention import PackedAttention
+
+    >>> plan = PackedAttention.for_clips(torch.tensor([[2, 1], [1, 3]]), "block_causal")
+    >>> plan.num_queries.tolist(), plan.first_key.tolist(), plan.end_key.tolist()
+    ([2, 1, 1, 3], [0, 0, 3, 3], [2, 3, 4, 7])
+
+    ```
+    """
+
+    num_queries: torch.Tensor
+    first_key: torch.Tensor
+    end_key: torch.Tensor
+    is_causal: bool = False
+
+    @classmethod
+    def for_clips(cls, tokens_each_frame: torch.Tensor, attention: str) -> "PackedAttention":
+        """
+        Plans the attention over clips that lie one behind the other, each frame by frame.
+
+        Args:
+            tokens_each_frame (`torch.LongTensor` of shape `(batch, frames)`): tokens of every frame.
+            attention (`str`):
+                `"frame"`: a token sees its own frame; `"block_causal"`: its own frame and earlier ones; `"causal"`:
+                itself and earlier tokens; `"bidirectional"`: the whole clip.
+
+        Raises:
+            ValueError: if `attention` is none of these.
+        """
+        if attention not in ATTENTION_CHOICES:
+            raise ValueError(f"`attention` must be one of {', '.join(ATTENTION_CHOICES)}, got {attention!r}")
+        tokens_each_clip = tokens_each_frame.sum(1)
+        end_of_clip = tokens_each_clip.cumsum(0)
+        if attention in ("causal", "bidirectional"):
+            plan = cls(tokens_each_clip, end_of_clip - tokens_each_clip, end_of_clip, attention == "causal")
+        else:
+            tokens = tokens_each_frame.flatten()
+            end = tokens.cumsum(0)
+            first = end - tokens
+            if attention == "block_causal":
+                first = (end_of_clip - tokens_each_clip).repeat_interleave(tokens_each_frame.shape[1])
+            plan = cls(tokens, first, end)
+        full = plan.num_queries > 0
+        return cls(plan.num_queries[full], plan.first_key[full], plan.end_key[full], plan.is_causal)
+
+    @cached_property
+    def key_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two `torch.LongTensor` of shape `(tokens,)`: first key and end of the keys of every token."""
+        first = self.first_key.repeat_interleave(self.num_queries)
+        if self.is_causal:
+            return first, torch.arange(1, len(first) + 1, device=first.device)
+        return first, self.end_key.repeat_interleave(self.num_queries)
+
+    @cached_property
+    def chunks(self) -> list[tuple[slice, slice, bool]]:
+        """
+        The calls that compute it: queries, keys, and whether a mask is needed.
+
+        A large segment is a call of its own without a mask; small neighbours share one. So a mask never has more than
+        a few hundred rows, and a clip's few patches do not cost one call for every frame.
+        """
+        chunks, pending = [], []
+
+        def share() -> None:
+            if pending:
+                keys = slice(min(first for _, _, first, _ in pending), max(end for *_, end in pending))
+                chunks.append((slice(pending[0][0], pending[-1][1]), keys, len(pending) > 1))
+                pending.clear()
+
+        start = 0
+        for size, first, end in zip(
+            self.num_queries.tolist(), self.first_key.tolist(), self.end_key.tolist(), strict=True
+        ):
+            stop = start + size
+            if self.is_causal:
+                for row in range(start, stop, _ROWS):
+                    chunks.append((slice(row, min(row + _ROWS, stop)), slice(first, min(row + _ROWS, stop)), True))
+            else:
+                if pending and stop - pending[0][0] > _ROWS:
+                    share()
+                pending.append((start, stop, first, end))
+            start = stop
+        share()
+        return chunks
+
+    def mask(self, queries: slice, keys: slice) -> torch.Tensor:
+        """Gives a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key."""
+        first, end = (bound[queries, None] for bound in self.key_range)
+        key = torch.arange(keys.start, keys.stop, device=first.device)
+        return ((key >= first) & (key < end))[None, None]
+
+    @cached_property
+    def block_mask(self) -> object:
+        """The same as flex attention wants it, a `BlockMask`."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        first, end = self.key_range
+
+        def sees(batch, head, query, key):
+            return (key >= first[query]) & (key < end[query])
+
+        return create_block_mask(sees, None, None, len(first), len(first), device=first.device)
+
+    @cached_property
+    def flash_arguments(self) -> tuple[torch.Tensor | None, dict[str, object]]:
+        """
+        The same for flash attention: which keys to lay out, one segment's behind the other's, and its arguments.
+
+        Keys that several frames see are laid out once for each; `None` where the sequence can stay as it is.
+        """
+        num_keys = self.end_key - self.first_key
+        index = None
+        if not torch.equal(num_keys, self.num_queries):
+            starts = num_keys.cumsum(0) - num_keys
+            index = torch.arange(int(num_keys.sum()), device=num_keys.device)
+            index = index + (self.first_key - starts).repeat_interleave(num_keys)
+        bounds = [nn.functional.pad(count.cumsum(0), (1, 0)).to(torch.int32) for count in (self.num_queries, num_keys)]
+        return index, {
+            "cu_seq_lens_q": bounds[0],
+            "cu_seq_lens_k": bounds[1],
+            "max_length_q": int(self.num_queries.max()),
+            "max_length_k": int(num_keys.max()),
+            "is_causal": self.is_causal,
+        }
+
+    def to(self, device: torch.device) -> "PackedAttention":
+        """Moves the plan to a device."""
+        if self.num_queries.device == device:
+            return self
+        parts = (part.to(device) for part in (self.num_queries, self.first_key, self.end_key))
+        return PackedAttention(*parts, self.is_causal)
+
+
+_running: ContextVar[tuple[PackedAttention, str]] = ContextVar("packed attention of the layer that runs")
+
+
+@contextmanager
+def packed_attention(module: nn.Module, plan: PackedAttention) -> Iterator[None]:
+    """
+    Lets the attention inside a module follow a plan, for as long as the context lasts.
+
+    Args:
+        module (`nn.Module`): a layer of a tower, or the whole; run on one sequence, `(1, tokens, hidden)`.
+        plan (`PackedAttention`): which tokens see which, on the device that the layer computes on.
+    """
+    configs = {id(part.config): part.config for part in module.modules() if _has_config(part)}
+    implementations = {key: config._attn_implementation for key, config in configs.items()}
+    token = _running.set((plan, next(iter(implementations.values()), None) or "eager"))
+    try:
+        for config in configs.values():
+            config._attn_implementation = _NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = implementations[key]
+        _running.reset(token)
+
+
+def _has_config(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _packed_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Computes attention of `(1, heads, tokens, head_dim)` by the running plan; gives `(1, tokens, heads, head_dim)`."""
+    plan, implementation = _running.get()
+    plan = plan.to(query.device)
+    options = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "dropout": dropout}
+    if implementation == "flex_attention":
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        return attend(module, query, key, value, plan.block_mask, **options)[0], None
+    if "flash" in implementation:
+        index, arguments = plan.flash_arguments
+        if index is not None:
+            key, value = key[:, :, index], value[:, :, index]
+        # Which kernel it is, transformers reads off the configuration.
+        module.config._attn_implementation = implementation
+        try:
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+            return attend(module, query, key, value, None, **options, **arguments)[0], None
+        finally:
+            module.config._attn_implementation = _NAME
+    attend = _eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    outputs = []
+    for queries, keys, has_mask in plan.chunks:
+        parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        mask = plan.mask(queries, keys) if has_mask else None
+        outputs.append(attend(module, *parts, mask, is_causal=False, **options)[0])
+    return torch.cat(outputs, dim=1) if outputs else query.transpose(1, 2), None
+
+
+def _eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = query @ key.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register(_NAME, _packed_attention_forward)
