@@ -278,6 +278,49 @@ def test_a_call_gives_the_frames_asked_for_and_their_task_losses():
     torch.testing.assert_close(some.loss, loss[:, [2, 0]])
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_error_after_each_choice_is_that_of_the_patches_so_far(grid):
+    composite = CompositeReconstruction(grid)
+    clips = make_clips(grid)
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.tensor([4, 6, 3])
+    order = torch.stack([torch.randperm(grid.num_patches, generator=generator) for _ in range(6)]).view(2, 3, -1)
+    ids = torch.cat([order[:, t, :count] + t * grid.num_patches for t, count in enumerate(counts.tolist())], dim=1)
+    is_padding = torch.zeros(2, 13, dtype=torch.bool)
+    is_padding[0, [2, 12]] = is_padding[1, 9] = True
+    gaze = GazeOutput.from_ids(ids, is_padding, counts, grid)
+    mse = composite.measure(clips, gaze)
+    for slot, frame in enumerate(gaze.frame_of_slot.tolist()):
+        later = is_padding | (torch.arange(13) > slot)
+        so_far = GazeOutput.from_ids(ids, later, counts, grid)
+        expected = (composite.reconstruct(clips, so_far) - clips).square().mean((2, 3, 4))[:, frame]
+        torch.testing.assert_close(mse[:, slot], expected, atol=1e-9, rtol=0)
+
+
+def test_the_search_knows_the_error_after_each_choice():
+    composite = CompositeReconstruction(CROSSING)
+    clips = make_clips(CROSSING, dtype=torch.float32)
+    found = composite.search(clips, [7, 7, 7])
+    ids = found.ids + torch.arange(3)[:, None] * CROSSING.num_patches
+    gaze = GazeOutput.from_ids(ids.flatten(1), torch.zeros(2, 21, dtype=torch.bool), torch.tensor([7] * 3), CROSSING)
+    assert torch.equal(composite.measure(clips, gaze), found.mse.flatten(1))
+
+
+def test_cell_errors_are_those_of_the_standing_picture_and_of_each_scale():
+    composite = CompositeReconstruction(CROSSING)
+    clips = make_clips(CROSSING, num_frames=2)
+    frame, standing = clips[:, 1], clips[:, 0]
+    errors = composite.cell_errors(frame, standing)
+    assert errors.shape == (2, 4, 6, 6)
+    pictures = [standing]
+    for scale in range(3):
+        masks = [torch.full((2, 1, n), s == scale) for s, n in enumerate(CROSSING.num_patches_each_scale)]
+        pictures.append(composite.reconstruct(frame[:, None], masks)[:, 0])
+    for got, picture in zip(errors.unbind(1), pictures, strict=True):
+        expected = F.avg_pool2d((picture - frame).square(), 8, divisor_override=1).sum(1)
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -294,7 +294,7 @@ class CompositeReconstruction:
             for t, budget in enumerate(budgets.tolist()):
                 frame = pixels[:, t].contiguous()
                 layers = self._render(frame)
-                errors = torch.stack([self._cell_errors(layer, frame) for layer in (current, *layers[:-1])], dim=1)
+                errors = self._errors_of_layers(frame, (current, *layers[:-1]))
                 limit = None if max_error is None else max_error[:, t].to(errors) / error_unit
                 chosen, totals = _choose(tables, errors, budget, limit)
                 steps = chosen.shape[1]
@@ -306,6 +306,63 @@ class CompositeReconstruction:
                 kept = torch.zeros(batch, self.grid.num_patches, dtype=torch.bool, device=pixels.device)
                 current = self._lay(current, layers, self.grid.split_by_scale(kept.scatter_(1, chosen, True)))
         return GreedySearchOutput(ids, mse, counts, current)
+
+    @torch.no_grad()
+    def measure(self, pixels: torch.Tensor, gaze: GazeOutput, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Measures the error after each choice of a gaze, whoever made it.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                The clips, one frame per frame of gaze, as in [`~CompositeReconstruction.reconstruct`].
+            gaze ([`GazeOutput`]): what was kept of them, in the order of choice.
+            previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
+                Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, N)`: mean squared error of the slot's frame, rebuilt from the frames
+            before it and the patches of its own up to this slot; padding repeats the slot before it.
+
+        Raises:
+            ValueError: if pixels or gaze are not as above.
+        """
+        check_reconstruction_inputs(pixels, gaze, None, self.grid)
+        current = self._start(pixels, previous)
+        mse = pixels.new_empty(gaze.gazing_pos.shape)
+        frame_of_slot, last = gaze.frame_of_slot, self.grid.num_patches
+        ids = (gaze.gazing_pos - frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
+        layer_of_patch = self._tables(pixels).layer_of_patch
+        with torch.autocast(pixels.device.type, enabled=False):
+            for t in range(gaze.num_frames):
+                frame = pixels[:, t].contiguous()
+                layers = self._render(frame)
+                errors = self._errors_of_layers(frame, (current, *layers)).flatten(2)
+                slots = frame_of_slot == t
+                # The finest patch laid so far decides what a cell shows, in whatever order they came.
+                shown = layer_of_patch[ids[:, slots]].cummax(1).values
+                totals = errors.gather(1, shown).sum(-1)
+                mse[:, slots] = (totals * (_ERROR_UNIT / frame[0].numel())).to(mse)
+                current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
+        return mse
+
+    @torch.no_grad()
+    def cell_errors(self, frames: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
+        """
+        Measures what every cell shows, before anything is laid and with each scale laid there.
+
+        Args:
+            frames (`torch.FloatTensor` of shape `(batch, 3, height, width)`): pixels in 0..1.
+            standing (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
+                What the frames start from: the reconstruction of the frame before, or mid-grey.
+
+        Returns:
+            `torch.DoubleTensor` of shape `(batch, 1 + scales, *cells)`: squared errors, summed over the pixels and
+            channels of a cell; first of `standing`, then of the scales, coarse to fine (the finest leaves none).
+        """
+        self._start(frames[:, None], standing)
+        with torch.autocast(frames.device.type, enabled=False):
+            frames = frames.contiguous()
+            return self._errors_of_layers(frames, (standing.to(frames), *self._render(frames))) * _ERROR_UNIT
 
     def _start(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
         """Checks clips and the state of their stream; gives the image `(batch, 3, height, width)` before them."""
@@ -349,11 +406,13 @@ class CompositeReconstruction:
             image = torch.lerp(image, layer, mask)
         return image
 
-    def _cell_errors(self, image: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-        """Sums squared errors over cells and channels: float64 `(batch, *cells)` in whole multiples of the unit."""
-        tables = self._tables(frame)
-        squares = F.mse_loss(image, frame, reduction="none").flatten(1, 2)
-        return (tables.sum_rows @ squares @ tables.sum_cols).double().div_(_ERROR_UNIT).round_()
+    def _errors_of_layers(self, frame: torch.Tensor, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sums squared errors over cells and channels: float64 `(batch, layers, *cells)`, whole multiples of the unit."""
+        tables, errors = self._tables(frame), []
+        for layer in layers:
+            squares = F.mse_loss(layer, frame, reduction="none").flatten(1, 2)
+            errors.append((tables.sum_rows @ squares @ tables.sum_cols).double().div_(_ERROR_UNIT).round_())
+        return torch.stack(errors, dim=1)
 
     def _tables(self, pixels: torch.Tensor) -> "_Tables":
         key = (pixels.device, pixels.dtype)
@@ -388,6 +447,7 @@ class _Tables(NamedTuple):
     cols_of_slot: torch.Tensor  # (slots, 1, cell columns)
     closed: torch.Tensor  # (rows, columns): 0 for patches, -inf where there is none
     id_of_slot: torch.Tensor  # (slots,)
+    layer_of_patch: torch.Tensor  # (patches + 1, cells): 1 + its scale where a patch covers a cell, else 0; last: none
 
     @classmethod
     def build(cls, grid: GazeGrid, cells: tuple[int, int], pixels: torch.Tensor) -> "_Tables":
@@ -414,6 +474,7 @@ class _Tables(NamedTuple):
             cols.repeat(len(rows), 1)[:, None],
             torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
             is_patch.flatten().cumsum(0) - 1,
+            _layer_of_patch(grid, cells),
         )
         return cls(
             resizes,
@@ -421,6 +482,12 @@ class _Tables(NamedTuple):
             _parts(cells[1], width).T.contiguous().to(pixels),
             *(table.to(pixels.device) for table in search),
         )
+
+
+def _layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:
+    covered = [torch.kron(_parts(rows, cells[0]), _parts(cols, cells[1])) for rows, cols in grid.grids]
+    layers = torch.cat([layer * cover.long() for layer, cover in enumerate(covered, start=1)])
+    return F.pad(layers, (0, 0, 0, 1))
 
 
 def _resize_matrix(old: int, new: int, antialias: bool = False) -> torch.Tensor:
