@@ -109,6 +109,16 @@ def test_losses_are_means_over_the_labels_that_count(small_model):
     assert scored(small_model, video, gaze, labels=labels).task_loss_error is None
 
 
+def test_logits_are_what_probabilities_are_made_of(small_model):
+    video = torch.randn(2, 3, 3, 32, 32)
+    gaze = small_model.eval().generate(video, gazing_ratio=0.6)
+    output = scored(small_model, video, gaze, output_logits=True)
+    ids = gaze.gazing_pos - gaze.frame_of_slot * gaze.num_vision_tokens_each_frame
+    chosen = output.logits.softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    torch.testing.assert_close(output.log_action_probs, (chosen + 1e-8).log())
+    assert scored(small_model, video, gaze).logits is None
+
+
 def test_training_on_labels_makes_the_model_choose_them(small_model):
     video = torch.randn(1, 2, 3, 32, 32)
     wanted = torch.tensor([[4, 1, 3, 5 + 2, 5 + 0, 5 + 4]])

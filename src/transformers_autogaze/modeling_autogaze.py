@@ -39,6 +39,8 @@ class AutoGazeModelOutput(ModelOutput):
             `log(p + 1e-8)` of each slot's patch.
         task_loss_prediction (`torch.FloatTensor` of shape `(batch, N)`):
             Predicted reconstruction loss after each slot.
+        logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`, returned with `output_logits`):
+            What each slot's patch was chosen by: a number for every patch of a frame, and one for the end id.
     """
 
     loss: torch.FloatTensor | None = None
@@ -46,6 +48,7 @@ class AutoGazeModelOutput(ModelOutput):
     task_loss_error: torch.FloatTensor | None = None
     log_action_probs: torch.FloatTensor | None = None
     task_loss_prediction: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
 
 
 class AutoGazeCausalConv3d(nn.Module):
@@ -211,6 +214,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         num_gazing_each_frame: torch.Tensor,
         labels: torch.Tensor | None = None,
         task_loss_labels: torch.Tensor | None = None,
+        output_logits: bool = False,
         **kwargs,
     ) -> AutoGazeModelOutput:
         """
@@ -229,6 +233,8 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
                 Ids like `gazing_pos` that the next-token loss asks for, -100 where a slot is to be ignored.
             task_loss_labels (`torch.FloatTensor` of shape `(batch, N)`, *optional*):
                 Measured reconstruction losses after each slot, NaN where a slot is to be ignored.
+            output_logits (`bool`, *optional*, defaults to `False`):
+                Whether to return the logits of every slot.
             kwargs: passed on to the decoder's [`~transformers.LlamaModel`].
 
         Returns:
@@ -287,7 +293,8 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         sources, which = source.unique(return_inverse=True)
         logits, _ = self.gaze_decoder.heads(hidden[:, sources])
         precise = torch.promote_types(logits.dtype, torch.float32)
-        log_probs = logits[:, which, row].to(precise).log_softmax(-1)
+        logits = logits[:, which, row].to(precise)
+        log_probs = logits.log_softmax(-1)
 
         def log_prob_of(labels: torch.Tensor) -> torch.Tensor:
             return log_probs.gather(-1, labels[..., None]).squeeze(-1)
@@ -313,6 +320,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             task_loss_error=task_loss_error,
             log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
             task_loss_prediction=predicted,
+            logits=logits if output_logits else None,
         )
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
