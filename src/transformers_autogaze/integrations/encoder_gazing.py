@@ -1,0 +1,178 @@
+"""
+Gazing at the very frames that an encoder gets: its normalisation undone, its tiles and scales, chunk by chunk.
+
+This module makes whole-video gazes for an encoder's grid out of a selector's gazes at chunks of tiles. It knows nothing of
+what encodes them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..gazing_autogaze import GazeOutput
+from ..grid_autogaze import GazeGrid
+from ..selection_autogaze import GazeSelector, resize_frames
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .video_tokens import cut_tiles
+
+
+Setting = float | Sequence[float] | None
+
+
+class EncoderFrameGazer:
+    """
+    Gazes at frames as they were preprocessed for an encoder.
+
+    Args:
+        selector ([`GazeSelector`]): what chooses.
+        processor:
+            The encoder's processor, video processor or image processor, whose `image_mean`, `image_std` and
+            `rescale_factor` say how to undo its normalisation.
+        gaze_processor ([`AutoGazeVideoProcessor`]): whose normalisation the selector needs.
+        grid ([`GazeGrid`]): the encoder's scales and patch size.
+        chunk_frames (`int`): frames of a clip, a multiple of the selector's rate.
+        max_batch_size (`int`): clips that are gazed at together. Changes no result.
+
+    Raises:
+        ValueError: if the selector cannot gaze for the grid or in such chunks, or the processor says none of this.
+
+    Example:
+
+    ```python
+    >>> from transformers import SiglipImageProcessor
+    >>> from transformers_autogaze import AutoGazeVideoProcessor, GazeGrid, GreedyGazeSelector
+    >>> from transformers_autogaze.integrations.encoder_gazing import EncoderFrameGazer
+
+    >>> grid = GazeGrid([56, 112, 196, 392], patch_size=14)
+    >>> gazer = EncoderFrameGazer(GreedyGazeSelector(), SiglipImageProcessor(), AutoGazeVideoProcessor(), grid, 16, 4)
+    >>> gaze = gazer.gaze([torch.zeros(2, 3, 384, 384)], gazing_ratio=0.1)[0]
+    >>> gaze.scales, gaze.num_real.tolist()
+    ([56, 112, 196, 392], [208])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        selector: GazeSelector,
+        processor: Any,
+        gaze_processor: AutoGazeVideoProcessor,
+        grid: GazeGrid,
+        chunk_frames: int,
+        max_batch_size: int,
+    ):
+        self.selector, self.gaze_processor, self.grid = selector, gaze_processor, grid
+        self.chunk_frames, self.max_batch_size = chunk_frames, max_batch_size
+        for part in ("video_processor", "image_processor"):
+            processor = getattr(processor, part, None) or processor
+        if not all(hasattr(processor, key) for key in ("image_mean", "image_std", "rescale_factor")):
+            raise ValueError(
+                "`processor` must be the processor, video processor or image processor that normalises the encoder's "
+                f"frames, with `image_mean`, `image_std` and `rescale_factor`, got {type(processor).__name__}"
+            )
+        self.processor = processor
+        rate = selector.config.frame_sampling_rate
+        if chunk_frames % rate:
+            raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
+        try:
+            grid.tile_layout(selector.config.grid)
+        except ValueError as error:
+            raise ValueError(f"a selector with {selector.config.grid} cannot gaze for {grid}: {error}") from error
+
+    @torch.no_grad()
+    def gaze(
+        self,
+        videos: Sequence[torch.Tensor],
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        tiles: tuple[int, int] = (1, 1),
+    ) -> list[GazeOutput]:
+        """
+        Gazes at videos.
+
+        Args:
+            videos (`Sequence[torch.FloatTensor]` of shape `(frames, channels, height, width)`):
+                Frames normalised for the encoder.
+            gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
+                As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and
+                every chunk takes it from its start.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+                Rows and columns of tiles to cut every frame into; each is resized to the encoder's scales by itself.
+
+        Returns:
+            `list[GazeOutput]`, one per video, a batch of one over whole frames; ids ascend inside a frame.
+
+        Raises:
+            ValueError: if an argument does not fit the frames.
+        """
+        (rows, cols), rate = tiles, self.selector.config.frame_sampling_rate
+        for number, video in enumerate(videos):
+            if min(tiles) < 1 or video.shape[-2] % rows or video.shape[-1] % cols:
+                raise ValueError(
+                    f"`tiles` must cut frames into equal rows and columns, got {tiles} for frames of "
+                    f"{tuple(video.shape[-2:])} pixels in video {number}"
+                )
+            if len(video) % rate:
+                raise ValueError(f"video {number} must have a multiple of {rate} frames, got {len(video)}")
+        whole = GazeGrid([(rows * height, cols * width) for height, width in self.grid.sizes], self.grid.patch_size)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, video in enumerate(videos):
+            alike.setdefault(tuple(video.shape), []).append(number)
+        gazes = {}
+        for numbers in alike.values():
+            views = [tile for number in numbers for tile in cut_tiles(videos[number], rows, cols)]
+            parts = [
+                self._gaze_tiles(views[first : first + self.max_batch_size], gazing_ratio, task_loss_requirement)
+                for first in range(0, len(views), self.max_batch_size)
+            ]
+            masks = whole.stitch_tiles([torch.cat(scale) for scale in zip(*parts, strict=True)], self.grid)
+            for number, *of_video in zip(numbers, *(mask.split(1) for mask in masks), strict=True):
+                gazes[number] = GazeOutput.from_masks(of_video, whole, rate)
+        return [gazes[number] for number in range(len(videos))]
+
+    def _gaze_tiles(
+        self, tiles: list[torch.Tensor], gazing_ratio: Setting, task_loss_requirement: Setting
+    ) -> list[torch.Tensor]:
+        """Gazes at tiles `(frames, channels, height, width)` of one shape; gives masks `(tiles, frames, patches)`."""
+        config, state, masks = self.selector.config, None, []
+        target = {}
+        if config.grid != self.grid:
+            target = {"target_scales": self.grid.scales, "target_patch_size": self.grid.patch_size}
+        for start in range(0, len(tiles[0]), self.chunk_frames):
+            chunk = torch.stack([tile[start : start + self.chunk_frames] for tile in tiles])
+            chunk = resize_frames(self.to_gaze_values(chunk.to(self.selector.device)), self.grid.sizes[-1])
+            length = chunk.shape[1] // config.frame_sampling_rate
+            gaze = self.selector.generate(
+                chunk,
+                _first(gazing_ratio, length),
+                _first(task_loss_requirement, length),
+                **target,
+                past_key_values=state,
+                # A selector without a longest clip streams; for others every chunk is a clip of its own.
+                use_cache=config.max_num_frames is None,
+            )
+            state = gaze.past_key_values
+            masks.append(gaze.gazing_mask)
+        return [torch.cat(scale, dim=1) for scale in zip(*masks, strict=True)]
+
+    def to_gaze_values(self, frames: torch.Tensor) -> torch.Tensor:
+        """Brings frames `(.., 3, height, width)` from the encoder's normalisation to the selector's, in float32."""
+        processor, levels = self.processor, frames.float()
+        if getattr(processor, "do_normalize", True):
+            mean, std = (
+                torch.tensor(numbers, device=frames.device).view(-1, 1, 1)
+                for numbers in (processor.image_mean, processor.image_std)
+            )
+            levels = levels * std + mean
+        if getattr(processor, "offset", False):
+            levels = levels + 1
+        if getattr(processor, "do_rescale", True):
+            levels = levels / processor.rescale_factor
+        return self.gaze_processor.to_pixel_values(levels)
+
+
+def _first(setting: Setting, count: int) -> Setting:
+    """Cuts a setting that names one value per frame to the frames of a shorter chunk."""
+    return setting if setting is None or not np.ndim(setting) else setting[:count]

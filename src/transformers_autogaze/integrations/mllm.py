@@ -1,0 +1,519 @@
+"""
+Gazed patches into a video MLLM of the LLaVA family: its own tower, projector and language model, fewer tokens.
+
+This module knows where each of these MLLMs keeps its parts and what stands for a video in its prompts. Choosing patches is
+a selector's matter, encoding them [`GazeVisionModel`]'s, the order of tokens `video_tokens`', and answering the MLLM's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..gazing_autogaze import GazeOutput
+from ..grid_autogaze import GazeGrid
+from ..selection_autogaze import GazeSelector
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .encoder_gazing import EncoderFrameGazer, Setting
+from .prompts import fill_placeholders, find_placeholders
+from .video_tokens import ORDERS, TokenPlaces, VideoClip, batch_clips, cut_clips, order_tokens
+from .vision import GazeVisionModel
+
+
+Videos = torch.Tensor | Sequence[torch.Tensor]
+
+_CHUNK = 16  # frames, where the selector itself has no limit
+_NEWLINE = "image_newline"
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where an MLLM of one kind keeps what a video goes through, and what it does with it."""
+
+    tower: str = "vision_tower"
+    placeholder: str = "video_token_id"
+    """The entry of its configuration with the token that stands for a video in a prompt."""
+    select_strategy: str | None = None
+    """What it does with the CLS token of a video's frames, whatever its `vision_feature_select_strategy` says."""
+    ends_with_newline: bool = False
+    """Whether its `image_newline` follows every video."""
+
+
+# By `config.model_type`.
+_FAMILIES = {
+    "llava": _Family(placeholder="image_token_id"),
+    "llava_next_video": _Family(),
+    "llava_onevision": _Family(ends_with_newline=True),
+    "video_llava": _Family(tower="video_tower", select_strategy="full"),
+    "vipllava": _Family(placeholder="image_token_id", select_strategy="default"),
+}
+
+
+class GazeVideoLM(nn.Module):
+    """
+    A video MLLM that sees the gazed patches only.
+
+    It gazes at videos, encodes the kept patches with the MLLM's own vision tower, projects them with its own projector,
+    puts one embedding per patch where the prompt names the video, and calls the MLLM. Parts and weights are the MLLM's,
+    unchanged. Where an MLLM pools or resamples patches between tower and projector, this is left out: the gaze has
+    already chosen how many there are.
+
+    `generate` answers, `forward` gives logits and, with labels, a loss to train with. What is said per frame counts frames
+    that the selector gazes at.
+
+    Args:
+        mllm ([`~transformers.PreTrainedModel`]):
+            A `LlavaForConditionalGeneration`, `LlavaNextVideoForConditionalGeneration`,
+            `LlavaOnevisionForConditionalGeneration`, `VideoLlavaForConditionalGeneration` or
+            `VipLlavaForConditionalGeneration`. The layers and, unless the MLLM always does the same with it, the CLS
+            token of the features are those that its configuration names.
+        gaze_model ([`GazeSelector`], *optional*):
+            What chooses patches, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. May be left out where every call
+            is given a `gaze`.
+        processor (*optional*):
+            The processor, video processor or image processor that normalised the frames for the MLLM, so that the
+            selector can look at them as well, in its own normalisation. As with `gaze_model`.
+        gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
+            Whose normalisation the selector needs. The published one by default.
+        scales (`Sequence[int]`, *optional*), attention (`str`, *optional*, defaults to `"block_causal"`):
+            As in [`GazeVisionModel`]. `"frame"` is how these towers were trained.
+        chunk_frames (`int`, *optional*):
+            Frames that are gazed at and encoded as one clip. `gaze_model.config.max_num_frames` by default, or 16.
+        max_batch_size (`int`, *optional*, defaults to 16):
+            Clips (a tile over a chunk) in the selector or the tower at a time. Bounds their memory; changes no result.
+        order (`str`, *optional*, defaults to `"time"`):
+            `"time"`: all tiles of a frame come before the next frame. `"tile"`: all frames of a tile, inside its
+            chunk, come before the next tile. Inside a frame patches go from coarse to fine and row by row.
+        separator (`int`, `Sequence[int]` or `"image_newline"`, *optional*):
+            What to put between the chunks of a video, with `order="tile"` between its clips: ids of text tokens or the
+            MLLM's own embedding of a new line. Nothing by default.
+        thumbnail_interval (`int`, *optional*):
+            Every how many frames to put in the whole frame as well, with all patches of the finest scale, before its
+            tiles. None by default.
+        time_embedding (`nn.Module`, *optional*):
+            Makes of the frame number of every token, a `torch.LongTensor` of shape `(tokens,)`, what to add to its
+            embedding: a [`SinusoidalTimeEmbedding`], or an `nn.Embedding` to be learned. None by default.
+
+    Raises:
+        ValueError: if the MLLM is of no such kind, or an argument is out of range or does not fit the MLLM.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    >>> from transformers_autogaze import AutoGazeVideoProcessor, GreedyGazeConfig, GreedyGazeSelector
+    >>> from transformers_autogaze.integrations.mllm import GazeVideoLM
+
+    >>> tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> vision = CLIPVisionConfig(**tiny, image_size=32, patch_size=8)
+    >>> text = LlamaConfig(**tiny, vocab_size=50)
+    >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
+    >>> mllm = LlavaForConditionalGeneration(config).eval()
+    >>> selector = GreedyGazeSelector(GreedyGazeConfig(scales=[16, 32], patch_size=8))
+    >>> model = GazeVideoLM(mllm, selector, processor=AutoGazeVideoProcessor(), scales=[16, 32])
+
+    >>> prompt, video = torch.tensor([[1, 49, 5, 6]]), torch.randn(1, 4, 3, 32, 32)
+    >>> model(prompt, video, gazing_ratio=0.25).logits.shape  # 3 words and 4 frames of 5 patches each
+    torch.Size([1, 23, 50])
+    >>> model.generate(prompt, video, gazing_ratio=0.25, max_new_tokens=2, do_sample=False).shape
+    torch.Size([1, 6])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        mllm: PreTrainedModel,
+        gaze_model: GazeSelector | None = None,
+        processor: Any = None,
+        gaze_processor: AutoGazeVideoProcessor | None = None,
+        scales: Sequence[int] | None = None,
+        attention: str = "block_causal",
+        chunk_frames: int | None = None,
+        max_batch_size: int = 16,
+        order: str = "time",
+        separator: int | Sequence[int] | str | None = None,
+        thumbnail_interval: int | None = None,
+        time_embedding: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.family = _family_of(mllm)
+        self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
+        # The tower belongs to `mllm`. Registered here as well, its weights would be saved twice.
+        tower = getattr(mllm.model, self.family.tower)
+        self.__dict__["vision"] = GazeVisionModel(tower, scales=scales, attention=attention)
+
+        if chunk_frames is None:
+            chunk_frames = (None if gaze_model is None else gaze_model.config.max_num_frames) or _CHUNK
+        numbers = {
+            "chunk_frames": chunk_frames,
+            "max_batch_size": max_batch_size,
+            "thumbnail_interval": 1 if thumbnail_interval is None else thumbnail_interval,
+        }
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+        if order not in ORDERS:
+            raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}, got {order!r}")
+        self.chunk_frames, self.max_batch_size = chunk_frames, max_batch_size
+        self.order, self.thumbnail_interval = order, thumbnail_interval
+        self.separator = self._check_separator(separator)
+        self._gazer = None
+        if gaze_model is not None and processor is not None:
+            gaze_processor = AutoGazeVideoProcessor() if gaze_processor is None else gaze_processor
+            self._gazer = EncoderFrameGazer(
+                gaze_model, processor, gaze_processor, self.grid, chunk_frames, max_batch_size
+            )
+
+    @property
+    def grid(self) -> GazeGrid:
+        """The scales and patch size of the tower, which gazes are made for."""
+        return self.vision.grid
+
+    @property
+    def placeholder_id(self) -> int:
+        """The token that stands for a video in a prompt."""
+        return getattr(self.mllm.config, self.family.placeholder)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values_videos: Videos | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        tiles: tuple[int, int] = (1, 1),
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Calls the MLLM on prompts whose videos are gazed at.
+
+        Args:
+            input_ids, pixel_values_videos, attention_mask, labels, gaze, gazing_ratio, task_loss_requirement, tiles:
+                As in [`~GazeVideoLM.prepare_inputs`]; without videos the MLLM is called as it is.
+            kwargs: further arguments of the MLLM, such as `pixel_values` of pictures in the same prompts.
+
+        Returns:
+            The MLLM's own output. Its `logits` are those of the prompts as they become, see
+            [`~GazeVideoLM.prepare_inputs`]; with `labels` it has the `loss`.
+
+        Raises:
+            ValueError: as [`~GazeVideoLM.prepare_inputs`].
+        """
+        if not self._has_videos(input_ids, pixel_values_videos, kwargs):
+            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        starts_padded = attention_mask is not None and not bool(attention_mask[:, 0].all())
+        inputs = self.prepare_inputs(
+            input_ids,
+            pixel_values_videos,
+            attention_mask,
+            labels,
+            gaze,
+            gazing_ratio,
+            task_loss_requirement,
+            tiles,
+            padding_side="left" if starts_padded else "right",
+        )
+        del inputs["input_ids"]
+        return self.mllm(**inputs, **kwargs)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values_videos: Videos | None = None,
+        attention_mask: torch.Tensor | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        tiles: tuple[int, int] = (1, 1),
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Answers prompts whose videos are gazed at, by the MLLM's own `generate`.
+
+        Args:
+            input_ids, pixel_values_videos, attention_mask, gaze, gazing_ratio, task_loss_requirement, tiles:
+                As in [`~GazeVideoLM.prepare_inputs`]; without videos the MLLM is called as it is.
+            kwargs: arguments of the MLLM's `generate`, such as `max_new_tokens`.
+
+        Returns:
+            What the MLLM's `generate` returns: sequences that start with `input_ids` as they were given, whatever length
+            the prompts had inside, so that `[:, input_ids.shape[1] :]` are the answers.
+
+        Raises:
+            ValueError: as [`~GazeVideoLM.prepare_inputs`].
+        """
+        if not self._has_videos(input_ids, pixel_values_videos, kwargs):
+            return self.mllm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        inputs = self.prepare_inputs(
+            input_ids,
+            pixel_values_videos,
+            attention_mask,
+            gaze=gaze,
+            gazing_ratio=gazing_ratio,
+            task_loss_requirement=task_loss_requirement,
+            tiles=tiles,
+            padding_side="left",
+        )
+        output = self.mllm.generate(**inputs, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, sequences[:, inputs["input_ids"].shape[1] :]], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output["sequences"] = sequences
+        return output
+
+    def prepare_inputs(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values_videos: Videos,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        tiles: tuple[int, int] = (1, 1),
+        padding_side: str = "right",
+    ) -> dict[str, torch.Tensor]:
+        """
+        Puts the gazed patches of videos into prompts.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Prompts. A token `placeholder_id`, or any number of them in a row as the MLLM's processor writes, stands
+                for one video; between two videos there is other text. A row may have none.
+            pixel_values_videos (`torch.FloatTensor` of shape `(videos, frames, channels, height, width)`, or a sequence of `(frames, channels, height, width)`):
+                The videos in the order in which the prompts name them, row by row, normalised for the MLLM. They may
+                differ in length and size.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 where a prompt is padded.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to learn, -100 elsewhere.
+            gaze ([`GazeOutput`] or a sequence of them, *optional*):
+                What to keep, over all videos, or one gaze per video: made for the scales and patch size of
+                [`~GazeVideoLM.grid`], or for whole tiles of it, which the frames are then cut into. Without it the
+                gaze model chooses, see [`~GazeVideoLM.gaze`], by `gazing_ratio`, `task_loss_requirement` and `tiles`.
+            padding_side (`str`, *optional*, defaults to `"right"`): where prompts of unequal length are padded.
+
+        Returns:
+            `dict` with `inputs_embeds` of shape `(batch, new length, hidden_size)`, `attention_mask`, `input_ids`, with a
+            placeholder for every embedding of a video, and, if they were given, `labels`, which ignore those.
+
+        Raises:
+            ValueError: if no prompt has a placeholder, there are not as many as videos, or a gaze or frames do not fit.
+        """
+        videos = _list_videos(pixel_values_videos)
+        count = sum(map(len, find_placeholders(input_ids, self.placeholder_id, attention_mask)))
+        if count != len(videos):
+            raise ValueError(
+                f"`input_ids` must name each of the {len(videos)} videos by the token {self.placeholder_id}, or by "
+                f"several in a row, with other tokens between two videos; got {count or 'no'} video placeholders"
+            )
+        if gaze is None:
+            gaze = self.gaze(videos, gazing_ratio, task_loss_requirement, tiles)
+        # A placeholder need not be in the vocabulary, and is replaced anyway.
+        words = input_ids.masked_fill(input_ids == self.placeholder_id, 0)
+        return fill_placeholders(
+            input_ids,
+            self.mllm.get_input_embeddings()(words),
+            self.placeholder_id,
+            self.embed_videos(videos, gaze),
+            attention_mask,
+            labels,
+            padding_side,
+            getattr(self.mllm.config.get_text_config(), "pad_token_id", None) or 0,
+        )
+
+    def gaze(
+        self,
+        pixel_values_videos: Videos,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        tiles: tuple[int, int] = (1, 1),
+    ) -> list[GazeOutput]:
+        """
+        Gazes at videos, chunk by chunk.
+
+        Args:
+            pixel_values_videos: as in [`~GazeVideoLM.prepare_inputs`].
+            gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
+                As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and
+                every chunk takes it from its start.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+                Rows and columns of tiles to cut every frame into; each is resized to the tower's scales by itself.
+
+        Returns:
+            `list[GazeOutput]`, one per video, a batch of one over whole frames; ids ascend inside a frame.
+
+        Raises:
+            ValueError: if there is no gaze model or processor, or an argument does not fit the frames.
+        """
+        if self._gazer is None:
+            raise ValueError("`gaze` must be given where the model was made without `gaze_model` and `processor`")
+        return self._gazer.gaze(_list_videos(pixel_values_videos), gazing_ratio, task_loss_requirement, tiles)
+
+    def embed_videos(self, pixel_values_videos: Videos, gaze: GazeOutput | Sequence[GazeOutput]) -> list[torch.Tensor]:
+        """
+        Encodes and projects the gazed patches of videos, chunk by chunk.
+
+        Args:
+            pixel_values_videos, gaze: as in [`~GazeVideoLM.prepare_inputs`].
+
+        Returns:
+            `list[torch.FloatTensor]`, one per video, of shape `(tokens, hidden_size)`: what the language model gets in
+            its place. That is one token per kept patch, the CLS tokens if the MLLM uses them, what separates chunks,
+            and the new line that ends every video of LLaVA-OneVision.
+
+        Raises:
+            ValueError: if a gaze is not for this tower or these frames.
+        """
+        videos = _list_videos(pixel_values_videos)
+        gazes = [gaze.select(clip) for clip in range(gaze.batch_size)] if isinstance(gaze, GazeOutput) else list(gaze)
+        if len(gazes) != len(videos):
+            raise ValueError(f"`gaze` must be one for each of the {len(videos)} videos, got {len(gazes)}")
+        for number, (video, one) in enumerate(zip(videos, gazes, strict=True)):
+            self._check_gaze(number, video, one)
+        clips = (
+            clip
+            for number, (video, one) in enumerate(zip(videos, gazes, strict=True))
+            for clip in cut_clips(number, video, one, self.grid, self.chunk_frames, self.thumbnail_interval)
+        )
+        encoded = [self._encode(batch) for batch in batch_clips(clips, self.max_batch_size)]
+        pieces: list[list[torch.Tensor]] = [[] for _ in videos]
+        if encoded:
+            places = TokenPlaces(*(torch.cat(keys) for keys in zip(*(places for _, places in encoded), strict=True)))
+            order, parts = order_tokens(places, self.order)
+            tokens = torch.cat([tokens for tokens, _ in encoded])[order]
+            between = self._separator_embeds()
+            for (number, _), part in zip(parts, tokens.split([count for _, count in parts]), strict=True):
+                pieces[number] += [between.to(part), part] if pieces[number] and between is not None else [part]
+        if self.family.ends_with_newline:
+            for parts in pieces:
+                parts.append(self.mllm.model.image_newline[None])
+        empty = self.mllm.get_input_embeddings().weight[:0]
+        return [torch.cat([empty.to(parts[0]), *parts]) if parts else empty for parts in pieces]
+
+    def _encode(self, clips: list[VideoClip]) -> tuple[torch.Tensor, TokenPlaces]:
+        """Encodes and projects the patches of clips of one shape; gives tokens `(tokens, hidden_size)`, unordered."""
+        weight = self.vision.adapter.patch_embedding.weight
+        frames = torch.stack([clip.frames for clip in clips]).to(self.mllm.device, weight.dtype)
+        masks = [torch.stack(scale).to(frames.device) for scale in zip(*(clip.masks for clip in clips), strict=True)]
+        output = self.vision(frames, GazeOutput.from_masks(masks, self.grid), output_hidden_states=True)
+        states = torch.cat([output.hidden_states[layer] for layer in self._feature_layers], dim=-1)
+        clip = torch.arange(len(clips), device=frames.device).repeat_interleave(output.lengths)
+        frame, ids = output.frame, output.ids
+        if output.prefix_hidden_states is not None:
+            prefix = torch.cat([output.prefix_hidden_states[layer] for layer in self._feature_layers], dim=-1)
+            strategy = self.family.select_strategy or self.mllm.config.vision_feature_select_strategy
+            prefix = prefix[:, :, 0 if strategy == "full" else 1 :]
+            shown = torch.cat(masks, dim=-1).any(-1)
+            count = prefix.shape[2]
+            states = torch.cat([states, prefix[shown].flatten(0, 1)])
+            shown_clip, shown_frame = (place.repeat_interleave(count) for place in shown.nonzero(as_tuple=True))
+            clip, frame = torch.cat([clip, shown_clip]), torch.cat([frame, shown_frame])
+            ids = torch.cat([ids, (torch.arange(count, device=ids.device) - count).repeat(int(shown.sum()))])
+        tokens = self.mllm.model.multi_modal_projector(states)
+        number = torch.stack([clip.frame_numbers for clip in clips]).to(frames.device)[clip, frame]
+        if self.time_embedding is not None:
+            tokens = tokens + self.time_embedding(number).to(tokens)
+        of_clip = torch.tensor([clip[:3] for clip in clips], device=frames.device)[clip]
+        return tokens, TokenPlaces(*of_clip.unbind(1), number, ids)
+
+    @property
+    def _feature_layers(self) -> list[int]:
+        config = self.mllm.config
+        layers = getattr(config, "vision_feature_layer", None)
+        if layers is None:  # what VipLLaVA called it before 5.20
+            layers = config.vision_feature_layers
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    def _has_videos(self, input_ids: torch.Tensor, videos: Videos | None, options: dict[str, Any]) -> bool:
+        """Tells whether there are videos to look at; checks that nothing else claims their placeholders."""
+        pictures = options.get("pixel_values") is not None and self.family.placeholder == "image_token_id"
+        if videos is None:
+            if not pictures and bool((input_ids == self.placeholder_id).any()):
+                raise ValueError(
+                    f"`pixel_values_videos` must be given for prompts that name a video by the token "
+                    f"{self.placeholder_id}, got None"
+                )
+            return False
+        if pictures:
+            raise ValueError(
+                f"`pixel_values` cannot go with `pixel_values_videos`: a {type(self.mllm).__name__} has one token, "
+                f"{self.placeholder_id}, for both"
+            )
+        return True
+
+    def _check_gaze(self, number: int, video: torch.Tensor, gaze: GazeOutput) -> None:
+        """Checks that a gaze is one for these frames and whole tiles of the tower's grid."""
+        rows, cols = (max(1, own // tile) for own, tile in zip(gaze.grid.grids[-1], self.grid.grids[-1], strict=True))
+        whole = GazeGrid([(rows * height, cols * width) for height, width in self.grid.sizes], self.grid.patch_size)
+        if gaze.grid != whole:
+            raise ValueError(
+                f"`gaze` of video {number} must be made for the tower's {self.grid}, or for whole tiles of it, got "
+                f"{gaze.grid}"
+            )
+        rate = gaze.frame_sampling_rate
+        if gaze.batch_size != 1 or gaze.num_frames * rate != len(video):
+            raise ValueError(
+                f"`gaze` of video {number} must be of its {len(video)} frames alone, got {gaze.batch_size} clips of "
+                f"{gaze.num_frames * rate}"
+            )
+        if video.shape[-2] % rows or video.shape[-1] % cols:
+            raise ValueError(
+                f"`gaze` of video {number} is for {rows}x{cols} tiles, which frames of {tuple(video.shape[-2:])} pixels "
+                "cannot be cut into"
+            )
+        if self.chunk_frames % rate:
+            raise ValueError(
+                f"`chunk_frames` must be a multiple of {rate}, the rate of `gaze` of video {number}, got "
+                f"{self.chunk_frames}"
+            )
+
+    def _check_separator(self, separator: int | Sequence[int] | str | None) -> list[int] | str | None:
+        if separator is None:
+            return None
+        if separator == _NEWLINE:
+            if not hasattr(self.mllm.model, _NEWLINE):
+                raise ValueError(f"`separator` cannot be {_NEWLINE!r}: a {type(self.mllm).__name__} has none")
+            return separator
+        ids = [separator] if isinstance(separator, int) else separator
+        size = self.mllm.get_input_embeddings().num_embeddings
+        if not ids or any(not isinstance(token, int) or not 0 <= token < size for token in ids):
+            raise ValueError(f"`separator` must be ids of tokens in 0..{size - 1} or {_NEWLINE!r}, got {separator!r}")
+        return list(ids)
+
+    def _separator_embeds(self) -> torch.Tensor | None:
+        """Gives what stands between chunks, `(tokens, hidden_size)`."""
+        if self.separator is None:
+            return None
+        if self.separator == _NEWLINE:
+            return self.mllm.model.image_newline[None]
+        embed = self.mllm.get_input_embeddings()
+        return embed(torch.tensor(self.separator, device=embed.weight.device))
+
+
+def _family_of(mllm: PreTrainedModel) -> _Family:
+    family = _FAMILIES.get(getattr(getattr(mllm, "config", None), "model_type", None))
+    if family is None or not hasattr(mllm, "generate") or not hasattr(mllm, "lm_head"):
+        raise ValueError(
+            f"`mllm` must be a ..ForConditionalGeneration of {', '.join(_FAMILIES)}, got {type(mllm).__name__}; "
+            "docs/integrations.md says how to add one"
+        )
+    return family
+
+
+def _list_videos(videos: Videos) -> list[torch.Tensor]:
+    """Lists videos `(frames, channels, height, width)` and checks that they are such."""
+    for number, video in enumerate(videos):
+        if not isinstance(video, torch.Tensor) or video.ndim != 4 or not video.is_floating_point() or 0 in video.shape:
+            got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, torch.Tensor) else type(video).__name__
+            raise ValueError(
+                "`pixel_values_videos` must be normalised floats of shape (videos, frames, channels, height, width) or "
+                f"a list of (frames, channels, height, width), got {got} for video {number}"
+            )
+    return list(videos)

@@ -1,0 +1,169 @@
+"""
+Which tokens a video becomes, and in which order.
+
+This module cuts a video and its gaze into clips that a vision tower encodes one by one (a tile over a chunk of frames, or
+thumbnails of whole frames) and puts the tokens that come out in order. It knows nothing of towers or language models.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..gazing_autogaze import GazeOutput
+from ..grid_autogaze import GazeGrid
+
+
+ORDERS = ("time", "tile")
+_THUMBNAIL = -1  # stands where others have the number of their tile
+
+
+class VideoClip(NamedTuple):
+    """
+    What a tower encodes at once: one tile over one chunk of frames, or the thumbnails of a chunk.
+
+    Args:
+        video, chunk, tile (`int`): which video, which chunk of it and which tile, row by row; -1 for thumbnails.
+        frame_numbers (`torch.LongTensor` of shape `(frames,)`): the frames, as their video counts them.
+        frames (`torch.FloatTensor` of shape `(frames, channels, height, width)`): the pixels.
+        masks (`list[torch.BoolTensor]` of shape `(frames, patches)`): the patches to keep, one mask per scale.
+    """
+
+    video: int
+    chunk: int
+    tile: int
+    frame_numbers: torch.Tensor
+    frames: torch.Tensor
+    masks: list[torch.Tensor]
+
+
+class TokenPlaces(NamedTuple):
+    """
+    Where tokens come from.
+
+    Args:
+        video, chunk, tile, frame (`torch.LongTensor` of shape `(tokens,)`): as in [`VideoClip`].
+        id (`torch.LongTensor` of shape `(tokens,)`):
+            The patch, counted from the first of its tile's frame; below 0 for tokens that are no patch.
+    """
+
+    video: torch.Tensor
+    chunk: torch.Tensor
+    tile: torch.Tensor
+    frame: torch.Tensor
+    id: torch.Tensor
+
+
+def cut_tiles(video: torch.Tensor, rows: int, cols: int) -> list[torch.Tensor]:
+    """Cuts frames `(frames, channels, height, width)` into tiles of one size, row by row, without copying."""
+    return [tile for band in video.chunk(rows, dim=-2) for tile in band.chunk(cols, dim=-1)]
+
+
+def cut_clips(
+    number: int,
+    video: torch.Tensor,
+    gaze: GazeOutput,
+    tile_grid: GazeGrid,
+    chunk_frames: int,
+    thumbnail_interval: int | None = None,
+) -> Iterator[VideoClip]:
+    """
+    Cuts a video and its gaze into clips; tiles of which nothing was kept are left out.
+
+    Args:
+        number (`int`): which video this is.
+        video (`torch.FloatTensor` of shape `(frames, channels, height, width)`): its frames.
+        gaze ([`GazeOutput`]): a batch of one over whole frames, on a grid that is whole tiles of `tile_grid`.
+        tile_grid ([`GazeGrid`]): the patches of one tile.
+        chunk_frames (`int`): frames of a chunk, a multiple of the gaze's `frame_sampling_rate`.
+        thumbnail_interval (`int`, *optional*):
+            Every how many gazed frames the whole frame goes in as well, with all patches of its finest scale.
+    """
+    rate = gaze.frame_sampling_rate
+    tile_masks = gaze.grid.split_tiles(gaze.gazing_mask, tile_grid)
+    tiles = cut_tiles(video, *gaze.grid.tile_layout(tile_grid))
+    frames_of_chunks = torch.arange(0, len(video), rate).split(chunk_frames // rate)
+    for chunk, numbers in enumerate(frames_of_chunks):
+        if thumbnail_interval is not None:
+            whole = numbers[numbers % (rate * thumbnail_interval) == 0]
+            masks = [
+                torch.full((len(whole), count), size == tile_grid.sizes[-1], device=gaze.gazing_pos.device)
+                for count, size in zip(tile_grid.num_patches_each_scale, tile_grid.sizes, strict=True)
+            ]
+            if len(whole):
+                yield VideoClip(number, chunk, _THUMBNAIL, whole, video[whole], masks)
+        gazed = slice(int(numbers[0]) // rate, int(numbers[-1]) // rate + 1)
+        pixels = slice(int(numbers[0]), int(numbers[-1]) + 1, rate)
+        for tile, frames in enumerate(tiles):
+            masks = [mask[tile, gazed] for mask in tile_masks]
+            if any(bool(mask.any()) for mask in masks):
+                yield VideoClip(number, chunk, tile, numbers, frames[pixels], masks)
+
+
+def batch_clips(clips: Iterator[VideoClip], max_batch_size: int) -> Iterator[list[VideoClip]]:
+    """Groups clips whose frames have one shape, at most `max_batch_size` at a time."""
+    alike: dict[tuple[int, ...], list[VideoClip]] = {}
+    for clip in clips:
+        alike.setdefault(tuple(clip.frames.shape), []).append(clip)
+    for group in alike.values():
+        for first in range(0, len(group), max_batch_size):
+            yield group[first : first + max_batch_size]
+
+
+def order_tokens(places: TokenPlaces, order: str) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """
+    Puts the tokens of videos in order.
+
+    Args:
+        places ([`TokenPlaces`]): where they come from.
+        order (`str`):
+            `"time"`: all tiles of a frame before the next frame. `"tile"`: all frames of a tile, inside its chunk,
+            before the next tile. A frame's thumbnail comes before its tiles; patches ascend by id, coarse to fine.
+
+    Returns:
+        `tuple`: the `torch.LongTensor` of shape `(tokens,)` that brings them in order, and the parts that a separator
+        parts from each other, in order: a `list` of the number of the video and of tokens. They are chunks in order of
+        time and the clips of tiles else.
+    """
+    part = (places.video, places.chunk) if order == "time" else (places.video, places.chunk, places.tile)
+    inside = (places.frame, places.tile, places.id) if order == "time" else (places.frame, places.id)
+    index = torch.arange(len(places.id), device=places.id.device)
+    # Stable sorting, from the last key to the first.
+    for key in (*inside[::-1], *part[::-1]):
+        index = index[torch.argsort(key[index], stable=True)]
+    parts, counts = torch.unique_consecutive(torch.stack(part)[:, index], dim=1, return_counts=True)
+    return index, list(zip(parts[0].tolist(), counts.tolist(), strict=True))
+
+
+class SinusoidalTimeEmbedding(nn.Module):
+    """
+    Says when a frame was, by sines and cosines of its number.
+
+    Args:
+        hidden_size (`int`): channels of the embeddings, an even number.
+        amplitude (`float`, *optional*, defaults to 1.0): the largest value.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.integrations.video_tokens import SinusoidalTimeEmbedding
+
+    >>> SinusoidalTimeEmbedding(4)(torch.tensor([0, 1])).shape
+    torch.Size([2, 4])
+
+    ```
+    """
+
+    def __init__(self, hidden_size: int, amplitude: float = 1.0):
+        super().__init__()
+        if hidden_size % 2:
+            raise ValueError(f"`hidden_size` must be even, got {hidden_size}")
+        self.hidden_size, self.amplitude = hidden_size, amplitude
+
+    def forward(self, frame_numbers: torch.Tensor) -> torch.Tensor:
+        """Gives embeddings `(tokens, hidden_size)` of frame numbers `(tokens,)`."""
+        half = self.hidden_size // 2
+        rates = 10000 ** (-torch.arange(half, device=frame_numbers.device) / half)
+        angles = frame_numbers[:, None] * rates
+        return self.amplitude * torch.cat([angles.sin(), angles.cos()], dim=-1)
