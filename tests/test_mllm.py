@@ -5,6 +5,10 @@ import inspect
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -15,6 +19,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
     VideoLlavaConfig,
@@ -81,15 +86,6 @@ CASES = [
 ]
 
 
-def full_gaze(grid: GazeGrid, num_frames: int) -> GazeOutput:
-    """Keeps every patch of the finest scale."""
-    masks = [
-        torch.full((1, num_frames, count), size == grid.sizes[-1])
-        for count, size in zip(grid.num_patches_each_scale, grid.sizes, strict=True)
-    ]
-    return GazeOutput.from_masks(masks, grid)
-
-
 def random_gaze(grid: GazeGrid, num_frames: int, seed: int = 0) -> GazeOutput:
     generator = torch.Generator().manual_seed(seed)
     masks = [torch.rand(1, num_frames, count, generator=generator) < 0.3 for count in grid.num_patches_each_scale]
@@ -124,7 +120,7 @@ def original_inputs(model: GazeVideoLM, prompt: list[int], videos: list[torch.Te
 def test_a_full_gaze_gives_the_original_logits(name, changes):
     mllm = build(name, **changes)
     model = GazeVideoLM(mllm, scales=SCALES, attention="frame", chunk_frames=2, max_batch_size=2)
-    videos, gaze = [clip(3, seed=1), clip(3, seed=2)], [full_gaze(model.grid, 3)] * 2
+    videos, gaze = [clip(3, seed=1), clip(3, seed=2)], [GazeOutput.full(model.grid, 1, 3, scale=-1)] * 2
     prompt = [5, 6, model.placeholder_id, 7, 8, model.placeholder_id, 9]
     with_cls = name == "video_llava" or changes.get("vision_feature_select_strategy") == "full"
     original = original_inputs(model, prompt, videos, with_cls)
@@ -141,7 +137,7 @@ def test_a_full_gaze_gives_the_original_logits(name, changes):
 def test_a_full_gaze_gives_the_original_answer(name):
     mllm = build(name)
     model = GazeVideoLM(mllm, scales=SCALES, attention="frame")
-    videos, gaze = [clip(2, seed=1)], [full_gaze(model.grid, 2)]
+    videos, gaze = [clip(2, seed=1)], [GazeOutput.full(model.grid, 1, 2, scale=-1)]
     prompt = [5, 6, model.placeholder_id, 7]
     original = original_inputs(model, prompt, videos, with_cls=name == "video_llava")
     options = {"max_new_tokens": 6, "do_sample": False}
@@ -293,7 +289,7 @@ def test_tiles_and_thumbnails_come_in_the_order_asked_for(order):
             for masks in [grid.split_tiles(gaze.gazing_mask, model.grid)]
             for col in range(2)
         ]
-        whole = of(video[::2], full_gaze(model.grid, 2))
+        whole = of(video[::2], GazeOutput.full(model.grid, 1, 2, scale=-1))
     if order == "time":
         expected = [whole[0], tiles[0][0], tiles[1][0], tiles[0][1], tiles[1][1], whole[1], tiles[0][2], tiles[1][2]]
     else:
@@ -341,6 +337,8 @@ def test_a_time_embedding_is_added_to_the_tokens_of_its_frame(kind):
     if kind == "learned":
         tokens.sum().backward()
         assert (time.weight.grad > 0).all()
+        with pytest.raises(ValueError, match="`time_embedding` knows 5 frames, but video 0 has 6"):
+            model.embed_videos([clip(6)], [random_gaze(model.grid, 6)])
 
 
 def test_pictures_and_videos_go_into_one_prompt():
@@ -351,7 +349,7 @@ def test_pictures_and_videos_go_into_one_prompt():
     has_new_name = "pixel_values" in inspect.signature(mllm.forward).parameters
     pictures = {"pixel_values" if has_new_name else "pixel_values_images": picture}
     options = {"max_new_tokens": 4, "do_sample": False}
-    gaze = full_gaze(model.grid, 2)
+    gaze = GazeOutput.full(model.grid, 1, 2, scale=-1)
     with torch.no_grad():
         expected = mllm(prompt, pixel_values_videos=video[None], **pictures).logits
         assert (model(prompt, [video], gaze=gaze, **pictures).logits - expected).abs().max() < 1e-4
@@ -453,3 +451,62 @@ def test_other_models_are_refused():
 def test_arguments_are_checked_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         GazeVideoLM(build("llava"), scales=SCALES, **options)
+
+
+def real_processor(name: str):
+    """A processor of transformers for a tiny MLLM, with a vocabulary made here."""
+    words = {"<unk>": 0, "<pad>": 1, "what": 2, "is": 3, "this": 4, "and": 5, "<image>": IMAGE, "<video>": VIDEO}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "<video>"],
+        padding_side="left",
+    )
+    tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
+    tokenizer.image_token_id, tokenizer.video_token_id = IMAGE, VIDEO
+    size = {"height": 32, "width": 32}
+    if name == "llava_onevision":
+        return transformers.LlavaOnevisionProcessor(
+            transformers.LlavaOnevisionImageProcessor(size=size),
+            tokenizer,
+            transformers.LlavaOnevisionVideoProcessor(size=size, do_sample_frames=False),
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
+        )
+    return transformers.LlavaNextVideoProcessor(
+        transformers.LlavaNextVideoVideoProcessor(size=size, crop_size=size, do_sample_frames=False),
+        transformers.LlavaNextImageProcessor(size=size, crop_size=size),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "llava_next_video"])
+def test_what_the_mllms_own_processor_returns_goes_straight_in(name):
+    pytest.importorskip("torchvision")
+    model = build(name)
+    processor = real_processor(name)
+    videos = torch.randint(0, 256, (2, 4, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = processor(
+        text=["what is <video> and this <video>", "what is this"],
+        videos=list(videos),
+        padding=True,
+        return_tensors="pt",
+    )
+    assert (inputs["input_ids"] == VIDEO).sum() > 2 and inputs["pixel_values_videos"].shape == (2, 4, 3, 32, 32)
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=SCALES, patch_size=8))
+    lm = GazeVideoLM(model, selector, processor, scales=SCALES)
+    gaze = lm.gaze(inputs["pixel_values_videos"], gazing_ratio=0.2)
+    with torch.no_grad():
+        output = lm(**inputs, gazing_ratio=0.2)
+        expected = lm(**inputs, gaze=gaze)
+    assert torch.equal(output.logits, expected.logits)
+    newlines = 2 * (name == "llava_onevision")
+    assert output.logits.shape[1] == 4 + sum(int(one.num_real) for one in gaze) + newlines
+    answer = lm.generate(**inputs, gazing_ratio=0.2, max_new_tokens=3, do_sample=False)
+    assert torch.equal(answer[:, :-3], inputs["input_ids"])

@@ -1,12 +1,11 @@
 """
 Gazed patches into a video MLLM of the LLaVA family: its own tower, projector and language model, fewer tokens.
 
-This module knows where each of these MLLMs keeps its parts and what stands for a video in its prompts. Choosing patches is
-a selector's matter, encoding them [`GazeVisionModel`]'s, the order of tokens `video_tokens`', and answering the MLLM's own.
+This module carries videos from frames to prompts. Choosing patches is a selector's matter, encoding them
+[`GazeVisionModel`]'s, where an MLLM keeps its parts that of `mllm_adapters`, and answering the MLLM's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .encoder_gazing import EncoderFrameGazer, Setting
+from .mllm_adapters import MLLMAdapter, adapt_mllm
 from .prompts import fill_placeholders, find_placeholders
 from .video_tokens import ORDERS, TokenPlaces, VideoClip, batch_clips, cut_clips, order_tokens
 from .vision import GazeVisionModel
@@ -27,29 +27,6 @@ Videos = torch.Tensor | Sequence[torch.Tensor]
 
 _CHUNK = 16  # frames, where the selector itself has no limit
 _NEWLINE = "image_newline"
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where an MLLM of one kind keeps what a video goes through, and what it does with it."""
-
-    tower: str = "vision_tower"
-    placeholder: str = "video_token_id"
-    """The entry of its configuration with the token that stands for a video in a prompt."""
-    select_strategy: str | None = None
-    """What it does with the CLS token of a video's frames, whatever its `vision_feature_select_strategy` says."""
-    ends_with_newline: bool = False
-    """Whether its `image_newline` follows every video."""
-
-
-# By `config.model_type`.
-_FAMILIES = {
-    "llava": _Family(placeholder="image_token_id"),
-    "llava_next_video": _Family(),
-    "llava_onevision": _Family(ends_with_newline=True),
-    "video_llava": _Family(tower="video_tower", select_strategy="full"),
-    "vipllava": _Family(placeholder="image_token_id", select_strategy="default"),
-}
 
 
 class GazeVideoLM(nn.Module):
@@ -140,11 +117,9 @@ class GazeVideoLM(nn.Module):
         time_embedding: nn.Module | None = None,
     ):
         super().__init__()
-        self.family = _family_of(mllm)
-        self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
         # The tower belongs to `mllm`. Registered here as well, its weights would be saved twice.
-        tower = getattr(mllm.model, self.family.tower)
-        self.__dict__["vision"] = GazeVisionModel(tower, scales=scales, attention=attention)
+        self.__dict__["vision"] = GazeVisionModel(adapt_mllm(mllm).tower, scales=scales, attention=attention)
+        self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
 
         if chunk_frames is None:
             chunk_frames = (None if gaze_model is None else gaze_model.config.max_num_frames) or _CHUNK
@@ -169,6 +144,11 @@ class GazeVideoLM(nn.Module):
             )
 
     @property
+    def adapter(self) -> MLLMAdapter:
+        """What knows the MLLM's parts."""
+        return adapt_mllm(self.mllm)
+
+    @property
     def grid(self) -> GazeGrid:
         """The scales and patch size of the tower, which gazes are made for."""
         return self.vision.grid
@@ -176,7 +156,7 @@ class GazeVideoLM(nn.Module):
     @property
     def placeholder_id(self) -> int:
         """The token that stands for a video in a prompt."""
-        return getattr(self.mllm.config, self.family.placeholder)
+        return self.adapter.placeholder_id
 
     def forward(
         self,
@@ -391,49 +371,40 @@ class GazeVideoLM(nn.Module):
             between = self._separator_embeds()
             for (number, _), part in zip(parts, tokens.split([count for _, count in parts]), strict=True):
                 pieces[number] += [between.to(part), part] if pieces[number] and between is not None else [part]
-        if self.family.ends_with_newline:
+        if self.adapter.ends_with_newline:
             for parts in pieces:
-                parts.append(self.mllm.model.image_newline[None])
+                parts.append(self.adapter.newline[None])
         empty = self.mllm.get_input_embeddings().weight[:0]
         return [torch.cat([empty.to(parts[0]), *parts]) if parts else empty for parts in pieces]
 
     def _encode(self, clips: list[VideoClip]) -> tuple[torch.Tensor, TokenPlaces]:
         """Encodes and projects the patches of clips of one shape; gives tokens `(tokens, hidden_size)`, unordered."""
-        weight = self.vision.adapter.patch_embedding.weight
-        frames = torch.stack([clip.frames for clip in clips]).to(self.mllm.device, weight.dtype)
+        adapter = self.adapter
+        frames = torch.stack([clip.frames for clip in clips]).to(self.mllm.device)
         masks = [torch.stack(scale).to(frames.device) for scale in zip(*(clip.masks for clip in clips), strict=True)]
         output = self.vision(frames, GazeOutput.from_masks(masks, self.grid), output_hidden_states=True)
-        states = torch.cat([output.hidden_states[layer] for layer in self._feature_layers], dim=-1)
+        states = torch.cat([output.hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
         clip = torch.arange(len(clips), device=frames.device).repeat_interleave(output.lengths)
         frame, ids = output.frame, output.ids
         if output.prefix_hidden_states is not None:
-            prefix = torch.cat([output.prefix_hidden_states[layer] for layer in self._feature_layers], dim=-1)
-            strategy = self.family.select_strategy or self.mllm.config.vision_feature_select_strategy
-            prefix = prefix[:, :, 0 if strategy == "full" else 1 :]
-            shown = torch.cat(masks, dim=-1).any(-1)
-            count = prefix.shape[2]
-            states = torch.cat([states, prefix[shown].flatten(0, 1)])
-            shown_clip, shown_frame = (place.repeat_interleave(count) for place in shown.nonzero(as_tuple=True))
-            clip, frame = torch.cat([clip, shown_clip]), torch.cat([frame, shown_frame])
-            ids = torch.cat([ids, (torch.arange(count, device=ids.device) - count).repeat(int(shown.sum()))])
-        tokens = self.mllm.model.multi_modal_projector(states)
+            prefix = torch.cat([output.prefix_hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
+            prefix = prefix[:, :, 0 if adapter.keeps_cls else 1 :]
+            is_shown, count = torch.cat(masks, dim=-1).any(-1), prefix.shape[2]
+            states = torch.cat([states, prefix[is_shown].flatten(0, 1)])
+            of_clip, of_frame = (place.repeat_interleave(count) for place in is_shown.nonzero(as_tuple=True))
+            clip, frame = torch.cat([clip, of_clip]), torch.cat([frame, of_frame])
+            before = torch.arange(-count, 0, device=ids.device)
+            ids = torch.cat([ids, before.repeat(len(of_clip) // max(count, 1))])
+        tokens = adapter.projector(states)
         number = torch.stack([clip.frame_numbers for clip in clips]).to(frames.device)[clip, frame]
         if self.time_embedding is not None:
             tokens = tokens + self.time_embedding(number).to(tokens)
-        of_clip = torch.tensor([clip[:3] for clip in clips], device=frames.device)[clip]
-        return tokens, TokenPlaces(*of_clip.unbind(1), number, ids)
-
-    @property
-    def _feature_layers(self) -> list[int]:
-        config = self.mllm.config
-        layers = getattr(config, "vision_feature_layer", None)
-        if layers is None:  # what VipLLaVA called it before 5.20
-            layers = config.vision_feature_layers
-        return [layers] if isinstance(layers, int) else list(layers)
+        video_chunk_tile = torch.tensor([clip[:3] for clip in clips], device=frames.device)[clip]
+        return tokens, TokenPlaces(*video_chunk_tile.unbind(1), number, ids)
 
     def _has_videos(self, input_ids: torch.Tensor, videos: Videos | None, options: dict[str, Any]) -> bool:
         """Tells whether there are videos to look at; checks that nothing else claims their placeholders."""
-        pictures = options.get("pixel_values") is not None and self.family.placeholder == "image_token_id"
+        pictures = options.get("pixel_values") is not None and not self.adapter.has_picture_token
         if videos is None:
             if not pictures and bool((input_ids == self.placeholder_id).any()):
                 raise ValueError(
@@ -468,6 +439,9 @@ class GazeVideoLM(nn.Module):
                 f"`gaze` of video {number} is for {rows}x{cols} tiles, which frames of {tuple(video.shape[-2:])} pixels "
                 "cannot be cut into"
             )
+        known = getattr(self.time_embedding, "num_embeddings", len(video))
+        if len(video) > known:
+            raise ValueError(f"`time_embedding` knows {known} frames, but video {number} has {len(video)}")
         if self.chunk_frames % rate:
             raise ValueError(
                 f"`chunk_frames` must be a multiple of {rate}, the rate of `gaze` of video {number}, got "
@@ -478,7 +452,7 @@ class GazeVideoLM(nn.Module):
         if separator is None:
             return None
         if separator == _NEWLINE:
-            if not hasattr(self.mllm.model, _NEWLINE):
+            if self.adapter.newline is None:
                 raise ValueError(f"`separator` cannot be {_NEWLINE!r}: a {type(self.mllm).__name__} has none")
             return separator
         ids = [separator] if isinstance(separator, int) else separator
@@ -492,19 +466,9 @@ class GazeVideoLM(nn.Module):
         if self.separator is None:
             return None
         if self.separator == _NEWLINE:
-            return self.mllm.model.image_newline[None]
+            return self.adapter.newline[None]
         embed = self.mllm.get_input_embeddings()
         return embed(torch.tensor(self.separator, device=embed.weight.device))
-
-
-def _family_of(mllm: PreTrainedModel) -> _Family:
-    family = _FAMILIES.get(getattr(getattr(mllm, "config", None), "model_type", None))
-    if family is None or not hasattr(mllm, "generate") or not hasattr(mllm, "lm_head"):
-        raise ValueError(
-            f"`mllm` must be a ..ForConditionalGeneration of {', '.join(_FAMILIES)}, got {type(mllm).__name__}; "
-            "docs/integrations.md says how to add one"
-        )
-    return family
 
 
 def _list_videos(videos: Videos) -> list[torch.Tensor]:

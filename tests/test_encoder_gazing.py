@@ -1,0 +1,99 @@
+import pytest
+import torch
+from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+from transformers_autogaze import (
+    AutoGazeConfig,
+    AutoGazeModel,
+    AutoGazeProcessor,
+    AutoGazeVideoProcessor,
+    GazeGrid,
+    GreedyGazeConfig,
+    GreedyGazeSelector,
+)
+from transformers_autogaze.integrations.encoder_gazing import EncoderFrameGazer
+
+
+GRID = GazeGrid([16, 32], 8)
+
+
+def gazer(selector=None, processor=None, grid: GazeGrid = GRID, chunk_frames: int = 16, max_batch_size: int = 16):
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=[16, 32], patch_size=8)) if selector is None else selector
+    processor = CLIPImageProcessor() if processor is None else processor
+    return EncoderFrameGazer(selector, processor, AutoGazeVideoProcessor(), grid, chunk_frames, max_batch_size)
+
+
+def autogaze() -> AutoGazeModel:
+    torch.manual_seed(0)
+    return AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
+
+
+def clip(num_frames: int, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_frames, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("encoder", [SiglipImageProcessor, CLIPImageProcessor, AutoGazeVideoProcessor])
+def test_the_selector_gets_the_pixels_in_its_own_normalisation(encoder):
+    levels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    square = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    expected = AutoGazeVideoProcessor(**square)(levels.numpy(), return_tensors="pt")["pixel_values_videos"][0]
+    if encoder is AutoGazeVideoProcessor:
+        processor, frames = AutoGazeVideoProcessor(**square), expected
+    else:
+        processor = encoder(**square)
+        both = AutoGazeProcessor(AutoGazeVideoProcessor(**square), processor)(levels.numpy(), return_tensors="pt")
+        frames = both["encoder_pixel_values"][0]
+    torch.testing.assert_close(gazer(processor=processor).to_gaze_values(frames), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_streaming_selector_sees_chunks_as_one_clip():
+    video = clip(5)
+    whole = gazer(chunk_frames=5).gaze([video], gazing_ratio=0.2)[0]
+    chunked = gazer(chunk_frames=2).gaze([video], gazing_ratio=0.2)[0]
+    assert torch.equal(chunked.gazing_pos, whole.gazing_pos)
+
+
+def test_for_the_model_every_chunk_is_a_clip_of_its_own():
+    own = gazer(autogaze(), chunk_frames=2)
+    video = clip(5)
+    whole = own.gaze([video], gazing_ratio=[0.5, 0.2])[0]
+    assert whole.num_real_each_frame.tolist() == [[10, 4, 10, 4, 10]]
+    middle = own.gaze([video[2:4]], gazing_ratio=[0.5, 0.2])[0]
+    assert all(torch.equal(a[:, 2:4], b) for a, b in zip(whole.gazing_mask, middle.gazing_mask, strict=True))
+
+
+@pytest.mark.parametrize("selector", [None, autogaze])
+def test_videos_and_tiles_are_gazed_at_each_by_itself(selector):
+    make = (
+        (lambda size: gazer(max_batch_size=size))
+        if selector is None
+        else (lambda size: gazer(selector(), chunk_frames=2, max_batch_size=size))
+    )
+    videos = [clip(3, 64, 96, seed=1), clip(2, 64, 96, seed=2), clip(3, 64, 96, seed=3)]
+    gazes = make(16).gaze(videos, gazing_ratio=0.3, tiles=(2, 3))
+    assert [gaze.num_frames for gaze in gazes] == [3, 2, 3] and gazes[0].scales == [(32, 48), (64, 96)]
+    for video, gaze, again in zip(videos, gazes, make(2).gaze(videos, gazing_ratio=0.3, tiles=(2, 3)), strict=True):
+        assert torch.equal(gaze.gazing_pos, again.gazing_pos)
+        tiles = gaze.grid.split_tiles(gaze.gazing_mask, GRID)
+        corner = make(1).gaze([video[..., 32:, 64:]], gazing_ratio=0.3)[0]
+        assert all(torch.equal(tile[-1:], own) for tile, own in zip(tiles, corner.gazing_mask, strict=True))
+
+
+def test_it_gazes_for_an_encoder_of_other_scales():
+    # Two by two tiles of the selector in one view of the encoder, whose patches are as many pixels.
+    grid = GazeGrid([32, 64], 8)
+    gaze = gazer(grid=grid).gaze([clip(2, 64, 64)], gazing_ratio=0.25)[0]
+    assert gaze.grid == grid and gaze.num_real_each_frame.tolist() == [[20, 20]]
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"cannot gaze for GazeGrid\(scales=\[32\], patch_size=8\)"):
+        gazer(grid=GazeGrid([32], 8))
+    with pytest.raises(ValueError, match="`processor` must be .* `image_mean`, .*, got dict"):
+        gazer(processor={})
+    with pytest.raises(
+        ValueError, match=r"`tiles` must cut .*, got \(1, 3\) for frames of \(32, 32\) pixels in video 1"
+    ):
+        gazer().gaze([clip(2, 32, 48), clip(2)], gazing_ratio=0.1, tiles=(1, 3))
+    with pytest.raises(ValueError, match=r"got \(0, 1\)"):
+        gazer().gaze([clip(2)], gazing_ratio=0.1, tiles=(0, 1))
