@@ -1,0 +1,490 @@
+"""
+Gazed merge units into Qwen2.5-VL and Qwen3-VL: their own tower and language model, fewer tokens, true positions.
+
+This module says which merge units a gaze keeps, takes the others out of prompts and sees to it that what is left stays at
+its place. Choosing patches is a selector's matter, running the tower on some units `qwen_vl_tower`'s, and answering the
+MLLM's own.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+
+from ..gazing_autogaze import GazeOutput
+from ..selection_autogaze import GazeSelector
+from ..video_gazing import gaze_video
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .qwen_vl_tower import encode_units
+from .qwen_vl_units import kept_units, unfold_units
+
+
+Setting = float | Sequence[float] | None
+
+_MODELS = (Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
+_IGNORED = -100  # what a label is where nothing is to be learned
+# What the MLLM's processor gives besides tokens and the pixels of videos.
+_PROCESSOR_KEYS = ("video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class GazedPrompt:
+    """
+    Prompts without the tokens of dropped units, and where the others are.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens that are left.
+        attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 where a prompt is padded.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): what the language model gets.
+        position_ids (`torch.LongTensor` of shape `(3, batch, length)`):
+            Time, height and width of every token in the whole prompt, as the MLLM itself counts them.
+        next_position (`torch.LongTensor` of shape `(batch,)`): where an answer goes on.
+        visual_index (`torch.LongTensor` of shape `(batch, length)`):
+            The row of `deepstack` that belongs to a token, -1 for words.
+        deepstack (`list[torch.FloatTensor]` of shape `(visual tokens, hidden_size)`):
+            What the first layers of the language model add (Qwen3-VL); empty for Qwen2.5-VL.
+        labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): the labels that are left.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    inputs_embeds: torch.Tensor
+    position_ids: torch.Tensor
+    next_position: torch.Tensor
+    visual_index: torch.Tensor
+    deepstack: list[torch.Tensor]
+    labels: torch.Tensor | None = None
+
+
+class GazeQwenVL(nn.Module):
+    """
+    A Qwen2.5-VL or Qwen3-VL that sees the gazed merge units of videos only.
+
+    The towers of these MLLMs make one token of every merge unit: 2x2 patches over a pair of frames. A unit is kept when a
+    kept patch of the gaze, of any scale, shares an area with it in one of its frames (see [`kept_units`]). The others are
+    dropped before the tower, and their tokens from the prompt. What is left keeps the rotary position, the window and
+    the place in time, height and width that it has in the whole video, and an answer goes on at the position at which it
+    would go on after the whole prompt. Parts and weights are the MLLM's, unchanged.
+
+    `generate` answers, `forward` gives logits and, with labels, a loss to train with. Both take what the MLLM's own
+    processor returns.
+
+    Args:
+        mllm ([`~transformers.PreTrainedModel`]):
+            A `Qwen2_5_VLForConditionalGeneration` or `Qwen3VLForConditionalGeneration`.
+        gaze_model ([`GazeSelector`], *optional*):
+            What chooses patches, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. May be left out where every call
+            is given a `gaze`.
+        processor (*optional*):
+            The processor, video processor or image processor that normalised the frames for the MLLM, so that the
+            selector can look at them as well. As with `gaze_model`.
+        gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
+            How the selector's frames are preprocessed. The published way by default.
+
+    Raises:
+        ValueError: if the MLLM is of no such kind, or the processor does not say how it normalises.
+
+    Example:
+
+    ```python
+    >>> from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+    >>> from transformers_autogaze import GazeGrid, GazeOutput, GreedyGazeSelector
+    >>> from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
+
+    >>> tiny = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50}
+    >>> text = {**tiny, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    >>> text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    >>> vision = {**tiny, "depth": 1, "num_heads": 2, "patch_size": 4, "window_size": 16, "out_hidden_size": 32}
+    >>> tokens = {"image_token_id": 46, "video_token_id": 47, "vision_start_token_id": 48, "vision_end_token_id": 49}
+    >>> mllm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
+    >>> model = GazeQwenVL(mllm.eval(), GreedyGazeSelector(), Qwen2VLImageProcessor())
+
+    >>> inputs = {  # as a Qwen2_5_VLProcessor gives them: 4 frames of 32x32 pixels are 2x4x4 units
+    ...     "input_ids": torch.tensor([[1, 48, *[47] * 32, 49, 2]]),
+    ...     "pixel_values_videos": torch.randn(2 * 8 * 8, 3 * 2 * 4 * 4),
+    ...     "video_grid_thw": torch.tensor([[2, 8, 8]]),
+    ... }
+    >>> mask = torch.tensor([[[True, False, False, False]]]).expand(1, 4, 4)  # the top left quarter of every frame
+    >>> gaze = GazeOutput.from_masks([mask], GazeGrid([32]))
+    >>> model(**inputs, gaze=gaze).logits.shape  # 4 words and 2x2x2 units
+    torch.Size([1, 12, 50])
+    >>> model.generate(**inputs, gazing_ratio=0.1, max_new_tokens=3, do_sample=False).shape
+    torch.Size([1, 39])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        mllm: PreTrainedModel,
+        gaze_model: GazeSelector | None = None,
+        processor: Any = None,
+        gaze_processor: AutoGazeVideoProcessor | None = None,
+    ):
+        super().__init__()
+        if not isinstance(mllm, _MODELS):
+            raise ValueError(
+                f"`mllm` must be a {' or '.join(model.__name__ for model in _MODELS)}, got {type(mllm).__name__}; "
+                "GazeVideoLM takes the LLaVA family"
+            )
+        for part in ("video_processor", "image_processor"):
+            processor = getattr(processor, part, None) or processor
+        if processor is not None and not all(
+            hasattr(processor, key) for key in ("image_mean", "image_std", "rescale_factor")
+        ):
+            raise ValueError(
+                "`processor` must be the processor, video processor or image processor that normalised the frames, with "
+                f"`image_mean`, `image_std` and `rescale_factor`, got {type(processor).__name__}"
+            )
+        self.mllm, self.gaze_model = mllm, gaze_model
+        self.processor, self.gaze_processor = processor, gaze_processor
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values_videos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Calls the MLLM on prompts whose videos are gazed at.
+
+        Args:
+            input_ids, pixel_values_videos, attention_mask, labels, gaze, gazing_ratio, task_loss_requirement:
+                As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
+            kwargs: the other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM.
+
+        Returns:
+            The MLLM's own output. Its `logits` are those of the tokens that are left, see
+            [`~GazeQwenVL.prepare_inputs`]; with `labels` it has the `loss`.
+
+        Raises:
+            ValueError: as [`~GazeQwenVL.prepare_inputs`].
+        """
+        if pixel_values_videos is None:
+            self._check_no_video(input_ids)
+            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        prompt = self.prepare_inputs(
+            input_ids,
+            pixel_values_videos,
+            attention_mask,
+            labels,
+            gaze,
+            gazing_ratio,
+            task_loss_requirement,
+            padding_side="left" if attention_mask is not None and not bool(attention_mask[:, 0].all()) else "right",
+            **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
+        )
+        with self._in_place(prompt):
+            return self.mllm(
+                inputs_embeds=prompt.inputs_embeds,
+                attention_mask=prompt.attention_mask,
+                position_ids=prompt.position_ids,
+                labels=prompt.labels,
+                **kwargs,
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values_videos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Answers prompts whose videos are gazed at, by the MLLM's own `generate`.
+
+        Args:
+            input_ids, pixel_values_videos, attention_mask, gaze, gazing_ratio, task_loss_requirement:
+                As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
+            kwargs:
+                The other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM's
+                `generate`, such as `max_new_tokens`.
+
+        Returns:
+            What the MLLM's `generate` returns: sequences that start with `input_ids` as they were given, whatever length
+            the prompts had inside, so that `[:, input_ids.shape[1] :]` are the answers.
+
+        Raises:
+            ValueError: as [`~GazeQwenVL.prepare_inputs`].
+        """
+        if pixel_values_videos is None:
+            self._check_no_video(input_ids)
+            return self.mllm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        prompt = self.prepare_inputs(
+            input_ids,
+            pixel_values_videos,
+            attention_mask,
+            gaze=gaze,
+            gazing_ratio=gazing_ratio,
+            task_loss_requirement=task_loss_requirement,
+            padding_side="left",
+            **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
+        )
+        with self._in_place(prompt):
+            output = self.mllm.generate(
+                input_ids=prompt.input_ids,
+                attention_mask=prompt.attention_mask,
+                inputs_embeds=prompt.inputs_embeds,
+                **kwargs,
+            )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, sequences[:, prompt.input_ids.shape[1] :]], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output["sequences"] = sequences
+        return output
+
+    def prepare_inputs(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values_videos: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        padding_side: str = "right",
+        *,
+        video_grid_thw: torch.Tensor,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> GazedPrompt:
+        """
+        Takes the tokens of dropped units out of prompts, and encodes the others.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Prompts as the MLLM's processor writes them, with one placeholder per merge unit.
+            pixel_values_videos (`torch.FloatTensor` of shape `(patches, channels * temporal_patch_size * patch_size**2)`):
+                The patches of all videos, in the order in which the prompts name them.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 where a prompt is padded.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to learn, -100 elsewhere.
+            gaze ([`GazeOutput`] or a sequence of them, *optional*):
+                What to keep, over all videos, or one gaze per video, on any grid over the whole frame. Without it the
+                gaze model chooses, see [`~GazeQwenVL.gaze`], by `gazing_ratio` and `task_loss_requirement`.
+            padding_side (`str`, *optional*, defaults to `"right"`): where prompts of unequal length are padded.
+            video_grid_thw (`torch.LongTensor` of shape `(videos, 3)`):
+                Patches of each video in time, from top to bottom and from left to right.
+            second_per_grid_ts (`torch.FloatTensor` of shape `(videos,)`, *optional*):
+                Seconds between the pairs of frames (Qwen2.5-VL).
+            pixel_values, image_grid_thw (*optional*): the pictures in the prompts. They are kept whole.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                1 for pictures, 2 for videos, 0 for words; read off `input_ids` if not given.
+
+        Returns:
+            [`GazedPrompt`]
+
+        Raises:
+            ValueError: if no prompt has a placeholder, there are not as many as units, or a gaze does not fit the videos.
+        """
+        config, device = self.mllm.config, input_ids.device
+        is_video, is_image = input_ids == config.video_token_id, input_ids == config.image_token_id
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._check_placeholders("video", is_video, "pixel_values_videos", pixel_values_videos, video_grid_thw)
+        self._check_placeholders("image", is_image, "pixel_values", pixel_values, image_grid_thw)
+
+        if gaze is None:
+            gaze = self.gaze(pixel_values_videos, video_grid_thw, gazing_ratio, task_loss_requirement)
+        is_kept = torch.cat([kept.flatten() for kept in self._kept_units(gaze, video_grid_thw)]).to(device)
+        is_left = attention_mask.bool().masked_scatter(is_video, is_kept)
+        # Pictures come first, and are kept whole.
+        pictures = int(is_image.sum())
+        is_encoded = torch.cat([is_kept.new_ones(pictures), is_kept])
+        if not is_encoded.any():
+            raise ValueError("`gaze` must keep at least one patch of some video, got none")
+        features, deepstack = encode_units(
+            self.mllm.model.visual,
+            torch.cat([pixels for pixels in (pixel_values, pixel_values_videos) if pixels is not None]),
+            torch.cat([grids for grids in (image_grid_thw, video_grid_thw) if grids is not None]),
+            is_encoded,
+        )
+        visual_index = torch.full_like(input_ids, -1)
+        visual_index[is_image] = torch.arange(pictures, device=device)
+        visual_index[is_video & is_left] = torch.arange(pictures, len(features), device=device)
+
+        mm_token_type_ids = is_image + 2 * is_video if mm_token_type_ids is None else mm_token_type_ids
+        position_ids = self._rope_index(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
+            mm_token_type_ids=mm_token_type_ids,
+        )
+        # An answer counts on from the last word, however late a video before it ends.
+        places = torch.arange(input_ids.shape[1], device=device)
+        last = (places * attention_mask).argmax(1, keepdim=True)
+        last_position = position_ids.amax(0).gather(1, last).flatten()
+
+        # Stable sorting closes the gaps: what is left goes to the right of the padding, or to the left.
+        pads_left = padding_side == "left"
+        source = torch.argsort(is_left if pads_left else ~is_left, dim=1, stable=True)
+        length = int(is_left.sum(1).max())
+        source = source[:, -length:] if pads_left else source[:, :length]
+        is_real = is_left.gather(1, source)
+        visual_index = visual_index.gather(1, source).masked_fill(~is_real, -1)
+        input_ids = input_ids.gather(1, source)
+        # A token that the prompt has anyway changes nothing for what counts tokens, such as a repetition penalty.
+        first = input_ids.gather(1, is_real.int().argmax(1, keepdim=True))
+        input_ids = torch.where(is_real, input_ids, first)
+        inputs_embeds = self.mllm.get_input_embeddings()(input_ids)
+        is_visual = (visual_index >= 0).to(inputs_embeds.device)
+        shown = visual_index[visual_index >= 0].to(features.device)
+        return GazedPrompt(
+            input_ids=input_ids,
+            attention_mask=is_real.long(),
+            inputs_embeds=inputs_embeds.masked_scatter(is_visual[..., None], features[shown].to(inputs_embeds)),
+            position_ids=position_ids.gather(2, source.expand(3, -1, -1)),
+            next_position=last_position + 1,
+            visual_index=visual_index,
+            deepstack=deepstack,
+            labels=None if labels is None else labels.gather(1, source).masked_fill(~is_real, _IGNORED),
+        )
+
+    def gaze(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.Tensor,
+        gazing_ratio: Setting = None,
+        task_loss_requirement: Setting = None,
+        **options: Any,
+    ) -> list[GazeOutput]:
+        """
+        Gazes at the frames that the patches of videos were cut from.
+
+        Args:
+            pixel_values_videos, video_grid_thw: as in [`~GazeQwenVL.prepare_inputs`].
+            gazing_ratio, task_loss_requirement, options: as in [`gaze_video`].
+
+        Returns:
+            `list[GazeOutput]`, one per video, a batch of one over whole frames.
+
+        Raises:
+            ValueError: if there is no gaze model or processor, or as in [`gaze_video`].
+        """
+        if self.gaze_model is None or self.processor is None:
+            raise ValueError("`gaze` must be given where the model was made without `gaze_model` and `processor`")
+        return [
+            gaze_video(
+                self.gaze_model,
+                frames,
+                self.gaze_processor,
+                gazing_ratio=gazing_ratio,
+                task_loss_requirement=task_loss_requirement,
+                **options,
+            )
+            for frames in self._frames(pixel_values_videos, video_grid_thw)
+        ]
+
+    def _frames(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Iterator[np.ndarray]:
+        """Puts patches together again, to frames `(frames, height, width, 3)` of levels 0..255, video by video."""
+        tower, processor = self.mllm.model.visual, self.processor
+        counts = video_grid_thw.prod(1).tolist()
+        for grid, patches in zip(video_grid_thw.tolist(), pixel_values_videos.split(counts), strict=True):
+            levels = unfold_units(patches.float(), grid, tower.spatial_merge_size, tower.patch_size)
+            if getattr(processor, "do_normalize", True):
+                mean, std = (levels.new_tensor(value) for value in (processor.image_mean, processor.image_std))
+                levels = levels * std + mean
+            if getattr(processor, "do_rescale", True):
+                levels = levels / processor.rescale_factor
+            yield levels.round().clamp(0, 255).byte().cpu().numpy()
+
+    def _kept_units(
+        self, gaze: GazeOutput | Sequence[GazeOutput], video_grid_thw: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Gives the units to keep, `(times, rows, cols)`, video by video."""
+        gazes = [gaze.select(clip) for clip in range(gaze.batch_size)] if isinstance(gaze, GazeOutput) else list(gaze)
+        if len(gazes) != len(video_grid_thw):
+            raise ValueError(f"`gaze` must be one for each of the {len(video_grid_thw)} videos, got {len(gazes)}")
+        vision = self.mllm.config.vision_config
+        for number, (one, grid) in enumerate(zip(gazes, video_grid_thw.tolist(), strict=True)):
+            try:
+                if one.batch_size != 1:
+                    raise ValueError(f"it must be of one video, got {one.batch_size}")
+                units = (grid[0], grid[1] // vision.spatial_merge_size, grid[2] // vision.spatial_merge_size)
+                yield kept_units(one, units, vision.temporal_patch_size)[0]
+            except ValueError as error:
+                raise ValueError(f"`gaze` does not fit video {number}: {error}") from error
+
+    def _rope_index(self, **inputs: Any) -> torch.Tensor:
+        """Asks the MLLM for the positions `(3, batch, length)` of whole prompts."""
+        get_rope_index = self.mllm.model.get_rope_index
+        known = inspect.signature(get_rope_index).parameters
+        return get_rope_index(**{key: value for key, value in inputs.items() if key in known})[0]
+
+    @contextmanager
+    def _in_place(self, prompt: GazedPrompt) -> Iterator[None]:
+        """
+        Gives tokens their true positions, and the language model its deepstack features, while the MLLM is called.
+
+        The MLLM itself takes the prompt for text, and counts its tokens one by one.
+        """
+        model, length = self.mllm.model, prompt.input_ids.shape[1]
+
+        def at_language_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+            times = len(embeds) // len(prompt.input_ids)  # beams, or several answers to a prompt
+            start = 0 if cache is None else int(cache.get_seq_length())
+            slots = torch.arange(start, start + embeds.shape[1], device=prompt.position_ids.device)
+            in_prompt = prompt.position_ids[:, :, slots.clamp(max=length - 1)]
+            in_answer = prompt.next_position[:, None] + slots - length
+            positions = torch.where(slots < length, in_prompt, in_answer).repeat_interleave(times, dim=1)
+            counted = kwargs.get("position_ids")
+            if counted is not None and len(counted) == 4:  # the first row is what attention masks are made from
+                positions = torch.cat([counted[:1], positions.to(counted)])
+            kwargs["position_ids"] = positions.to(embeds.device)
+            index = prompt.visual_index[:, start : start + embeds.shape[1]].repeat_interleave(times, dim=0)
+            if prompt.deepstack and bool((index >= 0).any()):
+                shown = index[index >= 0]
+                kwargs["visual_pos_masks"] = (index >= 0).to(embeds.device)
+                kwargs["deepstack_visual_embeds"] = [layer[shown.to(layer.device)] for layer in prompt.deepstack]
+            return args, kwargs
+
+        handle = model.language_model.register_forward_pre_hook(at_language_model, with_kwargs=True)
+        rope_deltas, model.rope_deltas = model.rope_deltas, None
+        try:
+            yield
+        finally:
+            handle.remove()
+            model.rope_deltas = rope_deltas
+
+    def _check_placeholders(
+        self, kind: str, is_here: torch.Tensor, name: str, pixels: torch.Tensor | None, grid: torch.Tensor | None
+    ) -> None:
+        """Checks that there are as many placeholders as units, and as many patches as these need."""
+        merge = self.mllm.config.vision_config.spatial_merge_size
+        patches = 0 if grid is None else int(grid.prod(1).sum())
+        count, units = int(is_here.sum()), patches // merge**2
+        if (0 if pixels is None else len(pixels)) != patches:
+            raise ValueError(
+                f"`{name}` must have the {patches} patches that `{kind}_grid_thw` counts, got "
+                f"{None if pixels is None else tuple(pixels.shape)}"
+            )
+        if count != units:
+            token = getattr(self.mllm.config, f"{kind}_token_id")
+            raise ValueError(
+                f"`input_ids` must have one {kind} placeholder, the token {token}, for each of the {units} merge units "
+                f"in `{name}`, as the MLLM's processor writes them; got {count or f'no {kind} placeholder'}"
+            )
+
+    def _check_no_video(self, input_ids: torch.Tensor) -> None:
+        if bool((input_ids == self.mllm.config.video_token_id).any()):
+            raise ValueError("`pixel_values_videos` must be given for prompts with a video placeholder, got None")
