@@ -25,7 +25,7 @@ NO_THRESHOLD = {"task_loss_requirement_min": None, "task_loss_requirement_max": 
 def small_model(seed: int = 0, step_size: int = 2, frames_per_token: int = 1) -> AutoGazeModel:
     set_seed(seed)
     sizes = {"hidden_size": 32, "initializer_range": 0.1}
-    return AutoGazeModel(
+    model = AutoGazeModel(
         AutoGazeConfig(
             scales=[32, 64],
             image_size=64,
@@ -40,6 +40,10 @@ def small_model(seed: int = 0, step_size: int = 2, frames_per_token: int = 1) ->
             },
         )
     )
+    # Predicted losses that differ from patch to patch, on both sides of the thresholds.
+    torch.manual_seed(seed + 10)
+    nn.init.normal_(model.gaze_decoder.task_loss_prediction_head.weight, mean=0.1, std=0.2)
+    return model
 
 
 def clips_with_bright_patches(num_clips: int, num_frames: int, size: int = 64) -> torch.Tensor:
@@ -208,12 +212,13 @@ def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperat
 def test_rollout_holds_groups_up_to_the_last_rewarded_frame(tmp_path):
     clips = clips_with_bright_patches(2, 8)
     trainer = make_trainer(tmp_path, group_size=3, rewarded_share=0.25, gazing_ratio=0.5)
-    lasts = set()
+    lasts, lengths = set(), set()
     for seed in range(6):
         rollout = trainer.roll_out(clips, torch.Generator().manual_seed(seed))
         gaze = rollout.gaze
         assert len(rollout.rewarded) == 2 and rollout.rewarded == sorted(set(rollout.rewarded))
         lasts.add(rollout.rewarded[-1])
+        lengths.update(gaze.num_real_each_frame.flatten().tolist())
         assert gaze.num_frames == rollout.rewarded[-1] + 1
         assert torch.equal(rollout.pixel_values_videos, clips[[0, 0, 0, 1, 1, 1], : gaze.num_frames])
         threshold = gaze.task_loss_requirement.view(2, -1)
@@ -222,7 +227,7 @@ def test_rollout_holds_groups_up_to_the_last_rewarded_frame(tmp_path):
         pixels = AutoGazeVideoProcessor().to_pixels(rollout.pixel_values_videos).clamp(0, 1)
         error = (trainer.reconstruction.reconstruct(pixels, gaze) - pixels).square().mean((2, 3, 4))
         torch.testing.assert_close(rollout.loss, mse_to_task_loss(error)[:, rollout.rewarded])
-    assert len(lasts) > 1
+    assert len(lasts) > 1 and len(lengths) > 2
     first = [ids.tolist() for ids in gaze.ids_each_frame(0)]
     assert any(first != [ids.tolist() for ids in gaze.ids_each_frame(other)] for other in (1, 2))
 
@@ -264,6 +269,7 @@ def test_logs_tell_reward_length_entropy_and_prediction_error(tmp_path):
     with torch.no_grad():
         scores = trainer.model(clips.repeat(3, 1, 1, 1, 1)[:, : gaze.num_frames], **slots_of(gaze), output_logits=True)
     real = ~gaze.if_padded_gazing
+    assert not real.all()
     assert entry["reward"] == pytest.approx(-rollout.loss.mean().item())
     assert entry["length"] == pytest.approx(real.sum().item() / (3 * gaze.num_frames))
     entropy = torch.distributions.Categorical(logits=scores.logits).entropy()
