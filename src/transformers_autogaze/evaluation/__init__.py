@@ -1,0 +1,19 @@
+"""
+How good gazes are: measures, the selectors to compare with, and the comparison itself.
+
+`comparison` measures selectors on clips; `selectors` holds the rules a model is compared with; `quality` the measures of
+rebuilt frames, which `metrics` offers to `evaluate.load`; `report` writes tables and curves.
+"""
+
+from .comparison import EvaluationClips, GazeSetting, SelectorScores, evaluate_selectors, load_clips
+from .selectors import baseline_selectors
+
+
+__all__ = [
+    "EvaluationClips",
+    "GazeSetting",
+    "SelectorScores",
+    "baseline_selectors",
+    "evaluate_selectors",
+    "load_clips",
+]

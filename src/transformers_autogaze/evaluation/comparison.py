@@ -1,0 +1,304 @@
+"""
+Measures selectors against each other on clips of video.
+
+This module owns the protocol: which clips, which settings, what is measured and how it is averaged. How measures are
+defined is `quality`'s matter, how they are shown `report`'s.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from ..composite_autogaze import CompositeReconstruction, mse_to_task_loss
+from ..gazing_autogaze import GazeOutput
+from ..modeling_autogaze import AutoGazeModel
+from ..selection_autogaze import GazeSelector, budget_each_frame, resize_frames
+from ..video_decoding_autogaze import read_video
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .quality import efficiency, l1, psnr, ssim
+
+
+class EvaluationClips(NamedTuple):
+    """
+    Clips to measure selectors on.
+
+    Args:
+        names (`list[str]`): name of the video and first frame of each clip.
+        pixel_values_videos (`torch.FloatTensor` of shape `(clips, frames, 3, height, width)`): normalised frames.
+    """
+
+    names: list[str]
+    pixel_values_videos: torch.Tensor
+
+
+class GazeSetting(NamedTuple):
+    """
+    How many patches a selector may keep.
+
+    Args:
+        gazing_ratio (`float`): share of patches to keep of a frame, at most if there is a threshold.
+        task_loss_requirement (`float`, *optional*): loss at which a frame is good enough.
+    """
+
+    gazing_ratio: float
+    task_loss_requirement: float | None = None
+
+
+PROTOCOL = (GazeSetting(0.10), GazeSetting(0.25), GazeSetting(0.75, 0.7))
+"""The settings that selectors are compared at if nothing else is said."""
+
+
+@dataclass
+class SelectorScores:
+    """
+    What one selector reached at one setting; means over all frames of all clips.
+
+    Args:
+        selector (`str`): its name.
+        gazing_ratio, task_loss_requirement (`float`, the second *optional*): the setting.
+        task_loss (`float`): `(40 - PSNR) / 20` of the closed-form reconstruction.
+        psnr, ssim, l1 (`float`): quality of the closed-form reconstruction; PSNR in dB, of pixels in 0..1.
+        patches_per_frame (`float`): kept patches.
+        reduction_factor (`float`): patches of the finest scale, all a dense encoder sees, over kept ones.
+        predicted_loss_error (`float`, *optional*):
+            Mean absolute difference between the loss that a model predicts after each kept patch and the one measured
+            there, over all kept patches; `None` for selectors that predict nothing.
+        threshold_share (`float`, *optional*): share of frames whose measured loss meets the threshold, if there is one.
+        efficiency (`float`, *optional*):
+            See [`~quality.efficiency`]; without a threshold, where `"greedy"` and `"random"` are measured as well.
+        patches_over_greedy (`float`, *optional*):
+            Kept patches over those of `"greedy"`; with a threshold, where it is measured as well.
+        each_clip (`list[dict]`): for every clip its `name`, `task_loss`, `psnr` and `num_patches`, all frames together.
+        predictions (`list[tuple[float, float]]`): predicted and measured loss after each kept patch.
+    """
+
+    selector: str
+    gazing_ratio: float
+    task_loss_requirement: float | None
+    task_loss: float
+    psnr: float
+    ssim: float
+    l1: float
+    patches_per_frame: float
+    reduction_factor: float
+    predicted_loss_error: float | None
+    threshold_share: float | None
+    efficiency: float | None = None
+    patches_over_greedy: float | None = None
+    each_clip: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    predictions: list[tuple[float, float]] = field(default_factory=list, repr=False)
+
+
+def load_clips(
+    videos: Sequence[str | os.PathLike],
+    processor: AutoGazeVideoProcessor | None = None,
+    size: int | tuple[int, int] = 224,
+    num_frames: int = 16,
+    max_clips: int = 4,
+) -> EvaluationClips:
+    """
+    Cuts videos into clips of consecutive frames, from their beginning, and preprocesses them.
+
+    Args:
+        videos (`Sequence` of `str` or `os.PathLike`): the videos; see [`read_video`].
+        processor (`AutoGazeVideoProcessor`, *optional*): what makes the pixel values; the published one by default.
+        size (`int` or `tuple[int, int]`, *optional*, defaults to 224): height and width in pixels that selectors see.
+        num_frames (`int`, *optional*, defaults to 16): frames of a clip.
+        max_clips (`int`, *optional*, defaults to 4): clips of one video at most; what is left over is not used.
+
+    Returns:
+        [`EvaluationClips`]
+
+    Raises:
+        ValueError: if a video is no video or too short, or a number is below 1.
+    """
+    for name, value in {"num_frames": num_frames, "max_clips": max_clips}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if not videos:
+        raise ValueError("`videos` must name at least one video, got none")
+    processor = AutoGazeVideoProcessor() if processor is None else processor
+    names, clips = [], []
+    for video in videos:
+        frames, _ = read_video(video)
+        count = min(max_clips, len(frames) // num_frames)
+        if not count:
+            raise ValueError(f"`videos`: {video} has {len(frames)} frames, a clip needs {num_frames}")
+        frames = frames[: count * num_frames]
+        values = processor(frames, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
+        clips.append(resize_frames(values, size).view(count, num_frames, 3, *_pair(size)))
+        names += [f"{os.path.basename(video)}:{index * num_frames}" for index in range(count)]
+    return EvaluationClips(names, torch.cat(clips))
+
+
+@torch.no_grad()
+def evaluate_selectors(
+    selectors: Mapping[str, GazeSelector],
+    clips: EvaluationClips,
+    settings: Sequence[GazeSetting | tuple[float, float | None]] = PROTOCOL,
+    processor: AutoGazeVideoProcessor | None = None,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> list[SelectorScores]:
+    """
+    Lets selectors gaze at the same clips and measures what their patches are worth.
+
+    Every selector must be on the same device and grid. Efficiency needs `"greedy"` and `"random"` among them; see
+    [`~selectors.baseline_selectors`].
+
+    Args:
+        selectors (`Mapping` of `str` to [`GazeSelector`]): what to compare, by name.
+        clips ([`EvaluationClips`]): in the selectors' own size; see [`load_clips`].
+        settings (`Sequence[GazeSetting]`, *optional*): by default ratios 0.10 and 0.25, and 0.75 with the threshold 0.7.
+        processor (`AutoGazeVideoProcessor`, *optional*): what made the pixel values; the published one by default.
+        batch_size (`int`, *optional*, defaults to 4): clips that are gazed at together. Changes no result.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a bar.
+
+    Returns:
+        `list[SelectorScores]`: one per setting and selector, in the order given, settings first.
+
+    Raises:
+        ValueError: if there is no selector or setting, the selectors differ in their grids, a setting is out of range, or
+            the clips are of another size.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.evaluation import EvaluationClips, baseline_selectors, evaluate_selectors
+
+    >>> clips = EvaluationClips(["noise:0"], torch.randn(1, 2, 3, 64, 64))
+    >>> scores = evaluate_selectors(baseline_selectors(GazeGrid([32, 64], 16)), clips, settings=[(0.5, None)])
+    >>> [(s.selector, s.efficiency) for s in scores if s.selector in ("greedy", "random")]
+    [('greedy', 1.0), ('random', 0.0)]
+
+    ```
+    """
+    composite = CompositeReconstruction(_common_grid(selectors, clips))
+    settings = [GazeSetting(*setting) for setting in settings]
+    if not settings:
+        raise ValueError("`settings` must hold at least one setting, got none")
+    for setting in settings:
+        budget_each_frame(setting.gazing_ratio, 1, composite.grid.num_patches)
+    processor = AutoGazeVideoProcessor() if processor is None else processor
+
+    scores = []
+    steps = len(settings) * len(selectors) * len(clips.names)
+    with tqdm(total=steps, unit="clip", desc="evaluating", disable=not progress) as bar:
+        for setting in settings:
+            group = []
+            for name, selector in selectors.items():
+                tally = _Tally(composite)
+                for values in clips.pixel_values_videos.split(batch_size):
+                    values = values.to(getattr(selector, "device", "cpu"))
+                    tally.add(*_gaze(selector, values, setting), processor.to_pixels(values.float()).clamp(0, 1))
+                    bar.update(len(values))
+                group.append(tally.scores(name, setting, clips.names))
+            _compare(group)
+            scores += group
+    return scores
+
+
+def _gaze(selector: GazeSelector, values: torch.Tensor, setting: GazeSetting) -> tuple[GazeOutput, bool]:
+    """Gazes; tells also whether the losses in the gaze are predictions."""
+    # Only a model predicts its losses; what others give they have measured.
+    predicts = isinstance(selector, AutoGazeModel)
+    if predicts:
+        values = values.to(selector.dtype)
+    options = {"output_scores": True} if predicts else {}
+    return selector.generate(values, **setting._asdict(), **options), predicts
+
+
+def _compare(group: Sequence[SelectorScores]) -> None:
+    """Fills in what is measured against greedy search and random patches at the same setting."""
+    by_name = {scores.selector: scores for scores in group}
+    greedy, random = by_name.get("greedy"), by_name.get("random")
+    for scores in group:
+        if scores.task_loss_requirement is None:
+            if greedy is not None and random is not None:
+                scores.efficiency = efficiency(scores.task_loss, random.task_loss, greedy.task_loss)
+        elif greedy is not None:
+            scores.patches_over_greedy = scores.patches_per_frame / greedy.patches_per_frame
+
+
+class _Tally:
+    """Gathers the measures of one selector at one setting, batch by batch."""
+
+    def __init__(self, composite: CompositeReconstruction):
+        self.composite = composite
+        self.frames: dict[str, list[torch.Tensor]] = {}  # each `(clips, frames)`
+        self.predicted: list[torch.Tensor] = []
+        self.measured: list[torch.Tensor] = []
+
+    def add(self, gaze: GazeOutput, predicts: bool, pixels: torch.Tensor) -> None:
+        rebuilt, loss = self.composite(pixels, gaze)
+        measures = {
+            "task_loss": loss,
+            "psnr": psnr(rebuilt, pixels),
+            "ssim": ssim(rebuilt, pixels),
+            "l1": l1(rebuilt, pixels),
+            "num_patches": gaze.num_real_each_frame,
+        }
+        for key, value in measures.items():
+            self.frames.setdefault(key, []).append(value.double().cpu())
+        if predicts:
+            is_real = ~gaze.if_padded_gazing
+            self.predicted.append(gaze.task_loss_prediction[is_real].float().cpu())
+            self.measured.append(mse_to_task_loss(self.composite.measure(pixels, gaze))[is_real].cpu())
+
+    def scores(self, name: str, setting: GazeSetting, names: Sequence[str]) -> SelectorScores:
+        frames = {key: torch.cat(values) for key, values in self.frames.items()}
+        means = {key: float(values.mean()) for key, values in frames.items()}
+        patches = means.pop("num_patches")
+        threshold, share, error, predictions = setting.task_loss_requirement, None, None, []
+        if threshold is not None:
+            # Selectors that measure stop at the very loss, give or take the rounding of float32.
+            share = float((frames["task_loss"] <= threshold + 1e-4).double().mean())
+        if self.predicted:
+            predicted, measured = torch.cat(self.predicted), torch.cat(self.measured)
+            error = float((predicted - measured).abs().mean())
+            predictions = list(zip(predicted.tolist(), measured.tolist(), strict=True))
+        each_clip = [
+            {
+                "name": clip,
+                "task_loss": float(frames["task_loss"][index].mean()),
+                "psnr": float(frames["psnr"][index].mean()),
+                "num_patches": int(frames["num_patches"][index].sum()),
+            }
+            for index, clip in enumerate(names)
+        ]
+        return SelectorScores(
+            name,
+            *setting,
+            **means,
+            patches_per_frame=patches,
+            reduction_factor=self.composite.grid.num_patches_each_scale[-1] / patches,
+            predicted_loss_error=error,
+            threshold_share=share,
+            each_clip=each_clip,
+            predictions=predictions,
+        )
+
+
+def _common_grid(selectors: Mapping[str, GazeSelector], clips: EvaluationClips):
+    if not selectors:
+        raise ValueError("`selectors` must hold at least one selector, got none")
+    grids = {name: selector.config.grid for name, selector in selectors.items()}
+    grid = next(iter(grids.values()))
+    if any(other != grid for other in grids.values()):
+        raise ValueError(f"`selectors` must share one grid, got {grids}")
+    given = tuple(clips.pixel_values_videos.shape)
+    if len(given) != 5 or given[0] != len(clips.names) or given[2:] != (3, *grid.sizes[-1]):
+        raise ValueError(
+            f"`clips` must hold {len(clips.names)} clips of shape (frames, 3, {grid.sizes[-1][0]}, "
+            f"{grid.sizes[-1][1]}), the selectors' size, got the shape {given}"
+        )
+    return grid
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)

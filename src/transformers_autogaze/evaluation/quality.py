@@ -1,0 +1,114 @@
+"""
+What rebuilt frames and kept patches are worth, in numbers.
+
+Plain functions on tensors; this module knows nothing of selectors, gazes or files.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+_LEAST_MSE = 1e-10
+_WINDOW, _DEVIATION = 11, 1.5  # pixels
+_STABILISERS = (0.01**2, 0.03**2)  # for pixels in 0..1
+
+
+def psnr(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """
+    Peak signal-to-noise ratio of each frame.
+
+    Args:
+        rebuilt, frames (`torch.FloatTensor` of shape `(.., channels, height, width)`): pixels in 0..1.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..)`, in dB; 100 at most.
+    """
+    mse = (rebuilt - frames).square().mean((-3, -2, -1))
+    return -10 * mse.clamp(min=_LEAST_MSE).log10()
+
+
+def l1(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """
+    Mean absolute error of each frame.
+
+    Args:
+        rebuilt, frames (`torch.FloatTensor` of shape `(.., channels, height, width)`): pixels in 0..1.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..)`.
+    """
+    return (rebuilt - frames).abs().mean((-3, -2, -1))
+
+
+def ssim(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """
+    Structural similarity of each frame (Wang et al., 2004): Gaussian window of 11 pixels and deviation 1.5, K of 0.01 and
+    0.03, windows inside the frame only, mean over windows and channels.
+
+    Args:
+        rebuilt, frames (`torch.FloatTensor` of shape `(.., channels, height, width)`):
+            Pixels in 0..1, at least 11 in height and width.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..)`, 1 for equal frames.
+
+    Raises:
+        ValueError: if a frame is smaller than the window.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.evaluation.quality import ssim
+
+    >>> frame = torch.rand(3, 32, 32)
+    >>> round(float(ssim(frame, frame)), 4), bool(ssim(1 - frame, frame) < 0)
+    (1.0, True)
+
+    ```
+    """
+    if min(frames.shape[-2:]) < _WINDOW:
+        raise ValueError(f"`frames` must be at least {_WINDOW} pixels high and wide, got {tuple(frames.shape[-2:])}")
+    place = torch.arange(_WINDOW, dtype=frames.dtype, device=frames.device) - _WINDOW // 2
+    window = (-(place**2) / (2 * _DEVIATION**2)).exp()
+    window = window / window.sum()
+
+    def smooth(images: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(images, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    x, y = (images.reshape(-1, 1, *images.shape[-2:]) for images in (rebuilt, frames))
+    mean_x, mean_y = smooth(x), smooth(y)
+    variances = smooth(x * x) - mean_x**2 + smooth(y * y) - mean_y**2
+    covariance = smooth(x * y) - mean_x * mean_y
+    c1, c2 = _STABILISERS
+    similarity = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    similarity = similarity * (2 * covariance + c2) / (variances + c2)
+    return similarity.view(*frames.shape[:-2], -1).mean((-2, -1))
+
+
+def efficiency(loss: float, random_loss: float, greedy_loss: float) -> float:
+    """
+    How much of what greedy search gains over random patches a selector gains, at equal numbers of patches.
+
+    Args:
+        loss, random_loss, greedy_loss (`float`): mean reconstruction losses of the selector, of random patches and of
+            greedy search.
+
+    Returns:
+        `float`: `(random - selector) / (random - greedy)`: 1 is as good as greedy search, 0 no better than random; NaN if
+        greedy search and random patches are equal.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.evaluation.quality import efficiency
+
+    >>> efficiency(0.25, random_loss=1.0, greedy_loss=0.0)
+    0.75
+
+    ```
+    """
+    if random_loss == greedy_loss:
+        return math.nan
+    return (random_loss - loss) / (random_loss - greedy_loss)

@@ -1,0 +1,229 @@
+"""
+The selectors that a model is compared with: simple rules that rank the patches of a frame once and keep the first.
+
+This module owns the rules; that of best measured effect, the greedy search, is `greedy_autogaze`. Nothing here is learned.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..composite_autogaze import mse_to_task_loss, task_loss_to_mse
+from ..gazing_autogaze import GazeOutput
+from ..greedy_autogaze import GreedyGazeConfig, GreedyGazeSelector
+from ..grid_autogaze import GazeGrid
+from ..selection_autogaze import GazeSelector
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+
+
+class RankingCache:
+    """What a [`RankingSelector`] remembers of a stream."""
+
+    def __init__(self):
+        self.num_frames: int = 0
+        """Frames seen so far."""
+        self.reconstruction: torch.Tensor | None = None
+        """The last of them as rebuilt from its kept patches, `(batch, 3, height, width)`; `None` before the first."""
+
+
+class RankingSelector(GazeSelector, nn.Module):
+    """
+    Ranks all patches of a frame once and keeps the first; how it ranks is up to the class that derives from it.
+
+    It has the interface of the model. With a threshold, a frame ends with the first patch after which the measured loss
+    of the closed-form reconstruction meets it, so a rule is stopped as well as the greedy selector is.
+
+    Args:
+        config (`GreedyGazeConfig`, *optional*): scales, patch size, and the normalisation of the frames.
+    """
+
+    def __init__(self, config: GreedyGazeConfig | None = None):
+        super().__init__()
+        self._greedy = GreedyGazeSelector(config)
+        self.config = self._greedy.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the selector works."""
+        return self._greedy.device
+
+    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+        """
+        Ranks the patches of the next frame of every clip.
+
+        Args:
+            frame (`torch.FloatTensor` of shape `(batch, 3, height, width)`): pixels in 0..1.
+            standing (`torch.FloatTensor` of the same shape):
+                What stands before anything is kept: the frame before, as rebuilt, or mid-grey.
+            number (`int`): how many frames came before.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, patches)`: all ids, best first.
+        """
+        raise NotImplementedError
+
+    def _gaze(
+        self,
+        frames: torch.Tensor,
+        budget: torch.Tensor,
+        threshold: torch.Tensor | None,
+        past_key_values: RankingCache | None,
+        use_cache: bool,
+    ) -> GazeOutput:
+        cache = RankingCache() if past_key_values is None else past_key_values
+        if not isinstance(cache, RankingCache):
+            raise ValueError(f"`past_key_values` must be a RankingCache, got {type(cache).__name__}")
+        if cache.reconstruction is not None and len(cache.reconstruction) != len(frames):
+            raise ValueError(
+                f"`past_key_values` holds {len(cache.reconstruction)} clips, but {len(frames)} are given now (tiles count); pass "
+                "the frames of the same clips, or a new RankingCache"
+            )
+        pixels, composite, gazes = self._greedy.to_pixels(frames), self._greedy.composite, []
+        if cache.reconstruction is None:
+            cache.reconstruction = torch.full_like(pixels[:, 0], 0.5)
+        for t, frame in enumerate(pixels.split(1, dim=1)):
+            ids = self._rank(frame[:, 0], cache.reconstruction, cache.num_frames)[:, : budget[t]]
+            gaze = self._stop(ids, frame, None if threshold is None else threshold[:, t], cache.reconstruction)
+            cache.reconstruction = composite.reconstruct(frame, gaze, cache.reconstruction)[:, 0]
+            cache.num_frames += 1
+            gazes.append(gaze)
+        return GazeOutput.concatenate(gazes).replace(past_key_values=cache if use_cache else None)
+
+    def _stop(
+        self, ids: torch.Tensor, frame: torch.Tensor, threshold: torch.Tensor | None, standing: torch.Tensor
+    ) -> GazeOutput:
+        """Keeps patches `(batch, K)` of a frame `(batch, 1, 3, height, width)`, in order, until the threshold is met."""
+        grid, longest = self.config.grid, torch.tensor([ids.shape[1]], device=ids.device)
+        gaze = GazeOutput.from_ids(ids, torch.zeros_like(ids, dtype=torch.bool), longest, grid)
+        mse = self._greedy.composite.measure(frame, gaze, standing)
+        counts = longest.repeat(len(ids), 1)
+        if threshold is not None:
+            is_met = mse <= task_loss_to_mse(threshold).to(mse)[:, None]
+            counts = torch.where(is_met.any(1), is_met.int().argmax(1) + 1, longest)[:, None]
+        num_slots = counts.amax(0)
+        is_padding = torch.arange(int(num_slots), device=ids.device) >= counts
+        return GazeOutput.from_ids(
+            ids[:, :num_slots].masked_fill(is_padding, grid.num_patches),
+            is_padding,
+            num_slots,
+            grid,
+            task_loss_prediction=mse_to_task_loss(mse[:, :num_slots]),
+            clip_num_gazing_each_frame=counts,
+        )
+
+    def _draw_settings(self, num_frames: int, generator: torch.Generator | None) -> tuple[float, float]:
+        return self.config.gazing_ratio, self.config.task_loss_requirement
+
+
+class GainRankingSelector(RankingSelector):
+    """
+    Ranks patches by how much each alone would lower the error of the standing reconstruction: one-shot greedy search.
+
+    What it misses is that patches overlap, over scales, and gain little twice.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.evaluation.selectors import GainRankingSelector
+
+    >>> video = torch.zeros(1, 2, 3, 224, 224)
+    >>> video[..., 208:, 208:] = 1.0  # the last patch of the finest scale
+    >>> GainRankingSelector().generate(video, gazing_ratio=1 / 265).gazing_mask[-1].nonzero().tolist()
+    [[0, 0, 195], [0, 1, 0]]
+
+    ```
+    """
+
+    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+        standing_error, *scale_errors = self._greedy.composite.cell_errors(frame, standing).unbind(1)
+        gains = []
+        for error, (rows, cols) in zip(scale_errors, self.config.grid.grids, strict=True):
+            drop = standing_error - error
+            block = (drop.shape[1] // rows, drop.shape[2] // cols)
+            gains.append(F.avg_pool2d(drop, block, divisor_override=1).flatten(1))
+        return torch.cat(gains, dim=1).argsort(dim=1, descending=True, stable=True)
+
+
+class FrameDifferenceSelector(RankingSelector):
+    """
+    Ranks the patches of the finest scale by how far their pixels are from the frame before, as rebuilt.
+
+    Against the rebuilt frame, a change that was not kept when it came still counts later; against the frame itself it
+    would be lost for good. Before the first frame lies mid-grey. Coarser patches follow when all of the finest are kept.
+    """
+
+    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+        rows, cols = self.config.grid.grids[-1]
+        change = (frame - standing).square().mean(1, keepdim=True)
+        change = F.adaptive_avg_pool2d(change, (rows, cols)).flatten(1)
+        coarser = self.config.grid.num_patches - rows * cols
+        finest = change.argsort(dim=1, descending=True, stable=True) + coarser
+        return torch.cat([finest, torch.arange(coarser, device=frame.device).expand(len(frame), -1)], dim=1)
+
+
+class CoarseFirstSelector(RankingSelector):
+    """Ranks patches from coarse to fine, row by row inside a scale, whatever the frame shows."""
+
+    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+        return torch.arange(self.config.grid.num_patches, device=frame.device).repeat(len(frame), 1)
+
+
+class RandomSelector(RankingSelector):
+    """
+    Ranks the patches of all scales at random: anew for every frame, alike for all clips, so no batch changes a gaze.
+
+    Args:
+        config (`GreedyGazeConfig`, *optional*): as for every [`RankingSelector`].
+        seed (`int`, *optional*, defaults to 0): where the random numbers start.
+    """
+
+    def __init__(self, config: GreedyGazeConfig | None = None, seed: int = 0):
+        super().__init__(config)
+        self.seed = seed
+
+    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed + number)
+        order = torch.randperm(self.config.grid.num_patches, generator=generator)
+        return order.to(frame.device).repeat(len(frame), 1)
+
+
+def baseline_selectors(grid: GazeGrid, processor: AutoGazeVideoProcessor | None = None) -> dict[str, GazeSelector]:
+    """
+    Makes all selectors that a model is compared with.
+
+    Args:
+        grid (`GazeGrid`): the model's scales and patches.
+        processor (`AutoGazeVideoProcessor`, *optional*): what makes the pixel values; the published one by default.
+
+    Returns:
+        `dict` of [`GazeSelector`] by name, best informed first: `"greedy"`, `"gain ranking"`, `"frame difference"`,
+        `"coarse first"`, `"random"`.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.evaluation.selectors import baseline_selectors
+
+    >>> list(baseline_selectors(GazeGrid([32, 64], patch_size=16)))
+    ['greedy', 'gain ranking', 'frame difference', 'coarse first', 'random']
+
+    ```
+    """
+    processor = AutoGazeVideoProcessor() if processor is None else processor
+    config = GreedyGazeConfig(
+        grid.scales,
+        grid.patch_size,
+        rescale_factor=processor.rescale_factor,
+        offset=processor.offset,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+    )
+    return {
+        "greedy": GreedyGazeSelector(config),
+        "gain ranking": GainRankingSelector(config),
+        "frame difference": FrameDifferenceSelector(config),
+        "coarse first": CoarseFirstSelector(config),
+        "random": RandomSelector(config),
+    }
