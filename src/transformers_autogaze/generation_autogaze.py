@@ -6,7 +6,7 @@ This module owns the loop and its cache; it knows the model only through its con
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -312,13 +312,16 @@ class _DecoderReader:
         self.layers = [
             (
                 layer,
-                _product(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                _product(layer.self_attn.o_proj),
-                _product(layer.mlp.gate_proj, layer.mlp.up_proj),
-                _product(layer.mlp.down_proj),
+                _product_of_normed(
+                    layer.input_layernorm, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+                ),
+                _sum_with_product(layer.self_attn.o_proj),
+                _product_of_normed(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj),
+                _sum_with_product(layer.mlp.down_proj),
             )
             for layer in self.model.layers
         ]
+        self.causal_masks: dict[int, torch.Tensor] = {}
         self.cos = self.sin = self.model.embed_tokens.weight.new_empty(0, 0)
 
     def read(
@@ -342,13 +345,12 @@ class _DecoderReader:
                 for row, (clip, state) in enumerate(zip(clips, clip_states, strict=True))
             ]
         cos, sin = self._rotations([group[-1] for group in groups], size)
-        causal = torch.full((size, size), -torch.inf, dtype=tokens.dtype, device=tokens.device).triu(1)
-        masks = [F.pad(causal[:count, :count], (old, 0))[None, None] for *_, old, count, _ in groups]
+        masks = [self._causal_mask(old, count) for *_, old, count, _ in groups]
 
         hidden = tokens
-        for index, (layer, project_qkv, project_out, project_gate_up, project_down) in enumerate(self.layers):
+        for index, (layer, project_qkv, add_attended, project_gate_up, add_projected) in enumerate(self.layers):
             attention, is_last = layer.self_attn, index == len(self.layers) - 1
-            projected = project_qkv(_norm(layer.input_layernorm, hidden)).unflatten(-1, (-1, attention.head_dim))
+            projected = project_qkv(hidden).unflatten(-1, (-1, attention.head_dim))
             key_heads = cache.keys[index].shape[1]
             rotated, value = projected[:, :, :-key_heads], projected[:, :, -key_heads:].transpose(1, 2)
             rotated = torch.addcmul(rotated * cos, rotated.roll(attention.head_dim // 2, dims=-1), sin)
@@ -370,13 +372,22 @@ class _DecoderReader:
             if is_last:
                 lasts = [hidden[rows, count - 1 : count] for rows, _, _, count, _ in groups]
                 hidden = lasts[0] if len(lasts) == 1 else torch.cat(lasts)
-            hidden = hidden + project_out(attended)
-            gate, up = project_gate_up(_norm(layer.post_attention_layernorm, hidden)).chunk(2, dim=-1)
-            hidden = hidden + project_down(layer.mlp.act_fn(gate) * up)
+            hidden = add_attended(hidden, attended)
+            gate, up = project_gate_up(hidden).chunk(2, dim=-1)
+            hidden = add_projected(hidden, layer.mlp.act_fn(gate) * up)
         for clip in clips:
             cache.lengths[clip] += num_new[clip]
             cache.next_positions[clip] += num_new[clip]
-        return _norm(self.model.norm, hidden[:, 0])
+        return self.model.norm(hidden[:, 0])
+
+    def _causal_mask(self, num_old: int, num_new: int) -> torch.Tensor:
+        """Lets each new token see all old ones and the new ones up to itself: `(1, 1, new, old + new)`, 0 or -inf."""
+        mask, length = self.causal_masks.get(num_new), num_old + num_new
+        if mask is None or mask.shape[-1] < length:
+            weight = self.model.embed_tokens.weight
+            mask = torch.full((num_new, num_new), -torch.inf, dtype=weight.dtype, device=weight.device).triu(1)
+            mask = self.causal_masks[num_new] = F.pad(mask, (2 * length, 0))
+        return mask[None, None, :, mask.shape[-1] - length :]
 
     def _attend(
         self,
@@ -411,17 +422,38 @@ class _DecoderReader:
         )
 
 
-def _norm(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Normalises as the module does; in float32 by torch's own function, which is the same and faster."""
-    if hidden.dtype == torch.float32:
-        return F.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
-    return module(hidden)
+def _product_of_normed(norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes one product of projections of the same input, normalised first."""
+    weight = _fused_weight(*projections)
+    if weight is None:
+        return lambda hidden: _each(norm(hidden), projections)
+    if weight.dtype not in (torch.float32, torch.float64):
+        return lambda hidden: norm(hidden) @ weight
+    # With n numbers in a row x, x / sqrt(|x|^2 / n + eps) is x / hypot(|x|, sqrt(n * eps)) times sqrt(n). That and the
+    # norm's own weights go into the product's, which leaves three quick operations of the norm.
+    size = len(weight)
+    floor = weight.new_tensor(math.sqrt(size * norm.variance_epsilon))
+    weight = norm.weight[:, None] * weight * math.sqrt(size)
+    return lambda hidden: (
+        (hidden / torch.hypot(torch.linalg.vector_norm(hidden, dim=-1, keepdim=True), floor)) @ weight
+    )
 
 
-def _product(*projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes one product of projections of the same input; adapted or quantised ones are asked one by one."""
+def _sum_with_product(projection: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Makes one operation of a projection and of adding it to something."""
+    weight = _fused_weight(projection)
+    if weight is None:
+        return lambda hidden, inputs: hidden + projection(inputs)
+    return lambda hidden, inputs: torch.addmm(hidden.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(hidden)
+
+
+def _each(inputs: torch.Tensor, projections: Sequence[nn.Module]) -> torch.Tensor:
+    return torch.cat([projection(inputs) for projection in projections], dim=-1)
+
+
+def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
+    """Joins the weights of projections of the same input; `None` where adapted or quantised ones must be asked."""
     if any(type(projection) is not nn.Linear or projection.bias is not None for projection in projections):
-        return lambda hidden: torch.cat([projection(hidden) for projection in projections], dim=-1)
+        return None
     # On a CPU, a product of few rows is up to twice as fast with the weight laid out this way round.
-    weight = torch.cat([projection.weight for projection in projections]).T.contiguous()
-    return lambda hidden: hidden @ weight
+    return torch.cat([projection.weight for projection in projections]).T.contiguous()
