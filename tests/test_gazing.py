@@ -255,3 +255,41 @@ def test_covered_cells_are_those_that_share_an_area_with_a_kept_patch(rows, cols
             cells = expected[clip, frame_of_slot[slot]]
             cells[top // 28 : -(-bottom // 28), left // 28 : -(-right // 28)] = True
     assert torch.equal(gaze.covered_cells(rows, cols), expected)
+
+
+def test_full_gaze_keeps_every_patch_of_the_scales_named():
+    grid = GazeGrid([16, 32], patch_size=16)
+    assert GazeOutput.full(grid, batch_size=2, num_frames=3).kept_ratio.tolist() == [1, 1]
+    coarse = GazeOutput.full(grid, batch_size=1, num_frames=2, scale=0)
+    assert coarse.gazing_pos.tolist() == [[0, 5]] and not coarse.if_padded_gazing.any()
+    with pytest.raises(IndexError):
+        GazeOutput.full(grid, batch_size=1, num_frames=2, scale=2)
+
+
+@pytest.mark.parametrize(
+    "image_size, patch_size, scales",
+    [
+        (224, 16, [32, 64, 112, 224]),
+        (384, 14, [56, 112, 196, 392]),  # the published example
+        (336, 14, [56, 112, 196, 392]),
+        (224, 14, [28, 56, 98, 196]),
+        (384, 16, [64, 128, 224, 448]),
+        (224, 32, [64, 128, 224, 448]),
+        ((224, 448), 16, [(32, 64), (64, 128), (112, 224), (224, 448)]),
+    ],
+)
+def test_grid_for_an_encoder_is_whole_tiles_of_its_patches(image_size, patch_size, scales):
+    tile = GazeGrid([32, 64, 112, 224], patch_size=16)
+    grid = tile.for_encoder(image_size, patch_size)
+    assert grid == GazeGrid(scales, patch_size)
+    rows, cols = grid.tile_layout(tile)
+    for whole, part in zip(grid.grids, tile.grids, strict=True):
+        assert whole == (rows * part[0], cols * part[1])
+
+
+def test_grid_for_an_encoder_names_what_does_not_fit():
+    grid = GazeGrid([32, 64], patch_size=16)
+    with pytest.raises(ValueError, match=r"`patch_size` must be that of square patches, got \(16, 8\)"):
+        grid.for_encoder(224, (16, 8))
+    with pytest.raises(ValueError, match="`image_size` must be at least the patch size 16, got 8"):
+        grid.for_encoder(8, 16)

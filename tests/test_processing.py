@@ -11,9 +11,18 @@ import transformers
 from conftest import SHARED
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import SiglipConfig, SiglipVisionConfig, SiglipVisionModel, VJEPA2Config
 from transformers.utils import is_torchvision_available
 
-from transformers_autogaze import GazeGrid, GazeOutput, video_decoding_autogaze, video_processing_autogaze
+from transformers_autogaze import (
+    AutoGazeConfig,
+    GazeGrid,
+    GazeOutput,
+    GreedyGazeSelector,
+    video_decoding_autogaze,
+    video_processing_autogaze,
+)
+from transformers_autogaze.integrations import GazeVisionModel
 from transformers_autogaze.processing_autogaze import AutoGazeProcessor
 from transformers_autogaze.selection_autogaze import resize_frames
 from transformers_autogaze.video import write_video
@@ -277,3 +286,43 @@ def test_published_pixel_values_of_a_real_clip_are_reproduced():
     assert ours.shape == (1, 2, 3, 224, 398)
     assert (pixels[0] - pixels[1]).abs().max() <= 2 / 255
     torch.testing.assert_close(resize_frames(published["video"], 224), published["gazing_model_video"])
+
+
+@pytest.mark.parametrize("encoder", ["SiglipImageProcessor", "CLIPImageProcessor"])
+def test_matched_to_an_encoder_everything_fits_together(tmp_path, encoder):
+    """No scale is computed by hand, and gaze and encoder see the same whole frame, a processor that crops included."""
+    processor = AutoGazeProcessor(encoder_processor=transformers_class(encoder)())
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=384, patch_size=14
+    )
+    grid = processor.match_encoder(config)
+    assert grid == GazeGrid([56, 112, 196, 392], patch_size=14)
+    processor.save_pretrained(tmp_path)
+    processor = AutoGazeProcessor.from_pretrained(tmp_path)
+    assert processor.gaze_kwargs == {"target_scales": [56, 112, 196, 392], "target_patch_size": 14}
+
+    frames = np.zeros((2, 60, 90, 3), dtype=np.uint8)
+    frames[:, :, :45] = 255
+    inputs = processor(videos=frames, return_tensors="pt")
+    assert inputs["pixel_values_videos"].shape == inputs["encoder_pixel_values"].shape == (1, 2, 3, 392, 392)
+    for pixels in (inputs["pixel_values_videos"], inputs["encoder_pixel_values"]):
+        half = pixels[0, 0, 0].mean(0)
+        assert half[:190].min() > half[-190:].max()
+    gaze = GreedyGazeSelector().generate(inputs["pixel_values_videos"], gazing_ratio=0.01, **processor.gaze_kwargs)
+    tower = GazeVisionModel(SiglipVisionModel(config))
+    with torch.no_grad():
+        output = tower(inputs["encoder_pixel_values"], gaze)
+    assert output.lengths.tolist() == gaze.num_real.tolist()
+
+
+def test_match_encoder_finds_the_tower_in_a_larger_configuration():
+    processor = AutoGazeProcessor()
+    assert processor.gaze_kwargs == {}
+    processor.match_encoder(SiglipConfig(vision_config={"image_size": 224, "patch_size": 16}))
+    assert processor.gaze_kwargs == {"target_scales": [32, 64, 112, 224], "target_patch_size": 16}
+    processor.match_encoder(VJEPA2Config(crop_size=256, patch_size=16), GazeGrid([16, 64], patch_size=16))
+    assert processor.target_scales == [64, 256]
+    with pytest.raises(ValueError, match="`config` must be that of a vision tower.*got AutoGazeConfig"):
+        processor.match_encoder(AutoGazeConfig())
+    with pytest.raises(ValueError, match="`target_scales` and `target_patch_size` must be given together"):
+        AutoGazeProcessor(target_scales=[16])

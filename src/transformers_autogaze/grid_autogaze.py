@@ -352,3 +352,7 @@ class GazeGrid:
 
     def _columns(self, device: torch.device) -> torch.Tensor:
         return torch.tensor([cols for _, cols in self.grids], device=device)
+
+
+PUBLISHED_GRID = GazeGrid([32, 64, 112, 224], patch_size=16)
+"""The grid that the published selector gazes at."""

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from transformers import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin, Unpack
 
 from .gazing_autogaze import GazeOutput
+from .grid_autogaze import PUBLISHED_GRID, GazeGrid
 
 # Not used here, but before 5.12 transformers takes along only the modules that this file itself names when it loads it
 # from a folder; what those import in turn would be missing.
-from .grid_autogaze import GazeGrid  # noqa: F401
 from .video_decoding_autogaze import read_video  # noqa: F401
 from .video_frames_autogaze import flatten_videos  # noqa: F401
 from .video_processing_autogaze import AutoGazeVideoProcessor, AutoGazeVideosKwargs
@@ -43,6 +44,9 @@ class AutoGazeProcessor(ProcessorMixin):
             What belongs to the downstream encoder, such as a `SiglipImageProcessor` or a `Qwen2VLVideoProcessor`. Of a
             processor for several modalities, its video processor is used, or its image processor if it has none. It is
             saved to and loaded from the folder `encoder_processor`.
+        target_scales (`Sequence[int]`, *optional*), target_patch_size (`int`, *optional*):
+            Scales and patch size of the encoder that the gaze is for; [`~AutoGazeProcessor.match_encoder`] finds and sets
+            them. Both kinds of inputs then show the whole frame, resized to the finest scale.
 
     Example:
 
@@ -57,7 +61,13 @@ class AutoGazeProcessor(ProcessorMixin):
     ```
     """
 
-    def __init__(self, video_processor: AutoGazeVideoProcessor | None = None, encoder_processor: Any = None):
+    def __init__(
+        self,
+        video_processor: AutoGazeVideoProcessor | None = None,
+        encoder_processor: Any = None,
+        target_scales: Sequence[int | tuple[int, int]] | None = None,
+        target_patch_size: int | None = None,
+    ):
         # The base class is passed over: it insists that every part is of a class that needs torchvision.
         video_processor = AutoGazeVideoProcessor() if video_processor is None else video_processor
         if not hasattr(video_processor, "load_clips"):
@@ -66,7 +76,71 @@ class AutoGazeProcessor(ProcessorMixin):
             _auto_class_of(encoder_processor)
         self.video_processor = video_processor
         self.encoder_processor = encoder_processor
+        if (target_scales is None) != (target_patch_size is None):
+            raise ValueError(
+                "`target_scales` and `target_patch_size` must be given together, got "
+                f"target_scales={target_scales}, target_patch_size={target_patch_size}"
+            )
+        self.target_scales = None if target_scales is None else GazeGrid(target_scales, target_patch_size).scales
+        self.target_patch_size = target_patch_size
         self.chat_template = None
+
+    def match_encoder(self, config: PreTrainedConfig, selector_grid: GazeGrid = PUBLISHED_GRID) -> GazeGrid:
+        """
+        Sets the scales and the patch size of the gaze to those of an encoder; see [`GazeGrid.for_encoder`].
+
+        Args:
+            config (`PreTrainedConfig`): configuration of the vision tower, or of a model that has one.
+            selector_grid (`GazeGrid`, *optional*):
+                The selector's own grid, `model.config.grid`; that of the published checkpoint by default.
+
+        Returns:
+            [`GazeGrid`]: the grid that the gaze will be for.
+
+        Raises:
+            ValueError: if the configuration names no size of images or patches.
+
+        Example:
+
+        ```python
+        >>> from transformers import SiglipVisionConfig
+        >>> from transformers_autogaze.processing_autogaze import AutoGazeProcessor
+
+        >>> processor = AutoGazeProcessor()
+        >>> grid = processor.match_encoder(SiglipVisionConfig(image_size=384, patch_size=14))
+        >>> processor.gaze_kwargs
+        {'target_scales': [56, 112, 196, 392], 'target_patch_size': 14}
+        >>> inputs = processor(videos=np.zeros((2, 240, 320, 3), dtype=np.uint8), return_tensors="pt")
+        >>> inputs["pixel_values_videos"].shape
+        torch.Size([1, 2, 3, 392, 392])
+
+        ```
+        """
+        tower = getattr(config, "vision_config", None) or config
+        image_size = getattr(tower, "image_size", None) or getattr(tower, "crop_size", None)
+        patch_size = getattr(tower, "patch_size", None)
+        if image_size is None or patch_size is None:
+            raise ValueError(
+                "`config` must be that of a vision tower with `image_size` and `patch_size`, got "
+                f"{type(config).__name__} with {image_size} and {patch_size}"
+            )
+        grid = selector_grid.for_encoder(image_size, patch_size)
+        self.target_scales, self.target_patch_size = grid.scales, grid.patch_size
+        return grid
+
+    @property
+    def gaze_kwargs(self) -> dict[str, Any]:
+        """Arguments for `generate` that make the gaze fit the encoder; none before an encoder was matched."""
+        if self.target_scales is None:
+            return {}
+        return {"target_scales": self.target_scales, "target_patch_size": self.target_patch_size}
+
+    def _whole_frame(self) -> dict[str, Any]:
+        """Gives the arguments of preprocessing that make an input show the whole frame at the finest scale."""
+        if self.target_scales is None:
+            return {}
+        height, width = GazeGrid(self.target_scales, self.target_patch_size).sizes[-1]
+        return {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
 
     def __call__(self, videos: Any, **kwargs: Unpack[AutoGazeVideosKwargs]) -> BatchFeature:
         """
@@ -88,7 +162,7 @@ class AutoGazeProcessor(ProcessorMixin):
         """
         clips, metadata = self.video_processor.load_clips(videos, **kwargs)
         loaded = {"video_metadata": metadata, "do_sample_frames": False, "input_data_format": "channels_first"}
-        features = self.video_processor(clips, **{**kwargs, **loaded})
+        features = self.video_processor(clips, **{**self._whole_frame(), **kwargs, **loaded})
         if self.encoder_processor is not None:
             encoded = self._encode(clips, kwargs.get("return_tensors"), loaded)
             features.update({f"encoder_{key}": value for key, value in encoded.items()})
@@ -96,17 +170,19 @@ class AutoGazeProcessor(ProcessorMixin):
 
     def _encode(self, clips: list[torch.Tensor], return_tensors: Any, loaded: dict[str, Any]) -> dict[str, Any]:
         """Runs the encoder's processor on uint8 frames of shape `(frames, 3, height, width)`."""
-        processor = self.encoder_processor
+        processor, size = self.encoder_processor, self._whole_frame()
         if isinstance(processor, ProcessorMixin):
             processor = getattr(processor, "video_processor", None) or processor.image_processor
+        if not hasattr(processor, "do_center_crop"):
+            size.pop("do_center_crop", None)
         if _is_video_processor(processor):
-            return processor(clips, return_tensors=return_tensors, **loaded)
+            return processor(clips, return_tensors=return_tensors, **size, **loaded)
         # Pictures leave no doubt about where the channels are, whatever the image processor is.
         pictures = [[Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip] for clip in clips]
         if "videos" in inspect.signature(processor.preprocess).parameters:
-            return processor(pictures, return_tensors=return_tensors)
+            return processor(pictures, return_tensors=return_tensors, **size)
         counts = [len(clip) for clip in clips]
-        encoded = processor([picture for clip in pictures for picture in clip], return_tensors=return_tensors)
+        encoded = processor([picture for clip in pictures for picture in clip], return_tensors=return_tensors, **size)
         return {key: _group(value, counts) for key, value in encoded.items()}
 
     def post_process_gaze(

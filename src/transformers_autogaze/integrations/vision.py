@@ -7,7 +7,7 @@ of `packed_attention`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..gazing_autogaze import GazeOutput
-from ..grid_autogaze import GazeGrid
+from ..grid_autogaze import PUBLISHED_GRID, GazeGrid
 from .packed_attention import ATTENTION_CHOICES, PackedAttention, packed_attention
 from .vision_adapters import ADAPTERS, VisionAdapter, find_tower
-
-
-PUBLISHED_GRID = GazeGrid([32, 64, 112, 224], patch_size=16)
-"""The scales that the published selector gazes at; those of a tower are matched to it where none are given."""
 
 
 @dataclass
@@ -127,8 +123,8 @@ class GazeVisionModel(nn.Module):
             A loaded model of transformers of one of the families SigLIP, SigLIP 2 (fixed resolution), CLIP, ViT, DeiT,
             DINOv2, DINOv2 with registers, DINOv3 ViT, VideoMAE or V-JEPA 2, or a model that holds one.
         scales (`Sequence[int | tuple[int, int]]`, *optional*):
-            Sizes in pixels that frames are seen at, coarse to fine, multiples of the tower's patch size. By default those
-            matched to its image size, [`GazeGrid.for_encoder`].
+            Sizes in pixels that frames are seen at, coarse to fine, multiples of the tower's patch size. By default the
+            published selector's, matched to the tower's image size by [`GazeGrid.for_encoder`].
         attention (`str`, *optional*, defaults to `"block_causal"`):
             Which tokens of its clip a token sees: `"block_causal"` those of its frame and of earlier ones, `"causal"`
             itself and those before it, `"bidirectional"` all, `"frame"` those of its frame.
@@ -307,6 +303,11 @@ class GazeVisionModel(nn.Module):
         if channels != (wanted := self.adapter.patch_embedding.in_channels):
             raise ValueError(f"`pixel_values_videos` must have {wanted} channels, got the shape {tuple(video.shape)}")
         tubelet = self.adapter.tubelet_size
+        if self.adapter.num_frames not in (None, num_frames):
+            raise ValueError(
+                f"`pixel_values_videos` must hold {self.adapter.num_frames} frames, which the tower has positions for, "
+                f"got {num_frames}"
+            )
         if num_frames % tubelet:
             raise ValueError(
                 f"`pixel_values_videos` must hold a multiple of {tubelet} frames, which one token of the tower covers, "
@@ -360,11 +361,6 @@ class GazeVisionModel(nn.Module):
         positions = adapter.positions(self.grid)
         if positions is None:
             return embedded
-        if len(positions) not in (1, num_encoded):
-            raise ValueError(
-                f"`pixel_values_videos` must hold {len(positions) * tubelet} frames, which the tower has positions for, "
-                f"got {num_encoded * tubelet}"
-            )
         positions = positions.to(embedded.device, embedded.dtype)
         return embedded + positions[tokens.frame if len(positions) > 1 else 0, tokens.ids]
 
@@ -372,6 +368,8 @@ class GazeVisionModel(nn.Module):
         self, layer: nn.Module, hidden_states: torch.Tensor, plan: PackedAttention, rotary: object | None
     ) -> torch.Tensor:
         adapter = self.adapter
+        if not hidden_states.shape[1]:  # Nothing was kept of any clip, and layers take no empty sequences.
+            return hidden_states
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
             with packed_attention(layer, plan):
@@ -399,8 +397,6 @@ def _weights_at_hand(module: nn.Module) -> Iterator[None]:
     if not hooked:
         yield
         return
-    from contextlib import ExitStack
-
     from accelerate.utils import align_module_device
 
     with ExitStack() as stack:

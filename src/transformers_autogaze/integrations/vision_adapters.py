@@ -50,6 +50,11 @@ class VisionAdapter:
         return getattr(self.config, "tubelet_size", 1)
 
     @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip, for a tower that has positions for one number of them only."""
+        return None
+
+    @property
     def embeddings(self) -> nn.Module:
         """The module with patch embedding, positions and prefix tokens."""
         return self.tower.embeddings
@@ -275,6 +280,10 @@ class VideoMAEAdapter(VisionAdapter):
     model_type = "videomae"
     num_positions_prefix = 0
     prefix_tokens = []
+
+    @property
+    def num_frames(self) -> int:
+        return self.config.num_frames
 
     def finish_embedding(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states

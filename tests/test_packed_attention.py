@@ -1,0 +1,123 @@
+"""Attention over packed clips: each choice sees exactly what it says, by whichever implementation."""
+
+import pytest
+import torch
+from torch import nn
+
+from transformers_autogaze.integrations import packed_attention as module
+from transformers_autogaze.integrations.packed_attention import ATTENTION_CHOICES, PackedAttention
+
+
+# Two clips; a frame without tokens, one that is larger than a shared call, many tiny ones.
+TOKENS = torch.tensor([[3, 0, 5, 1, 40, 2], [7, 300, 1, 1, 2, 1]])
+
+
+def sees(attention: str) -> torch.Tensor:
+    """Who sees whom, token by token, as the choices are described."""
+    clip = torch.arange(2).repeat_interleave(TOKENS.sum(1))
+    frame = torch.arange(TOKENS.numel()).repeat_interleave(TOKENS.flatten())
+    place = torch.arange(len(clip))
+    same_clip = clip[:, None] == clip
+    return {
+        "frame": frame[:, None] == frame,
+        "block_causal": same_clip & (frame <= frame[:, None]),
+        "causal": same_clip & (place <= place[:, None]),
+        "bidirectional": same_clip,
+    }[attention]
+
+
+@pytest.mark.parametrize("attention", ATTENTION_CHOICES)
+def test_key_ranges_are_what_the_choice_says(attention):
+    plan = PackedAttention.for_clips(TOKENS, attention)
+    everything = slice(0, int(TOKENS.sum()))
+    assert torch.equal(plan.mask(everything, everything)[0, 0], sees(attention))
+
+
+@pytest.mark.parametrize("attention", ATTENTION_CHOICES)
+def test_chunks_cover_every_query_once_and_need_no_large_mask(attention):
+    plan = PackedAttention.for_clips(TOKENS, attention)
+    visible, covered = sees(attention), []
+    for queries, keys, has_mask in plan.chunks:
+        covered += range(queries.start, queries.stop)
+        assert not visible[queries, : keys.start].any() and not visible[queries, keys.stop :].any()
+        if has_mask:
+            assert queries.stop - queries.start <= module._ROWS
+        else:
+            assert visible[queries, keys].all()
+    assert covered == list(range(int(TOKENS.sum())))
+
+
+@pytest.mark.parametrize("attention", ATTENTION_CHOICES)
+def test_flash_arguments_describe_the_same_attention(attention):
+    plan = PackedAttention.for_clips(TOKENS, attention)
+    index, arguments = plan.flash_arguments
+    keys = torch.arange(int(TOKENS.sum())) if index is None else index
+    seen = torch.zeros(len(sees(attention)), len(sees(attention)), dtype=torch.bool)
+    bounds_q, bounds_k = arguments["cu_seq_lens_q"].tolist(), arguments["cu_seq_lens_k"].tolist()
+    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        assert q1 - q0 <= arguments["max_length_q"] and k1 - k0 <= arguments["max_length_k"]
+        block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        seen[q0:q1, keys[k0:k1]] = block.tril() if arguments["is_causal"] else block
+    assert torch.equal(seen, sees(attention))
+
+
+class Layer(nn.Module):
+    """A layer that asks transformers' attention interface, as those of every tower do."""
+
+    def __init__(self, implementation: str):
+        super().__init__()
+        from transformers import SiglipVisionConfig
+
+        self.config = SiglipVisionConfig(attn_implementation=implementation)
+
+    def forward(self, query, key, value):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return attend(self, query, key, value, None, scaling=0.3, dropout=0.0)[0]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTION_CHOICES)
+def test_attention_is_that_of_the_full_mask(attention, implementation):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, int(TOKENS.sum()), 8, dtype=torch.float64)
+    layer = Layer(implementation)
+    with module.packed_attention(layer, PackedAttention.for_clips(TOKENS, attention)):
+        output = layer(query, key, value)
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~sees(attention), -torch.inf)
+    torch.testing.assert_close(output, (scores.softmax(-1) @ value).transpose(1, 2), rtol=0, atol=1e-12)
+    assert layer.config._attn_implementation == implementation
+
+
+def test_implementation_comes_back_after_an_error():
+    layer = Layer("sdpa")
+    with pytest.raises(RuntimeError):
+        with module.packed_attention(layer, PackedAttention.for_clips(TOKENS, "frame")):
+            assert layer.config._attn_implementation != "sdpa"
+            raise RuntimeError
+    assert layer.config._attn_implementation == "sdpa"
+
+
+def test_unknown_choice_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"`attention` must be one of block_causal, .*got 'full'"):
+        PackedAttention.for_clips(TOKENS, "full")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs CUDA; flex attention takes a minute to compile on a CPU"
+)
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("attention", ATTENTION_CHOICES)
+def test_attention_on_cuda_is_that_of_the_full_mask(attention, implementation):
+    if implementation == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, int(TOKENS.sum()), 64, dtype=torch.bfloat16, device="cuda")
+    layer = Layer("sdpa")
+    layer.config._attn_implementation = implementation
+    with module.packed_attention(layer, PackedAttention.for_clips(TOKENS.cuda(), attention)):
+        output = layer(query, key, value)
+    scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~sees(attention).cuda(), -torch.inf)
+    expected = (scores.softmax(-1) @ value.float()).transpose(1, 2)
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=2e-2)
