@@ -41,6 +41,9 @@ class AutoGazeModelOutput(ModelOutput):
             Predicted reconstruction loss after each slot.
         logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`, returned with `output_logits`):
             What each slot's patch was chosen by: a number for every patch of a frame, and one for the end id.
+        vision_hidden_states (`torch.FloatTensor` of shape `(batch, frames, tokens, hidden)`, returned with
+            `output_vision_hidden_states`):
+            What the decoder makes of the vision tokens of each frame.
     """
 
     loss: torch.FloatTensor | None = None
@@ -49,6 +52,7 @@ class AutoGazeModelOutput(ModelOutput):
     log_action_probs: torch.FloatTensor | None = None
     task_loss_prediction: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    vision_hidden_states: torch.FloatTensor | None = None
 
 
 class AutoGazeCausalConv3d(nn.Module):
@@ -215,6 +219,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         labels: torch.Tensor | None = None,
         task_loss_labels: torch.Tensor | None = None,
         output_logits: bool = False,
+        output_vision_hidden_states: bool = False,
         **kwargs,
     ) -> AutoGazeModelOutput:
         """
@@ -235,6 +240,8 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
                 Measured reconstruction losses after each slot, NaN where a slot is to be ignored.
             output_logits (`bool`, *optional*, defaults to `False`):
                 Whether to return the logits of every slot.
+            output_vision_hidden_states (`bool`, *optional*, defaults to `False`):
+                Whether to return the last hidden states of the vision tokens.
             kwargs: passed on to the decoder's [`~transformers.LlamaModel`].
 
         Returns:
@@ -321,6 +328,9 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
             task_loss_prediction=predicted,
             logits=logits if output_logits else None,
+            vision_hidden_states=(
+                hidden[:, ~is_slot].unflatten(1, (num_frames, num_vision)) if output_vision_hidden_states else None
+            ),
         )
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:

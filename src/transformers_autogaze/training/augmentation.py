@@ -1,0 +1,170 @@
+"""
+Augmentation of clips: random crops, flips, colours, and cameras that move over a still picture.
+
+This module owns what is done to the pixels of a clip before it is trained on, always to the whole clip at once. It knows
+nothing of files, patches or models.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+# Weights of red, green and blue in how bright a pixel looks (ITU-R BT.601).
+_LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass
+class ClipAugmentation:
+    """
+    Varies clips at random, every frame of a clip alike.
+
+    A crop keeps the frame's own aspect ratio give or take a third, so that one of the whole frame is what a model sees
+    later. Clips that would stand still otherwise can be made by a camera that pans and zooms over one of their frames.
+
+    Args:
+        min_crop (`float`, *optional*, defaults to 0.2):
+            Smallest share of a frame's area that is kept, above 0 and up to 1; 1 keeps whole frames.
+        flip (`float`, *optional*, defaults to 0.5):
+            Share of clips that are mirrored, left for right.
+        colour (`float`, *optional*, defaults to 0.3):
+            By how much brightness, contrast and saturation change at most, 0..1.
+        still (`float`, *optional*, defaults to 0.15):
+            Share of clips that a moving camera makes of one frame; clips of one frame always are.
+
+    Raises:
+        ValueError: if one of them is out of range.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.training.augmentation import ClipAugmentation
+
+    >>> levels = torch.zeros(4, 3, 90, 160, dtype=torch.uint8)
+    >>> ClipAugmentation()(levels, (64, 64), torch.Generator().manual_seed(0)).shape
+    torch.Size([4, 3, 64, 64])
+
+    ```
+    """
+
+    min_crop: float = 0.2
+    flip: float = 0.5
+    colour: float = 0.3
+    still: float = 0.15
+
+    def __post_init__(self):
+        if not 0 < self.min_crop <= 1:
+            raise ValueError(f"`min_crop` must lie above 0 and not above 1, a share of the area, got {self.min_crop}")
+        for name in ("flip", "colour", "still"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in 0..1, got {getattr(self, name)}")
+
+    def __call__(self, levels: torch.Tensor, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+        """
+        Varies one clip.
+
+        Args:
+            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
+            size (`tuple[int, int]`): height and width in pixels to resize to.
+            generator (`torch.Generator`): where random numbers come from.
+
+        Returns:
+            `torch.FloatTensor` of shape `(frames, 3, *size)`: pixels in 0..1.
+        """
+        if _uniform(generator) < self.still:
+            chosen = int(_uniform(generator) * len(levels))
+            frames = pan_and_zoom(levels[chosen], len(levels), size, generator, self.min_crop)
+        else:
+            frames = resize_pixels(self._crop(levels, generator), size)
+        if _uniform(generator) < self.flip:
+            frames = frames.flip(-1)
+        return self._recolour(frames, generator).clamp_(0, 1)
+
+    def _crop(self, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        height, width = levels.shape[-2:]
+        tall, wide = _shares(self.min_crop, generator)
+        rows, cols = max(1, round(height * tall)), max(1, round(width * wide))
+        top = int(_uniform(generator) * (height - rows + 1))
+        left = int(_uniform(generator) * (width - cols + 1))
+        return levels[..., top : top + rows, left : left + cols]
+
+    def _recolour(self, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        brightness, contrast, saturation = (
+            1 + self.colour * (2 * _uniform(generator) - 1) for _ in ("brightness", "contrast", "saturation")
+        )
+        grey = (frames * frames.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+        frames = torch.lerp(grey, frames, saturation)
+        mean = grey.mean()
+        return ((frames - mean) * contrast + mean) * brightness
+
+
+def pan_and_zoom(
+    picture: torch.Tensor, num_frames: int, size: tuple[int, int], generator: torch.Generator, min_crop: float = 0.2
+) -> torch.Tensor:
+    """
+    Makes a clip of one picture, over which a camera moves straight on and zooms evenly.
+
+    Args:
+        picture (`torch.ByteTensor` of shape `(3, height, width)`): levels 0..255.
+        num_frames (`int`): frames to make.
+        size (`tuple[int, int]`): height and width in pixels of the clip.
+        generator (`torch.Generator`): where random numbers come from.
+        min_crop (`float`, *optional*, defaults to 0.2): smallest share of the picture's area that is ever seen.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_frames, 3, *size)`: pixels in 0..1.
+    """
+    first = torch.tensor(_shares(min_crop, generator))
+    # No faster than a shift of a thirtieth of the picture, or 3 % of zoom, from frame to frame.
+    zoom = math.exp(0.03 * (2 * _uniform(generator) - 1) * max(num_frames - 1, 1))
+    last = (first * zoom).clamp(math.sqrt(min_crop) / 2, 1)
+    reach = [(1 - shares) * torch.tensor([2 * _uniform(generator) - 1 for _ in range(2)]) for shares in (first, last)]
+    step = (reach[1] - reach[0]) / max(num_frames - 1, 1)
+    speed = float(step.abs().max() * 30 / 2)
+    if speed > 1:
+        reach[1] = (reach[0] + (reach[1] - reach[0]) / speed).clamp(last - 1, 1 - last)
+    progress = torch.linspace(0, 1, num_frames)[:, None]
+    shares, centre = (torch.lerp(a, b, progress) for a, b in ((first, last), tuple(reach)))
+    # The picture is shrunk to about the scale of the clip first, since sampling it does not antialias.
+    mean = shares.mean(0)
+    fitting = [
+        min(side, max(1, round(want / share)))
+        for side, want, share in zip(picture.shape[-2:], size, mean.tolist(), strict=True)
+    ]
+    theta = torch.zeros(num_frames, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = shares[:, 1], shares[:, 0]
+    theta[:, 0, 2], theta[:, 1, 2] = centre[:, 1], centre[:, 0]
+    grid = F.affine_grid(theta, [num_frames, 3, *size], align_corners=False)
+    source = resize_pixels(picture[None], tuple(fitting)).expand(num_frames, -1, -1, -1)
+    return F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(0, 1)
+
+
+def resize_pixels(levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Resizes frames, antialiased.
+
+    Args:
+        levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
+        size (`tuple[int, int]`): height and width in pixels.
+
+    Returns:
+        `torch.FloatTensor` of shape `(frames, 3, *size)`: pixels in 0..1.
+    """
+    # Levels are resized several times faster than floats.
+    if tuple(levels.shape[-2:]) != tuple(size):
+        levels = F.interpolate(levels, size, mode="bilinear", antialias=True)
+    return levels.float().div_(255)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _shares(min_area: float, generator: torch.Generator) -> tuple[float, float]:
+    """Draws the shares of height and width that a crop keeps."""
+    area = min_area + (1 - min_area) * _uniform(generator)
+    aspect = math.exp(math.log(4 / 3) * (2 * _uniform(generator) - 1))
+    return min(1.0, math.sqrt(area / aspect)), min(1.0, math.sqrt(area * aspect))
