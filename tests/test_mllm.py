@@ -250,15 +250,31 @@ def test_its_weights_are_the_mllms_own_once(onevision):
     assert copy.deepcopy(onevision).vision.vision_model is not onevision.mllm.model.vision_tower
 
 
-def test_batches_of_clips_change_nothing():
+def test_the_tower_sees_no_more_clips_at_a_time_than_allowed():
     mllm, videos = build("video_llava"), [clip(7, seed=1, height=64), clip(3, seed=2)]
+    gazes = [random_gaze(GazeGrid([(32, 16), (64, 32)], 8), 7), random_gaze(GazeGrid(SCALES, 8), 3)]
     embedded = []
-    for max_batch_size in (1, 16):
+    for max_batch_size in (1, 3):
         model = GazeVideoLM(mllm, scales=SCALES, chunk_frames=2, max_batch_size=max_batch_size)
-        tall = GazeGrid([(32, 16), (64, 32)], 8)
+        seen = []
+        model.vision.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[:2]))
         with torch.no_grad():
-            embedded.append(model.embed_videos(videos, [random_gaze(tall, 7), random_gaze(model.grid, 3)]))
+            embedded.append(model.embed_videos(videos, gazes))
+        assert max(clips for clips, _ in seen) == max_batch_size and max(frames for _, frames in seen) == 2
+        assert sum(clips * frames for clips, frames in seen) == 7 * 2 + 3
     torch.testing.assert_close(*embedded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision"])
+def test_weights_may_stay_elsewhere_until_a_module_runs(name):
+    accelerate = pytest.importorskip("accelerate")
+    model = GazeVideoLM(build(name), scales=SCALES)
+    prompt, gaze = torch.tensor([[5, model.placeholder_id, 6]]), [random_gaze(model.grid, 3)]
+    with torch.no_grad():
+        expected = model(prompt, [clip(3)], gaze=gaze).logits
+        accelerate.cpu_offload(model.mllm, torch.device("cpu"))
+        assert model.mllm.model.multi_modal_projector.linear_1.weight.is_meta
+        assert torch.equal(model(prompt, [clip(3)], gaze=gaze).logits, expected)
 
 
 @pytest.mark.parametrize("order", ["time", "tile"])

@@ -142,7 +142,9 @@ class EncoderFrameGazer:
             target = {"target_scales": self.grid.scales, "target_patch_size": self.grid.patch_size}
         for start in range(0, len(tiles[0]), self.chunk_frames):
             chunk = torch.stack([tile[start : start + self.chunk_frames] for tile in tiles])
-            chunk = resize_frames(self.to_gaze_values(chunk.to(self.selector.device)), self.grid.sizes[-1])
+            chunk = resize_frames(
+                self.to_gaze_values(chunk.to(getattr(self.selector, "device", "cpu"))), self.grid.sizes[-1]
+            )
             length = chunk.shape[1] // config.frame_sampling_rate
             gaze = self.selector.generate(
                 chunk,

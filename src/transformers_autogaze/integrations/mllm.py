@@ -374,13 +374,15 @@ class GazeVideoLM(nn.Module):
         if self.adapter.ends_with_newline:
             for parts in pieces:
                 parts.append(self.adapter.newline[None])
-        empty = self.mllm.get_input_embeddings().weight[:0]
-        return [torch.cat([empty.to(parts[0]), *parts]) if parts else empty for parts in pieces]
+        nothing = torch.zeros(0, self.mllm.config.get_text_config().hidden_size)
+        return [torch.cat([part.to(parts[0]) for part in parts]) if parts else nothing for parts in pieces]
 
     def _encode(self, clips: list[VideoClip]) -> tuple[torch.Tensor, TokenPlaces]:
         """Encodes and projects the patches of clips of one shape; gives tokens `(tokens, hidden_size)`, unordered."""
         adapter = self.adapter
-        frames = torch.stack([clip.frames for clip in clips]).to(self.mllm.device)
+        frames = torch.stack([clip.frames for clip in clips])
+        if self.mllm.device.type != "meta":  # where accelerate brings in the weights of every module when it runs
+            frames = frames.to(self.mllm.device)
         masks = [torch.stack(scale).to(frames.device) for scale in zip(*(clip.masks for clip in clips), strict=True)]
         output = self.vision(frames, GazeOutput.from_masks(masks, self.grid), output_hidden_states=True)
         states = torch.cat([output.hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
@@ -395,7 +397,7 @@ class GazeVideoLM(nn.Module):
             clip, frame = torch.cat([clip, of_clip]), torch.cat([frame, of_frame])
             before = torch.arange(-count, 0, device=ids.device)
             ids = torch.cat([ids, before.repeat(len(of_clip) // max(count, 1))])
-        tokens = adapter.projector(states)
+        tokens = adapter.projector(states).to(frames.device)
         number = torch.stack([clip.frame_numbers for clip in clips]).to(frames.device)[clip, frame]
         if self.time_embedding is not None:
             tokens = tokens + self.time_embedding(number).to(tokens)

@@ -59,7 +59,13 @@ class MLLMAdapter:
     @property
     def newline(self) -> torch.Tensor | None:
         """The MLLM's own embedding of a new line, `(hidden_size,)`, if it has one."""
-        return getattr(self.mllm.model, "image_newline", None)
+        newline = getattr(self.mllm.model, "image_newline", None)
+        if newline is None or newline.device.type != "meta":
+            return newline
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self.mllm.model):
+            return self.mllm.model.image_newline.clone()
 
     @property
     def ends_with_newline(self) -> bool:
