@@ -2,7 +2,11 @@
 
 import copy
 import inspect
+import runpy
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -31,6 +35,7 @@ from transformers import (
 from transformers_autogaze import (
     AutoGazeConfig,
     AutoGazeModel,
+    AutoGazeProcessor,
     GazeGrid,
     GazeOutput,
     GreedyGazeConfig,
@@ -101,7 +106,7 @@ def clip(num_frames: int, seed: int = 0, height: int = 32, width: int = 32) -> t
 def onevision() -> GazeVideoLM:
     """Sees gazed patches of 4 and 16 a frame, chosen by a greedy selector."""
     selector = GreedyGazeSelector(GreedyGazeConfig(scales=SCALES, patch_size=8))
-    return GazeVideoLM(build("llava_onevision"), selector, CLIPImageProcessor(), scales=SCALES).eval()
+    return GazeVideoLM(build("llava_onevision"), selector, CLIPImageProcessor()).eval()
 
 
 def original_inputs(model: GazeVideoLM, prompt: list[int], videos: list[torch.Tensor], with_cls: bool) -> dict:
@@ -186,12 +191,25 @@ def test_it_gazes_with_the_model_as_well():
     torch.manual_seed(0)
     selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
     # The tower has 4x4 patches in 32 pixels, a tile of the selector's 4x4 of 16 in 64.
-    model = GazeVideoLM(build("llava"), selector, CLIPImageProcessor(), scales=SCALES)
+    model = GazeVideoLM(build("llava"), selector, CLIPImageProcessor())
     video = clip(3)
     gaze = model.gaze([video], gazing_ratio=[0.5, 0.1])[0]
     assert gaze.grid == GazeGrid(SCALES, 8) and gaze.num_real_each_frame.tolist() == [[10, 2, 10]]
     ids = model.prepare_inputs(torch.tensor([[5, IMAGE]]), [video], gazing_ratio=[0.5, 0.1])["input_ids"]
     assert ids.shape == (1, 23)
+
+
+def test_a_gaze_of_the_processors_frames_goes_in_as_well():
+    mllm, selector = build("llava"), GreedyGazeSelector()
+    square = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    processor = AutoGazeProcessor(encoder_processor=CLIPImageProcessor(**square))
+    processor.match_encoder(mllm.config)
+    inputs = processor(videos=np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8), return_tensors="pt")
+    gaze = selector.generate(inputs["pixel_values_videos"], gazing_ratio=0.1, **processor.gaze_kwargs)
+    model = GazeVideoLM(mllm, selector)
+    assert model.grid == gaze.grid == GazeGrid([16, 32, 56, 112], 8)
+    filled = model.prepare_inputs(torch.tensor([[5, IMAGE]]), inputs["encoder_pixel_values"], gaze=gaze)
+    assert filled["inputs_embeds"].shape == (1, 1 + 2 * 26, HIDDEN)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -526,3 +544,12 @@ def test_what_the_mllms_own_processor_returns_goes_straight_in(name):
     assert output.logits.shape[1] == 4 + sum(int(one.num_real) for one in gaze) + newlines
     answer = lm.generate(**inputs, gazing_ratio=0.2, max_new_tokens=3, do_sample=False)
     assert torch.equal(answer[:, :-3], inputs["input_ids"])
+
+
+def test_the_example_answers(monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "examples" / "llava_onevision_video_qa.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--tiny", "--max-new-tokens", "4"])
+    torch.manual_seed(0)
+    runpy.run_path(str(script), run_name="__main__")
+    patches, answer = capsys.readouterr().out.splitlines()
+    assert patches.startswith("338 patches, 9.3 times fewer") and len(answer.split()) == 4

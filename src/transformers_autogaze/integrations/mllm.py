@@ -55,8 +55,10 @@ class GazeVideoLM(nn.Module):
             selector can look at them as well, in its own normalisation. As with `gaze_model`.
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             Whose normalisation the selector needs. The published one by default.
-        scales (`Sequence[int]`, *optional*), attention (`str`, *optional*, defaults to `"block_causal"`):
-            As in [`GazeVisionModel`]. `"frame"` is how these towers were trained.
+        scales (`Sequence[int]`, *optional*):
+            As in [`GazeVisionModel`]; by default the gaze model's own, matched to the tower.
+        attention (`str`, *optional*, defaults to `"block_causal"`):
+            As in [`GazeVisionModel`]; `"frame"` is how these towers were trained.
         chunk_frames (`int`, *optional*):
             Frames that are gazed at and encoded as one clip. `gaze_model.config.max_num_frames` by default, or 16.
         max_batch_size (`int`, *optional*, defaults to 16):
@@ -90,7 +92,7 @@ class GazeVideoLM(nn.Module):
     >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
     >>> mllm = LlavaForConditionalGeneration(config).eval()
     >>> selector = GreedyGazeSelector(GreedyGazeConfig(scales=[16, 32], patch_size=8))
-    >>> model = GazeVideoLM(mllm, selector, processor=AutoGazeVideoProcessor(), scales=[16, 32])
+    >>> model = GazeVideoLM(mllm, selector, processor=AutoGazeVideoProcessor())
 
     >>> prompt, video = torch.tensor([[1, 49, 5, 6]]), torch.randn(1, 4, 3, 32, 32)
     >>> model(prompt, video, gazing_ratio=0.25).logits.shape  # 3 words and 4 frames of 5 patches each
@@ -117,8 +119,11 @@ class GazeVideoLM(nn.Module):
         time_embedding: nn.Module | None = None,
     ):
         super().__init__()
+        tower = adapt_mllm(mllm).tower
+        if scales is None and gaze_model is not None:
+            scales = gaze_model.config.grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
         # The tower belongs to `mllm`. Registered here as well, its weights would be saved twice.
-        self.__dict__["vision"] = GazeVisionModel(adapt_mllm(mllm).tower, scales=scales, attention=attention)
+        self.__dict__["vision"] = GazeVisionModel(tower, scales=scales, attention=attention)
         self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
 
         if chunk_frames is None:
