@@ -5,7 +5,7 @@ How good gazes are: measures, the selectors to compare with, and the comparison 
 rebuilt frames, which `metrics` offers to `evaluate.load`; `report` writes tables and curves.
 """
 
-from .comparison import EvaluationClips, GazeSetting, SelectorScores, evaluate_selectors, load_clips
+from .comparison import EvaluationClips, GazeSetting, SelectorScores, compare_scores, evaluate_selectors, load_clips
 from .selectors import baseline_selectors
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "GazeSetting",
     "SelectorScores",
     "baseline_selectors",
+    "compare_scores",
     "evaluate_selectors",
     "load_clips",
 ]

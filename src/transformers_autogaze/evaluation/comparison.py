@@ -190,17 +190,36 @@ def evaluate_selectors(
     steps = len(settings) * len(selectors) * len(clips.names)
     with tqdm(total=steps, unit="clip", desc="evaluating", disable=not progress) as bar:
         for setting in settings:
-            group = []
             for name, selector in selectors.items():
                 tally = _Tally(composite)
                 for values in clips.pixel_values_videos.split(batch_size):
                     values = values.to(getattr(selector, "device", "cpu"))
                     tally.add(*_gaze(selector, values, setting), processor.to_pixels(values.float()).clamp(0, 1))
                     bar.update(len(values))
-                group.append(tally.scores(name, setting, clips.names))
-            _compare(group)
-            scores += group
+                scores.append(tally.scores(name, setting, clips.names))
+    compare_scores(scores)
     return scores
+
+
+def compare_scores(scores: Sequence[SelectorScores]) -> None:
+    """
+    Fills in what is measured against `"greedy"` and `"random"` at the same setting: `efficiency`, `patches_over_greedy`.
+
+    [`evaluate_selectors`] does this itself. It is of use to join scores of several calls, so that selectors which do not
+    change are measured but once while a model trains.
+
+    Args:
+        scores (`Sequence[SelectorScores]`): scores on the same clips, of any settings; they are changed.
+    """
+    by_name = {(score.selector, score.gazing_ratio, score.task_loss_requirement): score for score in scores}
+    for score in scores:
+        setting = score.gazing_ratio, score.task_loss_requirement
+        greedy, random = by_name.get(("greedy", *setting)), by_name.get(("random", *setting))
+        if score.task_loss_requirement is None:
+            if greedy is not None and random is not None:
+                score.efficiency = efficiency(score.task_loss, random.task_loss, greedy.task_loss)
+        elif greedy is not None:
+            score.patches_over_greedy = score.patches_per_frame / greedy.patches_per_frame
 
 
 def _gaze(selector: GazeSelector, values: torch.Tensor, setting: GazeSetting) -> tuple[GazeOutput, bool]:
@@ -211,18 +230,6 @@ def _gaze(selector: GazeSelector, values: torch.Tensor, setting: GazeSetting) ->
         values = values.to(selector.dtype)
     options = {"output_scores": True} if predicts else {}
     return selector.generate(values, **setting._asdict(), **options), predicts
-
-
-def _compare(group: Sequence[SelectorScores]) -> None:
-    """Fills in what is measured against greedy search and random patches at the same setting."""
-    by_name = {scores.selector: scores for scores in group}
-    greedy, random = by_name.get("greedy"), by_name.get("random")
-    for scores in group:
-        if scores.task_loss_requirement is None:
-            if greedy is not None and random is not None:
-                scores.efficiency = efficiency(scores.task_loss, random.task_loss, greedy.task_loss)
-        elif greedy is not None:
-            scores.patches_over_greedy = scores.patches_per_frame / greedy.patches_per_frame
 
 
 class _Tally:

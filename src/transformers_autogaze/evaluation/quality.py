@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 _LEAST_MSE = 1e-10
 _WINDOW, _DEVIATION = 11, 1.5  # pixels
+_LUMA = (0.299, 0.587, 0.114)
 _STABILISERS = (0.01**2, 0.03**2)  # for pixels in 0..1
 
 
@@ -44,12 +45,12 @@ def l1(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 
 def ssim(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """
-    Structural similarity of each frame (Wang et al., 2004): Gaussian window of 11 pixels and deviation 1.5, K of 0.01 and
-    0.03, windows inside the frame only, mean over windows and channels.
+    Structural similarity of each frame's luma (Wang et al., 2004; luma as in BT.601): Gaussian window of 11 pixels and
+    deviation 1.5, K of 0.01 and 0.03, mean over the windows that lie inside the frame.
 
     Args:
-        rebuilt, frames (`torch.FloatTensor` of shape `(.., channels, height, width)`):
-            Pixels in 0..1, at least 11 in height and width.
+        rebuilt, frames (`torch.FloatTensor` of shape `(.., 3, height, width)`):
+            RGB pixels in 0..1, at least 11 in height and width.
 
     Returns:
         `torch.FloatTensor` of shape `(..)`, 1 for equal frames.
@@ -70,21 +71,32 @@ def ssim(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """
     if min(frames.shape[-2:]) < _WINDOW:
         raise ValueError(f"`frames` must be at least {_WINDOW} pixels high and wide, got {tuple(frames.shape[-2:])}")
-    place = torch.arange(_WINDOW, dtype=frames.dtype, device=frames.device) - _WINDOW // 2
-    window = (-(place**2) / (2 * _DEVIATION**2)).exp()
-    window = window / window.sum()
+    rows, cols = (_smoothing(length, frames) for length in frames.shape[-2:])
 
     def smooth(images: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.conv2d(images, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return rows @ images @ cols.T
 
-    x, y = (images.reshape(-1, 1, *images.shape[-2:]) for images in (rebuilt, frames))
+    x, y = (torch.einsum("...chw,c->...hw", images, images.new_tensor(_LUMA)) for images in (rebuilt, frames))
     mean_x, mean_y = smooth(x), smooth(y)
     variances = smooth(x * x) - mean_x**2 + smooth(y * y) - mean_y**2
     covariance = smooth(x * y) - mean_x * mean_y
     c1, c2 = _STABILISERS
     similarity = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     similarity = similarity * (2 * covariance + c2) / (variances + c2)
-    return similarity.view(*frames.shape[:-2], -1).mean((-2, -1))
+    return similarity.mean((-2, -1))
+
+
+def _smoothing(length: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    Gives the Gaussian window along one axis as a matrix, `(length - 10, length)`.
+
+    Products with it are several times faster on a CPU than the convolution.
+    """
+    distance = torch.arange(_WINDOW, dtype=like.dtype, device=like.device) - _WINDOW // 2
+    window = (-(distance**2) / (2 * _DEVIATION**2)).exp()
+    return torch.stack(
+        [F.pad(window / window.sum(), (at, length - _WINDOW - at)) for at in range(length - _WINDOW + 1)]
+    )
 
 
 def efficiency(loss: float, random_loss: float, greedy_loss: float) -> float:

@@ -124,13 +124,12 @@ class GainRankingSelector(RankingSelector):
     Example:
 
     ```python
-    >>> import torch
     >>> from transformers_autogaze.evaluation.selectors import GainRankingSelector
 
-    >>> video = torch.zeros(1, 2, 3, 224, 224)
-    >>> video[..., 208:, 208:] = 1.0  # the last patch of the finest scale
-    >>> GainRankingSelector().generate(video, gazing_ratio=1 / 265).gazing_mask[-1].nonzero().tolist()
-    [[0, 0, 195], [0, 1, 0]]
+    >>> video = torch.linspace(-2, 2, 224).expand(1, 4, 3, 224, 224)  # four times the same smooth frame
+    >>> gaze = GainRankingSelector().generate(video, gazing_ratio=0.5, task_loss_requirement=0.7)
+    >>> gaze.num_real_each_frame.tolist()
+    [[12, 1, 1, 1]]
 
     ```
     """
