@@ -19,7 +19,7 @@ GRID = GazeGrid([16, 32], 8)
 
 def gazer(selector=None, processor=None, grid: GazeGrid = GRID, chunk_frames: int = 16, max_batch_size: int = 16):
     selector = GreedyGazeSelector(GreedyGazeConfig(scales=[16, 32], patch_size=8)) if selector is None else selector
-    processor = CLIPImageProcessor() if processor is None else processor
+    processor = AutoGazeVideoProcessor() if processor is None else processor
     return EncoderFrameGazer(selector, processor, AutoGazeVideoProcessor(), grid, chunk_frames, max_batch_size)
 
 
@@ -34,6 +34,8 @@ def clip(num_frames: int, height: int = 32, width: int = 32, seed: int = 0) -> t
 
 @pytest.mark.parametrize("encoder", [SiglipImageProcessor, CLIPImageProcessor, AutoGazeVideoProcessor])
 def test_the_selector_gets_the_pixels_in_its_own_normalisation(encoder):
+    if getattr(encoder, "is_dummy", False):
+        pytest.skip("this version's image processors need torchvision")
     levels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     square = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
     expected = AutoGazeVideoProcessor(**square)(levels.numpy(), return_tensors="pt")["pixel_values_videos"][0]

@@ -41,12 +41,12 @@ class EncoderFrameGazer:
     Example:
 
     ```python
-    >>> from transformers import SiglipImageProcessor
     >>> from transformers_autogaze import AutoGazeVideoProcessor, GazeGrid, GreedyGazeSelector
     >>> from transformers_autogaze.integrations.encoder_gazing import EncoderFrameGazer
 
     >>> grid = GazeGrid([56, 112, 196, 392], patch_size=14)
-    >>> gazer = EncoderFrameGazer(GreedyGazeSelector(), SiglipImageProcessor(), AutoGazeVideoProcessor(), grid, 16, 4)
+    >>> siglip = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    >>> gazer = EncoderFrameGazer(GreedyGazeSelector(), siglip, AutoGazeVideoProcessor(), grid, 16, 4)
     >>> gaze = gazer.gaze([torch.zeros(2, 3, 384, 384)], gazing_ratio=0.1)[0]
     >>> gaze.scales, gaze.num_real.tolist()
     ([56, 112, 196, 392], [208])
