@@ -1,5 +1,5 @@
 """
-The command line: `autogaze prune` and `autogaze demo`.
+The command line: `autogaze prune` and `autogaze demo`; further commands are added by the `cli_*` modules.
 
 A thin layer over the package: arguments in, files and a short table out. Frames pass through in chunks, so a long video
 takes no more memory than a short one.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.utils import logging
 
-from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput
+from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput, cli_training
 from .demo import render_demo_clip
 from .selection_autogaze import resize_frames
 from .video import write_video
@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", parents=[output], help="prune a clip that is rendered on the spot")
     demo.set_defaults(run=_demo)
+
+    for module in (cli_training,):
+        module.add_commands(commands)
     return parser
 
 

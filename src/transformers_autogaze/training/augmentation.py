@@ -6,7 +6,7 @@ nothing of files, patches or models.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
@@ -50,10 +50,12 @@ class ClipAugmentation:
     ```
     """
 
-    min_crop: float = 0.2
-    flip: float = 0.5
-    colour: float = 0.3
-    still: float = 0.15
+    min_crop: float = field(default=0.2, metadata={"help": "Smallest share of a frame's area that a crop keeps."})
+    flip: float = field(default=0.5, metadata={"help": "Share of clips that are mirrored."})
+    colour: float = field(default=0.3, metadata={"help": "Largest change of brightness, contrast and saturation."})
+    still: float = field(
+        default=0.15, metadata={"help": "Share of clips that a moving camera makes of one frame of their video."}
+    )
 
     def __post_init__(self):
         if not 0 < self.min_crop <= 1:

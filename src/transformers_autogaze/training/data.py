@@ -9,7 +9,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,20 +39,20 @@ class BudgetSchedule:
     Draws, clip by clip, how many patches the labels of each frame hold (SPEC, "Training").
 
     The share of all patches that a clip may use is drawn first, then spread over its frames; in some clips a frame ends
-    earlier, as soon as its task loss is below a threshold.
+    earlier, as soon as its task loss is low enough.
 
     Args:
-        strategy (`str`, *optional*, defaults to `"exponential"`):
+        ratio_strategy (`str`, *optional*, defaults to `"exponential"`):
             How the share is drawn: `"fixed"` (it is `ratio_min`), `"uniform"` or `"exponential"`, small ones likelier.
         ratio_min, ratio_max (`float`, *optional*, default to 0.02 and 0.6):
             Bounds of the share, 0..1.
-        decay (`float`, *optional*, defaults to 6.0):
+        ratio_decay (`float`, *optional*, defaults to 6.0):
             How fast an exponential share grows rare.
-        dirichlet (`float`, *optional*, defaults to 0.5):
+        dirichlet_share (`float`, *optional*, defaults to 0.5):
             Share of clips whose patches are spread over the frames by a Dirichlet law, in which the first frame has the
             weight 10 and every later one 3. The others' frames get equally many.
-        threshold (`float`, *optional*, defaults to 0.3):
-            Share of clips with a threshold.
+        threshold_share (`float`, *optional*, defaults to 0.3):
+            Share of clips whose frames end at a threshold.
         threshold_min, threshold_max (`float`, *optional*, default to 0.3 and 1.0):
             Its bounds, uniformly drawn.
 
@@ -65,7 +65,7 @@ class BudgetSchedule:
     >>> import torch
     >>> from transformers_autogaze.training.data import BudgetSchedule
 
-    >>> schedule = BudgetSchedule("fixed", ratio_min=0.1, dirichlet=0, threshold=0)
+    >>> schedule = BudgetSchedule("fixed", ratio_min=0.1, dirichlet_share=0, threshold_share=0)
     >>> ratios, threshold = schedule.draw(num_frames=3, generator=torch.Generator().manual_seed(0))
     >>> [round(ratio, 3) for ratio in ratios.tolist()], threshold
     ([0.1, 0.1, 0.1], None)
@@ -73,26 +73,32 @@ class BudgetSchedule:
     ```
     """
 
-    strategy: str = "exponential"
-    ratio_min: float = 0.02
-    ratio_max: float = 0.6
-    decay: float = 6.0
-    dirichlet: float = 0.5
-    threshold: float = 0.3
-    threshold_min: float = 0.3
-    threshold_max: float = 1.0
+    ratio_strategy: str = field(
+        default="exponential", metadata={"help": "How the share of patches is drawn: fixed, uniform or exponential."}
+    )
+    ratio_min: float = field(default=0.02, metadata={"help": "Lowest share of patches; the share if it is fixed."})
+    ratio_max: float = field(default=0.6, metadata={"help": "Highest share of patches."})
+    ratio_decay: float = field(default=6.0, metadata={"help": "How fast an exponential share grows rare."})
+    dirichlet_share: float = field(
+        default=0.5, metadata={"help": "Share of clips whose frames get unequally many patches."}
+    )
+    threshold_share: float = field(
+        default=0.3, metadata={"help": "Share of clips whose frames end at a task loss that is low enough."}
+    )
+    threshold_min: float = field(default=0.3, metadata={"help": "Lowest of these task losses."})
+    threshold_max: float = field(default=1.0, metadata={"help": "Highest of these task losses."})
 
     def __post_init__(self):
         strategies = ("fixed", "uniform", "exponential")
-        if self.strategy not in strategies:
-            raise ValueError(f"`strategy` must be one of {strategies}, got {self.strategy!r}")
+        if self.ratio_strategy not in strategies:
+            raise ValueError(f"`ratio_strategy` must be one of {strategies}, got {self.ratio_strategy!r}")
         if not 0 <= self.ratio_min <= self.ratio_max <= 1:
             raise ValueError(
                 f"`ratio_min` and `ratio_max` must lie in 0..1 in this order, got {self.ratio_min} and {self.ratio_max}"
             )
-        if not self.decay > 0:
-            raise ValueError(f"`decay` must be above 0, got {self.decay}")
-        for name in ("dirichlet", "threshold"):
+        if not self.ratio_decay > 0:
+            raise ValueError(f"`ratio_decay` must be above 0, got {self.ratio_decay}")
+        for name in ("dirichlet_share", "threshold_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in 0..1, a share of the clips, got {getattr(self, name)}")
         if not self.threshold_min <= self.threshold_max:
@@ -113,20 +119,21 @@ class BudgetSchedule:
             `tuple`: ratios, a `torch.FloatTensor` of shape `(frames,)`, and a threshold or `None`.
         """
         is_spread, has_threshold = (
-            torch.rand(2, generator=generator) < torch.tensor([self.dirichlet, self.threshold])
-        ).tolist()
+            float(torch.rand((), generator=generator)) < share
+            for share in (self.dirichlet_share, self.threshold_share)
+        )
         bounds = {"gazing_ratio_min": self.ratio_min, "gazing_ratio_max": self.ratio_max}
-        drawn = SimpleNamespace(
+        strategies = SimpleNamespace(
             gazing_ratio_config={
-                "sample_strategy_during_training": self.strategy,
+                "sample_strategy_during_training": self.ratio_strategy,
                 "fixed": {"gazing_ratio": self.ratio_min},
                 "uniform": bounds,
-                "exponential": {**bounds, "lambda": self.decay},
+                "exponential": {**bounds, "lambda": self.ratio_decay},
             },
             gazing_ratio_each_frame_config={
                 "sample_strategy_during_training": "dirichlet" if is_spread else "uniform",
-                "uniform": {},
                 "dirichlet": {"alpha": [10.0] + [3.0] * (num_frames - 1)},
+                "uniform": {},
             },
             task_loss_requirement_config={
                 "sample_strategy_during_training": "uniform",
@@ -137,7 +144,7 @@ class BudgetSchedule:
             },
             has_task_loss_requirement_during_training=has_threshold,
         )
-        return draw_settings(drawn, num_frames, is_training=True, generator=generator)
+        return draw_settings(strategies, num_frames, is_training=True, generator=generator)
 
 
 def find_videos(folder: str | os.PathLike) -> list[str]:
