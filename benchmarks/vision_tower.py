@@ -1,0 +1,121 @@
+"""
+How much faster is a vision tower that sees the gazed patches only, and what is left of it with the gaze included?
+
+Runs a `SiglipVisionModel` of the base size (12 layers, 768 channels, patch 16) on 16 frames of 224x224: dense, gazed at
+213 patches (198 of the 265 of the first frame, then one a frame) and at other shares of the patches, and together
+with a selector, all in turn. Random weights and frames cost what trained weights and real frames do where the number of
+patches is given. Prints a table and writes JSON.
+
+    python benchmarks/vision_tower.py --threads 2 --runs 5 -o vision_tower.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeGrid, GazeOutput, GreedyGazeSelector
+from transformers_autogaze.integrations import GazeVisionModel
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FRAMES = 16
+SIZES = {
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+FEW = [198 / 265] + [1 / 265] * (FRAMES - 1)  # 213 patches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--attention", default="sdpa", help="the tower's implementation, as transformers names it")
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path, default=Path("vision_tower.json"))
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    place = {"device": options.device, "dtype": DTYPES[options.dtype]}
+    config = SiglipVisionConfig(**SIZES[options.size], image_size=224, patch_size=16)
+    config._attn_implementation = options.attention
+    tower = SiglipVisionModel(config).eval().to(**place)
+    gazed = GazeVisionModel(tower)
+    model = AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(**place)
+    greedy = GreedyGazeSelector().to(options.device)
+    clip = torch.randn(1, FRAMES, 3, 224, 224, **place)
+
+    # name -> (what to run, patches kept)
+    cases: dict[str, tuple[Callable[[], object], int]] = {"dense": (lambda: tower(clip[0]), FRAMES * 196)}
+    for name, ratio in {
+        "213 patches": FEW,
+        **{f"ratio {share:.2f}": share for share in (0.05, 0.1, 0.25, 0.5, 0.75)},
+    }.items():
+        gaze = random_gaze(gazed.grid, ratio).to(options.device)
+        cases[f"gazed, {name}"] = (lambda gaze=gaze: gazed(clip, gaze), int(gaze.num_real))
+        for selector_name, selector in {"AutoGaze": model, "greedy": greedy}.items():
+            cases[f"{selector_name} and gazed, {name}"] = (
+                lambda ratio=ratio, selector=selector: gazed(clip, selector.generate(clip, gazing_ratio=ratio)),
+                int(gaze.num_real),
+            )
+
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    with torch.no_grad():
+        for run in range(options.runs + 1):
+            for name, (case, _) in cases.items():
+                _wait(options.device)
+                start = time.perf_counter()
+                case()
+                _wait(options.device)
+                if run:  # The first run of each is a warm-up.
+                    seconds[name].append(time.perf_counter() - start)
+
+    dense = statistics.median(seconds["dense"])
+    rows = []
+    print(
+        f"{options.device}, {options.dtype}, {options.attention}, {options.threads} threads, torch {torch.__version__}, "
+        f"median of {options.runs}"
+    )
+    print(f"{'':<36} {'patches':>8} {'ms':>9} {'times faster':>13}")
+    for name, values in seconds.items():
+        median, patches = statistics.median(values), cases[name][1]
+        row = {"case": name, "patches": patches, "seconds": median, "times_faster": dense / median}
+        rows.append({**row, "all_seconds": values})
+        print(f"{name:<36} {patches:>8} {1000 * median:>9.1f} {dense / median:>13.2f}")
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
+        "dtype": options.dtype,
+        "attention": options.attention,
+        "threads": options.threads,
+        "torch": torch.__version__,
+    }
+    options.output.write_text(json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=1) + "\n")
+
+
+def random_gaze(grid: GazeGrid, ratio: float | list[float]) -> GazeOutput:
+    """Keeps that share of every frame's patches, whichever."""
+    shares = [ratio] * FRAMES if isinstance(ratio, float) else ratio
+    kept = torch.zeros(1, FRAMES, grid.num_patches, dtype=torch.bool)
+    for frame, share in enumerate(shares):
+        kept[0, frame, torch.randperm(grid.num_patches)[: int(share * grid.num_patches + 1e-6)]] = True
+    return GazeOutput.from_masks(grid.split_by_scale(kept), grid)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

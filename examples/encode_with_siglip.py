@@ -1,0 +1,75 @@
+"""
+Encodes a video with a SigLIP tower that sees the gazed patches only.
+
+    python examples/encode_with_siglip.py video.mp4
+    python examples/encode_with_siglip.py --tiny    # random weights and a drawn clip, to see it run
+
+Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the greedy one that comes with the package;
+--gaze-model names another, such as a published AutoGaze.
+"""
+
+import argparse
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    BaseImageProcessor,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeProcessor
+from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.integrations import GazeVisionModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", nargs="?", help="a path or an http(s) URL")
+    parser.add_argument("--tower", default="google/siglip2-base-patch16-224")
+    parser.add_argument("--gaze-model", default=DEFAULT_SELECTOR)
+    parser.add_argument("--num-frames", type=int, default=16)
+    parser.add_argument("--task-loss-requirement", type=float, default=0.7, help="0.7 is 26 dB, 0 is 40 dB")
+    parser.add_argument("--tiny", action="store_true", help="a tiny tower with random weights")
+    options = parser.parse_args()
+    if options.video is None and not options.tiny:
+        parser.error("name a video, or --tiny")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower, image_processor = tiny_tower() if options.tiny else load_tower(options.tower)
+    tower = tower.eval().to(device)
+    selector = AutoModel.from_pretrained(options.gaze_model).eval().to(device)
+    # One call makes the inputs of both, at the scales that fit the tower.
+    processor = AutoGazeProcessor(encoder_processor=image_processor)
+    processor.match_encoder(tower.config, selector.config.grid)
+
+    video = render_demo_clip(options.num_frames) if options.video is None else options.video
+    inputs = processor(videos=video, num_frames=options.num_frames, return_tensors="pt").to(device)
+    gaze = selector.generate(
+        inputs["pixel_values_videos"],
+        task_loss_requirement=options.task_loss_requirement,
+        **processor.gaze_kwargs,
+    )
+    with torch.no_grad():
+        output = tower(inputs["encoder_pixel_values"], gaze)
+
+    print(f"{int(gaze.num_real[0])} patches, {float(gaze.reduction_factor[0]):.1f} times fewer than the tower's own")
+    print(f"features: {tuple(output.last_hidden_state.shape)}")
+    for token in range(min(5, len(output.ids))):
+        scale, box = tower.grid.scales[output.scale[token]], [round(side, 2) for side in output.boxes[token].tolist()]
+        print(f"  token {token}: frame {int(output.frame[token])}, scale {scale}, box {box} of the frame")
+
+
+def load_tower(name: str) -> tuple[GazeVisionModel, BaseImageProcessor]:
+    return GazeVisionModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+
+
+def tiny_tower() -> tuple[GazeVisionModel, BaseImageProcessor]:
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return GazeVisionModel(SiglipVisionModel(SiglipVisionConfig(**size, image_size=224))), SiglipImageProcessor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The scripts in examples/ run, with tiny random weights and drawn clips, and stay short."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers.utils import is_accelerate_available
+
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lambda path: path.name)
+# What a script is called with beside --tiny, and what it prints.
+ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
+PRINTS = {"encode_with_siglip.py": "features: (", "finetune_tower.py": "train_loss"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_runs(path, tmp_path, monkeypatch, capsys):
+    if path.name == "finetune_tower.py" and not is_accelerate_available():
+        pytest.skip("Trainer needs accelerate")
+    if getattr(transformers.SiglipImageProcessor, "is_dummy", False):
+        pytest.skip("this version's image processors need torchvision")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), "--tiny", *ARGUMENTS.get(path.name, [])])
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed and PRINTS.get(path.name, "") in printed
+    if path.name == "finetune_tower.py":
+        assert isinstance(transformers.AutoModel.from_pretrained("classifier"), transformers.SiglipVisionModel)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_is_short(path):
+    assert len(path.read_text().splitlines()) < 80
