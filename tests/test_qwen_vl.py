@@ -1,4 +1,7 @@
 import inspect
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -17,11 +20,14 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_autogaze import AutoGazeVideoProcessor, GazeGrid, GazeOutput, GreedyGazeSelector, gaze_video
+from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
 from transformers_autogaze.integrations.qwen_vl_tower import encode_units
 from transformers_autogaze.integrations.qwen_vl_units import kept_units, locate_units, unfold_units
+from transformers_autogaze.video import write_video
 
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "qwen_vl_video_qa.py"
 IMAGE, VIDEO, START, END = 46, 47, 48, 49
 GRID = GazeGrid([16, 32], patch_size=8)
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -487,35 +493,31 @@ def test_the_gaze_model_looks_at_the_frames_that_the_mllm_gets(mllm):
         assert torch.equal(model(**inputs, **settings).logits, model(**inputs, gaze=gaze).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_of_the_original_processor_can_be_passed_on(family):
+def make_processor(family: str):
+    """The family's own processor with 46 words, for videos of any size."""
     pytest.importorskip("torchvision")
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     vocabulary = {word: index for index, word in enumerate([f"w{index}" for index in range(46)] + names)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="w0",
-        pad_token="w1",
-        additional_special_tokens=names,
-        padding_side="left",
-    )
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "w0", "pad_token": "w1", "additional_special_tokens": names}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special, padding_side="left")
+    template = "<|vision_start|><|video_pad|><|vision_end|> {{ messages[0]['content'][1]['text'] }}"
     if family == "qwen2_5_vl":
-        processor = transformers.Qwen2_5_VLProcessor(
-            image_processor=transformers.Qwen2VLImageProcessor(),
-            tokenizer=tokenizer,
-            video_processor=transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 12544}),
-        )
-    else:
-        video_processor = transformers.Qwen3VLVideoProcessor(size={"shortest_edge": 64 * 64, "longest_edge": 32768})
-        image_processor = transformers.Qwen2VLImageProcessor(patch_size=16)
-        processor = transformers.Qwen3VLProcessor(image_processor, tokenizer, video_processor)
+        video_processor = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 12544})
+        pictures = transformers.Qwen2VLImageProcessor()
+        return transformers.Qwen2_5_VLProcessor(pictures, tokenizer, video_processor, chat_template=template)
+    video_processor = transformers.Qwen3VLVideoProcessor(size={"shortest_edge": 64 * 64, "longest_edge": 32768})
+    pictures = transformers.Qwen2VLImageProcessor(patch_size=16)
+    return transformers.Qwen3VLProcessor(pictures, tokenizer, video_processor, chat_template=template)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_of_the_original_processor_can_be_passed_on(family):
+    processor = make_processor(family)
     side = processor.video_processor.patch_size
     mllm = tiny_mllm(family, patch_size=side)
-    mark = (
-        " <|vision_start|> <|video_pad|> <|vision_end|> " if family == "qwen2_5_vl" else names[2] + names[1] + names[3]
-    )
+    mark = "<|vision_start|><|video_pad|><|vision_end|>"
     videos = [torch.randint(0, 256, (count, 3, 4 * side, 6 * side), dtype=torch.uint8) for count in (4, 3)]
     inputs = processor(
         text=[f"w5 {mark} w6", f"w7 w8 {mark} w9 w10"],
@@ -535,6 +537,31 @@ def test_outputs_of_the_original_processor_can_be_passed_on(family):
     assert torch.equal(generated, mllm.generate(**as_original(mllm, inputs), **options))
     gazed = model.generate(**inputs, gazing_ratio=0.05, **options)
     assert gazed.shape == generated.shape and torch.equal(gazed[:, :-4], inputs["input_ids"])
+
+
+def run_example(arguments: list[str], monkeypatch, capsys) -> str:
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    torch.manual_seed(0)
+    units, answer = run_example(["--tiny"], monkeypatch, capsys).splitlines()
+    kept, total = map(int, re.fullmatch(r"(\d+) of (\d+) merge units", units).groups())
+    assert 0 < kept < total and answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_example_runs_on_a_checkpoint_and_a_file(family, tmp_path, monkeypatch, capsys):
+    processor = make_processor(family)
+    processor.save_pretrained(tmp_path)
+    tiny_mllm(family, patch_size=processor.video_processor.patch_size).save_pretrained(tmp_path)
+    clip = write_video(tmp_path / "clip.mp4", render_demo_clip(20), fps=10)
+    arguments = [str(clip), "w4 w5", "--mllm", str(tmp_path), "--num-frames", "6"]
+    units, answer = run_example(arguments, monkeypatch, capsys).splitlines()
+    kept, total = map(int, re.fullmatch(r"(\d+) of (\d+) merge units", units).groups())
+    assert 0 < kept <= total and answer.split()[0].startswith("w")
 
 
 # Errors
