@@ -293,3 +293,18 @@ def test_grid_for_an_encoder_names_what_does_not_fit():
         grid.for_encoder(224, (16, 8))
     with pytest.raises(ValueError, match="`image_size` must be at least the patch size 16, got 8"):
         grid.for_encoder(8, 16)
+
+
+@pytest.mark.parametrize("scale, beyond", [(0, 0), (1, 0), (2, 1), (3, 0)])
+def test_a_cut_patch_reads_its_own_pixels_and_at_half_size_one_beyond(scale, beyond):
+    frames = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    ids = PUBLISHED.ids(torch.tensor([scale]), torch.tensor([1]), torch.tensor([0]))
+    left, top, right, bottom = (int(side) for side in PUBLISHED.boxes(ids, 224, 224)[0])
+    read = torch.full_like(frames, torch.nan)
+    box = (1, slice(None), slice(max(0, top - beyond), bottom + beyond), slice(max(0, left - beyond), right + beyond))
+    read[box] = frames[box]
+    patch = PUBLISHED.cut_patches(read, torch.tensor([1]), ids)
+    assert torch.equal(patch, PUBLISHED.cut_patches(frames, torch.tensor([1]), ids))
+    if beyond:
+        read[1, :, top - beyond] = torch.nan
+        assert PUBLISHED.cut_patches(read, torch.tensor([1]), ids).isnan().any()
