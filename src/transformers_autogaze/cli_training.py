@@ -1,5 +1,5 @@
 """
-The command line of training: `autogaze train`.
+The command line of training: `autogaze train` and `autogaze train-grpo`.
 
 A thin layer over `training`: every field of its dataclasses is an argument of the same name.
 """
@@ -15,6 +15,7 @@ from .configuration_autogaze import AutoGazeConfig
 from .modeling_autogaze import AutoGazeModel
 from .training.augmentation import ClipAugmentation
 from .training.data import BudgetSchedule, GazeClipDataset
+from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
 from .training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
@@ -34,6 +35,14 @@ def add_commands(commands: Any) -> None:
         "--num-multi-token-pred", type=int, default=10, metavar="K", help="patches a step of a new model proposes"
     )
     train.set_defaults(run=_train)
+
+    train_grpo = commands.add_parser(
+        "train-grpo",
+        parents=[dataclass_arguments(AutoGazeGRPOConfig, ClipAugmentation), clip_arguments()],
+        help="train a model further on gazes that it samples itself (stage 2)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train_grpo.set_defaults(run=_train_grpo)
 
 
 def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
@@ -95,5 +104,16 @@ def _train(options: argparse.Namespace) -> None:
     model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
     clips = load_clips(options, model, processor, schedule=schedule, augmentation=augmentation)
     trainer = AutoGazeTrainer(model, args, processing_class=processor, **clips)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+
+
+def _train_grpo(options: argparse.Namespace) -> None:
+    if options.model is None:
+        raise ValueError("`--model` must name a checkpoint to train further, got none")
+    args, augmentation = (from_arguments(settings, options) for settings in (AutoGazeGRPOConfig, ClipAugmentation))
+    model, processor = load_model(options)
+    clips = load_clips(options, model, processor, augmentation=augmentation)
+    trainer = AutoGazeGRPOTrainer(model, args, processing_class=processor, **clips)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

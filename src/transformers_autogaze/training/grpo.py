@@ -22,6 +22,7 @@ from ..modeling_autogaze import AutoGazeModel, AutoGazeModelOutput
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .data import BudgetSchedule, ClipSampler, GazeClipDataset
 
 
 @dataclass
@@ -37,11 +38,13 @@ class AutoGazeGRPOConfig(TrainingArguments):
             What a reward loses with every further patch between a choice and it, above 0 and up to 1.
         temperature_start, temperature_end (`float`, *optional*, default to 3.0 and 0.3):
             Sampling temperature at the first and the last step, above 0; exponential in between.
-        task_loss_requirement_min, task_loss_requirement_max (`float`, *optional*, default to 0.5 and 1.0):
-            Bounds of the threshold that is drawn for each clip, uniformly. The model's own predicted losses end a
-            frame then. With neither, every frame keeps as many patches as `gazing_ratio` says.
-        gazing_ratio (`float`, *optional*, defaults to 1.0):
-            Share of the patches of a frame that may be kept at most, above 0 and up to 1.
+        ratio_min, ratio_max (`float`, *optional*, both default to 1.0):
+            Bounds of the share of a frame's patches that may be kept at most, 0..1, drawn for each batch, uniformly.
+        threshold_share (`float`, *optional*, defaults to 1.0):
+            Share of batches with a threshold, 0..1: a frame ends as soon as the model itself predicts a loss below it.
+            In the others every frame keeps as many patches as it may.
+        threshold_min, threshold_max (`float`, *optional*, default to 0.5 and 1.0):
+            Bounds of the threshold, drawn for each batch, uniformly.
         rewarded_share (`float`, *optional*, defaults to 0.125):
             Share of the frames of a clip that are reconstructed and rewarded, drawn for each batch, above 0 and up to 1;
             one frame at least.
@@ -69,13 +72,13 @@ class AutoGazeGRPOConfig(TrainingArguments):
     )
     temperature_start: float = field(default=3.0, metadata={"help": "Sampling temperature at the first step."})
     temperature_end: float = field(default=0.3, metadata={"help": "Sampling temperature at the last step."})
-    task_loss_requirement_min: float | None = field(
-        default=0.5, metadata={"help": "Lowest threshold drawn for a clip; with neither bound, there is none."}
+    ratio_min: float = field(default=1.0, metadata={"help": "Lowest share of a frame's patches that may be kept."})
+    ratio_max: float = field(default=1.0, metadata={"help": "Highest share of a frame's patches that may be kept."})
+    threshold_share: float = field(
+        default=1.0, metadata={"help": "Share of batches in which a threshold ends frames."}
     )
-    task_loss_requirement_max: float | None = field(
-        default=1.0, metadata={"help": "Highest threshold drawn for a clip; with neither bound, there is none."}
-    )
-    gazing_ratio: float = field(default=1.0, metadata={"help": "Share of a frame's patches to keep at most."})
+    threshold_min: float = field(default=0.5, metadata={"help": "Lowest threshold drawn for a batch."})
+    threshold_max: float = field(default=1.0, metadata={"help": "Highest threshold drawn for a batch."})
     rewarded_share: float = field(
         default=0.125, metadata={"help": "Share of a clip's frames that are reconstructed and rewarded."}
     )
@@ -88,19 +91,27 @@ class AutoGazeGRPOConfig(TrainingArguments):
                 "`group_size` must be a whole number of at least 2, a gaze has no advantage over itself, got "
                 f"{self.group_size}"
             )
-        for name in ("discount", "gazing_ratio", "rewarded_share"):
+        for name in ("discount", "rewarded_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie above 0 and not above 1, got {getattr(self, name)}")
         for name in ("temperature_start", "temperature_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}")
-        bounds = self.task_loss_requirement_min, self.task_loss_requirement_max
-        if bounds != (None, None) and not (None not in bounds and -math.inf < bounds[0] <= bounds[1] < math.inf):
-            raise ValueError(
-                "`task_loss_requirement_min` and `task_loss_requirement_max` must be two numbers in this order, or both "
-                f"None for no threshold, got {bounds[0]} and {bounds[1]}"
-            )
+        self.schedule  # noqa: B018 (checks its numbers)
         super().__post_init__()
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """Draws how many patches the frames of a batch may keep, and its threshold."""
+        return BudgetSchedule(
+            "uniform",
+            self.ratio_min,
+            self.ratio_max,
+            dirichlet_share=0,
+            threshold_share=self.threshold_share,
+            threshold_min=self.threshold_min,
+            threshold_max=self.threshold_max,
+        )
 
 
 class Rollout(NamedTuple):
@@ -189,7 +200,7 @@ class AutoGazeGRPOTrainer(Trainer):
     `length` (kept patches of a frame), `entropy` (of the model's distribution over patches at temperature 1, in nats a
     slot), `task_loss_prediction_error` (absolute difference between the predicted and the measured loss), and the
     `temperature`. `evaluate` measures the reconstruction loss, over all frames, of the gazes that the model makes when
-    it does not sample, at the middle of the thresholds, as `eval_loss`.
+    it does not sample, at the middle of the ratios and of the thresholds, if there are any, as `eval_loss`.
 
     Random draws follow from `seed`, the step and the process alone, so a resumed run draws what an unbroken one would.
 
@@ -217,7 +228,7 @@ class AutoGazeGRPOTrainer(Trainer):
     >>> from transformers_autogaze.training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
 
     >>> model = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64))
-    >>> args = AutoGazeGRPOConfig("gaze", group_size=4, gazing_ratio=0.2, use_cpu=True, report_to="none")
+    >>> args = AutoGazeGRPOConfig("gaze", group_size=4, ratio_min=0.1, ratio_max=0.2, use_cpu=True, report_to="none")
     >>> trainer = AutoGazeGRPOTrainer(model, args)
     >>> rollout = trainer.roll_out(torch.randn(2, 8, 3, 64, 64))
     >>> rollout.gaze.batch_size, len(rollout.rewarded), rollout.loss.shape
@@ -266,33 +277,31 @@ class AutoGazeGRPOTrainer(Trainer):
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(clips, frames, channels, height, width)`):
                 Normalised frames.
-            generator (`torch.Generator`, *optional*): where random numbers come from.
+            generator (`torch.Generator`, *optional*): where random numbers come from, on the CPU.
 
         Returns:
             [`Rollout`]
         """
-        args, device = self.args, pixel_values_videos.device
-        rate, num_clips = self.model.config.frame_sampling_rate, len(pixel_values_videos)
+        args, rate = self.args, self.model.config.frame_sampling_rate
         num_frames = pixel_values_videos.shape[1] // rate
-        order = torch.randperm(num_frames, generator=generator, device=device)
+        order = torch.randperm(num_frames, generator=generator)
         rewarded = sorted(order[: max(1, round(num_frames * args.rewarded_share))].tolist())
-        threshold = None
-        if args.task_loss_requirement_min is not None:
-            low, high = args.task_loss_requirement_min, args.task_loss_requirement_max
-            threshold = low + (high - low) * torch.rand(num_clips, 1, generator=generator, device=device)
-            threshold = threshold.repeat_interleave(args.group_size, dim=0)
         # No reward can depend on what comes after the last of them.
-        clips = pixel_values_videos[:, : (rewarded[-1] + 1) * rate]
+        num_frames = rewarded[-1] + 1
+        clips = pixel_values_videos[:, : num_frames * rate]
         groups = clips.repeat_interleave(args.group_size, dim=0)
+        ratios, threshold = args.schedule.draw(num_frames, generator)
+        # Choices are drawn where the model is, the rest on the CPU.
+        seed = int(torch.randint(2**62, (), generator=generator))
         # The decode loop keeps its state in the weights' own precision.
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(groups.device.type, enabled=False):
             gaze = self.model.generate(
                 groups,
-                args.gazing_ratio,
+                ratios,
                 threshold,
                 do_sample=True,
                 temperature=self.temperature,
-                generator=generator,
+                generator=torch.Generator(groups.device).manual_seed(seed),
             )
         return Rollout(groups, gaze, rewarded, self._measure(clips, gaze, rewarded))
 
@@ -345,9 +354,10 @@ class AutoGazeGRPOTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Gives the mean reconstruction loss of the gazes that the model makes of a batch when it does not sample."""
         clips = self._prepare_inputs(inputs)["pixel_values_videos"]
-        low, high = self.args.task_loss_requirement_min, self.args.task_loss_requirement_max
+        args = self.args
+        threshold = (args.threshold_min + args.threshold_max) / 2 if args.threshold_share else None
         with torch.no_grad():
-            gaze = self.model.generate(clips, self.args.gazing_ratio, None if low is None else (low + high) / 2)
+            gaze = self.model.generate(clips, (args.ratio_min + args.ratio_max) / 2, threshold)
             return self._measure(clips, gaze, list(range(gaze.num_frames))).mean(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -358,6 +368,13 @@ class AutoGazeGRPOTrainer(Trainer):
             logs = {**logs, **dict(zip(self._measured, means, strict=True))}
             self._measured.clear()
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, GazeClipDataset):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return ClipSampler(len(dataset), seed, lambda: int(self.state.epoch or 0))
+        return super()._get_train_sampler(dataset)
 
     def _note(self, rollout: Rollout, scores: AutoGazeModelOutput, error: torch.Tensor) -> None:
         """Keeps what is to be logged of a batch."""
@@ -386,6 +403,6 @@ class AutoGazeGRPOTrainer(Trainer):
         step = self.state.global_step
         if step != self._generator_step:
             place = np.random.SeedSequence([self.args.seed, step, self.args.process_index])
-            self._generator = torch.Generator(self.args.device).manual_seed(int(place.generate_state(1)[0]))
+            self._generator = torch.Generator().manual_seed(int(place.generate_state(1)[0]))
             self._generator_step = step
         return self._generator
