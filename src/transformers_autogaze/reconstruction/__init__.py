@@ -11,6 +11,19 @@ from ..composite_autogaze import (
     mse_to_task_loss,
     task_loss_to_mse,
 )
+from .losses import FeatureLoss, L1Loss, WeightedLoss, published_loss
+from .video_mae import GazeVideoMAE, GazeVideoMAEConfig
 
 
-__all__ = ["CompositeReconstruction", "ReconstructionOutput", "mse_to_task_loss", "task_loss_to_mse"]
+__all__ = [
+    "CompositeReconstruction",
+    "FeatureLoss",
+    "GazeVideoMAE",
+    "GazeVideoMAEConfig",
+    "L1Loss",
+    "ReconstructionOutput",
+    "WeightedLoss",
+    "mse_to_task_loss",
+    "published_loss",
+    "task_loss_to_mse",
+]

@@ -1,0 +1,391 @@
+"""
+The published learned reconstruction: a masked autoencoder that sees the gazed patches of a video alone.
+
+This module owns the network and its configuration (SPEC, "The reconstruction model"); what a reconstruction is worth it
+asks of `losses`, and what ids mean of the gaze. Nothing else of the package needs it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit_mae.modeling_vit_mae import eager_attention_forward
+
+from ..composite_autogaze import ReconstructionOutput, check_reconstruction_inputs
+from ..gazing_autogaze import GazeOutput
+from ..grid_autogaze import GazeGrid
+from .losses import L1Loss
+
+
+class GazeVideoMAEConfig(PreTrainedConfig):
+    """
+    Configuration of a [`GazeVideoMAE`]; the defaults are the published size, that of ViT-MAE large.
+
+    The published `config.json` loads as it is. Its `loss_type` and `loss_weights` are kept but choose nothing: a loss is
+    given in the call.
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`, *optional*, default to 1024, 4096,
+            24 and 16): the encoder.
+        decoder_hidden_size, decoder_intermediate_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`,
+            *optional*, default to 512, 2048, 8 and 16): the decoder.
+        scales (`str` or `Sequence[int]`, *optional*, defaults to `"32+64+112+224"`):
+            Sizes in pixels at which patches are gazed at, coarse to fine; frames have the last.
+        image_size (`int`, *optional*, defaults to 224): size in pixels that the position embeddings are made for.
+        patch_size (`int`, *optional*, defaults to 16): height and width of a patch in pixels, at every scale.
+        max_num_frames (`int`, *optional*, defaults to 256): frames of a clip at most.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): activation between the layers of a perceptron.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12): what keeps the normalisation from dividing by zero.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of fresh weights.
+        rescale_factor (`float`, *optional*, defaults to 1/127.5), offset (`bool`, *optional*, defaults to `True`),
+        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's):
+            How levels 0..255 become the values that the network works with: times the factor, minus 1 with `offset`,
+            minus the mean, over the standard deviation. The model does this itself.
+
+    Raises:
+        ValueError: if the scales are none, or the published options `scale_embed`, `time_embed` or `causal` are off.
+    """
+
+    model_type = "autogaze_video_mae"
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        intermediate_size: int = 4096,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        decoder_hidden_size: int = 512,
+        decoder_intermediate_size: int = 2048,
+        decoder_num_hidden_layers: int = 8,
+        decoder_num_attention_heads: int = 16,
+        scales: str | Sequence[int] = "32+64+112+224",
+        image_size: int = 224,
+        patch_size: int = 16,
+        max_num_frames: int = 256,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        rescale_factor: float = 1 / 127.5,
+        offset: bool = True,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        **kwargs,
+    ):
+        for name in ("scale_embed", "time_embed", "causal"):
+            if not kwargs.pop(name, True):
+                raise ValueError(f"`{name}` must be True, as in the published model, got False")
+        scales = [int(scale) for scale in scales.split("+")] if isinstance(scales, str) else scales
+        self.scales = GazeGrid(scales, patch_size).scales
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.decoder_hidden_size = decoder_hidden_size
+        self.decoder_intermediate_size = decoder_intermediate_size
+        self.decoder_num_hidden_layers = decoder_num_hidden_layers
+        self.decoder_num_attention_heads = decoder_num_attention_heads
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.max_num_frames = max_num_frames
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.rescale_factor = rescale_factor
+        self.offset = offset
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        super().__init__(**kwargs)
+
+    @property
+    def grid(self) -> GazeGrid:
+        """The patches of one frame."""
+        return GazeGrid(self.scales, self.patch_size)
+
+
+class GazeVideoMAELayer(GradientCheckpointingLayer):
+    """A transformer layer, normalised before each half, under the published names of its weights."""
+
+    def __init__(self, config: GazeVideoMAEConfig, hidden_size: int, intermediate_size: int, num_heads: int):
+        super().__init__()
+        self.config, self.num_heads = config, num_heads
+        self.scaling, self.is_causal = (hidden_size // num_heads) ** -0.5, False
+        self.layernorm_before = nn.LayerNorm(hidden_size, config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(hidden_size, config.layer_norm_eps)
+        heads = {name: nn.Linear(hidden_size, hidden_size) for name in ("query", "key", "value")}
+        joined = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)})
+        self.attention = nn.ModuleDict({"attention": nn.ModuleDict(heads), "output": joined})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden_size, intermediate_size)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(intermediate_size, hidden_size)})
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Takes `(batch, tokens, hidden)` and an additive mask `(batch, 1, tokens, tokens)`."""
+        normed, heads = self.layernorm_before(hidden), self.attention["attention"]
+        query, key, value = (
+            heads[name](normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        name = self.config._attn_implementation
+        attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        attended, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
+        hidden = hidden + self.attention["output"]["dense"](attended.flatten(2))
+        inner = self.activation(self.intermediate["dense"](self.layernorm_after(hidden)))
+        return hidden + self.output["dense"](inner)
+
+
+class GazeVideoMAEEmbeddings(nn.Module):
+    """Turns the gazed patches of a clip into tokens, a CLS token before them."""
+
+    def __init__(self, config: GazeVideoMAEConfig):
+        super().__init__()
+        self.grid, size = config.grid, config.hidden_size
+        self.rows = config.image_size // config.patch_size
+        projection = nn.Conv2d(3, size, config.patch_size, config.patch_size)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.rows**2 + 1, size), requires_grad=False)
+        self.scale_embed = nn.Parameter(torch.zeros(len(self.grid.scales), size))
+        self.time_embed = nn.Parameter(torch.zeros(config.max_num_frames, size))
+
+    def forward(self, values: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
+        """Takes normalised frames `(batch, frames, 3, height, width)`; gives `(batch, 1 + N, hidden)`."""
+        patches = gaze.replace(frame_sampling_rate=1).gather_patches(values)
+        tokens = self.patch_embeddings["projection"](patches.flatten(0, 1)).view(*patches.shape[:2], -1)
+        tokens = tokens + self._places()[_local_ids(gaze)] + self.time_embed[gaze.frame_of_slot]
+        cls_token = self.cls_token + self.position_embeddings[:, :1]
+        return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+
+    def _places(self) -> torch.Tensor:
+        """Where in a frame, and at which scale, each of its patches lies: `(patches + 1, hidden)`, the last none."""
+        stored = self.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (self.rows, self.rows))
+        positions = [
+            (F.interpolate(stored, size=grid, mode="bicubic") if grid != stored.shape[2:] else stored)[0].flatten(1).T
+            for grid in self.grid.grids
+        ]
+        return _with_scales(positions, self.scale_embed)
+
+
+class GazeVideoMAEEncoder(nn.Module):
+    """Encodes the gazed patches; each sees those of its own frame and of earlier ones."""
+
+    def __init__(self, config: GazeVideoMAEConfig):
+        super().__init__()
+        self.embeddings = GazeVideoMAEEmbeddings(config)
+        sizes = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        layers = [GazeVideoMAELayer(config, *sizes) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, values: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
+        """Takes normalised frames `(batch, frames, 3, height, width)`; gives `(batch, 1 + N, hidden)`."""
+        hidden = self.embeddings(values, gaze)
+        mask = _block_causal_mask(gaze.frame_of_slot, gaze.if_padded_gazing, hidden.dtype)
+        for layer in self.encoder["layer"]:
+            hidden = layer(hidden, mask)
+        return self.layernorm(hidden)
+
+
+class GazeVideoMAEDecoder(nn.Module):
+    """Fills in all patches of the frames asked for, from what was gazed at in all frames."""
+
+    def __init__(self, config: GazeVideoMAEConfig):
+        super().__init__()
+        self.grid, size = config.grid, config.decoder_hidden_size
+        self.rows = config.image_size // config.patch_size
+        self.decoder_embed = nn.Linear(config.hidden_size, size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.rows**2 + 1, size), requires_grad=False)
+        self.decoder_scale_embed = nn.Parameter(torch.zeros(len(self.grid.scales), size))
+        self.time_embed = nn.Parameter(torch.zeros(config.max_num_frames, size))
+        sizes = size, config.decoder_intermediate_size, config.decoder_num_attention_heads
+        layers = [GazeVideoMAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)]
+        self.decoder_layers = nn.ModuleList(layers)
+        self.decoder_norm = nn.LayerNorm(size, config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(size, 3 * config.patch_size**2)
+
+    def forward(self, latent: torch.Tensor, gaze: GazeOutput, frames: list[int]) -> torch.Tensor:
+        """Takes `(batch, 1 + N, hidden)`; gives normalised frames `(batch, F, 3, height, width)` in ascending order."""
+        tokens, number, frame_of_slot = self.decoder_embed(latent), self.grid.num_patches, gaze.frame_of_slot
+        cls_token, tokens = tokens[:, :1] + self.decoder_pos_embed[:, :1], tokens[:, 1:]
+        asked = torch.tensor(frames, device=tokens.device)
+        is_asked = torch.isin(frame_of_slot, asked)
+        places, local = self._places(), _local_ids(gaze)
+
+        # Padding is written to an extra place of its frame, which is cut off again.
+        batch, _, size = tokens.shape
+        slot = torch.searchsorted(asked, frame_of_slot[is_asked]) * (number + 1) + local[:, is_asked]
+        whole = self.mask_token.expand(batch, len(frames) * (number + 1), -1)
+        whole = whole.scatter(1, slot[..., None].expand(-1, -1, size), tokens[:, is_asked])
+        whole = whole.unflatten(1, (len(frames), -1))[:, :, :-1] + places[:-1] + self.time_embed[asked][:, None]
+        gazed = tokens + places[local] + self.time_embed[frame_of_slot]
+
+        hidden = torch.cat([cls_token, gazed[:, ~is_asked], whole.flatten(1, 2)], dim=1)
+        frame_of_token = torch.cat([frame_of_slot[~is_asked], asked.repeat_interleave(number)])
+        is_padding = F.pad(gaze.if_padded_gazing[:, ~is_asked], (0, len(frames) * number))
+        mask = _block_causal_mask(frame_of_token, is_padding, hidden.dtype)
+        for layer in self.decoder_layers:
+            hidden = layer(hidden, mask)
+
+        rows, cols = self.grid.grids[-1]
+        finest = hidden[:, -len(frames) * number :].unflatten(1, (len(frames), number))[:, :, -rows * cols :]
+        patches = self.decoder_pred(self.decoder_norm(finest))
+        patches = patches.view(batch, len(frames), rows, cols, self.grid.patch_size, self.grid.patch_size, 3)
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, len(frames), 3, *self.grid.sizes[-1])
+
+    def _places(self) -> torch.Tensor:
+        """As in the encoder; but the published decoder resizes the row of all positions, not their square."""
+        stored = self.decoder_pos_embed[:, None, 1:].permute(0, 3, 1, 2)
+        positions = [
+            F.interpolate(stored, size=(1, count), mode="bicubic")[0, :, 0].T
+            for count in self.grid.num_patches_each_scale
+        ]
+        return _with_scales(positions, self.decoder_scale_embed)
+
+
+class GazeVideoMAE(PreTrainedModel):
+    """
+    Rebuilds frames from their gazed patches with a masked autoencoder: the published learned reconstruction.
+
+    It is called like [`CompositeReconstruction`]: pixels in 0..1 and a gaze in, frames and losses out. The encoder works
+    on gazed patches alone, the decoder on all patches of the frames asked for and on the gazed ones of all others. Both
+    see earlier frames, so which frames are asked for together has a little effect on the later ones, as published.
+
+    The published checkpoint's names of weights are this model's; its feature networks, where they come with it, are left
+    out.
+
+    Args:
+        config (`GazeVideoMAEConfig`): the configuration.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import GazeGrid, GazeOutput
+    >>> from transformers_autogaze.reconstruction import GazeVideoMAE, GazeVideoMAEConfig
+
+    >>> small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> small |= {f"decoder_{key}": value for key, value in small.items()}
+    >>> model = GazeVideoMAE(GazeVideoMAEConfig(**small, scales="16+32", image_size=32)).eval()
+    >>> masks = [torch.ones(1, 4, 1, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool)]
+    >>> output = model(torch.rand(1, 4, 3, 32, 32), GazeOutput.from_masks(masks, model.config.grid), frames=[1, 3])
+    >>> output.reconstruction.shape, output.loss.shape
+    (torch.Size([1, 2, 3, 32, 32]), torch.Size([1, 2]))
+
+    ```
+    """
+
+    config_class = GazeVideoMAEConfig
+    main_input_name = "pixels"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GazeVideoMAELayer", "GazeVideoMAEEmbeddings"]
+    _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [r"^dinov2_reg\.", r"^siglip2\."]
+
+    def __init__(self, config: GazeVideoMAEConfig):
+        super().__init__(config)
+        self.vit = GazeVideoMAEEncoder(config)
+        self.decoder = GazeVideoMAEDecoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (GazeVideoMAEEmbeddings, GazeVideoMAEDecoder)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in ("position_embeddings", "decoder_pos_embed"):
+                    init.copy_(parameter, _sincos_positions(module.rows, parameter.shape[-1])[None])
+                else:
+                    init.normal_(parameter, std=self.config.initializer_range)
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        gaze: GazeOutput,
+        frames: Sequence[int] | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> ReconstructionOutput:
+        """
+        Rebuilds frames and measures how well.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                The clips, one frame per frame of gaze, pixels in 0..1, in the size of the finest scale. They are
+                normalised in here, as the configuration says.
+            gaze ([`GazeOutput`]): what was kept of them, on the model's scales.
+            frames (`Sequence[int]`, *optional*): the frames to give, by their place in the clip; all if not given.
+            loss (`Callable`, *optional*):
+                What to measure, called as `loss(rebuilt, frames)` with pixels in 0..1 of shape `(batch, F, 3, height,
+                width)`; gives `(batch, F)`. By default the published pixel loss, the mean absolute error of normalised
+                values; see [`~losses.published_loss`] for the published sum with features.
+
+        Returns:
+            [`ReconstructionOutput`]; the frames are as the network draws them and may overshoot 0..1.
+
+        Raises:
+            ValueError: if pixels or gaze are not as above, a frame does not exist or the clip is too long.
+        """
+        index = check_reconstruction_inputs(pixels, gaze, frames, self.config.grid)
+        if gaze.num_frames > self.config.max_num_frames:
+            raise ValueError(
+                f"`pixels` must hold at most {self.config.max_num_frames} frames a clip, got {gaze.num_frames}"
+            )
+        mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in self._mean_and_std())
+        latent = self.vit(((pixels - mean) / std).to(self.dtype), gaze)
+        asked = sorted(set(index))
+        rebuilt = self.decoder(latent, gaze, asked)[:, [asked.index(frame) for frame in index]]
+        rebuilt = rebuilt.to(pixels.dtype) * std + mean
+        loss = L1Loss(self._mean_and_std()[1]) if loss is None else loss
+        return ReconstructionOutput(rebuilt, loss(rebuilt, pixels[:, index]))
+
+    def _mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Gives the whole normalisation as a mean and a deviation of pixels in 0..1, per channel."""
+        config, scale = self.config, 1 / (255 * self.config.rescale_factor)
+        return [(mean + config.offset) * scale for mean in config.image_mean], [
+            std * scale for std in config.image_std
+        ]
+
+
+def _local_ids(gaze: GazeOutput) -> torch.Tensor:
+    """Ids counted from their frame, `(batch, N)`; padding has the id after the last."""
+    ids = gaze.gazing_pos - gaze.frame_of_slot * gaze.num_vision_tokens_each_frame
+    return ids.masked_fill(gaze.if_padded_gazing, gaze.num_vision_tokens_each_frame)
+
+
+def _with_scales(positions: Sequence[torch.Tensor], scale_embed: torch.Tensor) -> torch.Tensor:
+    """Adds the embedding of each scale to its positions `(patches, hidden)`, joins them and adds a row for padding."""
+    joined = torch.cat([part + scale for part, scale in zip(positions, scale_embed, strict=True)])
+    return F.pad(joined, (0, 0, 0, 1))
+
+
+def _block_causal_mask(frame_of_token: torch.Tensor, is_padding: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Lets tokens see those of their own frame and of earlier ones, the CLS token, which sees itself alone, and no padding.
+
+    Args:
+        frame_of_token (`torch.LongTensor` of shape `(tokens,)`): the frame of each token but the CLS token.
+        is_padding (`torch.BoolTensor` of shape `(batch, tokens)`): where not to look.
+        dtype (`torch.dtype`): of the mask.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, 1, 1 + tokens, 1 + tokens)`, to be added to attention scores.
+    """
+    frame = F.pad(frame_of_token, (1, 0), value=-1)
+    is_seen = (frame[:, None] >= frame) & ~F.pad(is_padding, (1, 0))[:, None, None]
+    mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
+    return mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
+
+
+def _sincos_positions(rows: int, size: int) -> torch.Tensor:
+    """Gives the fixed embeddings of a square of positions, columns before rows, `(1 + rows * rows, size)`; CLS first."""
+    frequency = 10000 ** (-torch.arange(size // 4, dtype=torch.float64) * 4 / size)
+    angle = torch.arange(rows, dtype=torch.float64)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+    square = torch.cat([waves.repeat(rows, 1), waves.repeat_interleave(rows, dim=0)], dim=1)
+    return F.pad(square, (0, 0, 1, 0)).float()
