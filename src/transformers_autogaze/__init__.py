@@ -46,7 +46,16 @@ if PIPELINE_TASK not in PIPELINE_REGISTRY.supported_tasks:
 
 # Found in their modules when they are first asked for.
 _LAZY = {
+    "AutoGazeGRPOConfig": "training",
+    "AutoGazeGRPOTrainer": "training",
+    "AutoGazeTrainer": "training",
+    "AutoGazeTrainingArguments": "training",
     "CompositeReconstruction": "reconstruction",
+    "GazeVideoMAE": "reconstruction",
+    "GazeQwenVL": "integrations",
+    "GazeVideoLM": "integrations",
+    "GazeVisionModel": "integrations",
+    "GazeVisionOutput": "integrations",
     "mse_to_task_loss": "reconstruction",
     "task_loss_to_mse": "reconstruction",
     "contact_sheet": "visualization",

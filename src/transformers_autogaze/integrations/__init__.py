@@ -1,6 +1,19 @@
 """Gazed patches into vision towers and video MLLMs of transformers."""
 
+from .mllm import GazeVideoLM
+from .nvila import attach, gaze_to_nvila, nvila_to_gaze
+from .qwen_vl import GazeQwenVL
+from .video_tokens import SinusoidalTimeEmbedding
 from .vision import GazeVisionModel, GazeVisionOutput
 
 
-__all__ = ["GazeVisionModel", "GazeVisionOutput"]
+__all__ = [
+    "GazeQwenVL",
+    "GazeVideoLM",
+    "GazeVisionModel",
+    "GazeVisionOutput",
+    "SinusoidalTimeEmbedding",
+    "attach",
+    "gaze_to_nvila",
+    "nvila_to_gaze",
+]
