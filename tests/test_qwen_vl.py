@@ -443,6 +443,32 @@ def test_labels_of_what_is_left_give_a_loss_and_gradients(mllm):
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_may_stay_elsewhere_until_a_module_runs(family):
+    accelerate = pytest.importorskip("accelerate")
+    mllm = tiny_mllm(family)
+    inputs = make_inputs(mllm, TWO_VIDEOS)
+    call = {**inputs, "gaze": gazes_for(inputs)}
+    with torch.no_grad():
+        expected = GazeQwenVL(mllm)(**call).logits
+        generated = GazeQwenVL(mllm).generate(**call, max_new_tokens=3, do_sample=False)
+        accelerate.cpu_offload(mllm, torch.device("cpu"))
+        assert mllm.model.visual.patch_embed.proj.weight.is_meta
+        assert torch.equal(GazeQwenVL(mllm)(**call).logits, expected)
+        assert torch.equal(GazeQwenVL(mllm).generate(**call, max_new_tokens=3, do_sample=False), generated)
+
+
+def test_eager_attention_gives_the_same(mllm):
+    inputs = make_inputs(mllm, UNEQUAL)
+    call = {**inputs, "gaze": gazes_for(inputs)}
+    other = tiny_mllm(mllm.config.model_type)
+    other.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits, expected = GazeQwenVL(other)(**call).logits, GazeQwenVL(mllm)(**call).logits
+    real = GazeQwenVL(mllm).prepare_inputs(**call, padding_side="left").attention_mask.bool()
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
+
+
 def test_the_mllm_is_left_as_it_was(mllm):
     inputs = make_inputs(mllm, TWO_VIDEOS)
     state = {name: value.clone() for name, value in mllm.state_dict().items()}
@@ -539,19 +565,6 @@ def test_outputs_of_the_original_processor_can_be_passed_on(family):
     assert gazed.shape == generated.shape and torch.equal(gazed[:, :-4], inputs["input_ids"])
 
 
-def run_example(arguments: list[str], monkeypatch, capsys) -> str:
-    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *arguments])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_the_example_runs(monkeypatch, capsys):
-    torch.manual_seed(0)
-    units, answer = run_example(["--tiny"], monkeypatch, capsys).splitlines()
-    kept, total = map(int, re.fullmatch(r"(\d+) of (\d+) merge units", units).groups())
-    assert 0 < kept < total and answer
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_example_runs_on_a_checkpoint_and_a_file(family, tmp_path, monkeypatch, capsys):
     processor = make_processor(family)
@@ -559,7 +572,9 @@ def test_the_example_runs_on_a_checkpoint_and_a_file(family, tmp_path, monkeypat
     tiny_mllm(family, patch_size=processor.video_processor.patch_size).save_pretrained(tmp_path)
     clip = write_video(tmp_path / "clip.mp4", render_demo_clip(20), fps=10)
     arguments = [str(clip), "w4 w5", "--mllm", str(tmp_path), "--num-frames", "6"]
-    units, answer = run_example(arguments, monkeypatch, capsys).splitlines()
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    units, answer = capsys.readouterr().out.splitlines()
     kept, total = map(int, re.fullmatch(r"(\d+) of (\d+) merge units", units).groups())
     assert 0 < kept <= total and answer.split()[0].startswith("w")
 
@@ -589,6 +604,8 @@ def test_what_does_not_fit_is_named(mllm):
         model.generate(**single, gaze=gaze)
     with pytest.raises(ValueError, match=r"`pixel_values_videos` must have the 48 patches .* got \(40, 96\)"):
         model(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"][:40]}, gaze=gaze)
+    with pytest.raises(ValueError, match="`padding_side` must be 'left' or 'right', got 'both'"):
+        model.prepare_inputs(**inputs, gaze=gaze, padding_side="both")
     with pytest.raises(ValueError, match="`pixel_values_videos` must be given for prompts with a video placeholder"):
         model(inputs["input_ids"])
 

@@ -39,7 +39,7 @@ class GazedPrompt:
     Prompts without the tokens of dropped units, and where the others are.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens that are left.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens that are left; any where it is padded.
         attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 where a prompt is padded.
         inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): what the language model gets.
         position_ids (`torch.LongTensor` of shape `(3, batch, length)`):
@@ -293,8 +293,11 @@ class GazeQwenVL(nn.Module):
             [`GazedPrompt`]
 
         Raises:
-            ValueError: if no prompt has a placeholder, there are not as many as units, or a gaze does not fit the videos.
+            ValueError: if no prompt has a placeholder, there are not as many as units, a gaze does not fit the videos, or the
+                side is none.
         """
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"`padding_side` must be 'left' or 'right', got {padding_side!r}")
         config, device = self.mllm.config, input_ids.device
         is_video, is_image = input_ids == config.video_token_id, input_ids == config.image_token_id
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -342,9 +345,6 @@ class GazeQwenVL(nn.Module):
         is_real = is_left.gather(1, source)
         visual_index = visual_index.gather(1, source).masked_fill(~is_real, -1)
         input_ids = input_ids.gather(1, source)
-        # A token that the prompt has anyway changes nothing for what counts tokens, such as a repetition penalty.
-        first = input_ids.gather(1, is_real.int().argmax(1, keepdim=True))
-        input_ids = torch.where(is_real, input_ids, first)
         inputs_embeds = self.mllm.get_input_embeddings()(input_ids)
         is_visual = (visual_index >= 0).to(inputs_embeds.device)
         shown = visual_index[visual_index >= 0].to(features.device)
@@ -448,7 +448,9 @@ class GazeQwenVL(nn.Module):
             in_answer = prompt.next_position[:, None] + slots - length
             positions = torch.where(slots < length, in_prompt, in_answer).repeat_interleave(times, dim=1)
             counted = kwargs.get("position_ids")
-            if counted is not None and len(counted) == 4:  # the first row is what attention masks are made from
+            if (
+                counted is not None and counted.ndim == 3 and len(counted) == 4
+            ):  # the first row is what attention masks are made from
                 positions = torch.cat([counted[:1], positions.to(counted)])
             kwargs["position_ids"] = positions.to(embeds.device)
             index = prompt.visual_index[:, start : start + embeds.shape[1]].repeat_interleave(times, dim=0)

@@ -33,47 +33,52 @@ def encode_units(
         `tuple`: `torch.FloatTensor` of shape `(kept, out_hidden_size)`, in the order of their tokens, and a `list` of as
         many more of them for the first layers of the language model (Qwen3-VL's deepstack; empty for Qwen2.5-VL).
     """
-    merge = tower.spatial_merge_size
-    device = tower.patch_embed.proj.weight.device
-    places = UnitPlaces(*(of_unit[is_kept].to(device) for of_unit in locate_units(grid_thw, merge)))
-    frames = torch.stack([places.video, places.time])
-    windows, order = frames, torch.arange(len(places.video), device=device)
-    whole_frame_layers = range(len(tower.blocks))
-    if hasattr(tower, "fullatt_block_indexes"):
-        whole_frame_layers = tower.fullatt_block_indexes
-        side = tower.window_size // merge // tower.patch_size
-        windows = torch.stack([places.video, places.time, places.row // side, places.col // side])
-        for key in reversed(windows):
-            order = order[torch.argsort(key[order], stable=True)]
-    places = UnitPlaces(*(of_unit[order] for of_unit in places))
-    frame_ends, window_ends = (_segment_ends(keys[:, order]) for keys in (frames, windows))
-
-    units = is_kept.nonzero().flatten().to(pixel_values.device)[order.to(pixel_values.device)]
+    merge, device = tower.spatial_merge_size, pixel_values.device
+    is_kept = is_kept.to(device)
+    places = UnitPlaces(*(of_unit[is_kept] for of_unit in locate_units(grid_thw.to(device), merge)))
+    order, frame_ends, window_ends = _sort_by_window(tower, places)
+    units = is_kept.nonzero().flatten()[order]
     patches = pixel_values.unflatten(0, (-1, merge * merge))[units].flatten(0, 1)
-    hidden_states = tower.patch_embed(patches.to(device))
+
+    weight = tower.patch_embed.proj.weight
+    # Where accelerate brings in the weights of every module when it runs, they are nowhere before.
+    hidden_states = tower.patch_embed(patches if weight.is_meta else patches.to(weight.device))
+    device = hidden_states.device
+    places = UnitPlaces(*(of_unit[order].to(device) for of_unit in places))
     # The patches of a unit, row by row: (units, merge * merge).
     inside = torch.arange(merge * merge, device=device)
     rows = (places.row[:, None] * merge + inside // merge).flatten()
     cols = (places.col[:, None] * merge + inside % merge).flatten()
     if hasattr(tower, "pos_embed"):
         video = places.video.repeat_interleave(merge * merge)
-        hidden_states = hidden_states + _learned_positions(tower, grid_thw, video, rows, cols).to(hidden_states.dtype)
+        hidden_states = hidden_states + _learned_positions(tower, grid_thw, video, rows, cols).to(hidden_states)
     angles = torch.stack([rows, cols], dim=-1)[..., None].float() * tower.rotary_pos_emb.inv_freq.to(device).float()
     angles = angles.flatten(1).repeat(1, 2)
     position_embeddings = (angles.cos(), angles.sin())
 
     deepstack = []
     for number, block in enumerate(tower.blocks):
-        hidden_states = block(
-            hidden_states,
-            cu_seqlens=(frame_ends if number in whole_frame_layers else window_ends) * merge * merge,
-            position_embeddings=position_embeddings,
-        )
+        sees_frame = number in getattr(tower, "fullatt_block_indexes", (number,))
+        ends = (frame_ends if sees_frame else window_ends).to(device) * merge * merge
+        hidden_states = block(hidden_states, cu_seqlens=ends, position_embeddings=position_embeddings)
         if number in getattr(tower, "deepstack_visual_indexes", ()):
             merger = tower.deepstack_merger_list[list(tower.deepstack_visual_indexes).index(number)]
-            deepstack.append(merger(hidden_states))
-    back = torch.argsort(order)
-    return tower.merger(hidden_states)[back], [features[back] for features in deepstack]
+            deepstack.append(merger(hidden_states))  # in the order of tokens, for there are no windows here
+    features = tower.merger(hidden_states)
+    return features[torch.argsort(order).to(features.device)], deepstack
+
+
+def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gives the order of units in which windows lie together, and where frames and windows end in it."""
+    frames = torch.stack([places.video, places.time])
+    order = torch.arange(len(places.video), device=places.video.device)
+    if not hasattr(tower, "window_size"):
+        return order, _segment_ends(frames), _segment_ends(frames)
+    side = tower.window_size // tower.spatial_merge_size // tower.patch_size
+    windows = torch.cat([frames, torch.stack([places.row // side, places.col // side])])
+    for key in reversed(windows):
+        order = order[torch.argsort(key[order], stable=True)]
+    return order, _segment_ends(frames[:, order]), _segment_ends(windows[:, order])
 
 
 def _segment_ends(keys: torch.Tensor) -> torch.Tensor:
@@ -87,10 +92,10 @@ def _learned_positions(
 ) -> torch.Tensor:
     """Reads the position table, resized to the grid of each patch's video, at the rows and columns of patches."""
     side = tower.num_grid_per_side
-    table = tower.pos_embed.weight.view(1, side, side, -1).permute(0, 3, 1, 2)
+    table = tower.pos_embed(torch.arange(side * side, device=video.device)).view(1, side, side, -1).permute(0, 3, 1, 2)
     positions = table.new_empty(len(video), table.shape[1])
     for height, width in {(height, width) for _, height, width in grid_thw.tolist()}:
         resized = F.interpolate(table, (height, width), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
-        is_here = ((grid_thw[:, 1] == height) & (grid_thw[:, 2] == width)).to(video.device)[video]
+        is_here = ((grid_thw[:, 1] == height) & (grid_thw[:, 2] == width)).to(table.device)[video]
         positions = positions.masked_scatter(is_here[:, None], resized[rows[is_here], cols[is_here]])
     return positions
