@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.utils import logging
 
-from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput, cli_training
+from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput, cli_evaluation, cli_training
 from .demo import render_demo_clip
 from .selection_autogaze import resize_frames
 from .video import write_video
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", parents=[output], help="prune a clip that is rendered on the spot")
     demo.set_defaults(run=_demo)
 
-    for module in (cli_training,):
+    for module in (cli_training, cli_evaluation):
         module.add_commands(commands)
     return parser
 

@@ -1,0 +1,192 @@
+"""
+Writes what selectors scored: a JSON file, a table in Markdown, and curves.
+
+This module owns the form of results; it measures nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .charts import line_chart
+from .comparison import SelectorScores
+
+
+_BIN = 0.1  # of predicted loss
+_LEAST_IN_BIN = 20
+
+
+def write_report(
+    scores: Sequence[SelectorScores], folder: str | Path, about: Mapping[str, Any], model: str = "model"
+) -> list[Path]:
+    """
+    Writes `results.json`, `results.md`, `quality_over_patches.png` and, where the model predicts losses,
+    `measured_over_predicted_loss.png`.
+
+    Args:
+        scores (`Sequence[SelectorScores]`): what [`evaluate_selectors`] gave.
+        folder (`str` or `Path`): where to write; made if it is missing.
+        about (`Mapping[str, Any]`): what was measured and how, such as the videos; written as it is, ready for JSON.
+        model (`str`, *optional*, defaults to `"model"`): the selector whose predictions and clips are shown one by one.
+
+    Returns:
+        `list[Path]`: the files written.
+
+    Raises:
+        ValueError: if there are no scores.
+    """
+    if not scores:
+        raise ValueError("`scores` must hold at least one entry, got none")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    predictions = [pair for score in scores if score.selector == model for pair in score.predictions]
+    bins = calibration(predictions)
+    written = []
+
+    rows = [{key: value for key, value in asdict(score).items() if key != "predictions"} for score in scores]
+    written.append(folder / "results.json")
+    written[-1].write_text(
+        json.dumps({**about, "scores": rows, "calibration": bins}, indent=1) + "\n", encoding="utf-8"
+    )
+
+    charts = {}
+    if curves := _quality_curves(scores):
+        charts["quality_over_patches"] = line_chart(
+            curves, "Reconstruction from the kept patches", "patches kept of a frame", "PSNR (dB)"
+        )
+    if bins:
+        lines = {
+            "mean": [(part["predicted"], part["measured"]) for part in bins],
+            "10 % below": [(part["predicted"], part["low"]) for part in bins],
+            "10 % above": [(part["predicted"], part["high"]) for part in bins],
+            "equal": [(part["predicted"], part["predicted"]) for part in bins],
+        }
+        charts["measured_over_predicted_loss"] = line_chart(
+            lines, "Measured over predicted loss", "predicted loss", "measured loss"
+        )
+    for name, chart in charts.items():
+        written.append(folder / f"{name}.png")
+        chart.save(written[-1])
+
+    text = [*_about_lines(about), markdown_tables(scores, model)]
+    text += [f"\n![{name.replace('_', ' ')}]({name}.png)" for name in charts]
+    written.append(folder / "results.md")
+    written[-1].write_text("\n".join(text) + "\n", encoding="utf-8")
+    return written
+
+
+def markdown_tables(scores: Sequence[SelectorScores], model: str = "model") -> str:
+    """
+    Puts scores into tables, one for every setting, and with a threshold one more of the model's clips.
+
+    Args:
+        scores (`Sequence[SelectorScores]`): what [`evaluate_selectors`] gave.
+        model (`str`, *optional*, defaults to `"model"`): the selector whose clips are shown, beside those of `"greedy"`.
+
+    Returns:
+        `str`: the tables in Markdown, each under a heading.
+    """
+    groups: dict[tuple[float, float | None], list[SelectorScores]] = {}
+    for score in scores:
+        groups.setdefault((score.gazing_ratio, score.task_loss_requirement), []).append(score)
+    parts = []
+    for (ratio, threshold), group in groups.items():
+        columns = {
+            "selector": [score.selector for score in group],
+            "task loss": [f"{score.task_loss:.3f}" for score in group],
+            "PSNR (dB)": [f"{score.psnr:.2f}" for score in group],
+            "SSIM": [f"{score.ssim:.3f}" for score in group],
+            "L1": [f"{score.l1:.4f}" for score in group],
+            "patches a frame": [f"{score.patches_per_frame:.1f}" for score in group],
+            "reduction": [f"{score.reduction_factor:.1f}x" for score in group],
+            "efficiency": [_or_dash(score.efficiency, ".2f") for score in group],
+            "frames that meet the threshold": [_or_dash(score.threshold_share, ".1%") for score in group],
+            "patches over greedy's": [_or_dash(score.patches_over_greedy, ".2f") for score in group],
+            "predicted loss off by": [_or_dash(score.predicted_loss_error, ".3f") for score in group],
+        }
+        # A column that tells nothing at this setting is left out.
+        columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+        limit = "" if threshold is None else f", threshold {threshold:g}"
+        parts.append(f"\n## Ratio {ratio:g}{limit}\n\n{_table(columns)}")
+        if threshold is not None:
+            parts.append(_clip_table([score for score in group if score.selector in (model, "greedy")]))
+    return "\n".join(part for part in parts if part)
+
+
+def calibration(predictions: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
+    """
+    Sums up what was measured where a model predicted about the same loss.
+
+    Args:
+        predictions (`Sequence[tuple[float, float]]`): predicted and measured losses.
+
+    Returns:
+        `list[dict]`, one entry for every tenth of predicted loss that holds at least 20 of them, in ascending order:
+        means `predicted` and `measured`, the 10th and 90th percentile `low` and `high` of the measured, and the `count`.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.evaluation.report import calibration
+
+    >>> calibration([(0.25, 0.2 + 0.01 * i) for i in range(21)])[0]["high"]
+    0.38
+
+    ```
+    """
+    pairs = np.asarray(predictions, dtype=float).reshape(-1, 2)
+    bins = np.floor(pairs[:, 0] / _BIN + 1e-9)
+    parts = []
+    for number in np.unique(bins):
+        predicted, measured = pairs[bins == number].T
+        if len(predicted) >= _LEAST_IN_BIN:
+            low, high = np.percentile(measured, [10, 90])
+            numbers = {"predicted": predicted.mean(), "measured": measured.mean(), "low": low, "high": high}
+            parts.append({key: round(float(value), 4) for key, value in numbers.items()} | {"count": len(predicted)})
+    return parts
+
+
+def _quality_curves(scores: Sequence[SelectorScores]) -> dict[str, list[tuple[float, float]]]:
+    """PSNR over patches of the settings without threshold, by selector."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for score in scores:
+        if score.task_loss_requirement is None:
+            curves.setdefault(score.selector, []).append((score.patches_per_frame, score.psnr))
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def _about_lines(about: Mapping[str, Any]) -> list[str]:
+    lines = ["# How good the kept patches are", ""]
+    for key, value in about.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        lines.append(f"- {key.replace('_', ' ')}: {shown}")
+    lines += [
+        "",
+        "Means over all frames. Frames are rebuilt by the closed form from the kept patches alone; task loss is (40 - PSNR) "
+        "/ 20; efficiency is 1 for greedy search and 0 for random patches; predicted losses are compared with the "
+        "measured ones after every kept patch.",
+    ]
+    return lines
+
+
+def _clip_table(group: Sequence[SelectorScores]) -> str:
+    if not group:
+        return ""
+    columns = {"clip": [clip["name"] for clip in group[0].each_clip]}
+    for score in group:
+        columns[f"patches, {score.selector}"] = [str(clip["num_patches"]) for clip in score.each_clip]
+        columns[f"PSNR (dB), {score.selector}"] = [f"{clip['psnr']:.1f}" for clip in score.each_clip]
+    return f"\nClip by clip:\n\n{_table(columns)}"
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> str:
+    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
