@@ -1,5 +1,5 @@
 """
-The command line of training: `autogaze train` and `autogaze train-grpo`.
+The command line of training: `autogaze label`, `autogaze train` and `autogaze train-grpo`.
 
 A thin layer over `training`: every field of its dataclasses is an argument of the same name.
 """
@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import HfArgumentParser, set_seed
 
 from .configuration_autogaze import AutoGazeConfig
@@ -16,7 +17,9 @@ from .modeling_autogaze import AutoGazeModel
 from .training.augmentation import ClipAugmentation
 from .training.data import BudgetSchedule, GazeClipDataset
 from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from .training.labels import ClipLabels, GreedyLabeller, label_videos, read_labels
 from .training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
+from .training.videos import VideoCollection
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
@@ -25,6 +28,22 @@ Settings = TypeVar("Settings")
 
 def add_commands(commands: Any) -> None:
     """Adds the commands of training to those of the command line, an action of `argparse`'s `add_subparsers`."""
+    label = commands.add_parser(
+        "label",
+        help="label videos by greedy search, once, to train on later",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    label.add_argument("videos", type=Path, metavar="VIDEOS", help="folder of videos")
+    label.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    label.add_argument("--num-frames", type=int, default=16, metavar="N", help="frames to take of each video")
+    label.add_argument("--gazing-ratio", type=float, default=0.1, metavar="R", help="share of patches to choose, 0..1")
+    label.add_argument("--task-loss-requirement", type=float, metavar="L", help="loss at which a frame is done")
+    label.add_argument("--shard", default="1/1", metavar="I/N", help="label only the I-th of N parts of the videos")
+    label.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips to search together")
+    label.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode")
+    label.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to search")
+    label.set_defaults(run=_label)
+
     train = commands.add_parser(
         "train",
         parents=[dataclass_arguments(AutoGazeTrainingArguments, BudgetSchedule, ClipAugmentation), clip_arguments()],
@@ -33,6 +52,13 @@ def add_commands(commands: Any) -> None:
     )
     train.add_argument(
         "--num-multi-token-pred", type=int, default=10, metavar="K", help="patches a step of a new model proposes"
+    )
+    train.add_argument(
+        "--labels",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="label files of the videos to train on, in place of random clips that are labelled on the way",
     )
     train.set_defaults(run=_train)
 
@@ -78,23 +104,56 @@ def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeMode
 
 
 def load_clips(
-    options: argparse.Namespace, model: AutoGazeModel, processor: AutoGazeVideoProcessor, **settings: Any
+    options: argparse.Namespace,
+    model: AutoGazeModel,
+    processor: AutoGazeVideoProcessor,
+    augmentation: ClipAugmentation | None = None,
+    schedule: BudgetSchedule | None = None,
+    labels: dict[str, ClipLabels] | None = None,
 ) -> dict[str, GazeClipDataset | None]:
-    """Makes the datasets that the arguments name; those for evaluation hold whole frames, not varied."""
+    """Makes the datasets that the arguments name: random clips, or those that have labels; whole frames to evaluate on."""
     shared = {
         "config": model.config,
         "num_frames": options.num_frames,
         "max_stride": options.max_stride,
-        "in_memory": options.in_memory,
         "processor": processor,
         "seed": options.seed,
-        "schedule": settings.get("schedule"),
     }
     evaluation = None
     if options.eval_videos is not None:
-        evaluation = GazeClipDataset(options.eval_videos, **shared)
-    training = GazeClipDataset(options.videos, **{**shared, **settings}, clips_per_video=options.clips_per_video)
+        videos = VideoCollection(options.eval_videos, in_memory=options.in_memory)
+        evaluation = GazeClipDataset(videos, schedule=schedule, **shared)
+    shared["clips_per_video"] = options.clips_per_video
+    videos = VideoCollection(options.videos, in_memory=options.in_memory)
+    if labels is None:
+        training = GazeClipDataset(videos, augmentation=augmentation, schedule=schedule, **shared)
+    else:
+        training = GazeClipDataset(videos, labels=labels, **shared)
     return {"train_dataset": training, "eval_dataset": evaluation}
+
+
+def _label(options: argparse.Namespace) -> None:
+    try:
+        shard, num_shards = (int(part) for part in options.shard.split("/"))
+    except ValueError:
+        raise ValueError(f"`--shard` must be two numbers such as 3/16, got {options.shard!r}") from None
+    videos = VideoCollection(options.videos)
+    labeller = GreedyLabeller(
+        AutoGazeConfig().grid,
+        gazing_ratio=options.gazing_ratio,
+        task_loss_requirement=options.task_loss_requirement,
+    )
+    written = label_videos(
+        videos,
+        labeller,
+        options.output,
+        options.num_frames,
+        options.batch_size,
+        options.num_workers,
+        options.device,
+        (shard, num_shards),
+    )
+    print(f"{written}: {len(read_labels(written))} videos labelled, {videos.num_skipped} skipped")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -102,7 +161,8 @@ def _train(options: argparse.Namespace) -> None:
     schedule, augmentation = (from_arguments(settings, options) for settings in (BudgetSchedule, ClipAugmentation))
     set_seed(args.seed)
     model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
-    clips = load_clips(options, model, processor, schedule=schedule, augmentation=augmentation)
+    labels = None if options.labels is None else read_labels(*options.labels, grid=model.config.grid)
+    clips = load_clips(options, model, processor, augmentation, schedule, labels)
     trainer = AutoGazeTrainer(model, args, processing_class=processor, **clips)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
@@ -113,7 +173,7 @@ def _train_grpo(options: argparse.Namespace) -> None:
         raise ValueError("`--model` must name a checkpoint to train further, got none")
     args, augmentation = (from_arguments(settings, options) for settings in (AutoGazeGRPOConfig, ClipAugmentation))
     model, processor = load_model(options)
-    clips = load_clips(options, model, processor, augmentation=augmentation)
+    clips = load_clips(options, model, processor, augmentation)
     trainer = AutoGazeGRPOTrainer(model, args, processing_class=processor, **clips)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

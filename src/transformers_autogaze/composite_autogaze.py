@@ -346,6 +346,52 @@ class CompositeReconstruction:
         return mse
 
     @torch.no_grad()
+    def continuations(
+        self, pixels: torch.Tensor, gaze: GazeOutput, step_size: int, previous: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Tells what the search would choose at every step of a gaze, given what the gaze kept before that step.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                The clips, one frame per frame of gaze, as in [`~CompositeReconstruction.reconstruct`].
+            gaze ([`GazeOutput`]): what was kept of them, in the order of choice.
+            step_size (`int`): patches of a step, at least 1; steps begin anew with every frame.
+            previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
+                Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, N)`: patches counted from their frame, best first inside a step.
+
+        Raises:
+            ValueError: if pixels or gaze are not as above, or `step_size` is below 1.
+        """
+        check_reconstruction_inputs(pixels, gaze, None, self.grid)
+        if step_size < 1:
+            raise ValueError(f"`step_size` must be at least 1, got {step_size}")
+        current, tables, last = self._start(pixels, previous), self._tables(pixels), self.grid.num_patches
+        ids = (gaze.gazing_pos - gaze.frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
+        chosen = []
+        with torch.autocast(pixels.device.type, enabled=False):
+            for t, ids_of_frame in enumerate(ids.split(gaze.num_gazing_each_frame.tolist(), dim=1)):
+                frame = pixels[:, t].contiguous()
+                layers = self._render(frame)
+                errors = self._errors_of_layers(frame, (current, *layers)).flatten(2)
+                # A cell that shows the patch of some scale can only be bettered by finer ones, so for all that is
+                # coarser it counts with the error that it shows. The standing frame is layer 0 here.
+                shown = F.pad(tables.layer_of_patch[ids_of_frame].cummax(1).values, (0, 0, 1, 0))[:, :-1:step_size]
+                layer = torch.arange(len(layers), device=shown.device)[:, None]
+                errors = (
+                    errors[:, None]
+                    .expand(-1, shown.shape[1], -1, -1)
+                    .gather(2, torch.maximum(shown[:, :, None], layer))
+                )
+                best, _ = _choose(tables, errors.flatten(0, 1).unflatten(-1, self.cells), step_size, None)
+                chosen.append(best.view(len(pixels), -1)[:, : ids_of_frame.shape[1]])
+                current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
+        return torch.cat(chosen, dim=1)
+
+    @torch.no_grad()
     def cell_errors(self, frames: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
         """
         Measures what every cell shows, before anything is laid and with each scale laid there.
@@ -363,6 +409,28 @@ class CompositeReconstruction:
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.contiguous()
             return self._errors_of_layers(frames, (standing.to(frames), *self._render(frames))) * _ERROR_UNIT
+
+    @torch.no_grad()
+    def gains(self, errors: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Tells what every patch of a frame would be worth, laid next.
+
+        Args:
+            errors (`torch.DoubleTensor` of shape `(batch, 1 + scales, *cells)`):
+                What [`~CompositeReconstruction.cell_errors`] measured of the frames.
+            kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
+                The patches of the frames that are laid already; none by default.
+
+        Returns:
+            `torch.DoubleTensor` of shape `(batch, patches)`: by how much each would lower the squared error of its frame.
+        """
+        errors = errors.flatten(2)
+        layer_of_patch = self._tables(errors).layer_of_patch[:-1]
+        shown = torch.zeros_like(layer_of_patch[:1]).expand(len(errors), 1, -1)
+        if kept is not None:
+            shown = (kept[..., None] * layer_of_patch).amax(1, keepdim=True)
+        covered = torch.maximum(shown, layer_of_patch)
+        return (errors.gather(1, shown) - errors.gather(1, covered)).sum(-1)
 
     def _start(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
         """Checks clips and the state of their stream; gives the image `(batch, 3, height, width)` before them."""

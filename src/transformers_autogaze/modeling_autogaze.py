@@ -41,9 +41,9 @@ class AutoGazeModelOutput(ModelOutput):
             Predicted reconstruction loss after each slot.
         logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`, returned with `output_logits`):
             What each slot's patch was chosen by: a number for every patch of a frame, and one for the end id.
-        vision_hidden_states (`torch.FloatTensor` of shape `(batch, frames, tokens, hidden)`, returned with
+        vision_hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, frames, tokens, hidden)`, returned with
             `output_vision_hidden_states`):
-            What the decoder makes of the vision tokens of each frame.
+            The vision tokens of each frame as the decoder reads them, and what each of its layers makes of them.
     """
 
     loss: torch.FloatTensor | None = None
@@ -52,7 +52,7 @@ class AutoGazeModelOutput(ModelOutput):
     log_action_probs: torch.FloatTensor | None = None
     task_loss_prediction: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    vision_hidden_states: torch.FloatTensor | None = None
+    vision_hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class AutoGazeCausalConv3d(nn.Module):
@@ -241,7 +241,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             output_logits (`bool`, *optional*, defaults to `False`):
                 Whether to return the logits of every slot.
             output_vision_hidden_states (`bool`, *optional*, defaults to `False`):
-                Whether to return the last hidden states of the vision tokens.
+                Whether to return the hidden states of the vision tokens.
             kwargs: passed on to the decoder's [`~transformers.LlamaModel`].
 
         Returns:
@@ -284,13 +284,20 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         order[~is_slot] = torch.arange(num_frames * num_vision, device=device)
         attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=device)
         attention_mask[:, slot_place] = (~if_padded_gazing).long()
-        hidden = self.gaze_decoder.model(
+        if output_vision_hidden_states:
+            kwargs["output_hidden_states"] = True
+        decoded = self.gaze_decoder.model(
             inputs_embeds=tokens.index_select(1, order),
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
             **kwargs,
-        ).last_hidden_state
+        )
+        hidden, vision_hidden_states = decoded.last_hidden_state, None
+        if output_vision_hidden_states:
+            vision_hidden_states = tuple(
+                states[:, ~is_slot].unflatten(1, (num_frames, num_vision)) for states in decoded.hidden_states
+            )
 
         starts = (counts.cumsum(0) - counts).to(device)
         slot = torch.arange(num_slots, device=device) - starts[frame]
@@ -328,9 +335,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
             task_loss_prediction=predicted,
             logits=logits if output_logits else None,
-            vision_hidden_states=(
-                hidden[:, ~is_slot].unflatten(1, (num_frames, num_vision)) if output_vision_hidden_states else None
-            ),
+            vision_hidden_states=vision_hidden_states,
         )
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,15 @@
 
 from .augmentation import ClipAugmentation
 from .data import BudgetSchedule, GazeClipDataset, GazeCollator
-from .labels import ClipLabels
+from .grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from .labels import ClipLabels, GreedyLabeller, label_videos, read_labels, write_labels
 from .ntp import AutoGazeTrainer, AutoGazeTrainingArguments
+from .videos import VideoCollection
 
 
 __all__ = [
+    "AutoGazeGRPOConfig",
+    "AutoGazeGRPOTrainer",
     "AutoGazeTrainer",
     "AutoGazeTrainingArguments",
     "BudgetSchedule",
@@ -14,4 +18,9 @@ __all__ = [
     "ClipLabels",
     "GazeClipDataset",
     "GazeCollator",
+    "GreedyLabeller",
+    "VideoCollection",
+    "label_videos",
+    "read_labels",
+    "write_labels",
 ]

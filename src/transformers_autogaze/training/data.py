@@ -1,36 +1,29 @@
 """
 Training data: random clips of videos, what to learn from them, and batches.
 
-This module owns the way from video files to the inputs of [`AutoGazeModel`] with labels. How pixels are varied is
-`augmentation`'s matter, what good labels are that of `labels`.
+This module owns the way from videos to the inputs of [`AutoGazeModel`] with labels. Reading is `videos`' matter, how
+pixels are varied `augmentation`'s, and what good labels are that of `labels`.
 """
 
-import itertools
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import tqdm
 from torch.utils.data import Dataset, Sampler
 
-from ..composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
+from ..composite_autogaze import CompositeReconstruction, task_loss_to_mse
 from ..configuration_autogaze import AutoGazeConfig
 from ..selection_autogaze import budget_each_frame, draw_settings
-from ..video_decoding_autogaze import read_video, stream_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .augmentation import ClipAugmentation, resize_pixels
-from .labels import ClipLabels, label_clip
+from .augmentation import ClipAugmentation
+from .labels import ClipLabels, FrameValues, gazed_pixels, label_clip, standing_frames
+from .videos import VideoCollection
 
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-_HELD_EDGE = 320  # pixels of the shorter side of frames that are held in memory, at most
-_LEAST_CELL_MSE = 1e-6  # of a cell that is worth telling from a perfect one
+_SORTED_BATCHES = 16  # whose clips are sorted by the length of their labels
 
 
 @dataclass
@@ -147,59 +140,53 @@ class BudgetSchedule:
         return draw_settings(strategies, num_frames, is_training=True, generator=generator)
 
 
-def find_videos(folder: str | os.PathLike) -> list[str]:
-    """
-    Lists the video files of a folder and of the folders in it, in order of their names.
-
-    Args:
-        folder (`str` or `os.PathLike`): where to look; files ending in one of `VIDEO_SUFFIXES` count.
-
-    Raises:
-        ValueError: if it is no folder or holds no video.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"`folder` must be a folder of videos, but there is no folder {str(folder)!r}")
-    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
-        raise ValueError(f"`folder` {str(folder)!r} must hold videos ({', '.join(VIDEO_SUFFIXES)}), found none")
-    return found
-
-
 class GazeClipDataset(Dataset):
     """
-    Random clips of videos, with what to learn from each.
+    Clips of videos, with what to learn from each.
 
-    Item `i` is a clip of video `i % len(videos)`, drawn and varied at random; the random numbers follow from `seed` and
-    `i` alone, so item `i` is the same on every machine, in every worker and after a restart. Indices beyond the length
-    give further clips of the same videos, which is how [`ClipSampler`] makes every epoch new.
+    Item `i` is a clip of video `i % len(videos)`, drawn and varied at random and labelled by the greedy search of the
+    closed form. The random numbers follow from `seed` and `i` alone, so item `i` is the same on every machine, in every
+    worker and after a restart. Indices beyond the length give further clips of the same videos, which is how
+    [`ClipSampler`] makes every epoch new. In place of a video that cannot be read comes the next one that can.
 
-    Videos that cannot be read are left out: one warning names the first, `num_skipped` counts them, and their items are
-    clips of other videos.
+    With `labels` from a file, a clip is what they were made for: frames evenly chosen over the video, whole and not
+    varied. Videos without labels are left out.
 
     Args:
-        videos (`str`, `os.PathLike` or sequence):
-            A folder; or a sequence of paths, URLs, contents (`bytes`) or frames (arrays of shape `(frames, height,
-            width, 3)`, levels 0..255); or a `datasets` dataset with one of these, or PIL images, in a column.
+        videos ([`VideoCollection`], or what one is made of): the videos.
         config ([`AutoGazeConfig`]): of the model to train: its patches and sizes.
-        num_frames (`int`, *optional*, defaults to 16): frames of a clip, a multiple of the model's sampling rate.
+        num_frames (`int`, *optional*, defaults to 16):
+            Frames of a clip, a multiple of the model's sampling rate. Labels know their own.
         max_stride (`int`, *optional*, defaults to 4):
             A clip takes every n-th frame of its video, n drawn from 1 to this, or what the video is long enough for.
             Where even 1 is too much, the last frame repeats.
         clips_per_video (`int`, *optional*, defaults to 1): clips of each video in one epoch.
-        augmentation ([`ClipAugmentation`], *optional*):
-            How clips are varied; `None` for clips of whole frames.
+        augmentation ([`ClipAugmentation`], *optional*): how clips are varied; not at all by default.
         schedule ([`BudgetSchedule`], *optional*):
-            How long labels are. `None` leaves labels away, as training on the model's own gazes needs none.
-        column (`str`, *optional*, defaults to `"video"`): the column of a `datasets` dataset that holds the videos.
-        in_memory (`bool`, *optional*, defaults to `False`):
-            Whether to decode all videos once and hold them, at most 320 pixels on the shorter side. Fast for a small
-            collection: a second of video takes 4 MB or so. Else clips are decoded whenever they are asked for.
-        processor ([`AutoGazeVideoProcessor`], *optional*): how pixels are normalised; the published way by default.
+            How long labels are. By default there are none, as training on the model's own gazes needs none.
+        labels (`Mapping[str, ClipLabels]`, *optional*):
+            Labels by the names of the videos, see [`read_labels`]; in place of random clips.
+        processor ([`AutoGazeVideoProcessor`], *optional*): how frames are preprocessed; the published way by default.
         seed (`int`, *optional*, defaults to 0): where random numbers start from.
 
     Raises:
-        ValueError: if an argument is out of range or there is no video.
+        ValueError: if an argument is out of range, arguments exclude each other, or there is no video.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from transformers_autogaze import AutoGazeConfig
+    >>> from transformers_autogaze.training.data import BudgetSchedule, GazeClipDataset
+
+    >>> videos = [np.zeros((9, 48, 64, 3), dtype=np.uint8)]
+    >>> config = AutoGazeConfig(scales=[32, 64], image_size=64, decoder_config={"num_multi_token_pred": 4})
+    >>> schedule = BudgetSchedule("fixed", ratio_min=0.2, dirichlet_share=0, threshold_share=0)
+    >>> clip = GazeClipDataset(videos, config, num_frames=2, schedule=schedule)[0]
+    >>> clip["pixel_values_videos"].shape, clip["gazing_pos"]
+    (torch.Size([2, 3, 64, 64]), [[0, 1, 2, 3], [0, 1, 2, 3]])
+
+    ```
     """
 
     def __init__(
@@ -211,8 +198,7 @@ class GazeClipDataset(Dataset):
         clips_per_video: int = 1,
         augmentation: ClipAugmentation | None = None,
         schedule: BudgetSchedule | None = None,
-        column: str = "video",
-        in_memory: bool = False,
+        labels: Mapping[str, ClipLabels] | None = None,
         processor: AutoGazeVideoProcessor | None = None,
         seed: int = 0,
     ):
@@ -222,35 +208,35 @@ class GazeClipDataset(Dataset):
         rate = config.frame_sampling_rate
         if not isinstance(num_frames, int) or num_frames < 1 or num_frames % rate:
             raise ValueError(f"`num_frames` must be a positive multiple of {rate}, got {num_frames!r}")
-        self.videos = find_videos(videos) if isinstance(videos, (str, os.PathLike)) else videos
-        if not len(self.videos):
-            raise ValueError("`videos` must hold at least one video, got none")
+        if labels is not None and (augmentation is not None or schedule is not None):
+            raise ValueError(
+                "`labels` are those of whole frames: `augmentation` and `schedule` must be None with them"
+            )
+        self.videos = videos if isinstance(videos, VideoCollection) else VideoCollection(videos)
         self.config = config
         self.num_frames = num_frames
         self.max_stride = max_stride
         self.clips_per_video = clips_per_video
         self.augmentation = augmentation
         self.schedule = schedule
-        self.column = column
+        self.labels = labels
         self.processor = processor or AutoGazeVideoProcessor()
         self.seed = seed
         self.composite = CompositeReconstruction(config.grid)
-        # Shared, so that what one worker finds unreadable all know of.
-        self._is_broken = torch.zeros(len(self.videos), dtype=torch.bool).share_memory_()
-        self._num_frames_of: dict[int, int] = {}
-        self._held: list[torch.Tensor | None] | None = None
-        if in_memory:
-            numbers = tqdm(range(len(self.videos)), unit="video", desc="decoding")
-            self._held = [self._try(self._load_whole, number) for number in numbers]
-            self._check_any_left()
+        self._numbers = [i for i, name in enumerate(self.videos.names) if labels is None or name in labels]
+        if not self._numbers:
+            raise ValueError(
+                f"`labels` must name videos of the collection, such as {self.videos.names[0]!r}, got labels of "
+                f"{next(iter(labels), 'none')!r}"
+            )
 
     def __len__(self) -> int:
-        return len(self.videos) * self.clips_per_video
+        return len(self._numbers) * self.clips_per_video
 
     @property
     def num_skipped(self) -> int:
         """Videos found unreadable so far."""
-        return int(self._is_broken.sum())
+        return self.videos.num_skipped
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
@@ -258,153 +244,110 @@ class GazeClipDataset(Dataset):
 
         Returns:
             `dict` with `pixel_values_videos`, a `torch.FloatTensor` of shape `(frames, 3, height, width)`, and, with
-            labels, those of a [`ClipLabels`] and `cell_losses`, a `torch.FloatTensor` of shape `(frames of gaze, scales,
-            *cells)`: the task loss of every cell as it stands before the frame's patches are laid, and with each scale
-            but the finest laid there.
+            labels, the fields of a [`ClipLabels`] and of the [`FrameValues`] of all frames.
+
+        Raises:
+            ValueError: if no video can be read.
         """
-        entropy = np.random.SeedSequence([self.seed, index])
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        generator = _generator(self.seed, index)
+        lengths = self._draw_lengths(generator)
+        number, levels = self._read(index % len(self._numbers), generator)
         size = self.config.grid.sizes[-1]
-        levels = self._draw_clip(index % len(self.videos), generator)
         if self.augmentation is None:
-            pixels = resize_pixels(levels, size)
+            pixels = gazed_pixels(levels, self.processor, size)
         else:
             pixels = self.augmentation(levels, size, generator)
         item = {"pixel_values_videos": self.processor.to_pixel_values(pixels * 255)}
-        if self.schedule is not None:
-            item |= self._label(pixels[:: self.config.frame_sampling_rate], generator)
-        return item
-
-    def _label(self, pixels: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
-        ratios, threshold = self.schedule.draw(len(pixels), generator)
-        budgets = budget_each_frame(ratios, len(pixels), self.config.grid.num_patches)
-        limit = None if threshold is None else task_loss_to_mse(torch.full((len(pixels),), threshold))
-        labels, standing = label_clip(self.composite, pixels, budgets, limit)
-        errors = self.composite.cell_errors(pixels, standing)[:, :-1]
-        values_in_cell = pixels[0].numel() / errors[0, 0].numel()
-        losses = mse_to_task_loss((errors / values_in_cell).clamp(min=_LEAST_CELL_MSE))
-        return {**labels._asdict(), "cell_losses": losses.float()}
-
-    def _draw_clip(self, number: int, generator: torch.Generator) -> torch.Tensor:
-        """Draws a clip of a video, or of the next one that can be read: `(frames, 3, height, width)`, levels 0..255."""
-        places = torch.rand(2, generator=generator).tolist()
-        for candidate in itertools.chain(range(number, len(self.videos)), range(number)):
-            if not self._is_broken[candidate]:
-                levels = self._try(self._take_clip, candidate, *places)
-                if levels is not None:
-                    return levels
-        self._check_any_left()
-
-    def _take_clip(self, number: int, stride_place: float, start_place: float) -> torch.Tensor:
-        total = self._count_frames(number)
-        longest = max(1, (total - 1) // max(1, self.num_frames - 1))
-        stride = 1 + int(stride_place * min(self.max_stride, longest))
-        span = min(total, (self.num_frames - 1) * stride + 1)
-        start = int(start_place * (total - span + 1))
-        if self._held is not None:
-            levels = self._held[number][start : start + span : stride]
+        gazed = pixels[:: self.config.frame_sampling_rate]
+        if self.labels is not None:
+            labels = self.labels[self.videos.names[number]]
+            kept = torch.zeros(1, len(gazed), self.config.grid.num_patches, dtype=torch.bool)
+            for t, ids in enumerate(labels.gazing_pos):
+                kept[0, t, ids] = True
+            standing = standing_frames(self.composite, gazed[None], self.config.grid.split_by_scale(kept))[0]
+        elif lengths is not None:
+            labels, standing = label_clip(self.composite, gazed, *lengths)
         else:
-            levels = self._decode(self._source(number), start, span, stride)
-        if len(levels) < self.num_frames:
-            levels = torch.cat([levels, levels[-1:].expand(self.num_frames - len(levels), -1, -1, -1)])
-        return levels
+            return item
+        return {**item, **labels._asdict(), **FrameValues.measure(self.composite, gazed, standing)._asdict()}
 
-    def _count_frames(self, number: int) -> int:
-        if self._held is not None:
-            return len(self._held[number])
-        if number not in self._num_frames_of:
-            source = self._source(number)
-            is_file = isinstance(source, (str, bytes))
-            self._num_frames_of[number] = stream_video(source)[0].total_num_frames if is_file else len(source)
-        return self._num_frames_of[number]
+    def longest_labels(self, index: int) -> int:
+        """Tells how many patches the labels of an item hold at most, without making them."""
+        if self.labels is not None:
+            name = self.videos.names[self._numbers[index % len(self._numbers)]]
+            return sum(len(ids) for ids in self.labels[name].gazing_pos)
+        return 0 if self.schedule is None else int(self._draw_lengths(_generator(self.seed, index))[0].sum())
 
-    @staticmethod
-    def _decode(source: Any, start: int, span: int, stride: int) -> torch.Tensor:
-        if not isinstance(source, (str, bytes)):
-            return _to_levels(source[start : start + span : stride])
-        frames = itertools.islice(stream_video(source, start_frame=start)[1], 0, span, stride)
-        return _to_levels(np.stack(list(frames)))
+    def _draw_lengths(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Draws the budget of every frame of gaze, and the mean squared error at which it is done."""
+        if self.schedule is None:
+            return None
+        num_frames = self.num_frames // self.config.frame_sampling_rate
+        ratios, threshold = self.schedule.draw(num_frames, generator)
+        # Whole steps, as the model takes them.
+        step, most = self.config.decoder_config.num_multi_token_pred, self.config.grid.num_patches
+        budgets = ((budget_each_frame(ratios, num_frames, most) + step - 1) // step * step).clamp(max=most)
+        return budgets, None if threshold is None else task_loss_to_mse(torch.full((num_frames,), threshold))
 
-    def _load_whole(self, number: int) -> torch.Tensor:
-        source = self._source(number)
-        levels = _to_levels(read_video(source)[0] if isinstance(source, (str, bytes)) else source)
-        height, width = levels.shape[-2:]
-        shrink = min(1.0, _HELD_EDGE / min(height, width))
-        return self.processor.resize_levels(levels, (round(height * shrink), round(width * shrink)))
+    def _read(self, place: int, generator: torch.Generator) -> tuple[int, torch.Tensor]:
+        """Reads a clip of a video, or of the next one that can be read: `(frames, 3, height, width)`, levels 0..255."""
+        stride_place, start_place = torch.rand(2, generator=generator).tolist()
 
-    def _source(self, number: int) -> str | bytes | np.ndarray:
-        """Finds what to decode of a video: a path, its contents, or its frames."""
-        video = self.videos[number]
-        if isinstance(video, Mapping) and self.column in video:
-            video = video[self.column]
-        if isinstance(video, Mapping):
-            video = video["path"] if video.get("bytes") is None else video["bytes"]
-        if isinstance(video, (str, os.PathLike)):
-            return os.fspath(video)
-        if isinstance(video, bytes):
-            return video
-        frames = np.asarray(video.convert("RGB"))[None] if hasattr(video, "convert") else np.asarray(video)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise ValueError(
-                f"video {number} must be a path, contents, an image, or levels 0..255 of shape (frames, height, width, "
-                f"3), got {type(video).__name__} of shape {frames.shape} and type {frames.dtype}"
-            )
-        return frames
+        def choose(total: int) -> range:
+            longest = max(1, (total - 1) // max(1, self.num_frames - 1))
+            stride = 1 + int(stride_place * min(self.max_stride, longest))
+            span = min(total, (self.num_frames - 1) * stride + 1)
+            start = int(start_place * (total - span + 1))
+            return range(start, start + span, stride)
 
-    def _try(self, load: Callable[..., torch.Tensor], number: int, *arguments: Any) -> torch.Tensor | None:
-        """Loads something of a video; `None`, and never again, if it cannot be read."""
-        try:
-            return load(number, *arguments)
-        except (ValueError, OSError) as error:
-            if not self.num_skipped:
-                warnings.warn(
-                    f"a video cannot be read and is skipped, and so will be others like it: {error}", stacklevel=2
-                )
-            self._is_broken[number] = True
-
-    def _check_any_left(self) -> None:
-        if self.num_skipped == len(self.videos):
-            raise ValueError(f"`videos` must hold a video that can be read, but all {self.num_skipped} failed")
-
-
-def _to_levels(frames: np.ndarray) -> torch.Tensor:
-    # Channels stay last in memory, where resizing is fastest.
-    return torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
+        for number in self._numbers[place:] + self._numbers[:place]:
+            if self.labels is None:
+                levels = self.videos.read_clip(number, choose)
+            else:
+                num_frames = len(self.labels[self.videos.names[number]].gazing_pos)
+                levels = self.videos.read_evenly(number, num_frames * self.config.frame_sampling_rate)
+            if levels is not None:
+                missing = self.num_frames - len(levels) if self.labels is None else 0
+                return number, torch.cat([levels, levels[-1:].expand(missing, -1, -1, -1)])
+        raise ValueError(f"`videos` must hold a video that can be read, but all {self.num_skipped} failed")
 
 
 class ClipSampler(Sampler[int]):
     """
     Orders the clips of a [`GazeClipDataset`] at random, and takes new clips of all videos in every epoch.
 
+    Clips of about as many labels come in one batch, since labels are padded to the longest there.
+
     Args:
-        length (`int`): items of an epoch.
+        dataset ([`GazeClipDataset`]): the clips.
+        batch_size (`int`): clips that are trained on together, by all processes.
         seed (`int`): where random numbers start from.
         epoch (`Callable`): tells, whenever an iteration begins, which epoch it is of.
-
-    Example:
-
-    ```python
-    >>> from transformers_autogaze.training.data import ClipSampler
-
-    >>> sorted(ClipSampler(length=3, seed=0, epoch=lambda: 2))
-    [6, 7, 8]
-
-    ```
     """
 
-    def __init__(self, length: int, seed: int, epoch: Callable[[], int]):
-        self.length = length
+    def __init__(self, dataset: GazeClipDataset, batch_size: int, seed: int, epoch: Callable[[], int]):
+        self.dataset = dataset
+        self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch()
-        place = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(place))
-        yield from (order + epoch * self.length).tolist()
+        epoch, length = self.epoch(), len(self.dataset)
+        generator = _generator(self.seed, epoch)
+        order = (torch.randperm(length, generator=generator) + epoch * length).tolist()
+        for start in range(0, length, self.batch_size * _SORTED_BATCHES):
+            window = sorted(order[start : start + self.batch_size * _SORTED_BATCHES], key=self.dataset.longest_labels)
+            whole = len(window) // self.batch_size
+            for number in [*torch.randperm(whole, generator=generator).tolist(), whole]:
+                yield from window[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    place = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(place >> 1))
 
 
 class GazeCollator:
@@ -445,11 +388,11 @@ class GazeCollator:
         Returns:
             `dict` with what [`AutoGazeModel`] is called with: `pixel_values_videos` and, where the items have labels,
             `gazing_pos`, `if_padded_gazing`, `num_gazing_each_frame`, `labels` and `task_loss_labels`; also
-            `cell_losses` where they have them.
+            those of [`FrameValues`] where they have them.
         """
         batch = {
             key: torch.stack([item[key] for item in items])
-            for key in ("pixel_values_videos", "cell_losses")
+            for key in ("pixel_values_videos", *FrameValues._fields)
             if key in items[0]
         }
         if "gazing_pos" in items[0]:

@@ -1,7 +1,7 @@
 """
 Stage 1 of training: the next patches of labels, and the task loss after each (SPEC, "Training").
 
-This module owns the losses and the trainer. Clips and labels come from `data`.
+This module owns the trainer and its arguments. Clips and labels come from `data`, losses from `objectives`.
 """
 
 import os
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,12 +20,15 @@ from transformers import Trainer, TrainingArguments
 from ..composite_autogaze import CompositeReconstruction
 from ..modeling_autogaze import AutoGazeModel
 from ..processing_autogaze import AutoGazeProcessor
+from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .data import ClipSampler, GazeClipDataset, GazeCollator
+from .labels import FrameValues, label_gaze, standing_frames
+from .objectives import CellLossHeads, prefix_loss, seen_patches, slot_losses
 
 
-_HEAD = "cell_loss_head"
-_HEAD_FILE = "cell_loss_head.safetensors"
+_HEADS = "cell_loss_heads"
+_HEADS_FILE = f"{_HEADS}.safetensors"
 
 
 @dataclass
@@ -33,16 +37,20 @@ class AutoGazeTrainingArguments(TrainingArguments):
     Arguments of [`AutoGazeTrainer`]: those of [`~transformers.TrainingArguments`] and its own.
 
     Args:
-        label_decay (`float`, *optional*, defaults to 0.8):
-            A step proposes `num_multi_token_pred` patches at once. What a slot is to predict is spread over the labels
-            from it to the end of its step; each weighs this times the one before, 0..1. With 0 it is the next label
-            alone, as published; with 1 all that are left in the step, alike.
-        cell_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of an auxiliary loss, at least 0: from the decoder's hidden states of the vision tokens, a linear
-            head (of the trainer, not the model) is to tell the task loss of every cell of the frame, as it stands and
-            with each scale laid there. It teaches the model early where patches are needed.
-        learning_rate (`float`, *optional*, defaults to 5e-4), remove_unused_columns (`bool`, *optional*, defaults to
-            `False`): as in [`~transformers.TrainingArguments`].
+        whole_steps (`bool`, *optional*, defaults to `True`):
+            Whether all slots of a step are to predict all the labels of that step alike, which is learned faster, or
+            each its own label, as published.
+        on_policy (`float`, *optional*, defaults to 0.0):
+            Share of batches, 0..1, in which the model sees its own choices instead of the labels', half of the time
+            sampled; labels are then what greedy search would choose next. It learns to go on from its own mistakes.
+        cell_loss_weight (`float`, *optional*, defaults to 2.0):
+            Weight of an auxiliary loss, at least 0: vision tokens are to tell the task loss of every cell of their
+            frame, as it stands and with each scale laid there; see [`CellLossHeads`].
+        prefix_loss_weight (`float`, *optional*, defaults to 1.0):
+            Weight of another, at least 0: every vision token is to tell the best patches among those before it; see
+            [`prefix_loss`].
+        learning_rate (`float`, *optional*, defaults to 5e-4), remove_unused_columns, ddp_find_unused_parameters (`bool`,
+            *optional*, default to `False`): as in [`~transformers.TrainingArguments`].
 
     Raises:
         ValueError: if one of them is out of range.
@@ -52,73 +60,40 @@ class AutoGazeTrainingArguments(TrainingArguments):
     ```python
     >>> from transformers_autogaze.training.ntp import AutoGazeTrainingArguments
 
-    >>> AutoGazeTrainingArguments(output_dir="gaze", label_decay=2)
+    >>> AutoGazeTrainingArguments(output_dir="gaze", on_policy=2)
     Traceback (most recent call last):
-    ValueError: `label_decay` must lie in 0..1, got 2
+    ValueError: `on_policy` must lie in 0..1, a share of the batches, got 2
 
     ```
     """
 
-    label_decay: float = field(
-        default=0.8, metadata={"help": "Weight of each further label of a step in what a slot is to predict, 0..1."}
+    whole_steps: bool = field(
+        default=True, metadata={"help": "Whether all slots of a step predict all its labels alike, or each its own."}
+    )
+    on_policy: float = field(
+        default=0.0, metadata={"help": "Share of batches in which the model goes on from its own choices."}
     )
     cell_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of telling the task loss of every cell from the vision tokens."}
+        default=2.0, metadata={"help": "Weight of telling the task loss of every cell from the vision tokens."}
+    )
+    prefix_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of telling the best patches so far from every vision token."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to drop what the model's forward does not take."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether several processes look for weights that a batch does not use."}
+    )
 
     def __post_init__(self):
-        if not 0 <= self.label_decay <= 1:
-            raise ValueError(f"`label_decay` must lie in 0..1, got {self.label_decay}")
-        if not 0 <= self.cell_loss_weight < float("inf"):
-            raise ValueError(f"`cell_loss_weight` must be a number of at least 0, got {self.cell_loss_weight}")
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(f"`on_policy` must lie in 0..1, a share of the batches, got {self.on_policy}")
+        for name in ("cell_loss_weight", "prefix_loss_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
         super().__post_init__()
-
-
-def step_label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, num_rows: int, decay: float
-) -> torch.Tensor:
-    """
-    Cross-entropy of every slot with the labels that are left in its step.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`): of each slot.
-        labels (`torch.LongTensor` of shape `(batch, N)`): ids counted from their frame, -100 where there is none.
-        counts (`torch.LongTensor` of shape `(frames,)`): slots of each frame; their sum is `N`.
-        num_rows (`int`): slots of a step; steps begin anew with every frame.
-        decay (`float`): weight of each further label, 0..1.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch, N)`; zeros where a slot has no label.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_autogaze.training.ntp import step_label_loss
-
-    >>> logits, labels = torch.zeros(1, 3, 5), torch.tensor([[0, 3, -100]])
-    >>> step_label_loss(logits, labels, torch.tensor([3]), num_rows=2, decay=0.5).tolist()  # log 5, twice
-    [[1.6094379425048828, 1.6094379425048828, 0.0]]
-
-    ```
-    """
-    device = labels.device
-    counts = counts.to(device)
-    ends = counts.cumsum(0).repeat_interleave(counts)
-    slot = torch.arange(len(ends), device=device)
-    row = (slot - (ends - counts.repeat_interleave(counts))) % num_rows
-    further = torch.arange(num_rows, device=device)
-    places = slot[:, None] + further
-    is_left = (further < num_rows - row[:, None]) & (places < ends[:, None])
-    left = labels[:, places.clamp(max=len(slot) - 1)].masked_fill(~is_left, -100)
-    weights = (left != -100) * torch.as_tensor(decay, dtype=logits.dtype, device=device) ** further
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    log_probs = logits.log_softmax(-1).gather(-1, left.clamp(min=0))
-    return -(weights * log_probs).sum(-1) * (labels != -100)
 
 
 class AutoGazeTrainer(Trainer):
@@ -126,21 +101,38 @@ class AutoGazeTrainer(Trainer):
     Trains an [`AutoGazeModel`] on labels: the next patches, and the task loss after each.
 
     Everything else is [`~transformers.Trainer`]'s: mixed precision, accumulation, several processes, resuming, logging
-    and the Hub. Beside the loss it logs its parts, averaged since the last time: `next_token_loss` and
-    `task_loss_error` of a label, and `cell_loss`.
+    and the Hub. The loss of a batch is averaged over all its labels, those of other processes and of accumulated
+    batches included. Its parts are logged, averaged since the last time: `next_token_loss` and `task_loss_error` of a
+    label, `cell_loss` and `prefix_loss`.
 
-    The loss of a batch is averaged over all its labels, those of other processes and of accumulated batches included.
+    Random draws follow from `seed`, the step and the process alone, so a resumed run draws what an unbroken one would.
 
     Args:
         model ([`AutoGazeModel`]): the model to train.
         args ([`AutoGazeTrainingArguments`]): the arguments.
-        train_dataset, eval_dataset (*optional*): [`GazeClipDataset`]s, or others with such items.
         processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
             What makes the pixel values; it is saved with the model. The published preprocessing by default.
-        kwargs: the other arguments of [`~transformers.Trainer`].
+        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets are [`GazeClipDataset`]s, or others with such
+            items; the auxiliary losses are left out where items lack the fields of [`FrameValues`].
 
     Raises:
         ValueError: if the arguments are not [`AutoGazeTrainingArguments`].
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import AutoGazeConfig, AutoGazeModel
+    >>> from transformers_autogaze.training import AutoGazeTrainer, AutoGazeTrainingArguments, BudgetSchedule, GazeClipDataset
+
+    >>> config = AutoGazeConfig(scales=[32, 64], image_size=64)
+    >>> videos = [np.zeros((9, 64, 64, 3), dtype=np.uint8)]
+    >>> clips = GazeClipDataset(videos, config, num_frames=2, schedule=BudgetSchedule())
+    >>> args = AutoGazeTrainingArguments("gaze", max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    >>> AutoGazeTrainer(AutoGazeModel(config), args, train_dataset=clips).train().global_step  # doctest: +ELLIPSIS
+    {...}
+    1
+
+    ```
     """
 
     args: AutoGazeTrainingArguments
@@ -158,26 +150,23 @@ class AutoGazeTrainer(Trainer):
         processing_class = getattr(processing_class, "video_processor", processing_class) or AutoGazeVideoProcessor()
         kwargs.setdefault("data_collator", GazeCollator(model.config))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+        self.composite = CompositeReconstruction(model.config.grid)
+        self.cell_loss_heads = CellLossHeads(model.config).to(args.device)
+        self._seen = seen_patches(model.config.grid, self.cell_loss_heads.tokens).to(args.device)
         self._measured: dict[str, list[torch.Tensor]] = defaultdict(list)
-        rows, cols = CompositeReconstruction(model.config.grid).cells
-        tokens = model.config.image_size // model.config.vision_config.patch_size
-        # Cells are told by the token that they lie in, as if there were a whole number of them in each.
-        self._cells_in_token = -(-rows // tokens), -(-cols // tokens)
-        num_values = len(model.config.scales) * self._cells_in_token[0] * self._cells_in_token[1]
-        self.cell_loss_head = nn.Linear(model.config.decoder_config.hidden_size, num_values).to(args.device)
+        self._generator_step: int | None = None
 
     def train(self, *args, **kwargs) -> Any:
         """Trains; see [`~transformers.Trainer.train`]."""
-        if self.args.cell_loss_weight:
-            # As a part of the model it is optimised, and kept equal over processes, with everything else.
-            self.model.add_module(_HEAD, self.cell_loss_head)
-            self.model._keys_to_ignore_on_save = [f"{_HEAD}.{name}" for name in self.cell_loss_head.state_dict()]
+        # As a part of the model the heads are optimised, and kept equal over processes, like everything else.
+        self.model.add_module(_HEADS, self.cell_loss_heads)
+        self.model._keys_to_ignore_on_save = [f"{_HEADS}.{name}" for name in self.cell_loss_heads.state_dict()]
+        self.cell_loss_heads.requires_grad_(self.args.cell_loss_weight > 0)
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.args.cell_loss_weight:
-                delattr(self.model, _HEAD)
-                del self.model._keys_to_ignore_on_save
+            delattr(self.model, _HEADS)
+            del self.model._keys_to_ignore_on_save
 
     def compute_loss(
         self,
@@ -199,43 +188,95 @@ class AutoGazeTrainer(Trainer):
         Returns:
             `torch.FloatTensor` of shape `()`, or a `tuple` of it and an [`AutoGazeModelOutput`].
         """
-        has_cells = self.args.cell_loss_weight > 0 and "cell_losses" in inputs
+        args = self.args
+        if (
+            model.training
+            and args.on_policy
+            and float(torch.rand((), generator=self._step_generator())) < args.on_policy
+        ):
+            inputs = self.relabel(inputs)
         called = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
+        has_values = FrameValues._fields[0] in inputs
         outputs = model(
-            **{name: inputs[name] for name in called}, output_logits=True, output_vision_hidden_states=has_cells
+            **{name: inputs[name] for name in called}, output_logits=True, output_vision_hidden_states=has_values
         )
         config, counts = self._unwrapped().config, inputs["num_gazing_each_frame"]
         frame = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        first = frame * config.grid.num_patches
         is_label = inputs["labels"] != -100
-        labels = (inputs["labels"] - frame * config.grid.num_patches).masked_fill(~is_label, -100)
-        num_rows = config.decoder_config.num_multi_token_pred
-        next_token = step_label_loss(outputs.logits, labels, counts, num_rows, self.args.label_decay)
+        next_token = slot_losses(
+            outputs.logits,
+            (inputs["labels"] - first).masked_fill(~is_label, -100),
+            (inputs["gazing_pos"] - first).masked_fill(inputs["if_padded_gazing"], config.end_id),
+            counts,
+            config.decoder_config.num_multi_token_pred,
+            args.whole_steps,
+        )
         is_measured = ~inputs["task_loss_labels"].isnan()
-        measured = inputs["task_loss_labels"].nan_to_num()
-        error = (outputs.task_loss_prediction.float() - measured).square() * is_measured
-
-        share, scale = is_label.sum(), 1
-        if num_items_in_batch is not None:
-            # Processes average their gradients, so each gives its part of the whole times their number.
-            share, scale = num_items_in_batch, self.accelerator.num_processes
-        loss = (next_token.sum() + error.sum()) / share * scale
+        error = outputs.task_loss_prediction.float() - inputs["task_loss_labels"].nan_to_num()
+        error = error.square().masked_fill(~is_measured, 0)
         self._note("next_token_loss", next_token.sum(), is_label.sum())
         self._note("task_loss_error", error.sum(), is_measured.sum())
-        if has_cells:
-            cell_loss = self._cell_loss(outputs.vision_hidden_states, inputs["cell_losses"])
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.args.cell_loss_weight * cell_loss / steps
-            self._note("cell_loss", cell_loss, cell_loss.new_ones(()))
+
+        num_labels, num_processes, num_batches = is_label.sum(), 1, 1
+        if num_items_in_batch is not None:
+            # Processes average their gradients, so each gives its part of the whole times their number.
+            num_labels, num_processes = num_items_in_batch, self.accelerator.num_processes
+            num_batches = self.current_gradient_accumulation_steps
+        loss = (next_token.sum() + error.sum()) / num_labels * num_processes
+        if has_values and args.cell_loss_weight:
+            cell_loss = self.cell_loss_heads(outputs.vision_hidden_states, inputs["cell_losses"])
+            self._note("cell_loss", cell_loss)
+            loss = loss + args.cell_loss_weight * cell_loss / num_batches
+        if has_values and args.prefix_loss_weight:
+            weight = self._unwrapped().gaze_decoder.lm_head.weight
+            prefix = prefix_loss(outputs.vision_hidden_states[-1], weight, inputs["patch_gains"], self._seen)
+            self._note("prefix_loss", prefix)
+            loss = loss + args.prefix_loss_weight * prefix / num_batches
         return (loss, outputs) if return_outputs else loss
 
-    def _cell_loss(self, hidden: torch.Tensor, cell_losses: torch.Tensor) -> torch.Tensor:
-        """Gives the squared error of the cells' losses `(batch, frames, scales, *cells)` as told by vision tokens."""
-        rows, cols = cell_losses.shape[-2:]
-        side = round(hidden.shape[2] ** 0.5)
-        told = self.cell_loss_head(hidden).unflatten(-1, (cell_losses.shape[2], *self._cells_in_token))
-        told = told.unflatten(2, (side, side)).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-        told = nn.functional.interpolate(told.flatten(0, 1), (rows, cols)) if told.shape[-2:] != (rows, cols) else told
-        return (told.float().view_as(cell_losses) - cell_losses).square().mean()
+    @torch.no_grad()
+    def relabel(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Replaces what a batch has chosen by what the model itself chooses, and labels that.
+
+        Args:
+            inputs (`Mapping`): what a [`GazeCollator`] gives.
+
+        Returns:
+            `dict` with the same keys and shapes; slots that had no label have none.
+        """
+        model = self._unwrapped()
+        grid, rate = model.config.grid, model.config.frame_sampling_rate
+        video, counts, is_padding = (
+            inputs[name] for name in ("pixel_values_videos", "num_gazing_each_frame", "if_padded_gazing")
+        )
+        sampling, warmth = self._draw(2)
+        was_training = model.training
+        model.eval()
+        # The decode loop keeps its state in the weights' own precision.
+        with torch.autocast(video.device.type, enabled=False):
+            gaze = model.generate(
+                video,
+                counts.double() / grid.num_patches,
+                do_sample=sampling < 0.5,
+                temperature=0.5 + 0.5 * warmth,
+                generator=self._step_generator(),
+            )
+        model.train(was_training)
+        gaze = type(gaze).from_ids(gaze.gazing_pos, is_padding, counts, grid, rate)
+        frames = resize_frames(video[:, ::rate].float(), grid.sizes[-1])
+        pixels = self.processing_class.to_pixels(frames).clamp(0, 1)
+        labels, losses = label_gaze(self.composite, pixels, gaze, model.config.decoder_config.num_multi_token_pred)
+        replaced = {
+            "gazing_pos": gaze.gazing_pos,
+            "labels": labels.masked_fill(inputs["labels"] == -100, -100),
+            "task_loss_labels": losses.masked_fill(inputs["task_loss_labels"].isnan(), torch.nan),
+        }
+        if FrameValues._fields[0] in inputs:
+            standing = standing_frames(self.composite, pixels, gaze.gazing_mask)
+            replaced |= FrameValues.measure(self.composite, pixels, standing)._asdict()
+        return {**inputs, **replaced}
 
     def prediction_step(
         self,
@@ -258,26 +299,41 @@ class AutoGazeTrainer(Trainer):
         self._measured.clear()
         super().log(logs, start_time)
 
-    def _note(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
-        self._measured[name].append(torch.stack([total.detach().float(), count.float()]))
+    def _note(self, name: str, total: torch.Tensor, count: torch.Tensor | None = None) -> None:
+        """Keeps a part of the loss for the logs: a sum and what it is over."""
+        total = total.detach().float()
+        self._measured[name].append(torch.stack([total, torch.ones_like(total) if count is None else count.float()]))
 
     def _unwrapped(self) -> AutoGazeModel:
         return self.accelerator.unwrap_model(self.model)
+
+    def _draw(self, count: int) -> list[float]:
+        generator = self._step_generator()
+        return torch.rand(count, generator=generator, device=generator.device).tolist()
+
+    def _step_generator(self) -> torch.Generator:
+        """Gives the source of this step's random numbers on this process."""
+        step = self.state.global_step
+        if step != self._generator_step:
+            place = np.random.SeedSequence([self.args.seed, step, self.args.process_index])
+            self._generator = torch.Generator(self.args.device).manual_seed(int(place.generate_state(1)[0]))
+            self._generator_step = step
+        return self._generator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, GazeClipDataset):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return ClipSampler(len(dataset), seed, lambda: int(self.state.epoch or 0))
+            batch_size = self.args.train_batch_size * self.args.world_size
+            return ClipSampler(dataset, batch_size, seed, epoch=lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.args.cell_loss_weight:
-            weights = {name: value.contiguous() for name, value in self.cell_loss_head.state_dict().items()}
-            save_file(weights, os.path.join(output_dir, _HEAD_FILE))
+        if self.args.should_save:
+            save_file(self.cell_loss_heads.state_dict(), os.path.join(output_dir, _HEADS_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / _HEAD_FILE).exists():
-            self.cell_loss_head.load_state_dict(load_file(Path(checkpoint) / _HEAD_FILE))
+        if checkpoint is not None and (Path(checkpoint) / _HEADS_FILE).exists():
+            self.cell_loss_heads.load_state_dict(load_file(Path(checkpoint) / _HEADS_FILE))
