@@ -373,7 +373,8 @@ class AutoGazeGRPOTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, GazeClipDataset):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return ClipSampler(len(dataset), seed, lambda: int(self.state.epoch or 0))
+            batch_size = self.args.train_batch_size * self.args.world_size
+            return ClipSampler(dataset, batch_size, seed, epoch=lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(dataset)
 
     def _note(self, rollout: Rollout, scores: AutoGazeModelOutput, error: torch.Tensor) -> None:
