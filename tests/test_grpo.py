@@ -194,7 +194,7 @@ def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperat
     loss.backward()
     last_hidden = outputs[-1]
     trainer._generator_step = None  # rolls out the same again
-    rollout = trainer.roll_out(clip, trainer._step_generator())
+    rollout = trainer.roll_out(clip, trainer.step_generator())
     ids, losses = rollout.gaze.gazing_pos, rollout.loss[:, 0].double()
     assert ids.shape == (2, 2) and (losses[0] - losses[1]).abs() > 0.004
 
@@ -275,7 +275,7 @@ def test_logs_tell_reward_length_entropy_and_prediction_error(tmp_path):
     entry, summary = trainer.state.log_history
     assert "reward" not in summary
     trainer.state.global_step, trainer._generator_step = 0, None
-    rollout = trainer.roll_out(clips, trainer._step_generator())
+    rollout = trainer.roll_out(clips, trainer.step_generator())
     gaze = rollout.gaze
     with torch.no_grad():
         scores = trainer.model(clips.repeat(3, 1, 1, 1, 1)[:, : gaze.num_frames], **slots_of(gaze), output_logits=True)

@@ -6,15 +6,13 @@ callable like [`CompositeReconstruction`]; where clips come from is the dataset'
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..composite_autogaze import CompositeReconstruction
 from ..gazing_autogaze import GazeOutput
@@ -22,7 +20,8 @@ from ..modeling_autogaze import AutoGazeModel, AutoGazeModelOutput
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .data import BudgetSchedule, ClipSampler, GazeClipDataset
+from .data import BudgetSchedule
+from .trainer import GazeClipTrainer, generator_on
 
 
 @dataclass
@@ -188,7 +187,7 @@ def _last_real_slots(gaze: GazeOutput, frames: Sequence[int]) -> torch.Tensor:
     return (slots * is_candidate).amax(-1)
 
 
-class AutoGazeGRPOTrainer(Trainer):
+class AutoGazeGRPOTrainer(GazeClipTrainer):
     """
     Trains an [`AutoGazeModel`] on gazes that it samples itself (SPEC, "Training", stage 2).
 
@@ -196,7 +195,7 @@ class AutoGazeGRPOTrainer(Trainer):
     reconstructed; gazes that reconstruct better than the rest of their group become likelier, the others less likely,
     and the predicted losses are trained to match the measured ones.
 
-    It logs, averaged over the gazes since the last time: `reward` (minus the reconstruction loss of a rewarded frame),
+    It logs, averaged over the batches since the last time: `reward` (minus the reconstruction loss of a rewarded frame),
     `length` (kept patches of a frame), `entropy` (of the model's distribution over patches at temperature 1, in nats a
     slot), `task_loss_prediction_error` (absolute difference between the predicted and the measured loss), and the
     `temperature`. `evaluate` measures the reconstruction loss, over all frames, of the gazes that the model makes when
@@ -251,17 +250,12 @@ class AutoGazeGRPOTrainer(Trainer):
             raise ValueError(f"`args` must be an AutoGazeGRPOConfig, got {type(args).__name__}")
         if reconstruction is not None and not callable(reconstruction):
             raise ValueError(f"`reconstruction` must be callable, got {type(reconstruction).__name__}")
-        # The trainer takes a whole processor for one with a tokenizer.
-        processing_class = AutoGazeVideoProcessor() if processing_class is None else processing_class
-        self._video_processor = getattr(processing_class, "video_processor", processing_class)
-        super().__init__(model, args, processing_class=self._video_processor, **kwargs)
+        super().__init__(model, args, processing_class, **kwargs)
         # The loss is a mean over the batch, whatever further arguments the model's forward takes.
         self.model_accepts_loss_kwargs = False
         self.reconstruction = CompositeReconstruction(model.config.grid) if reconstruction is None else reconstruction
         if isinstance(self.reconstruction, nn.Module):
             self.reconstruction.to(args.device).eval()
-        self._generator_step: int | None = None
-        self._measured: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     @property
     def temperature(self) -> float:
@@ -291,8 +285,6 @@ class AutoGazeGRPOTrainer(Trainer):
         clips = pixel_values_videos[:, : num_frames * rate]
         groups = clips.repeat_interleave(args.group_size, dim=0)
         ratios, threshold = args.schedule.draw(num_frames, generator)
-        # Choices are drawn where the model is, the rest on the CPU.
-        seed = int(torch.randint(2**62, (), generator=generator))
         # The decode loop keeps its state in the weights' own precision.
         with torch.autocast(groups.device.type, enabled=False):
             gaze = self.model.generate(
@@ -301,7 +293,7 @@ class AutoGazeGRPOTrainer(Trainer):
                 threshold,
                 do_sample=True,
                 temperature=self.temperature,
-                generator=torch.Generator(groups.device).manual_seed(seed),
+                generator=generator_on(groups.device, generator),
             )
         return Rollout(groups, gaze, rewarded, self._measure(clips, gaze, rewarded))
 
@@ -324,7 +316,7 @@ class AutoGazeGRPOTrainer(Trainer):
         Returns:
             `torch.FloatTensor` of shape `()`, or a `tuple` of it and an [`AutoGazeModelOutput`].
         """
-        rollout = self.roll_out(inputs["pixel_values_videos"], self._step_generator())
+        rollout = self.roll_out(inputs["pixel_values_videos"], self.step_generator())
         gaze, rewarded = rollout.gaze, rollout.rewarded
         scores = model(
             rollout.pixel_values_videos,
@@ -341,7 +333,7 @@ class AutoGazeGRPOTrainer(Trainer):
         policy_loss = -(ratio * advantages).sum(-1).mean()
         predicted = scores.task_loss_prediction.gather(1, _last_real_slots(gaze, rewarded)).to(rollout.loss.dtype)
         error = predicted - rollout.loss
-        self._note(rollout, scores, error.detach())
+        self._note_rollout(rollout, scores, error.detach())
         loss = policy_loss + error.square().mean()
         return (loss, scores) if return_outputs else loss
 
@@ -360,50 +352,20 @@ class AutoGazeGRPOTrainer(Trainer):
             gaze = self.model.generate(clips, (args.ratio_min + args.ratio_max) / 2, threshold)
             return self._measure(clips, gaze, list(range(gaze.num_frames))).mean(), None, None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was measured since the last time to the logs of training."""
-        if "loss" in logs and self._measured:
-            means = torch.stack([torch.stack(values).float().mean() for values in self._measured.values()])
-            means = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs = {**logs, **dict(zip(self._measured, means, strict=True))}
-            self._measured.clear()
-        super().log(logs, start_time)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, GazeClipDataset):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            batch_size = self.args.train_batch_size * self.args.world_size
-            return ClipSampler(dataset, batch_size, seed, epoch=lambda: int(self.state.epoch or 0))
-        return super()._get_train_sampler(dataset)
-
-    def _note(self, rollout: Rollout, scores: AutoGazeModelOutput, error: torch.Tensor) -> None:
+    def _note_rollout(self, rollout: Rollout, scores: AutoGazeModelOutput, error: torch.Tensor) -> None:
         """Keeps what is to be logged of a batch."""
         is_real = ~rollout.gaze.if_padded_gazing
         log_probs = scores.logits.detach().float().log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        measured = {
-            "reward": -rollout.loss.mean(),
-            "length": rollout.gaze.num_real_each_frame.float().mean(),
-            "entropy": entropy[is_real].mean(),
-            "task_loss_prediction_error": error.abs().mean(),
-            "temperature": error.new_tensor(self.temperature),
-        }
-        for name, value in measured.items():
-            self._measured[name].append(value)
+        self.note("reward", -rollout.loss.mean())
+        self.note("length", rollout.gaze.num_real_each_frame.float().mean())
+        self.note("entropy", entropy[is_real].mean())
+        self.note("task_loss_prediction_error", error.abs().mean())
+        self.note("temperature", error.new_tensor(self.temperature))
 
     def _measure(self, clips: torch.Tensor, gaze: GazeOutput, frames: list[int]) -> torch.Tensor:
         """Gives the reconstruction loss of some frames, `(batch, len(frames))`, of the gazes of clips or groups of them."""
         clips = resize_frames(clips[:, :: gaze.frame_sampling_rate].float(), gaze.grid.sizes[-1])
-        pixels = self._video_processor.to_pixels(clips).clamp(0, 1)
+        pixels = self.processing_class.to_pixels(clips).clamp(0, 1)
         pixels = pixels.repeat_interleave(gaze.batch_size // len(clips), dim=0)
         return self.reconstruction(pixels, gaze, frames).loss.float()
-
-    def _step_generator(self) -> torch.Generator:
-        """Gives the source of this step's random numbers on this process."""
-        step = self.state.global_step
-        if step != self._generator_step:
-            place = np.random.SeedSequence([self.args.seed, step, self.args.process_index])
-            self._generator = torch.Generator().manual_seed(int(place.generate_state(1)[0]))
-            self._generator_step = step
-        return self._generator

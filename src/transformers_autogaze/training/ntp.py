@@ -5,26 +5,24 @@ This module owns the trainer and its arguments. Clips and labels come from `data
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..composite_autogaze import CompositeReconstruction
 from ..modeling_autogaze import AutoGazeModel
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .data import ClipSampler, GazeClipDataset, GazeCollator
 from .labels import FrameValues, label_gaze, standing_frames
 from .objectives import CellLossHeads, prefix_loss, seen_patches, slot_losses
+from .trainer import GazeClipTrainer, generator_on
 
 
 _HEADS = "cell_loss_heads"
@@ -96,7 +94,7 @@ class AutoGazeTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class AutoGazeTrainer(Trainer):
+class AutoGazeTrainer(GazeClipTrainer):
     """
     Trains an [`AutoGazeModel`] on labels: the next patches, and the task loss after each.
 
@@ -146,15 +144,10 @@ class AutoGazeTrainer(Trainer):
     ):
         if not isinstance(args, AutoGazeTrainingArguments):
             raise ValueError(f"`args` must be AutoGazeTrainingArguments, got {type(args).__name__}")
-        # The trainer takes a whole processor for one with a tokenizer.
-        processing_class = getattr(processing_class, "video_processor", processing_class) or AutoGazeVideoProcessor()
-        kwargs.setdefault("data_collator", GazeCollator(model.config))
-        super().__init__(model, args, processing_class=processing_class, **kwargs)
+        super().__init__(model, args, processing_class, **kwargs)
         self.composite = CompositeReconstruction(model.config.grid)
         self.cell_loss_heads = CellLossHeads(model.config).to(args.device)
         self._seen = seen_patches(model.config.grid, self.cell_loss_heads.tokens).to(args.device)
-        self._measured: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._generator_step: int | None = None
 
     def train(self, *args, **kwargs) -> Any:
         """Trains; see [`~transformers.Trainer.train`]."""
@@ -192,7 +185,7 @@ class AutoGazeTrainer(Trainer):
         if (
             model.training
             and args.on_policy
-            and float(torch.rand((), generator=self._step_generator())) < args.on_policy
+            and float(torch.rand((), generator=self.step_generator())) < args.on_policy
         ):
             inputs = self.relabel(inputs)
         called = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
@@ -215,8 +208,8 @@ class AutoGazeTrainer(Trainer):
         is_measured = ~inputs["task_loss_labels"].isnan()
         error = outputs.task_loss_prediction.float() - inputs["task_loss_labels"].nan_to_num()
         error = error.square().masked_fill(~is_measured, 0)
-        self._note("next_token_loss", next_token.sum(), is_label.sum())
-        self._note("task_loss_error", error.sum(), is_measured.sum())
+        self.note("next_token_loss", next_token.sum(), is_label.sum())
+        self.note("task_loss_error", error.sum(), is_measured.sum())
 
         num_labels, num_processes, num_batches = is_label.sum(), 1, 1
         if num_items_in_batch is not None:
@@ -226,12 +219,12 @@ class AutoGazeTrainer(Trainer):
         loss = (next_token.sum() + error.sum()) / num_labels * num_processes
         if has_values and args.cell_loss_weight:
             cell_loss = self.cell_loss_heads(outputs.vision_hidden_states, inputs["cell_losses"])
-            self._note("cell_loss", cell_loss)
+            self.note("cell_loss", cell_loss)
             loss = loss + args.cell_loss_weight * cell_loss / num_batches
         if has_values and args.prefix_loss_weight:
             weight = self._unwrapped().gaze_decoder.lm_head.weight
             prefix = prefix_loss(outputs.vision_hidden_states[-1], weight, inputs["patch_gains"], self._seen)
-            self._note("prefix_loss", prefix)
+            self.note("prefix_loss", prefix)
             loss = loss + args.prefix_loss_weight * prefix / num_batches
         return (loss, outputs) if return_outputs else loss
 
@@ -251,7 +244,8 @@ class AutoGazeTrainer(Trainer):
         video, counts, is_padding = (
             inputs[name] for name in ("pixel_values_videos", "num_gazing_each_frame", "if_padded_gazing")
         )
-        sampling, warmth = self._draw(2)
+        generator = self.step_generator()
+        sampling, warmth = torch.rand(2, generator=generator).tolist()
         was_training = model.training
         model.eval()
         # The decode loop keeps its state in the weights' own precision.
@@ -261,7 +255,7 @@ class AutoGazeTrainer(Trainer):
                 counts.double() / grid.num_patches,
                 do_sample=sampling < 0.5,
                 temperature=0.5 + 0.5 * warmth,
-                generator=self._step_generator(),
+                generator=generator_on(video.device, generator),
             )
         model.train(was_training)
         gaze = type(gaze).from_ids(gaze.gazing_pos, is_padding, counts, grid, rate)
@@ -290,43 +284,8 @@ class AutoGazeTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss since the last time to the logs of training."""
-        if "loss" in logs and self._measured:
-            sums = torch.stack([torch.stack(values).sum(0) for values in self._measured.values()])
-            sums = self.accelerator.reduce(sums, reduction="sum")
-            logs = {**logs, **dict(zip(self._measured, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))}
-        self._measured.clear()
-        super().log(logs, start_time)
-
-    def _note(self, name: str, total: torch.Tensor, count: torch.Tensor | None = None) -> None:
-        """Keeps a part of the loss for the logs: a sum and what it is over."""
-        total = total.detach().float()
-        self._measured[name].append(torch.stack([total, torch.ones_like(total) if count is None else count.float()]))
-
     def _unwrapped(self) -> AutoGazeModel:
         return self.accelerator.unwrap_model(self.model)
-
-    def _draw(self, count: int) -> list[float]:
-        generator = self._step_generator()
-        return torch.rand(count, generator=generator, device=generator.device).tolist()
-
-    def _step_generator(self) -> torch.Generator:
-        """Gives the source of this step's random numbers on this process."""
-        step = self.state.global_step
-        if step != self._generator_step:
-            place = np.random.SeedSequence([self.args.seed, step, self.args.process_index])
-            self._generator = torch.Generator(self.args.device).manual_seed(int(place.generate_state(1)[0]))
-            self._generator_step = step
-        return self._generator
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, GazeClipDataset):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            batch_size = self.args.train_batch_size * self.args.world_size
-            return ClipSampler(dataset, batch_size, seed, epoch=lambda: int(self.state.epoch or 0))
-        return super()._get_train_sampler(dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
