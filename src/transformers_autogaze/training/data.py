@@ -85,7 +85,7 @@ class BudgetSchedule:
         strategies = ("fixed", "uniform", "exponential")
         if self.ratio_strategy not in strategies:
             raise ValueError(f"`ratio_strategy` must be one of {strategies}, got {self.ratio_strategy!r}")
-        if not 0 <= self.ratio_min <= self.ratio_max <= 1:
+        if not 0 <= self.ratio_min <= (1 if self.ratio_strategy == "fixed" else self.ratio_max) <= 1:
             raise ValueError(
                 f"`ratio_min` and `ratio_max` must lie in 0..1 in this order, got {self.ratio_min} and {self.ratio_max}"
             )

@@ -1,0 +1,380 @@
+import io
+import warnings
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
+from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.selection_autogaze import resize_frames
+from transformers_autogaze.training.augmentation import ClipAugmentation, pan_and_zoom
+from transformers_autogaze.training.data import BudgetSchedule, ClipSampler, GazeClipDataset, GazeCollator
+from transformers_autogaze.training.labels import ClipLabels, FrameValues, GreedyLabeller, label_videos, read_labels
+from transformers_autogaze.training.videos import VideoCollection
+from transformers_autogaze.video import write_video
+
+
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+CONFIG = AutoGazeConfig(
+    scales=[32, 64],
+    image_size=64,
+    vision_config={"hidden_size": 16, "output_size": 16},
+    decoder_config={"num_multi_token_pred": 4, **SIZES},
+)
+
+PROCESSOR = AutoGazeVideoProcessor(size={"shortest_edge": 64})
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def numbered(num_frames, height=40, width=48):
+    """Frames that are all of one level, their number times ten, so that it shows where a clip came from."""
+    return np.broadcast_to(
+        np.arange(num_frames, dtype=np.uint8)[:, None, None, None] * 10, (num_frames, height, width, 3)
+    )
+
+
+def dataset(videos=None, **kwargs):
+    videos = [numbered(20), render_demo_clip(12, 40, 48), numbered(2)] if videos is None else videos
+    return GazeClipDataset(videos, CONFIG, **{"num_frames": 4, "processor": PROCESSOR, **kwargs})
+
+
+def assert_items_equal(item, expected):
+    assert item.keys() == expected.keys()
+    for key, value in item.items():
+        assert torch.equal(value, expected[key]) if isinstance(value, torch.Tensor) else value == expected[key], key
+
+
+def frames_shown(item):
+    """The numbers of the frames of a clip of `numbered`."""
+    pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"])
+    return (pixels.mean((1, 2, 3)) * 25.5).round().long().tolist()
+
+
+def test_items_follow_from_seed_and_index_alone():
+    settings = {"augmentation": ClipAugmentation(), "schedule": BudgetSchedule()}
+    clips, again = dataset(**settings), dataset(**settings)
+    items = [clips[index] for index in range(9)]
+    for index in (8, 3, 0):
+        assert_items_equal(again[index], items[index])
+    for loaded, item in zip(DataLoader(clips, None, sampler=[4, 1], num_workers=1), (items[4], items[1]), strict=True):
+        assert_items_equal(loaded, item)
+    assert not torch.equal(items[1]["pixel_values_videos"], items[4]["pixel_values_videos"])  # one video, other clips
+    other = dataset(seed=1, **settings)[1]
+    assert not torch.equal(other["pixel_values_videos"], items[1]["pixel_values_videos"])
+
+
+def test_clips_begin_anywhere_and_take_every_nth_frame():
+    clips = dataset([numbered(20)], max_stride=4)
+    shown = [frames_shown(clips[index]) for index in range(400)]
+    steps = [{b - a for a, b in zip(frames, frames[1:], strict=False)} for frames in shown]
+    assert all(len(step) == 1 for step in steps)
+    assert {step.pop() for step in steps} == {1, 2, 3, 4}
+    starts, ends = ({frames[place] for frames in shown} for place in (0, -1))
+    assert len(starts) > 12 and {0, 16} <= starts and min(ends) == 3 and max(ends) == 19
+
+
+def test_strides_stop_at_what_a_video_is_long_enough_for_and_short_ones_rest_on_their_last_frame():
+    clips = dataset([numbered(8)], max_stride=9)
+    steps = {frames[1] - frames[0] for frames in (frames_shown(clips[index]) for index in range(60))}
+    assert steps == {1, 2}
+    assert frames_shown(dataset([numbered(2)])[0]) == [0, 1, 1, 1]
+    assert frames_shown(dataset([numbered(1)])[0]) == [0, 0, 0, 0]
+
+
+def test_files_are_decoded_to_the_frames_that_were_asked_for(tmp_path):
+    levels = numbered(20, 64, 64)
+    write_video(tmp_path / "clip.mp4", levels, fps=10)
+    from_file, from_array = dataset(tmp_path), dataset([levels])
+    contents = dataset([(tmp_path / "clip.mp4").read_bytes()])
+    held = dataset(VideoCollection(tmp_path, in_memory=True))
+    for index in range(5):
+        expected = frames_shown(from_array[index])
+        for clips in (from_file, contents, held):
+            assert frames_shown(clips[index]) == expected
+
+
+def test_folders_are_searched_with_the_folders_in_them(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.mp4", "sub/a.MKV", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert VideoCollection(tmp_path).names == ["b.mp4", "sub/a.MKV"]
+
+
+def test_a_datasets_dataset_gives_videos_of_any_kind_in_a_column():
+    datasets = pytest.importorskip("datasets")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        output = container.add_stream("libx264", rate=10)
+        output.width, output.height, output.pix_fmt = 48, 48, "yuv420p"
+        for frame in numbered(6, 48, 48):
+            container.mux(output.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
+        container.mux(output.encode())
+    table = datasets.Dataset.from_dict({"clip": [{"bytes": stream.getvalue(), "path": None}]})
+    assert frames_shown(dataset(VideoCollection(table, column="clip"), max_stride=1)[0]) in (
+        [0, 1, 2, 3],
+        [1, 2, 3, 4],
+        [2, 3, 4, 5],
+    )
+    pictures = datasets.Dataset.from_dict({"image": [Image.new("RGB", (48, 40), (90, 90, 90))]})
+    pictures = pictures.cast_column("image", datasets.Image())
+    assert frames_shown(dataset(VideoCollection(pictures, column="image"))[0]) == [9, 9, 9, 9]
+
+
+def test_a_video_that_cannot_be_read_is_skipped_with_one_warning_and_counted(tmp_path):
+    for name in ("broken1.mp4", "broken2.mp4"):
+        (tmp_path / name).write_bytes(b"nothing")
+    write_video(tmp_path / "clip.mp4", numbered(6, 64, 64), fps=10)
+    clips = dataset(tmp_path)
+    with pytest.warns(UserWarning, match="a video is skipped.*broken1.mp4") as warned:
+        items = [clips[index] for index in range(6)]
+    assert len(warned) == 1 and clips.num_skipped == 2
+    assert all(max(frames_shown(item)) <= 5 for item in items)
+    with pytest.warns(UserWarning, match="a video is skipped"):
+        assert VideoCollection(tmp_path, in_memory=True).num_skipped == 2
+    (tmp_path / "clip.mp4").write_bytes(b"nothing")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="a video that can be read, but all 3 failed"):
+        dataset(tmp_path)[0]
+
+
+def test_what_workers_skip_counts_as_well(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    write_video(tmp_path / "clip.mp4", numbered(6, 64, 64), fps=10)
+    clips = dataset(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert len(list(DataLoader(clips, None, num_workers=2))) == 2
+    assert clips.num_skipped == 1
+
+
+def test_items_hold_the_greedy_search_of_the_pixels_that_the_model_sees():
+    schedule = BudgetSchedule("uniform", ratio_max=0.6, threshold_share=0)
+    item = dataset(augmentation=ClipAugmentation(), schedule=schedule)[1]
+    pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"]).clamp(0, 1)
+    counts = [len(ids) for ids in item["gazing_pos"]]
+    labels = GreedyLabeller(CONFIG.grid, gazing_ratio=[count / 20 for count in counts])(pixels[None])[0]
+    assert item["gazing_pos"][0][:4] == labels.gazing_pos[0][:4]
+    for losses, expected in zip(item["task_losses"], labels.task_losses, strict=True):
+        assert losses[0] == pytest.approx(expected[0], abs=1e-2)
+    assert item["cell_losses"].shape == (4, 2, 4, 4) and item["patch_gains"].shape == (4, 20)
+    # Frame 0 stands on mid-grey.
+    squares = (pixels[0] - 0.5).square().mean(0).unfold(0, 16, 16).unfold(1, 16, 16).mean((-1, -2))
+    torch.testing.assert_close(item["cell_losses"][0, 0], 2 + squares.log10() / 2, rtol=0, atol=1e-3)
+
+
+def test_whole_frames_are_what_the_processor_and_the_model_make_of_them():
+    video = render_demo_clip(4, 90, 120)
+    item = GazeClipDataset([video], CONFIG, num_frames=4)[0]
+    seen = resize_frames(AutoGazeVideoProcessor()(video, return_tensors="pt")["pixel_values_videos"], 64)
+    to_pixels = AutoGazeVideoProcessor().to_pixels
+    expected = to_pixels(seen[0]).clamp(0, 1)  # enlarging overshoots
+    torch.testing.assert_close(to_pixels(item["pixel_values_videos"]), expected, rtol=0, atol=1e-5)
+
+
+def test_without_a_schedule_there_are_no_labels():
+    assert dataset()[0].keys() == {"pixel_values_videos"}
+
+
+def test_budgets_are_drawn_as_the_schedule_says():
+    def draws(*arguments, frames=4, **kwargs):
+        schedule, generator = BudgetSchedule(*arguments, **kwargs), seeded()
+        return [schedule.draw(frames, generator) for _ in range(1000)]
+
+    drawn = draws("fixed", ratio_min=0.3, dirichlet_share=0, threshold_share=0)
+    assert all(ratios.tolist() == pytest.approx([0.3] * 4) and threshold is None for ratios, threshold in drawn)
+
+    drawn = draws("uniform", ratio_min=0.1, ratio_max=0.5, dirichlet_share=0, threshold_share=1, threshold_min=0.4)
+    means = torch.stack([ratios for ratios, _ in drawn])
+    assert bool((means == means[:, :1]).all())
+    assert 0.1 <= means.min() < 0.11 and 0.49 < means.max() <= 0.5 and abs(means.mean() - 0.3) < 0.02
+    thresholds = torch.tensor([threshold for _, threshold in drawn])
+    assert 0.4 <= thresholds.min() < 0.41 and 0.99 < thresholds.max() <= 1 and abs(thresholds.mean() - 0.7) < 0.02
+
+    means = torch.stack([ratios.mean() for ratios, _ in draws("exponential", ratio_max=1, dirichlet_share=0)])
+    assert 0.15 < means.mean() < 0.21 and means.median() < means.mean()  # 1/6 beyond 0.02, give or take
+
+    ratios = torch.stack([ratios for ratios, _ in draws("fixed", ratio_min=0.2, dirichlet_share=1)])
+    assert ratios[:, 0].mean() / ratios[:, 1].mean() == pytest.approx(10 / 3, rel=0.1)
+    assert abs(ratios.mean() - 0.2) < 0.01
+
+    drawn = draws(dirichlet_share=0.5, threshold_share=0.3)
+    assert abs(np.mean([threshold is not None for _, threshold in drawn]) - 0.3) < 0.05
+    assert abs(np.mean([len(set(ratios.tolist())) > 1 for ratios, _ in drawn]) - 0.5) < 0.05
+
+
+def test_labels_fill_whole_steps_unless_a_threshold_ends_them():
+    settings = {"dirichlet_share": 1, "ratio_max": 1}
+    clips = dataset([render_demo_clip(12, 64, 64)], schedule=BudgetSchedule(threshold_share=0, **settings))
+    counts = {len(ids) for index in range(20) for ids in clips[index]["gazing_pos"]}
+    assert len(counts) > 2 and all(count % 4 == 0 for count in counts) and max(counts) <= 20
+    schedule = BudgetSchedule("fixed", ratio_min=1, threshold_share=1, threshold_min=1.0, threshold_max=1.0)
+    for losses in dataset([render_demo_clip(12, 64, 64)], schedule=schedule)[0]["task_losses"]:
+        assert losses[-1] <= 1.0 and all(loss > 1.0 for loss in losses[:-1])
+
+
+def test_labels_from_a_file_come_with_the_frames_they_were_made_for(tmp_path):
+    videos = [numbered(9, 64, 64), render_demo_clip(7, 64, 64), render_demo_clip(7, 64, 64, 3)]
+    labeller = GreedyLabeller(CONFIG.grid, gazing_ratio=0.4)
+    labels = read_labels(label_videos(VideoCollection(videos), labeller, tmp_path / "labels.json", num_frames=3))
+    del labels["1"]
+    clips = GazeClipDataset(videos, CONFIG, labels=labels)
+    assert len(clips) == 2 and frames_shown(clips[0]) == [0, 3, 6]
+    item = clips[1]
+    assert item["gazing_pos"] == labels["2"].gazing_pos and item["task_losses"] == labels["2"].task_losses
+    pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"]).clamp(0, 1)
+    for losses, expected in zip(labeller(pixels[None])[0].task_losses, item["task_losses"], strict=True):
+        assert losses == pytest.approx(expected, abs=1e-2)
+    assert clips.longest_labels(1) == 24
+    values = FrameValues(item["cell_losses"], item["patch_gains"])
+    assert float(values.patch_gains[1].max()) < float(values.patch_gains[0].max())  # most was laid in the first frame
+
+
+def test_an_epoch_takes_every_clip_once_and_the_next_one_new_clips():
+    clips = dataset(schedule=BudgetSchedule(), clips_per_video=20)
+    orders = [list(ClipSampler(clips, 4, seed=0, epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)]
+    assert orders[0] == orders[1] != sorted(orders[0]) and sorted(orders[0]) == list(range(60))
+    assert sorted(orders[2]) == list(range(60, 120))
+    assert list(ClipSampler(clips, 4, seed=1, epoch=lambda: 0)) != orders[0]
+
+
+def test_batches_hold_clips_of_about_as_many_labels():
+    clips = dataset(schedule=BudgetSchedule(), clips_per_video=40)
+    order = list(ClipSampler(clips, 4, seed=0, epoch=lambda: 0))
+
+    def waste(order):
+        lengths = torch.tensor([clips.longest_labels(index) for index in order]).view(-1, 4)
+        return float((lengths.amax(1, keepdim=True) - lengths).sum() / lengths.sum())
+
+    assert waste(order) < 0.3 * waste(torch.randperm(120, generator=seeded()).tolist())
+    lengths = [len(ids) for item in [clips[order[0]]] for ids in item["gazing_pos"]]
+    assert sum(lengths) <= clips.longest_labels(order[0])
+
+
+def test_padding_in_a_batch_changes_no_score():
+    torch.manual_seed(0)
+    model = AutoGazeModel(CONFIG).double()
+    clips = dataset(schedule=BudgetSchedule(dirichlet_share=1))
+    items = [clips[index] for index in (0, 1, 4)]
+    for item in items:
+        item["pixel_values_videos"] = item["pixel_values_videos"].double()
+    collate, called = (
+        GazeCollator(CONFIG),
+        ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame"),
+    )
+    batch = collate(items)
+    assert batch["num_gazing_each_frame"].tolist() == [
+        max(map(len, ids)) for ids in zip(*(i["gazing_pos"] for i in items), strict=True)
+    ]
+    scores = model(**{key: batch[key] for key in called})
+    for number, item in enumerate(items):
+        alone = collate([item])
+        assert not alone["if_padded_gazing"].any()
+        real = ~batch["if_padded_gazing"][number]
+        expected = model(**{key: alone[key] for key in called})
+        torch.testing.assert_close(scores.log_action_probs[number, real], expected.log_action_probs[0])
+        assert torch.equal(batch["labels"][number, real], alone["gazing_pos"][0])
+        assert bool((batch["labels"][number, ~real] == -100).all())
+        assert torch.equal(batch["task_loss_labels"][number, real], alone["task_loss_labels"][0])
+        assert bool(batch["task_loss_labels"][number, ~real].isnan().all())
+
+
+def test_a_whole_clip_is_varied_alike():
+    still = torch.from_numpy(render_demo_clip(2, 60, 80)[:1]).permute(0, 3, 1, 2).expand(3, -1, -1, -1)
+    augmentation, varied = ClipAugmentation(still=0), set()
+    for seed in range(20):
+        pixels = augmentation(still, (32, 32), seeded(seed))
+        assert pixels.shape == (3, 3, 32, 32) and 0 <= pixels.min() <= pixels.max() <= 1
+        assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
+        varied.add(float(pixels.mean()))
+    assert len(varied) == 20
+
+
+def test_crops_keep_their_share_and_lie_anywhere():
+    rows, cols = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    levels = torch.stack([rows, cols, cols])[None].byte()
+    augmentation = ClipAugmentation(min_crop=0.25, flip=0, colour=0, still=0)
+    areas, tops = [], []
+    for seed in range(200):
+        pixels = augmentation(levels, (50, 50), seeded(seed)) * 255
+        height, width = (float(x.max() - x.min()) + 2 for x in pixels[0, :2])
+        areas.append(height * width / 200**2)
+        tops.append(float(pixels[0, 0].min()))
+        assert 0.5 < height / width < 2
+    assert 0.2 < min(areas) < 0.35 and 0.85 < max(areas) < 1.1
+    assert min(tops) < 5 and max(tops) > 50
+    whole = ClipAugmentation(min_crop=1, flip=0, colour=0, still=0)(levels, (200, 200), seeded())
+    assert float((whole[0, 0] * 255 - rows).abs().mean()) < 30  # only the aspect ratio is left to vary
+
+
+def test_flips_mirror_and_colours_stay_in_range():
+    levels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    levels[..., :16] = 200
+    shares = [ClipAugmentation(min_crop=1, colour=0, still=0, flip=flip) for flip in (0.0, 1.0)]
+    pixels = [augmentation(levels, (32, 32), seeded()) for augmentation in shares]
+    torch.testing.assert_close(pixels[0].flip(-1), pixels[1])
+    assert float((pixels[0] - pixels[1]).abs().mean()) > 0.1
+    bright = ClipAugmentation(min_crop=1, flip=0, still=0, colour=1.0)
+    means = [float(bright(levels, (32, 32), seeded(seed)).mean()) for seed in range(30)]
+    assert min(means) < 0.2 and max(means) > 0.5
+
+
+def test_a_camera_pans_and_zooms_evenly_over_a_still():
+    picture = torch.from_numpy(render_demo_clip(2, 240, 320)[0]).permute(2, 0, 1)
+    changes = []
+    for seed in range(10):
+        clip = pan_and_zoom(picture, 6, (64, 64), seeded(seed))
+        assert clip.shape == (6, 3, 64, 64) and 0 <= clip.min() <= clip.max() <= 1
+        changes.append((clip[1:] - clip[:-1]).abs().mean((1, 2, 3)))
+    changes = torch.stack(changes)
+    assert bool((changes > 0).all()) and float(changes.max()) < 0.15
+    assert bool((changes.amax(1) < 3 * changes.amin(1)).all())
+    flat = pan_and_zoom(torch.full((3, 50, 50), 90, dtype=torch.uint8), 3, (32, 32), seeded())
+    torch.testing.assert_close(flat, torch.full_like(flat, 90 / 255))
+    one = ClipAugmentation(still=1, flip=0, colour=0)(picture[None].expand(4, -1, -1, -1), (64, 64), seeded())
+    assert not torch.equal(one[0], one[3])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dataset(num_frames=0), "`num_frames` must be a positive multiple of 1, got 0"),
+        (lambda: dataset(max_stride=0), "`max_stride` must be a whole number of at least 1, got 0"),
+        (lambda: dataset(clips_per_video=0.5), "`clips_per_video` must be a whole number of at least 1, got 0.5"),
+        (lambda: dataset([]), "`videos` must hold at least one video, got none"),
+        (lambda: dataset("no/such/folder"), "there is no folder 'no/such/folder'"),
+        (lambda: dataset([np.zeros((2, 3, 4), np.uint8)])[0], "all 1 failed"),
+        (
+            lambda: dataset(labels={"x": ClipLabels([[0]], [[0.1]])}),
+            "`labels` must name videos .* such as '0', got labels of 'x'",
+        ),
+        (lambda: dataset(labels={}, schedule=BudgetSchedule()), "`augmentation` and `schedule` must be None"),
+        (lambda: BudgetSchedule("linear"), "`ratio_strategy` must be one of .* got 'linear'"),
+        (
+            lambda: BudgetSchedule(ratio_min=0.5, ratio_max=0.1),
+            "`ratio_min` and `ratio_max` must lie in 0..1 in this order",
+        ),
+        (lambda: BudgetSchedule(ratio_decay=0), "`ratio_decay` must be above 0, got 0"),
+        (lambda: BudgetSchedule(threshold_share=2), "`threshold_share` must lie in 0..1, a share of the clips, got 2"),
+        (
+            lambda: BudgetSchedule(threshold_min=2),
+            "`threshold_min` and `threshold_max` must be two numbers in this order",
+        ),
+        (lambda: ClipAugmentation(min_crop=0), "`min_crop` must lie above 0 and not above 1"),
+        (lambda: ClipAugmentation(colour=-1), "`colour` must lie in 0..1, got -1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:a video is skipped")
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold videos .* found none"):
+        VideoCollection(tmp_path)
