@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 _COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (86, 180, 233), (120, 120, 120), (0, 0, 0))
 _GRID, _TEXT = (225, 225, 225), (40, 40, 40)
 _SCALE = 2  # pixels drawn per pixel kept, which smooths the lines
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 44, 56
+_LEFT, _TOP, _BOTTOM, _GAP = 70, 54, 56, 8
+_ROW, _SWATCH = 22, 30  # of the legend, which stands at the right
 
 
 def line_chart(
@@ -21,7 +22,7 @@ def line_chart(
     size: tuple[int, int] = (760, 480),
 ) -> Image.Image:
     """
-    Draws lines with a mark at every point, and a legend.
+    Draws lines with a mark at every point, and a legend at the right.
 
     Args:
         lines (`Mapping` of `str` to `Sequence[tuple[float, float]]`): the points of each line by its name, in order.
@@ -48,8 +49,10 @@ def line_chart(
     if not points:
         raise ValueError(f"`lines` must hold at least one point, got {dict(lines)}")
     x_ticks, y_ticks = (_ticks(min(values), max(values)) for values in zip(*points, strict=True))
+    font, large = (ImageFont.load_default(size=height * _SCALE) for height in (14, 17))
+    legend = _SWATCH + max(math.ceil(font.getlength(name) / _SCALE) for name in lines)
     width, height = (side * _SCALE for side in size)
-    left, right = _LEFT * _SCALE, width - _RIGHT * _SCALE
+    left, right = _LEFT * _SCALE, width - (legend + 3 * _GAP) * _SCALE
     top, bottom = _TOP * _SCALE, height - _BOTTOM * _SCALE
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -60,8 +63,7 @@ def line_chart(
 
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    font, large = (ImageFont.load_default(size=points * _SCALE) for points in (14, 17))
-    gap = 8 * _SCALE
+    gap = _GAP * _SCALE
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         draw.line([(x, top), (x, bottom)], fill=_GRID, width=_SCALE)
@@ -74,28 +76,17 @@ def line_chart(
     draw.text((gap, top - gap), y_label, fill=_TEXT, font=font, anchor="lb")
     draw.text((width / 2, gap), title, fill=_TEXT, font=large, anchor="mt")
 
-    for index, line in enumerate(lines.values()):
+    # The first line lies on top.
+    for index, (name, line) in reversed(list(enumerate(lines.items()))):
         colour, at = _COLOURS[index % len(_COLOURS)], [place(*point) for point in line]
         draw.line(at, fill=colour, width=2 * _SCALE, joint="curve")
         for x, y in at:
             radius = 3 * _SCALE
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-    _draw_legend(draw, list(lines), (right - gap, bottom - gap), font)
+        x, y = right + gap, top + _ROW * _SCALE * (index + 0.5)
+        draw.line([(x, y), (x + (_SWATCH - _GAP) * _SCALE, y)], fill=colour, width=3 * _SCALE)
+        draw.text((x + _SWATCH * _SCALE, y), name, fill=_TEXT, font=font, anchor="lm")
     return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _draw_legend(
-    draw: ImageDraw.ImageDraw, names: Sequence[str], corner: tuple[float, float], font: ImageFont.FreeTypeFont
-) -> None:
-    """Draws the legend with its lower right corner at a place."""
-    row, pad, swatch = 20 * _SCALE, 8 * _SCALE, 22 * _SCALE
-    wide = max(draw.textlength(name, font=font) for name in names) + swatch + 3 * pad
-    left, top = corner[0] - wide, corner[1] - row * len(names) - pad
-    draw.rectangle([left, top, *corner], fill="white", outline=_GRID, width=_SCALE)
-    for index, name in enumerate(names):
-        y = top + pad / 2 + row * (index + 0.5)
-        draw.line([(left + pad, y), (left + pad + swatch, y)], fill=_COLOURS[index % len(_COLOURS)], width=3 * _SCALE)
-        draw.text((left + 2 * pad + swatch, y), name, fill=_TEXT, font=font, anchor="lm")
 
 
 def _ticks(low: float, high: float) -> list[float]:

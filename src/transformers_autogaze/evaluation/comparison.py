@@ -216,7 +216,8 @@ def compare_scores(scores: Sequence[SelectorScores]) -> None:
         setting = score.gazing_ratio, score.task_loss_requirement
         greedy, random = by_name.get(("greedy", *setting)), by_name.get(("random", *setting))
         if score.task_loss_requirement is None:
-            if greedy is not None and random is not None:
+            # Where even random patches do as well as greedy search, as when all are kept, there is nothing to share out.
+            if greedy is not None and random is not None and greedy.task_loss != random.task_loss:
                 score.efficiency = efficiency(score.task_loss, random.task_loss, greedy.task_loss)
         elif greedy is not None:
             score.patches_over_greedy = score.patches_per_frame / greedy.patches_per_frame

@@ -101,13 +101,14 @@ class RankingSelector(GazeSelector, nn.Module):
             is_met = mse <= task_loss_to_mse(threshold).to(mse)[:, None]
             counts = torch.where(is_met.any(1), is_met.int().argmax(1) + 1, longest)[:, None]
         num_slots = counts.amax(0)
-        is_padding = torch.arange(int(num_slots), device=ids.device) >= counts
+        place = torch.arange(int(num_slots), device=ids.device)
+        is_padding = place >= counts
         return GazeOutput.from_ids(
             ids[:, :num_slots].masked_fill(is_padding, grid.num_patches),
             is_padding,
             num_slots,
             grid,
-            task_loss_prediction=mse_to_task_loss(mse[:, :num_slots]),
+            task_loss_prediction=mse_to_task_loss(mse.gather(1, place.minimum(counts - 1))),
             clip_num_gazing_each_frame=counts,
         )
 
