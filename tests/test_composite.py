@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from transformers_autogaze import GazeGrid, GazeOutput
+from transformers_autogaze.cells_autogaze import _resize_matrix
 from transformers_autogaze.composite_autogaze import (
     CompositeReconstruction,
-    _resize_matrix,
     mse_to_task_loss,
     task_loss_to_mse,
 )
@@ -304,6 +305,46 @@ def test_the_search_knows_the_error_after_each_choice():
     ids = found.ids + torch.arange(3)[:, None] * CROSSING.num_patches
     gaze = GazeOutput.from_ids(ids.flatten(1), torch.zeros(2, 21, dtype=torch.bool), torch.tensor([7] * 3), CROSSING)
     assert torch.equal(composite.measure(clips, gaze), found.mse.flatten(1))
+
+
+def gaze_of(grid, ids):
+    """A gaze of ids `(batch, frames, patches)`, counted from their frame."""
+    num_frames, count = ids.shape[1:]
+    first = torch.arange(num_frames)[:, None] * grid.num_patches
+    ids = (ids + first).flatten(1)
+    return GazeOutput.from_ids(ids, torch.zeros_like(ids, dtype=torch.bool), torch.full((num_frames,), count), grid)
+
+
+@pytest.mark.parametrize("step_size", [1, 3, 20])
+def test_the_search_goes_on_from_its_own_choices_as_it_did(step_size):
+    clip, composite = make_clips(CROSSING), CompositeReconstruction(CROSSING)
+    found = composite.search(clip, [8] * clip.shape[1])
+    assert torch.equal(composite.continuations(clip, gaze_of(CROSSING, found.ids), step_size), found.ids.flatten(1))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_each_step_goes_on_from_what_others_chose_with_the_best_patch(grid):
+    clip, composite = make_clips(grid, num_frames=2), CompositeReconstruction(grid)
+    generator = torch.Generator().manual_seed(0)
+    count = min(4, grid.num_patches - 1)
+    ids = torch.stack([torch.randperm(grid.num_patches, generator=generator)[:count] for _ in range(4)]).view(2, 2, -1)
+    gaze = gaze_of(grid, ids)
+    following = composite.continuations(clip, gaze, step_size=2).view(2, 2, -1)
+    rebuilt = composite.reconstruct(clip, gaze)
+    for b, t, step in itertools.product(range(2), range(2), range(0, count, 2)):
+        previous = rebuilt[b, t - 1] if t else torch.full_like(clip[b, 0], 0.5)
+        drawn, kept = draw_patches(grid, clip[b, t]), ids[b, t, :step].tolist()
+        errors = [
+            (paste(previous, drawn, [*kept, patch]) - clip[b, t]).square().mean() for patch in range(grid.num_patches)
+        ]
+        assert errors[following[b, t, step]] == pytest.approx(float(min(errors)), abs=1e-9)
+
+
+def test_a_step_of_no_patches_is_refused():
+    clip, composite = make_clips(CROSSING), CompositeReconstruction(CROSSING)
+    gaze = gaze_of(CROSSING, torch.zeros(2, 3, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="`step_size` must be at least 1, got 0"):
+        composite.continuations(clip, gaze, 0)
 
 
 def test_cell_errors_are_those_of_the_standing_picture_and_of_each_scale():

@@ -23,6 +23,7 @@ PIPELINE_TASK = "video-token-pruning"
 CODE_FILES = tuple(
     f"{name}_autogaze.py"
     for name in (
+        "cells",
         "composite",
         "configuration",
         "gazing",

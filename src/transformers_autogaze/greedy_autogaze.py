@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from .cells_autogaze import CellTables  # noqa: F401
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
 from .configuration_autogaze import GazeSelectorConfig
 from .gazing_autogaze import GazeOutput

@@ -15,6 +15,7 @@ from transformers import Pipeline
 from transformers.pipelines.base import no_collate_fn
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .cells_autogaze import CellTables  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid

@@ -1,0 +1,93 @@
+"""
+The closed form's geometry as matrices: how frames are resized to scales, and which cells a patch covers.
+
+This module owns tables that follow from a grid alone; what is done with them is `composite_autogaze`'s matter.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .grid_autogaze import GazeGrid
+
+
+class Resize(NamedTuple):
+    """Matrices that resize a frame to one scale, and the patches there to the blocks they cover."""
+
+    down_rows: torch.Tensor  # (height at the scale, height)
+    down_cols: torch.Tensor  # (width, width at the scale)
+    up_rows: torch.Tensor  # (height of a block, patch size)
+    up_cols: torch.Tensor  # (patch size, width of a block)
+
+
+class CellTables(NamedTuple):
+    """
+    The geometry of a grid as matrices: resizing and summing over cells in the pixels' dtype, the search in float64.
+
+    The search sums over the rows of cells, then the columns, of the patches of all scales alike. So it keeps patches in
+    slots `(rows of all scales, columns of all scales)`, of which only those whose row and column share a scale exist.
+    """
+
+    resizes: list[Resize]  # every scale but the finest
+    sum_rows: torch.Tensor  # (cell rows, 3 * height)
+    sum_cols: torch.Tensor  # (width, cell columns)
+    gain_rows: torch.Tensor  # (rows, scales * cell rows): the cells of a patch, at its own scale and all coarser ones
+    gain_cols: torch.Tensor  # (cell columns, columns)
+    rows_of_slot: torch.Tensor  # (slots, scales * cell rows, 1): those of `gain_rows`
+    cols_of_slot: torch.Tensor  # (slots, 1, cell columns)
+    closed: torch.Tensor  # (rows, columns): 0 for patches, -inf where there is none
+    id_of_slot: torch.Tensor  # (slots,)
+    layer_of_patch: torch.Tensor  # (patches + 1, cells): 1 + its scale where a patch covers a cell, else 0; last: none
+
+    @classmethod
+    def build(cls, grid: GazeGrid, cells: tuple[int, int], pixels: torch.Tensor) -> "CellTables":
+        """Makes the tables for pixels of some dtype and device."""
+        (height, width), patch = grid.sizes[-1], grid.patch_size
+        resizes = []
+        for (h, w), (rows, cols) in zip(grid.sizes[:-1], grid.grids[:-1], strict=True):
+            down_rows, down_cols = _resize_matrix(height, h, antialias=True), _resize_matrix(width, w, antialias=True)
+            up_rows, up_cols = _resize_matrix(patch, height // rows), _resize_matrix(patch, width // cols)
+            resizes.append(Resize(*(m.contiguous().to(pixels) for m in (down_rows, down_cols.T, up_rows, up_cols.T))))
+
+        scales = torch.arange(len(grid.grids))
+        num_rows, num_cols = zip(*grid.grids, strict=True)
+        rows = torch.cat([_parts(count, cells[0]) for count in num_rows])
+        cols = torch.cat([_parts(count, cells[1]) for count in num_cols])
+        row_scale = scales.repeat_interleave(torch.tensor(num_rows))
+        col_scale = scales.repeat_interleave(torch.tensor(num_cols))
+        gain_rows = ((scales <= row_scale[:, None])[:, :, None] * rows[:, None]).flatten(1)
+        is_patch = row_scale[:, None] == col_scale
+        search = (
+            gain_rows,
+            cols.T.contiguous(),
+            gain_rows.repeat_interleave(len(cols), dim=0)[:, :, None],
+            cols.repeat(len(rows), 1)[:, None],
+            torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
+            is_patch.flatten().cumsum(0) - 1,
+            _layer_of_patch(grid, cells),
+        )
+        return cls(
+            resizes,
+            _parts(cells[0], height).repeat(1, 3).to(pixels),
+            _parts(cells[1], width).T.contiguous().to(pixels),
+            *(table.to(pixels.device) for table in search),
+        )
+
+
+def _layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:
+    covered = [torch.kron(_parts(rows, cells[0]), _parts(cols, cells[1])) for rows, cols in grid.grids]
+    layers = torch.cat([layer * cover.long() for layer, cover in enumerate(covered, start=1)])
+    return F.pad(layers, (0, 0, 0, 1))
+
+
+def _resize_matrix(old: int, new: int, antialias: bool = False) -> torch.Tensor:
+    """Gives the weights `(new, old)` of a bicubic resize along one axis, as torch has them."""
+    identity = torch.eye(old, dtype=torch.float64)[None, None]
+    return F.interpolate(identity, size=(new, old), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
+
+
+def _parts(count: int, size: int) -> torch.Tensor:
+    """Cuts `size` places into equal parts: float64 `(count, size)`, 1 where a part covers a place."""
+    return torch.eye(count, dtype=torch.float64).repeat_interleave(size // count, dim=1)
