@@ -64,7 +64,7 @@ def slot_losses(
     # In which step each id was chosen; the end id, which is never proposed, counts as chosen before all.
     batch, _, vocabulary = logits.shape
     chosen_in = torch.full((batch, len(counts) * vocabulary), len(slot), device=device)
-    chosen_in.scatter_(1, gazing_pos + frame * vocabulary, step.expand(batch, -1))
+    chosen_in.scatter_reduce_(1, gazing_pos + frame * vocabulary, step.expand(batch, -1), "amin")
     chosen_in = chosen_in.view(batch, len(counts), vocabulary)
     chosen_in[..., -1] = -1
     log_probs = logits.masked_fill(chosen_in[:, frame] < step[:, None], -torch.inf).log_softmax(-1)
