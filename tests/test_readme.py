@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from conftest import FIXTURES
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import write_video
 from transformers_autogaze.demo import render_demo_clip
@@ -20,14 +21,21 @@ def test_the_examples_run(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "tiny-1", published)
     shutil.copy(FIXTURES / "processor" / "preprocessor_config.json", published)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
+    encoder = tmp_path / "encoder"
+    SiglipVisionModel(
+        SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(encoder)
+    SiglipImageProcessor().save_pretrained(encoder)
     names: dict[str, object] = {}
     for block in blocks:
         # The two on gazes for others go on with the model of their own sizes, not with the small published one.
         if "GazeCache" in block:
             names["model"], names["processor"] = names["own_model"], names["own_processor"]
+        block = block.replace("google/siglip2-base-patch16-224", str(encoder))
         exec(compile(block, str(README), "exec"), names)
         if "random weights" in block:
             names["own_model"], names["own_processor"] = names["model"], names["processor"]
     assert names["cache"].num_frames == 16
     assert names["patches"].shape[2:] == (3, 14, 14)
+    assert names["features"].last_hidden_state.shape == (16 * 26, 16)
