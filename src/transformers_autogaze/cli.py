@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"autogaze: error: {error}", file=sys.stderr)
         return 2
     return 0
