@@ -264,6 +264,7 @@ def test_configurations_that_were_never_published_are_refused(options, message):
     [
         (make_pixels(), make_gaze(), {"frames": [4]}, r"`frames` must name .* each in 0..3, got \[4\]"),
         (make_pixels(num_frames=3), make_gaze(), {}, r"`pixels` must be of shape \(2, 4, 3, 32, 32\)"),
+        (make_pixels() * 4 - 2, make_gaze(), {}, r"`pixels` must lie in 0..1, got -2..2: undo the normalisation"),
         (make_pixels(num_frames=5), make_gaze(num_frames=5), {}, r"`pixels` must hold at most 4 frames a clip, got 5"),
     ],
 )

@@ -136,13 +136,9 @@ class GainRankingSelector(RankingSelector):
     """
 
     def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
-        standing_error, *scale_errors = self._greedy.composite.cell_errors(frame, standing).unbind(1)
-        gains = []
-        for error, (rows, cols) in zip(scale_errors, self.config.grid.grids, strict=True):
-            drop = standing_error - error
-            block = (drop.shape[1] // rows, drop.shape[2] // cols)
-            gains.append(F.avg_pool2d(drop, block, divisor_override=1).flatten(1))
-        return torch.cat(gains, dim=1).argsort(dim=1, descending=True, stable=True)
+        composite = self._greedy.composite
+        gains = composite.gains(composite.cell_errors(frame, standing))
+        return gains.argsort(dim=1, descending=True, stable=True)
 
 
 class FrameDifferenceSelector(RankingSelector):

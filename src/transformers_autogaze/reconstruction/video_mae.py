@@ -23,6 +23,10 @@ from ..grid_autogaze import GazeGrid
 from .losses import L1Loss
 
 
+# Bicubically resized frames leave 0..1 by less than this; normalised values and levels 0..255 by more.
+_OVERSHOOT = 0.5
+
+
 class GazeVideoMAEConfig(PreTrainedConfig):
     """
     Configuration of a [`GazeVideoMAE`]; the defaults are the published size, that of ViT-MAE large.
@@ -336,6 +340,9 @@ class GazeVideoMAE(PreTrainedModel):
             raise ValueError(
                 f"`pixels` must hold at most {self.config.max_num_frames} frames a clip, got {gaze.num_frames}"
             )
+        lowest, highest = (float(value) for value in pixels.detach().aminmax())
+        if not (lowest >= -_OVERSHOOT and highest <= 1 + _OVERSHOOT):
+            raise ValueError(f"`pixels` must lie in 0..1, got {lowest:.4g}..{highest:.4g}: undo the normalisation")
         mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in self._mean_and_std())
         latent = self.vit(((pixels - mean) / std).to(self.dtype), gaze)
         asked = sorted(set(index))
