@@ -56,7 +56,7 @@ def clips(config, num_videos=4, **kwargs):
     return GazeClipDataset(videos, config, **{**settings, **kwargs})
 
 
-def make_trainer(folder, model=None, train_dataset=None, processing_class=None, **arguments):
+def make_trainer(folder, model=None, train_dataset=None, processing_class=None, eval_dataset=None, **arguments):
     model = model or small_model()
     defaults = {
         "per_device_train_batch_size": 2,
@@ -69,7 +69,8 @@ def make_trainer(folder, model=None, train_dataset=None, processing_class=None, 
         "disable_tqdm": True,
     }
     args = AutoGazeTrainingArguments(str(folder), **{**defaults, **arguments})
-    return AutoGazeTrainer(model, args, processing_class, train_dataset=train_dataset or clips(model.config))
+    datasets = {"train_dataset": train_dataset or clips(model.config), "eval_dataset": eval_dataset}
+    return AutoGazeTrainer(model, args, processing_class, **datasets)
 
 
 def assert_weights_equal(model, expected, **tolerance):
@@ -309,14 +310,34 @@ def test_on_policy_batches_are_as_many_as_asked_for(tmp_path):
 
 def test_evaluation_gives_the_loss_of_labels(tmp_path):
     model = small_model()
-    trainer = make_trainer(tmp_path, model, on_policy=1.0)
-    trainer.eval_dataset = clips(model.config, augmentation=None)
+    trainer = make_trainer(tmp_path, model, eval_dataset=clips(model.config, augmentation=None), on_policy=1.0)
     metrics = trainer.evaluate()
     assert 0 < metrics["eval_loss"] < 50 and metrics == {
         **metrics,
         **trainer.evaluate(),
         **{key: metrics[key] for key in metrics if "runtime" in key or "per_second" in key},
     }
+
+
+def test_evaluation_between_steps_leaves_no_trace_in_the_logs(tmp_path):
+    items = [clips(small_model().config)[index] for index in range(4)]
+    histories = []
+    for strategy in ("no", "steps"):
+        datasets = {"train_dataset": items, "eval_dataset": items}
+        trainer = make_trainer(tmp_path, **datasets, logging_steps=2, eval_strategy=strategy, eval_steps=1)
+        trainer.train()
+        histories.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert histories[0] == histories[1] and len(histories[0]) == 2
+
+
+def test_workers_and_gradient_checkpointing_change_nothing(tmp_path):
+    plain, other = (
+        make_trainer(tmp_path),
+        make_trainer(tmp_path, gradient_checkpointing=True, dataloader_num_workers=2),
+    )
+    plain.train()
+    other.train()
+    assert_weights_equal(other.model, plain.model, atol=1e-5)
 
 
 def test_half_precision_trains(tmp_path):

@@ -36,8 +36,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
 
     Args:
         whole_steps (`bool`, *optional*, defaults to `True`):
-            Whether all slots of a step are to predict all the labels of that step alike, which is learned faster, or
-            each its own label, as published.
+            Whether all slots of a step are to predict all the labels of that step alike, as the set that they are
+            decoded as, or each its own label, as published.
         on_policy (`float`, *optional*, defaults to 0.0):
             Share of batches, 0..1, in which the model sees its own choices instead of the labels', half of the time
             sampled; labels are then what greedy search would choose next. It learns to go on from its own mistakes.
