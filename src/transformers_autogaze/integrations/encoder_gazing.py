@@ -15,6 +15,7 @@ from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector, resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .normalization import normalizing_part, undo_normalization
 from .video_tokens import cut_tiles
 
 
@@ -65,14 +66,7 @@ class EncoderFrameGazer:
     ):
         self.selector, self.gaze_processor, self.grid = selector, gaze_processor, grid
         self.chunk_frames, self.max_batch_size = chunk_frames, max_batch_size
-        for part in ("video_processor", "image_processor"):
-            processor = getattr(processor, part, None) or processor
-        if not all(hasattr(processor, key) for key in ("image_mean", "image_std", "rescale_factor")):
-            raise ValueError(
-                "`processor` must be the processor, video processor or image processor that normalises the encoder's "
-                f"frames, with `image_mean`, `image_std` and `rescale_factor`, got {type(processor).__name__}"
-            )
-        self.processor = processor
+        self.processor = normalizing_part(processor)
         rate = selector.config.frame_sampling_rate
         if chunk_frames % rate:
             raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
@@ -161,18 +155,7 @@ class EncoderFrameGazer:
 
     def to_gaze_values(self, frames: torch.Tensor) -> torch.Tensor:
         """Brings frames `(.., 3, height, width)` from the encoder's normalisation to the selector's, in float32."""
-        processor, levels = self.processor, frames.float()
-        if getattr(processor, "do_normalize", True):
-            mean, std = (
-                torch.tensor(numbers, device=frames.device).view(-1, 1, 1)
-                for numbers in (processor.image_mean, processor.image_std)
-            )
-            levels = levels * std + mean
-        if getattr(processor, "offset", False):
-            levels = levels + 1
-        if getattr(processor, "do_rescale", True):
-            levels = levels / processor.rescale_factor
-        return self.gaze_processor.to_pixel_values(levels)
+        return self.gaze_processor.to_pixel_values(undo_normalization(frames, self.processor).float())
 
 
 def _first(setting: Setting, count: int) -> Setting:

@@ -125,6 +125,6 @@ def adapt_mllm(mllm: PreTrainedModel) -> MLLMAdapter:
     if model_type not in ADAPTERS or not hasattr(mllm, "lm_head"):
         raise ValueError(
             f"`mllm` must be a ..ForConditionalGeneration of {', '.join(ADAPTERS)}, got {type(mllm).__name__}; "
-            "docs/integrations.md says how to add an MLLM"
+            "GazeQwenVL takes Qwen2.5-VL and Qwen3-VL, and docs/integrations.md says how to add an MLLM"
         )
     return ADAPTERS[model_type](mllm)

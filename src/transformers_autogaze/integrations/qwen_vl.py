@@ -21,6 +21,7 @@ from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
 from ..video_gazing import gaze_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .normalization import normalizing_part, undo_normalization
 from .qwen_vl_tower import encode_units
 from .qwen_vl_units import kept_units, unfold_units
 
@@ -133,17 +134,9 @@ class GazeQwenVL(nn.Module):
                 f"`mllm` must be a {' or '.join(model.__name__ for model in _MODELS)}, got {type(mllm).__name__}; "
                 "GazeVideoLM takes the LLaVA family"
             )
-        for part in ("video_processor", "image_processor"):
-            processor = getattr(processor, part, None) or processor
-        if processor is not None and not all(
-            hasattr(processor, key) for key in ("image_mean", "image_std", "rescale_factor")
-        ):
-            raise ValueError(
-                "`processor` must be the processor, video processor or image processor that normalised the frames, with "
-                f"`image_mean`, `image_std` and `rescale_factor`, got {type(processor).__name__}"
-            )
         self.mllm, self.gaze_model = mllm, gaze_model
-        self.processor, self.gaze_processor = processor, gaze_processor
+        self.processor = None if processor is None else normalizing_part(processor)
+        self.gaze_processor = gaze_processor
 
     def forward(
         self,
@@ -396,15 +389,11 @@ class GazeQwenVL(nn.Module):
 
     def _frames(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Iterator[np.ndarray]:
         """Puts patches together again, to frames `(frames, height, width, 3)` of levels 0..255, video by video."""
-        tower, processor = self.mllm.model.visual, self.processor
+        tower = self.mllm.model.visual
         counts = video_grid_thw.prod(1).tolist()
         for grid, patches in zip(video_grid_thw.tolist(), pixel_values_videos.split(counts), strict=True):
             levels = unfold_units(patches.float(), grid, tower.spatial_merge_size, tower.patch_size)
-            if getattr(processor, "do_normalize", True):
-                mean, std = (levels.new_tensor(value) for value in (processor.image_mean, processor.image_std))
-                levels = levels * std + mean
-            if getattr(processor, "do_rescale", True):
-                levels = levels / processor.rescale_factor
+            levels = undo_normalization(levels.movedim(-1, -3), self.processor).movedim(-3, -1)
             yield levels.round().clamp(0, 255).byte().cpu().numpy()
 
     def _kept_units(
