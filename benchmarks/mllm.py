@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--num-frames", type=int, default=16)
     parser.add_argument("--tower-layers", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4, help="layers of the language model; 24 in the model of 0.5B")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5, 0.75])
     parser.add_argument("-o", "--output", type=Path, default=Path("mllm.json"))
     options = parser.parse_args()
 
