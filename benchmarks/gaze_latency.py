@@ -10,19 +10,15 @@ do where the number of patches is given. Prints a table and writes JSON.
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measurement import DTYPES, machine, now
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GreedyGazeSelector
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> None:
@@ -76,12 +72,11 @@ def main() -> None:
     with torch.no_grad():
         for run in range(options.runs + 1):
             for name, (case, num_clips) in cases.items():
-                _wait(options.device)
-                start = time.perf_counter()
+                start = now(options.device)
                 case()
-                _wait(options.device)
+                taken = now(options.device) - start
                 if run:  # The first run of each is a warm-up.
-                    seconds[name].append((time.perf_counter() - start) / num_clips)
+                    seconds[name].append(taken / num_clips)
 
     dense = statistics.median(seconds["dense encoder"])
     rows = []
@@ -93,19 +88,13 @@ def main() -> None:
         median = statistics.median(values)
         rows.append({"case": name, "seconds": median, "of_dense": median / dense, "all_seconds": values})
         print(f"{name:<44} {1000 * median:>9.1f} {median / dense:>9.3f}")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
-    options.output.write_text(json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=1) + "\n")
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    options.output.write_text(
+        json.dumps(
+            {"machine": machine(options.threads, options.device, options.dtype), "runs": options.runs, "rows": rows},
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

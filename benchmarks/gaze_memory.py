@@ -11,7 +11,6 @@ The clips are made first and take some minutes. Needs Linux, whose kernel keeps 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measurement import machine
 from transformers import AutoModel
 
 from transformers_autogaze import DEFAULT_SELECTOR, write_video
@@ -79,9 +79,9 @@ def main() -> None:
             )
     growth = rows[1]["peak"] / rows[0]["peak"] - 1
     print(f"four times the frames: {100 * growth:+.1f} % of the peak")
-    machine = {"processor": platform.processor(), "threads": options.threads, "torch": torch.__version__}
     options.output.write_text(
-        json.dumps({"machine": machine, "unit": "MiB", "growth": growth, "rows": rows}, indent=1) + "\n"
+        json.dumps({"machine": machine(options.threads), "unit": "MiB", "growth": growth, "rows": rows}, indent=1)
+        + "\n"
     )
 
 

@@ -10,12 +10,12 @@ PSNR of their closed-form reconstructions is told as well.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from measurement import machine
 
 from transformers_autogaze import AutoGazeProcessor, GreedyGazeSelector
 from transformers_autogaze.demo import render_demo_clip
@@ -61,8 +61,9 @@ def main() -> None:
         )
         quality = "  ".join(f"{value:.1f}" for value in psnr[patches]) if batch == 4 else ""
         print(f"{batch:>5} {patches:>8} {1000 * median:>8.1f} {batch * 16 / median:>9.0f}  {quality}")
-    machine = {"processor": platform.processor(), "threads": options.threads, "torch": torch.__version__}
-    options.output.write_text(json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=1) + "\n")
+    options.output.write_text(
+        json.dumps({"machine": machine(options.threads), "runs": options.runs, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ trained ones do, for the number of patches is given. Prints a table and writes J
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
+from measurement import DTYPES, machine, now
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, SiglipImageProcessor
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GreedyGazeSelector
@@ -26,7 +25,6 @@ from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.mllm import GazeVideoLM
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VIDEO, IMAGE, WORDS = 31998, 31999, 30
 
 
@@ -113,15 +111,13 @@ def main() -> None:
             }
         )
         print(f"{name:<40} {lengths[name]:>7} {1000 * median:>9.1f} {median / whole:>9.3f}")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
     sizes = {"num_frames": options.num_frames, "tower_layers": options.tower_layers, "layers": options.layers}
-    result = {"machine": machine, "runs": options.runs, **sizes, "rows": rows}
+    result = {
+        "machine": machine(options.threads, options.device, options.dtype),
+        "runs": options.runs,
+        **sizes,
+        "rows": rows,
+    }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -148,12 +144,6 @@ def small_mllm(tower_layers: int, layers: int) -> LlavaOnevisionForConditionalGe
     tokens = {"video_token_index": VIDEO, "image_token_index": IMAGE}
     config = LlavaOnevisionConfig(vision_config=vision, text_config=text, **tokens)
     return LlavaOnevisionForConditionalGeneration(config).eval()
-
-
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ medians and writes the same as JSON.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measurement import machine
 from transformers import AutoModel
 
 from transformers_autogaze import DEFAULT_SELECTOR, GazeOutput, GazeSelector, stream_gaze, stream_video, write_video
@@ -91,9 +91,8 @@ def main() -> None:
             f"{row['tiles']:<10} {row['decode']:>8.1f} {row['preprocess']:>11.1f} {row['both']:>8.1f} "
             f"{row['gaze']:>8.1f} {row['all']:>8.1f}"
         )
-    machine = {"processor": platform.processor(), "threads": options.threads, "torch": torch.__version__}
     options.output.write_text(
-        json.dumps({"machine": machine | {"device": options.device}, "runs": options.runs, "rows": rows}, indent=1)
+        json.dumps({"machine": machine(options.threads, options.device), "runs": options.runs, "rows": rows}, indent=1)
         + "\n"
     )
 

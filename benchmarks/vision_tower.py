@@ -11,20 +11,18 @@ patches is given. Prints a table and writes JSON.
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measurement import DTYPES, machine, now
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeGrid, GazeOutput, GreedyGazeSelector
 from transformers_autogaze.integrations import GazeVisionModel
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FRAMES = 16
 SIZES = {
     "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -73,12 +71,11 @@ def main() -> None:
     with torch.no_grad():
         for run in range(options.runs + 1):
             for name, (case, _) in cases.items():
-                _wait(options.device)
-                start = time.perf_counter()
+                start = now(options.device)
                 case()
-                _wait(options.device)
+                taken = now(options.device) - start
                 if run:  # The first run of each is a warm-up.
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(taken)
 
     dense = statistics.median(seconds["dense"])
     rows = []
@@ -92,15 +89,17 @@ def main() -> None:
         row = {"case": name, "patches": patches, "seconds": median, "times_faster": dense / median}
         rows.append({**row, "all_seconds": values})
         print(f"{name:<36} {patches:>8} {1000 * median:>9.1f} {dense / median:>13.2f}")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
-        "dtype": options.dtype,
-        "attention": options.attention,
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
-    options.output.write_text(json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=1) + "\n")
+    options.output.write_text(
+        json.dumps(
+            {
+                "machine": machine(options.threads, options.device, options.dtype) | {"attention": options.attention},
+                "runs": options.runs,
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def random_gaze(grid: GazeGrid, ratio: float | list[float]) -> GazeOutput:
@@ -110,11 +109,6 @@ def random_gaze(grid: GazeGrid, ratio: float | list[float]) -> GazeOutput:
     for frame, share in enumerate(shares):
         kept[0, frame, torch.randperm(grid.num_patches)[: int(share * grid.num_patches + 1e-6)]] = True
     return GazeOutput.from_masks(grid.split_by_scale(kept), grid)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
