@@ -60,6 +60,16 @@ def test_train_trains_a_checkpoint_on_random_clips(videos, checkpoint, tmp_path)
     assert state["global_step"] == 2
 
 
+def test_train_begins_a_new_model_from_weights_that_can_learn(videos, tmp_path):
+    pytest.importorskip("accelerate")
+    assert train(videos, tmp_path, "--learning-rate", 0, "--ratio-max", "0.05", "--num-multi-token-pred", 4) == 0
+    model = AutoGazeModel.from_pretrained(tmp_path)
+    assert model.gaze_decoder.num_rows == 4
+    # Each position has a code of waves of its own; random weights have none.
+    codes = model.connector.pos_embed[:, -108:]
+    torch.testing.assert_close(codes.T @ codes / 196, torch.eye(108), rtol=0, atol=1e-5)
+
+
 def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     labels = [tmp_path / "labels.json", "--num-frames", "2", "--gazing-ratio", "0.02"]

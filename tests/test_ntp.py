@@ -21,7 +21,14 @@ from transformers_autogaze.training.augmentation import ClipAugmentation
 from transformers_autogaze.training.data import BudgetSchedule, GazeClipDataset, GazeCollator
 from transformers_autogaze.training.labels import label_gaze
 from transformers_autogaze.training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
-from transformers_autogaze.training.objectives import CellLossHeads, prefix_loss, seen_patches, slot_losses
+from transformers_autogaze.training.objectives import (
+    AttentionGains,
+    CellLossHeads,
+    gain_losses,
+    next_token_losses,
+    prefix_loss,
+    seen_patches,
+)
 
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
@@ -80,51 +87,115 @@ def assert_weights_equal(model, expected, **tolerance):
         )
 
 
-def losses_by_hand(logits, labels, gazing_pos, counts, num_rows):
-    """Every slot by itself, in plain loops."""
-    expected, start = torch.zeros(labels.shape), 0
-    for count in counts:
-        for slot in range(start, start + count):
-            first = slot - (slot - start) % num_rows
-            step = range(first, min(first + num_rows, start + count))
-            for clip in range(len(labels)):
-                if labels[clip, slot] == -100:
-                    continue
-                taken = {int(id) for id in gazing_pos[clip, start:first]}
-                row = logits[clip, slot].clone()
-                row[[*taken, len(row) - 1]] = -torch.inf
-                targets = [int(labels[clip, other]) for other in step if labels[clip, other] != -100]
-                targets = [target for target in targets if target not in taken]
-                if targets:
-                    expected[clip, slot] = -row.log_softmax(-1)[targets].mean()
-        start += count
-    return expected
-
-
-def test_slots_of_a_step_predict_all_its_labels_alike():
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.tensor([5, 1, 4])
-    logits = torch.randn(2, 10, 7, generator=generator)
-    labels = torch.stack([torch.randperm(6, generator=generator) for _ in range(4)]).view(2, -1)[:, :10]
-    gazing_pos = torch.randint(0, 6, (2, 10), generator=generator)
-    labels[1, 4:6], gazing_pos[1, 4:6] = -100, 6  # padding
-    labels[0, 9] = gazing_pos[0, 6]  # a label that was chosen before
-    losses = slot_losses(logits, labels, gazing_pos, counts, 3)
-    assert bool(losses.isfinite().all()) and bool((losses[1, 4:6] == 0).all())
-    torch.testing.assert_close(losses, losses_by_hand(logits, labels, gazing_pos, counts.tolist(), 3))
-
-
-def test_slots_for_themselves_have_the_loss_of_the_model_itself():
-    model = small_model().double()
-    batch = GazeCollator(model.config)([clips(model.config)[index] for index in range(3)])
+def batch_with_gains(model, num_clips=3):
+    """A batch as the trainer labels it, ids counted from their frame, and what the model makes of it."""
+    batch = GazeCollator(model.config)([clips(model.config)[index] for index in range(num_clips)])
+    counts, is_padding = batch["num_gazing_each_frame"], batch["if_padded_gazing"]
+    gaze = GazeOutput.from_ids(batch["gazing_pos"], is_padding, counts, model.config.grid)
+    pixels = AutoGazeVideoProcessor().to_pixels(batch["pixel_values_videos"]).clamp(0, 1)
+    labels, _, batch["gains"] = label_gaze(CompositeReconstruction(model.config.grid), pixels, gaze, step_size=3)
+    batch["labels"] = labels.masked_fill(is_padding, -100)
     called = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame", "labels")
-    outputs = model(**{key: batch[key] for key in called}, output_logits=True)
-    counts, is_label = batch["num_gazing_each_frame"], batch["labels"] != -100
-    first = torch.arange(2).repeat_interleave(counts) * 20
-    local = (batch["labels"] - first).masked_fill(~is_label, -100)
-    losses = slot_losses(outputs.logits, local, batch["gazing_pos"] - first, counts, 3, whole_steps=False)
-    assert not bool(is_label.all())
+    outputs = model(
+        **{key: batch[key] for key in called},
+        output_logits=True,
+        output_hidden_states=True,
+    )
+    batch["labels"] = (labels - gaze.frame_of_slot * 20).masked_fill(is_padding, -100)
+    return batch, outputs
+
+
+def test_without_gains_the_loss_is_that_of_the_model_itself():
+    model = small_model()
+    batch, outputs = batch_with_gains(model)
+    losses, is_label = next_token_losses(outputs.logits, batch["labels"]), batch["labels"] != -100
+    assert not bool(is_label.all()) and bool((losses[~is_label] == 0).all())
     torch.testing.assert_close(losses.sum() / is_label.sum(), outputs.next_token_loss)
+
+
+def test_with_gains_a_slot_chooses_out_of_what_is_left():
+    model = small_model()
+    batch, outputs = batch_with_gains(model)
+    losses = next_token_losses(outputs.logits, batch["labels"], batch["gains"])
+    assert bool(losses.isfinite().all())
+    start = 0
+    for count in batch["num_gazing_each_frame"].tolist():
+        for slot in range(start, start + count):
+            first = slot - (slot - start) % 3
+            for clip in range(3):
+                label = int(batch["labels"][clip, slot])
+                if label == -100:
+                    continue
+                # Kept in earlier steps, or named by earlier slots of this one.
+                frame = batch["gazing_pos"][clip, start:first] % 20
+                taken = {*frame.tolist(), *batch["labels"][clip, first:slot].tolist()}
+                left = [patch for patch in range(20) if patch not in taken]
+                expected = -outputs.logits[clip, slot, left].log_softmax(-1)[left.index(label)]
+                torch.testing.assert_close(losses[clip, slot], expected)
+        start += count
+
+
+def test_gain_losses_are_least_at_the_shares_of_the_gains():
+    generator = torch.Generator().manual_seed(0)
+    gains = torch.rand(5, 8, generator=generator) * torch.tensor([1e-4, 1.0, 1e4, 1.0, 0.0])[:, None] - 1e-9
+    gains[3, 2:] = -torch.inf
+    best = gains.clamp(min=1e-30).log()
+    assert float(gain_losses(best, gains).abs().max()) < 1e-5
+    logits = (best + torch.randn(5, 8, generator=generator)).requires_grad_()
+    losses = gain_losses(logits, gains)
+    assert bool((losses[:4] > 0.001).all()) and float(losses[4].detach()) == 0  # nothing gains, nothing to learn
+    for row in range(4):
+        shares = gains[row].clamp(min=0) / gains[row].clamp(min=0).sum()
+        log_probs = logits[row].masked_fill(gains[row] == -torch.inf, -torch.inf).log_softmax(-1)
+        expected = sum(float(p * (p.log() - log_probs[i])) for i, p in enumerate(shares) if p > 0)
+        assert float(losses[row].detach()) == pytest.approx(expected, abs=1e-5)
+    losses.sum().backward()
+    assert bool(logits.grad.isfinite().all()) and bool((logits.grad[3, 2:] == 0).all())
+
+
+def test_heads_are_drawn_to_where_patches_of_their_scale_gain():
+    """Against the attention that the model itself pays, of a batch with padding."""
+    model = small_model()
+    model.set_attn_implementation("eager")
+    paid_by_all = []
+    attention = model.gaze_decoder.model.layers[-1].self_attn
+    attention.register_forward_hook(lambda module, args, outputs: paid_by_all.append(outputs[1]))
+    batch, outputs = batch_with_gains(model)
+    counts, is_padding = batch["num_gazing_each_frame"], batch["if_padded_gazing"]
+    vision, slots = model.token_places(counts)
+    losses = AttentionGains(model.config)
+    assert losses.scale_of_head == [1, 1]
+    of_slots, of_tokens = losses(
+        model.gaze_decoder.model,
+        outputs.hidden_states[-2],
+        vision,
+        slots,
+        counts,
+        is_padding,
+        batch["patch_gains"],
+        batch["gains"],
+    )
+    attention, by_hand, start = paid_by_all[-1], [], 0
+    for t, count in enumerate(counts.tolist()):
+        for slot in range(start, start + count):
+            first = slot - (slot - start) % 3
+            for clip in (~is_padding[:, first]).nonzero()[:, 0].tolist():
+                wanted = batch["gains"][clip, first, 4:].clamp(min=0)
+                wanted = (wanted / wanted.max()).square()
+                paid = attention[clip, :, slots[first] - 1][:, vision[t]]
+                expected = gain_losses(paid.log(), wanted).mean() - paid.sum(-1).log().mean()
+                torch.testing.assert_close(of_slots[clip, slot], expected, rtol=1e-4, atol=1e-5)
+        for token in range(2, 16):
+            wanted = batch["patch_gains"][:, t, 4:].clamp(min=0)
+            wanted = (wanted / wanted.amax(-1, keepdim=True)).square()[:, None, : token + 1].expand(-1, 2, -1)
+            paid = attention[:, :, vision[t, token]][..., vision[t, : token + 1]]
+            by_hand.append(gain_losses(paid.log(), wanted).mean())
+        start += count
+    torch.testing.assert_close(of_tokens, sum(by_hand) / len(by_hand), rtol=1e-4, atol=1e-5)
+
+
+def test_every_coarser_scale_but_the_last_has_a_head():
+    assert AttentionGains(AutoGazeConfig()).scale_of_head == [3, 3, 3, 3, 2, 1]
 
 
 def test_a_token_has_seen_the_patches_that_end_before_it():
@@ -136,7 +207,7 @@ def test_a_token_has_seen_the_patches_that_end_before_it():
     assert [int(patch.int().argmax()) for patch in seen[:, 4:13].T] == [5, 6, 7, 9, 10, 11, 13, 14, 15]
 
 
-def test_the_prefix_loss_asks_tokens_for_the_best_patches_they_have_seen():
+def test_the_prefix_loss_asks_tokens_what_the_patches_gain_that_they_have_seen():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(1, 2, 16, 8, generator=generator), torch.randn(3 * 21, 8, generator=generator)
     gains, seen = torch.randn(1, 2, 20, generator=generator), seen_patches(GazeGrid([32, 64]), (4, 4))
@@ -144,11 +215,8 @@ def test_the_prefix_loss_asks_tokens_for_the_best_patches_they_have_seen():
     for t in range(2):
         for token in range(16):
             ids = seen[token].nonzero()[:, 0]
-            if len(ids) < 3:
-                continue
-            log_probs = (weight[ids] @ hidden[0, t, token]).log_softmax(-1)
-            best = [i for i in gains[0, t, ids].argsort(descending=True)[:3] if gains[0, t, ids[i]] > 0]
-            expected.append(-sum(log_probs[i] for i in best) / max(len(best), 1))
+            if len(ids) >= 3:
+                expected.append(gain_losses(weight[ids] @ hidden[0, t, token], gains[0, t, ids]))
     assert float(prefix_loss(hidden, weight, gains, seen)) == pytest.approx(float(sum(expected) / len(expected)))
 
 
@@ -201,16 +269,17 @@ def test_training_teaches_what_to_keep(tmp_path):
     best = loss(GazeOutput.from_masks(model.config.grid.split_by_scale(masks), model.config.grid))
     assert after - best < 0.25 * (before - best)
     history = [entry for entry in trainer.state.log_history if "next_token_loss" in entry]
-    for name in ("loss", "task_loss_error", "cell_loss", "prefix_loss"):
+    for name in ("loss", "task_loss_error", "gain_loss", "cell_loss", "prefix_loss"):
         assert history[-1][name] < 0.7 * history[0][name], name
 
 
 def test_the_logged_parts_add_up_to_the_loss(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2, cell_loss_weight=0.5, prefix_loss_weight=0.25)
+    weights = {"gain_loss": 0.75, "attention_loss": 0.3, "cell_loss": 0.5, "prefix_loss": 0.25}
+    trainer = make_trainer(tmp_path, max_steps=2, **{f"{name}_weight": weight for name, weight in weights.items()})
     trainer.train()
     for entry in trainer.state.log_history[:2]:
         total = entry["next_token_loss"] + entry["task_loss_error"]
-        total += 0.5 * entry["cell_loss"] + 0.25 * entry["prefix_loss"]
+        total += sum(weight * entry[name] for name, weight in weights.items()) + 0.15 * entry["prefix_attention_loss"]
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
 
 
@@ -250,6 +319,22 @@ def test_every_epoch_takes_new_clips(tmp_path):
     assert len(seen) == len(set(seen)) == 8  # two epochs of four
 
 
+def test_the_stem_learns_at_its_own_rate(tmp_path):
+    start, moved = small_model(), {}
+    for factor in (1.0, 0.25, 0.0):
+        settings = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 1e9}
+        trainer = make_trainer(tmp_path, vision_learning_rate_factor=factor, **settings)
+        trainer.train()
+        moved[factor] = [
+            weight.detach() - before.detach()
+            for part in ("vision_model.out_proj.weight", "gaze_decoder.lm_head.weight")
+            for weight, before in [(trainer.model.get_parameter(part), start.get_parameter(part))]
+        ]
+    assert float(moved[1.0][0].abs().max()) > 0 and not bool(moved[0.0][0].any())
+    torch.testing.assert_close(moved[0.25][0], 0.25 * moved[1.0][0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moved[0.25][1], moved[1.0][1])
+
+
 def test_what_is_saved_is_the_model_and_its_processor_alone(tmp_path):
     processor = AutoGazeVideoProcessor(image_std=(0.5, 0.25, 0.125))
     trainer = make_trainer(tmp_path, processing_class=processor, max_steps=2, save_strategy="steps", save_steps=1)
@@ -278,7 +363,7 @@ def test_on_policy_batches_go_on_from_the_models_own_choices(tmp_path):
     model, config = trainer.model, trainer.model.config
     batch = GazeCollator(config)([clips(config)[index] for index in range(4)])
     relabelled = trainer.relabel(batch)
-    assert model.training and relabelled.keys() == batch.keys()
+    assert model.training and relabelled.keys() == {*batch, "gains"}
     same = ("pixel_values_videos", "if_padded_gazing", "num_gazing_each_frame")
     assert all(torch.equal(relabelled[key], batch[key]) for key in same)
     is_padding, counts = batch["if_padded_gazing"], batch["num_gazing_each_frame"]
@@ -289,7 +374,8 @@ def test_on_policy_batches_go_on_from_the_models_own_choices(tmp_path):
 
     gaze = GazeOutput.from_ids(relabelled["gazing_pos"], is_padding, counts, config.grid)
     pixels = AutoGazeVideoProcessor().to_pixels(batch["pixel_values_videos"]).clamp(0, 1)
-    labels, losses = label_gaze(trainer.composite, pixels, gaze, step_size=3)
+    labels, losses, gains = label_gaze(trainer.composite, pixels, gaze, step_size=3)
+    assert torch.equal(relabelled["gains"], gains)
     assert torch.equal(relabelled["labels"][~is_padding], labels[~is_padding])
     torch.testing.assert_close(relabelled["task_loss_labels"][~is_padding], losses[~is_padding])
     # The second frame stands on what the model kept of the first.
@@ -302,7 +388,8 @@ def test_on_policy_batches_are_as_many_as_asked_for(tmp_path):
     for share, steps in ((0.0, 2), (0.5, 16), (1.0, 2)):
         trainer = make_trainer(tmp_path, train_dataset=items, on_policy=share, max_steps=steps, logging_steps=99)
         calls = []
-        trainer.relabel = lambda inputs, calls=calls: calls.append(1) or inputs
+        gaze = trainer._gaze
+        trainer._gaze = lambda *args, calls=calls, gaze=gaze: calls.append(1) or gaze(*args)
         trainer.train()
         counted.append(len(calls))
     assert counted[0] == 0 and 3 < counted[1] < 13 and counted[2] == 2
@@ -348,10 +435,10 @@ def test_half_precision_trains(tmp_path):
     )
 
 
-def test_published_targets_and_items_without_values_train(tmp_path):
+def test_items_without_values_have_the_published_loss(tmp_path):
     items = [clips(small_model().config)[index] for index in range(4)]
     items = [{key: item[key] for key in ("pixel_values_videos", "gazing_pos", "task_losses")} for item in items]
-    trainer = make_trainer(tmp_path, train_dataset=items, whole_steps=False, max_steps=1)
+    trainer = make_trainer(tmp_path, train_dataset=items, max_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["loss"] == pytest.approx(entry["next_token_loss"] + entry["task_loss_error"], rel=1e-4)
@@ -362,6 +449,10 @@ def test_published_targets_and_items_without_values_train(tmp_path):
     [
         ({"on_policy": -0.1}, "`on_policy` must lie in 0..1, a share of the batches, got -0.1"),
         ({"cell_loss_weight": -1}, "`cell_loss_weight` must be a number of at least 0, got -1"),
+        (
+            {"vision_learning_rate_factor": -1},
+            "`vision_learning_rate_factor` must be a number of at least 0, got -1",
+        ),
         ({"prefix_loss_weight": float("nan")}, "`prefix_loss_weight` must be a number of at least 0, got nan"),
     ],
 )

@@ -34,7 +34,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
             names["model"], names["processor"] = names["own_model"], names["own_processor"]
         block = block.replace("google/siglip2-base-patch16-224", str(encoder))
         exec(compile(block, str(README), "exec"), names)
-        if "random weights" in block:
+        if "from_default" in block:
             names["own_model"], names["own_processor"] = names["model"], names["processor"]
     assert names["cache"].num_frames == 16
     assert names["patches"].shape[2:] == (3, 14, 14)

@@ -165,7 +165,7 @@ def test_items_hold_the_greedy_search_of_the_pixels_that_the_model_sees():
     assert item["cell_losses"].shape == (4, 2, 4, 4) and item["patch_gains"].shape == (4, 20)
     # Frame 0 stands on mid-grey.
     squares = (pixels[0] - 0.5).square().mean(0).unfold(0, 16, 16).unfold(1, 16, 16).mean((-1, -2))
-    torch.testing.assert_close(item["cell_losses"][0, 0], 2 + squares.log10() / 2, rtol=0, atol=1e-3)
+    torch.testing.assert_close(item["cell_losses"][0, 0], 2 + (squares + 2e-4).log10() / 2, rtol=0, atol=1e-3)
 
 
 def test_whole_frames_are_what_the_processor_and_the_model_make_of_them():
@@ -231,8 +231,8 @@ def test_labels_from_a_file_come_with_the_frames_they_were_made_for(tmp_path):
     for losses, expected in zip(labeller(pixels[None])[0].task_losses, item["task_losses"], strict=True):
         assert losses == pytest.approx(expected, abs=1e-2)
     assert clips.longest_labels(1) == 24
-    values = FrameValues(item["cell_losses"], item["patch_gains"])
-    assert float(values.patch_gains[1].max()) < float(values.patch_gains[0].max())  # most was laid in the first frame
+    # What the closed form would say besides has no place where something else may have made the labels.
+    assert item.keys().isdisjoint(FrameValues._fields)
 
 
 def test_an_epoch_takes_every_clip_once_and_the_next_one_new_clips():

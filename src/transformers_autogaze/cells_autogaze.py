@@ -1,7 +1,8 @@
 """
-The closed form's geometry as matrices: how frames are resized to scales, and which cells a patch covers.
+The closed form's geometry as matrices: how frames are resized to scales, which cells a patch covers, and the search on them.
 
-This module owns tables that follow from a grid alone; what is done with them is `composite_autogaze`'s matter.
+This module owns tables that follow from a grid alone, and choosing patches by the errors of cells; how errors come about
+is `composite_autogaze`'s matter.
 """
 
 import math
@@ -74,6 +75,59 @@ class CellTables(NamedTuple):
             _parts(cells[1], width).T.contiguous().to(pixels),
             *(table.to(pixels.device) for table in search),
         )
+
+
+def choose_patches(
+    tables: CellTables,
+    errors: torch.Tensor,
+    budget: int,
+    limit: torch.Tensor | None,
+    is_kept: torch.Tensor | None = None,
+    all_gains: list[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Chooses the patches of one frame.
+
+    Args:
+        tables (`CellTables`): of the grid.
+        errors (`torch.DoubleTensor` of shape `(batch, scales, *cells)`):
+            Squared error of every cell as it is and with each scale but the finest, which leaves none, laid there.
+        budget (`int`): patches to choose.
+        limit (`torch.DoubleTensor` of shape `(batch,)`, *optional*): squared error of the frame at which a clip is done.
+        is_kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*): patches that are not to be chosen.
+        all_gains (`list`, *optional*): takes, for every choice, what each patch would have gained, `(batch, patches)`.
+
+    Returns:
+        `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, steps)`. A clip that is done
+        before others repeats its last choice, which changes nothing.
+    """
+    batch = len(errors)
+    # By how much the error of a cell falls from one layer to the next finer one. The error itself is the sum over all
+    # scales, what a patch gains is the sum up to its own scale, and laying it makes just these numbers zero.
+    drops = errors.clone()
+    drops[:, :-1] -= errors[:, 1:]
+    drops = drops.flatten(1, 2)
+    gain_rows, gain_cols = tables.gain_rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
+    closed = tables.closed.repeat(batch, 1, 1)
+    is_patch = tables.closed.flatten() == 0  # patches lie in the order of their ids
+    if is_kept is not None:
+        closed.view(batch, -1)[:, is_patch] = closed.new_zeros(is_kept.shape).masked_fill_(is_kept, -math.inf)
+    slots, totals = [], []
+    for _ in range(budget):
+        gains = torch.baddbmm(closed, torch.bmm(gain_rows, drops), gain_cols)
+        slot = gains.flatten(1).argmax(-1)
+        if all_gains is not None:
+            all_gains.append(gains.flatten(1)[:, is_patch])
+        if limit is not None and slots:
+            slot = torch.where(totals[-1] <= limit, slots[-1], slot)
+        closed.view(batch, -1).scatter_(1, slot[:, None], -math.inf)
+        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
+        drops.addcmul_(drops, covered, value=-1)
+        slots.append(slot)
+        totals.append(drops.sum((1, 2)))
+        if limit is not None and (totals[-1] <= limit).all():
+            break
+    return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)
 
 
 def _layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .modeling_autogaze import AutoGazeModel
 from .training.augmentation import ClipAugmentation
 from .training.data import BudgetSchedule, GazeClipDataset
 from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from .training.initialization import initialize_gaze_model
 from .training.labels import ClipLabels, GreedyLabeller, label_videos, read_labels
 from .training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
 from .training.videos import VideoCollection
@@ -24,6 +25,8 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
 Settings = TypeVar("Settings")
+
+_INITIAL_CLIPS, _INITIAL_FRAMES = 200, 4  # that a new model's weights are fitted to
 
 
 def add_commands(commands: Any) -> None:
@@ -163,7 +166,19 @@ def _train(options: argparse.Namespace) -> None:
     model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
     labels = None if options.labels is None else read_labels(*options.labels, grid=model.config.grid)
     clips = load_clips(options, model, processor, augmentation, schedule, labels)
+    if options.model is None:
+        plain = GazeClipDataset(
+            clips["train_dataset"].videos,
+            model.config,
+            num_frames=_INITIAL_FRAMES * model.config.frame_sampling_rate,
+            processor=processor,
+            seed=args.seed,
+        )
+        seen = [plain[index]["pixel_values_videos"] for index in range(_INITIAL_CLIPS)]
+        initialize_gaze_model(model, torch.stack(seen), processor, args.seed)
     trainer = AutoGazeTrainer(model, args, processing_class=processor, **clips)
+    if options.model is not None:
+        trainer.load_heads(options.model)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .cells_autogaze import CellTables
+from .cells_autogaze import CellTables, choose_patches
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 
@@ -120,6 +120,22 @@ def check_reconstruction_inputs(
     if not index or min(index) < 0 or max(index) >= gaze.num_frames:
         raise ValueError(f"`frames` must name at least one frame, each in 0..{gaze.num_frames - 1}, got {index}")
     return index
+
+
+class ContinuationsOutput(NamedTuple):
+    """
+    What [`CompositeReconstruction.continuations`] says.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(batch, N)`):
+            For every slot the patch that the search would choose there, counted from its frame, after those that it
+            would choose in the slots of the same step before.
+        gains (`torch.DoubleTensor` of shape `(batch, N, patches)`):
+            By how much each patch would lower the squared error of its frame there, `-inf` for those that are kept.
+    """
+
+    ids: torch.LongTensor
+    gains: torch.DoubleTensor
 
 
 class CompositeReconstruction:
@@ -297,7 +313,7 @@ class CompositeReconstruction:
                 layers = self._render(frame)
                 errors = self._errors_of_layers(frame, (current, *layers[:-1]))
                 limit = None if max_error is None else max_error[:, t].to(errors) / error_unit
-                chosen, totals = _choose(tables, errors, budget, limit)
+                chosen, totals = choose_patches(tables, errors, budget, limit)
                 steps = chosen.shape[1]
                 if limit is not None:
                     counts[:, t] = ((totals > limit[:, None]).sum(1) + 1).clamp(max=steps)
@@ -349,7 +365,7 @@ class CompositeReconstruction:
     @torch.no_grad()
     def continuations(
         self, pixels: torch.Tensor, gaze: GazeOutput, step_size: int, previous: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> ContinuationsOutput:
         """
         Tells what the search would choose at every step of a gaze, given what the gaze kept before that step.
 
@@ -362,7 +378,7 @@ class CompositeReconstruction:
                 Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, N)`: patches counted from their frame, best first inside a step.
+            [`ContinuationsOutput`]
 
         Raises:
             ValueError: if pixels or gaze are not as above, or `step_size` is below 1.
@@ -372,7 +388,7 @@ class CompositeReconstruction:
             raise ValueError(f"`step_size` must be at least 1, got {step_size}")
         current, tables, last = self._start(pixels, previous), self._tables(pixels), self.grid.num_patches
         ids = (gaze.gazing_pos - gaze.frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
-        chosen = []
+        chosen, gains = [], []
         with torch.autocast(pixels.device.type, enabled=False):
             for t, ids_of_frame in enumerate(ids.split(gaze.num_gazing_each_frame.tolist(), dim=1)):
                 frame = pixels[:, t].contiguous()
@@ -387,10 +403,20 @@ class CompositeReconstruction:
                     .expand(-1, shown.shape[1], -1, -1)
                     .gather(2, torch.maximum(shown[:, :, None], layer))
                 )
-                best, _ = _choose(tables, errors.flatten(0, 1).unflatten(-1, self.cells), step_size, None)
-                chosen.append(best.view(len(pixels), -1)[:, : ids_of_frame.shape[1]])
+                is_kept = F.one_hot(ids_of_frame, last + 1).cummax(1).values[..., :-1].bool()
+                is_kept = F.pad(is_kept, (0, 0, 1, 0))[:, :-1:step_size].flatten(0, 1)
+                rows: list[torch.Tensor] = []
+                errors = errors.flatten(0, 1).unflatten(-1, self.cells)
+                best, _ = choose_patches(tables, errors, min(step_size, last), None, is_kept, rows)
+                # A step can ask for more patches than there are: the rest names the last one again.
+                missing = step_size - best.shape[1]
+                best = torch.cat([best, best[:, -1:].expand(-1, missing)], dim=1)
+                rows += [torch.full_like(rows[-1], -math.inf)] * missing
+                count = ids_of_frame.shape[1]
+                chosen.append(best.view(len(pixels), -1)[:, :count])
+                gains.append(torch.stack(rows, dim=1).view(len(pixels), -1, last)[:, :count])
                 current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
-        return torch.cat(chosen, dim=1)
+        return ContinuationsOutput(torch.cat(chosen, dim=1), torch.cat(gains, dim=1) * _ERROR_UNIT)
 
     @torch.no_grad()
     def cell_errors(self, frames: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
@@ -488,44 +514,3 @@ class CompositeReconstruction:
         if key not in self._cached_tables:
             self._cached_tables[key] = CellTables.build(self.grid, self.cells, pixels)
         return self._cached_tables[key]
-
-
-def _choose(
-    tables: CellTables, errors: torch.Tensor, budget: int, limit: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Chooses the patches of one frame.
-
-    Args:
-        tables (`CellTables`): of the grid.
-        errors (`torch.DoubleTensor` of shape `(batch, scales, *cells)`):
-            Squared error of every cell as it is and with each scale but the finest, which leaves none, laid there.
-        budget (`int`): patches to choose.
-        limit (`torch.DoubleTensor` of shape `(batch,)`, *optional*): squared error of the frame at which a clip is done.
-
-    Returns:
-        `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, steps)`. A clip that is done
-        before others repeats its last choice, which changes nothing.
-    """
-    batch = len(errors)
-    # By how much the error of a cell falls from one layer to the next finer one. The error itself is the sum over all
-    # scales, what a patch gains is the sum up to its own scale, and laying it makes just these numbers zero.
-    drops = errors.clone()
-    drops[:, :-1] -= errors[:, 1:]
-    drops = drops.flatten(1, 2)
-    gain_rows, gain_cols = tables.gain_rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
-    closed = tables.closed.repeat(batch, 1, 1)
-    slots, totals = [], []
-    for _ in range(budget):
-        gains = torch.baddbmm(closed, torch.bmm(gain_rows, drops), gain_cols)
-        slot = gains.flatten(1).argmax(-1)
-        if limit is not None and slots:
-            slot = torch.where(totals[-1] <= limit, slots[-1], slot)
-        closed.view(batch, -1).scatter_(1, slot[:, None], -math.inf)
-        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
-        drops.addcmul_(drops, covered, value=-1)
-        slots.append(slot)
-        totals.append(drops.sum((1, 2)))
-        if limit is not None and (totals[-1] <= limit).all():
-            break
-    return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)

@@ -8,6 +8,7 @@ Remote code: older versions of transformers fetch only the modules that an entry
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -41,9 +42,10 @@ class AutoGazeModelOutput(ModelOutput):
             Predicted reconstruction loss after each slot.
         logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`, returned with `output_logits`):
             What each slot's patch was chosen by: a number for every patch of a frame, and one for the end id.
-        vision_hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, frames, tokens, hidden)`, returned with
-            `output_vision_hidden_states`):
-            The vision tokens of each frame as the decoder reads them, and what each of its layers makes of them.
+        hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, sequence, hidden)`, returned with
+            `output_hidden_states`):
+            The tokens as the decoder reads them, and what each of its layers makes of them, the last normalised.
+            [`~AutoGazeModel.token_places`] tells which is which.
     """
 
     loss: torch.FloatTensor | None = None
@@ -52,7 +54,7 @@ class AutoGazeModelOutput(ModelOutput):
     log_action_probs: torch.FloatTensor | None = None
     task_loss_prediction: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    vision_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class AutoGazeCausalConv3d(nn.Module):
@@ -185,6 +187,35 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         self.gaze_decoder = AutoGazeDecoder(config.decoder_config)
         self.post_init()
 
+    @classmethod
+    def from_default(cls, **kwargs) -> "AutoGazeModel":
+        """
+        Loads the weights that come with this package, ready to gaze; the model card says how they were trained.
+
+        Args:
+            kwargs: the arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `dtype`.
+
+        Returns:
+            [`AutoGazeModel`] in evaluation mode.
+
+        Raises:
+            OSError: if the code was loaded without the package, as remote code: use `from_pretrained` there.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import AutoGazeModel
+
+        >>> AutoGazeModel.from_default().num_parameters()
+        3258240
+
+        ```
+        """
+        folder = Path(__file__).parent / "pretrained" / "autogaze"
+        if not folder.is_dir():
+            raise OSError("the default weights come with the package transformers-autogaze: name a checkpoint instead")
+        return cls.from_pretrained(folder, **kwargs).eval()
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The embeddings of the patch ids."""
         return self.gaze_decoder.model.embed_tokens
@@ -219,7 +250,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         labels: torch.Tensor | None = None,
         task_loss_labels: torch.Tensor | None = None,
         output_logits: bool = False,
-        output_vision_hidden_states: bool = False,
+        output_hidden_states: bool = False,
         **kwargs,
     ) -> AutoGazeModelOutput:
         """
@@ -240,8 +271,8 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
                 Measured reconstruction losses after each slot, NaN where a slot is to be ignored.
             output_logits (`bool`, *optional*, defaults to `False`):
                 Whether to return the logits of every slot.
-            output_vision_hidden_states (`bool`, *optional*, defaults to `False`):
-                Whether to return the hidden states of the vision tokens.
+            output_hidden_states (`bool`, *optional*, defaults to `False`):
+                Whether to return the hidden states of the decoder.
             kwargs: passed on to the decoder's [`~transformers.LlamaModel`].
 
         Returns:
@@ -273,32 +304,20 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         frame = torch.arange(num_frames, device=device).repeat_interleave(counts.to(device))
         ids = self._local_ids("gazing_pos", gazing_pos, ~if_padded_gazing, frame)
         vision, _ = self.embed_video(resize_frames(pixel_values_videos, self.config.image_size))
-        num_vision = vision.shape[2]
-        # Every frame's vision tokens stand before its gaze, so slot n comes after all vision tokens up to its frame.
-        slot_place = torch.arange(num_slots, device=device) + (frame + 1) * num_vision
+        vision_places, slot_place = self.token_places(counts.to(device))
         tokens = torch.cat([vision.flatten(1, 2), self.gaze_decoder.model.embed_tokens(ids)], dim=1)
-        is_slot = torch.zeros(tokens.shape[1], dtype=torch.bool, device=device)
-        is_slot[slot_place] = True
-        order = torch.empty(tokens.shape[1], dtype=torch.long, device=device)
-        order[is_slot] = torch.arange(num_slots, device=device) + num_frames * num_vision
-        order[~is_slot] = torch.arange(num_frames * num_vision, device=device)
+        order = torch.cat([vision_places.flatten(), slot_place]).argsort()
         attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=device)
         attention_mask[:, slot_place] = (~if_padded_gazing).long()
-        if output_vision_hidden_states:
-            kwargs["output_hidden_states"] = True
         decoded = self.gaze_decoder.model(
             inputs_embeds=tokens.index_select(1, order),
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
+            output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        hidden, vision_hidden_states = decoded.last_hidden_state, None
-        if output_vision_hidden_states:
-            vision_hidden_states = tuple(
-                states[:, ~is_slot].unflatten(1, (num_frames, num_vision)) for states in decoded.hidden_states
-            )
-
+        hidden = decoded.last_hidden_state
         starts = (counts.cumsum(0) - counts).to(device)
         slot = torch.arange(num_slots, device=device) - starts[frame]
         row = slot % self.gaze_decoder.num_rows
@@ -335,8 +354,26 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
             task_loss_prediction=predicted,
             logits=logits if output_logits else None,
-            vision_hidden_states=vision_hidden_states,
+            hidden_states=decoded.hidden_states if output_hidden_states else None,
         )
+
+    def token_places(self, num_gazing_each_frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Tells where tokens stand in the sequence that the decoder reads: of each frame the vision tokens, then the slots.
+
+        Args:
+            num_gazing_each_frame (`torch.LongTensor` of shape `(frames,)`): slots of each frame.
+
+        Returns:
+            `tuple`: the places of vision tokens, `(frames, tokens)`, and those of slots, `(N,)`.
+        """
+        counts, device = num_gazing_each_frame, num_gazing_each_frame.device
+        num_vision = self.config.num_vision_tokens
+        frames = torch.arange(len(counts), device=device)
+        vision = (frames * num_vision + counts.cumsum(0) - counts)[:, None] + torch.arange(num_vision, device=device)
+        frame = frames.repeat_interleave(counts)
+        # Every frame's vision tokens stand before its gaze, so slot n comes after all vision tokens up to its frame.
+        return vision, torch.arange(len(frame), device=device) + (frame + 1) * num_vision
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
         """Counts ids from their own frame, with the end id where they are not real; checks that they lie in it."""

@@ -3,6 +3,7 @@
 from .augmentation import ClipAugmentation
 from .data import BudgetSchedule, GazeClipDataset, GazeCollator
 from .grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from .initialization import initialize_gaze_model
 from .labels import ClipLabels, GreedyLabeller, label_videos, read_labels, write_labels
 from .ntp import AutoGazeTrainer, AutoGazeTrainingArguments
 from .videos import VideoCollection
@@ -20,6 +21,7 @@ __all__ = [
     "GazeCollator",
     "GreedyLabeller",
     "VideoCollection",
+    "initialize_gaze_model",
     "label_videos",
     "read_labels",
     "write_labels",

@@ -19,7 +19,7 @@ from ..configuration_autogaze import AutoGazeConfig
 from ..selection_autogaze import budget_each_frame, draw_settings
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .augmentation import ClipAugmentation
-from .labels import ClipLabels, FrameValues, gazed_pixels, label_clip, standing_frames
+from .labels import ClipLabels, FrameValues, gazed_pixels, label_clip
 from .videos import VideoCollection
 
 
@@ -244,7 +244,7 @@ class GazeClipDataset(Dataset):
 
         Returns:
             `dict` with `pixel_values_videos`, a `torch.FloatTensor` of shape `(frames, 3, height, width)`, and, with
-            labels, the fields of a [`ClipLabels`] and of the [`FrameValues`] of all frames.
+            labels, the fields of a [`ClipLabels`]; with labels of its own also the [`FrameValues`] of all frames.
 
         Raises:
             ValueError: if no video can be read.
@@ -261,14 +261,10 @@ class GazeClipDataset(Dataset):
         gazed = pixels[:: self.config.frame_sampling_rate]
         if self.labels is not None:
             labels = self.labels[self.videos.names[number]]
-            kept = torch.zeros(1, len(gazed), self.config.grid.num_patches, dtype=torch.bool)
-            for t, ids in enumerate(labels.gazing_pos):
-                kept[0, t, ids] = True
-            standing = standing_frames(self.composite, gazed[None], self.config.grid.split_by_scale(kept))[0]
-        elif lengths is not None:
-            labels, standing = label_clip(self.composite, gazed, *lengths)
-        else:
+            return {**item, **labels._asdict()}
+        if lengths is None:
             return item
+        labels, standing = label_clip(self.composite, gazed, *lengths)
         return {**item, **labels._asdict(), **FrameValues.measure(self.composite, gazed, standing)._asdict()}
 
     def longest_labels(self, index: int) -> int:

@@ -28,7 +28,7 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .videos import VideoCollection
 
 
-_LEAST_CELL_MSE = 1e-6  # of a cell that is worth telling from a perfect one
+_NEGLIGIBLE_MSE = 2e-4  # of a cell, 37 dB: what lies far below need not be told apart
 
 
 class ClipLabels(NamedTuple):
@@ -211,7 +211,7 @@ def label_clip(
 
 def label_gaze(
     composite: CompositeReconstruction, pixels: torch.Tensor, gaze: GazeOutput, step_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Labels every step of a gaze, whoever made it, with what greedy search would choose next.
 
@@ -223,11 +223,12 @@ def label_gaze(
         step_size (`int`): patches of a step; steps begin anew with every frame.
 
     Returns:
-        `tuple` of two tensors of shape `(batch, N)`: labels, ids counted from the first patch of the first frame; and
-        the measured task loss after each slot of the gaze.
+        `tuple` of labels `(batch, N)`, ids counted from the first patch of the first frame; the measured task loss after
+        each slot of the gaze, of the same shape; and what each patch would gain in each slot, `(batch, N, patches)`.
     """
-    labels = composite.continuations(pixels, gaze, step_size) + gaze.frame_of_slot * composite.grid.num_patches
-    return labels, mse_to_task_loss(composite.measure(pixels, gaze))
+    ids, gains = composite.continuations(pixels, gaze, step_size)
+    labels = ids + gaze.frame_of_slot * composite.grid.num_patches
+    return labels, mse_to_task_loss(composite.measure(pixels, gaze)), gains.to(pixels)
 
 
 def standing_frames(
@@ -255,7 +256,8 @@ class FrameValues(NamedTuple):
 
     Args:
         cell_losses (`torch.FloatTensor` of shape `(.., scales, *cells)`):
-            Task loss of every cell as it stands, and with each scale but the finest, which leaves none, laid there.
+            Task loss of every cell as it stands, and with each scale but the finest, which leaves none, laid there; of a
+            mean squared error that is 2e-4 too high, so that what is good enough does not differ.
         patch_gains (`torch.FloatTensor` of shape `(.., patches)`):
             By how much each patch would lower the squared error of the frame, if it were laid first.
     """
@@ -271,7 +273,7 @@ class FrameValues(NamedTuple):
         errors = composite.cell_errors(pixels.flatten(0, -4), standing.flatten(0, -4))
         gains = composite.gains(errors).unflatten(0, pixels.shape[:-3])
         mse = errors[:, :-1] * errors[0, 0].numel() / pixels.shape[-3:].numel()
-        losses = mse_to_task_loss(mse.clamp(min=_LEAST_CELL_MSE)).unflatten(0, pixels.shape[:-3])
+        losses = mse_to_task_loss(mse + _NEGLIGIBLE_MSE).unflatten(0, pixels.shape[:-3])
         return cls(losses.to(pixels), gains.to(pixels))
 
 

@@ -16,17 +16,26 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..composite_autogaze import CompositeReconstruction
-from ..modeling_autogaze import AutoGazeModel
+from ..gazing_autogaze import GazeOutput
+from ..modeling_autogaze import AutoGazeModel, AutoGazeModelOutput
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .labels import FrameValues, label_gaze, standing_frames
-from .objectives import CellLossHeads, prefix_loss, seen_patches, slot_losses
+from .objectives import (
+    AttentionGains,
+    CellLossHeads,
+    gain_losses,
+    next_token_losses,
+    prefix_loss,
+    seen_patches,
+)
 from .trainer import GazeClipTrainer, generator_on
 
 
 _HEADS = "cell_loss_heads"
 _HEADS_FILE = f"{_HEADS}.safetensors"
+_WEIGHTS = ("gain_loss_weight", "attention_loss_weight", "cell_loss_weight", "prefix_loss_weight")
 
 
 @dataclass
@@ -35,18 +44,22 @@ class AutoGazeTrainingArguments(TrainingArguments):
     Arguments of [`AutoGazeTrainer`]: those of [`~transformers.TrainingArguments`] and its own.
 
     Args:
-        whole_steps (`bool`, *optional*, defaults to `True`):
-            Whether all slots of a step are to predict all the labels of that step alike, as the set that they are
-            decoded as, or each its own label, as published.
         on_policy (`float`, *optional*, defaults to 0.0):
             Share of batches, 0..1, in which the model sees its own choices instead of the labels', half of the time
             sampled; labels are then what greedy search would choose next. It learns to go on from its own mistakes.
+        gain_loss_weight (`float`, *optional*, defaults to 2.0):
+            Weight of an auxiliary loss, at least 0: patches are to be as likely as they gain; see [`gain_losses`].
+        attention_loss_weight (`float`, *optional*, defaults to 2.0):
+            Weight of another, at least 0: the last layer is to look where patches gain; see [`AttentionGains`].
         cell_loss_weight (`float`, *optional*, defaults to 2.0):
-            Weight of an auxiliary loss, at least 0: vision tokens are to tell the task loss of every cell of their
-            frame, as it stands and with each scale laid there; see [`CellLossHeads`].
+            Weight of another, at least 0: vision tokens are to tell the task loss of every cell of their frame, as it
+            stands and with each scale laid there; see [`CellLossHeads`].
         prefix_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of another, at least 0: every vision token is to tell the best patches among those before it; see
+            Weight of another, at least 0: every vision token is to tell what the patches before it gain; see
             [`prefix_loss`].
+        vision_learning_rate_factor (`float`, *optional*, defaults to 0.1):
+            The vision stem learns at this times the learning rate: what [`initialize_gaze_model`] made of it is lost
+            at higher ones.
         learning_rate (`float`, *optional*, defaults to 5e-4), remove_unused_columns, ddp_find_unused_parameters (`bool`,
             *optional*, default to `False`): as in [`~transformers.TrainingArguments`].
 
@@ -65,17 +78,21 @@ class AutoGazeTrainingArguments(TrainingArguments):
     ```
     """
 
-    whole_steps: bool = field(
-        default=True, metadata={"help": "Whether all slots of a step predict all its labels alike, or each its own."}
-    )
     on_policy: float = field(
         default=0.0, metadata={"help": "Share of batches in which the model goes on from its own choices."}
+    )
+    gain_loss_weight: float = field(default=2.0, metadata={"help": "Weight of making patches as likely as they gain."})
+    attention_loss_weight: float = field(
+        default=2.0, metadata={"help": "Weight of looking where patches gain in the last layer."}
     )
     cell_loss_weight: float = field(
         default=2.0, metadata={"help": "Weight of telling the task loss of every cell from the vision tokens."}
     )
     prefix_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of telling the best patches so far from every vision token."}
+        default=1.0, metadata={"help": "Weight of telling what patches gain from every vision token."}
+    )
+    vision_learning_rate_factor: float = field(
+        default=0.1, metadata={"help": "What the learning rate of the vision stem is multiplied by."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     remove_unused_columns: bool = field(
@@ -88,7 +105,7 @@ class AutoGazeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"`on_policy` must lie in 0..1, a share of the batches, got {self.on_policy}")
-        for name in ("cell_loss_weight", "prefix_loss_weight"):
+        for name in (*_WEIGHTS, "vision_learning_rate_factor"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
         super().__post_init__()
@@ -98,10 +115,14 @@ class AutoGazeTrainer(GazeClipTrainer):
     """
     Trains an [`AutoGazeModel`] on labels: the next patches, and the task loss after each.
 
+    Where clips come with [`FrameValues`], their labels are those of the closed form, which then also teaches what every
+    other patch would have gained; with labels from elsewhere the loss is the published one.
+
     Everything else is [`~transformers.Trainer`]'s: mixed precision, accumulation, several processes, resuming, logging
     and the Hub. The loss of a batch is averaged over all its labels, those of other processes and of accumulated
     batches included. Its parts are logged, averaged since the last time: `next_token_loss` and `task_loss_error` of a
-    label, `cell_loss` and `prefix_loss`.
+    label, and those that have a weight; `prefix_attention_loss` is that of the attention of vision tokens, at half of its
+    weight.
 
     Random draws follow from `seed`, the step and the process alone, so a resumed run draws what an unbroken one would.
 
@@ -147,6 +168,7 @@ class AutoGazeTrainer(GazeClipTrainer):
         super().__init__(model, args, processing_class, **kwargs)
         self.composite = CompositeReconstruction(model.config.grid)
         self.cell_loss_heads = CellLossHeads(model.config).to(args.device)
+        self.attention_gains = AttentionGains(model.config).to(args.device)
         self._seen = seen_patches(model.config.grid, self.cell_loss_heads.tokens).to(args.device)
 
     def train(self, *args, **kwargs) -> Any:
@@ -182,69 +204,112 @@ class AutoGazeTrainer(GazeClipTrainer):
             `torch.FloatTensor` of shape `()`, or a `tuple` of it and an [`AutoGazeModelOutput`].
         """
         args = self.args
-        if (
+        is_on_policy = (
             model.training
             and args.on_policy
             and float(torch.rand((), generator=self.step_generator())) < args.on_policy
-        ):
-            inputs = self.relabel(inputs)
-        called = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
-        has_values = FrameValues._fields[0] in inputs
-        outputs = model(
-            **{name: inputs[name] for name in called}, output_logits=True, output_vision_hidden_states=has_values
         )
+        has_values = FrameValues._fields[0] in inputs
+        if is_on_policy or has_values:
+            inputs = self.relabel(inputs, is_on_policy)
+        called = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
+        outputs = model(**{name: inputs[name] for name in called}, output_logits=True, output_hidden_states=has_values)
         config, counts = self._unwrapped().config, inputs["num_gazing_each_frame"]
         frame = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        first = frame * config.grid.num_patches
         is_label = inputs["labels"] != -100
-        next_token = slot_losses(
-            outputs.logits,
-            (inputs["labels"] - first).masked_fill(~is_label, -100),
-            (inputs["gazing_pos"] - first).masked_fill(inputs["if_padded_gazing"], config.end_id),
-            counts,
-            config.decoder_config.num_multi_token_pred,
-            args.whole_steps,
-        )
+        labels = (inputs["labels"] - frame * config.grid.num_patches).masked_fill(~is_label, -100)
+        gains = inputs.get("gains")
+        next_token = next_token_losses(outputs.logits, labels, gains)
         is_measured = ~inputs["task_loss_labels"].isnan()
         error = outputs.task_loss_prediction.float() - inputs["task_loss_labels"].nan_to_num()
-        error = error.square().masked_fill(~is_measured, 0)
-        self.note("next_token_loss", next_token.sum(), is_label.sum())
-        self.note("task_loss_error", error.sum(), is_measured.sum())
+        of_labels = {
+            "next_token_loss": (1.0, next_token, is_label),
+            "task_loss_error": (1.0, error.square(), is_measured),
+        }
+        of_batch = {}
+        if has_values:
+            auxiliary = self._auxiliary_losses(outputs, inputs)
+            of_batch = {name: auxiliary[name] for name in auxiliary if auxiliary[name][1].ndim == 0}
+            of_labels |= {name: (*auxiliary[name], is_label) for name in auxiliary if name not in of_batch}
 
         num_labels, num_processes, num_batches = is_label.sum(), 1, 1
         if num_items_in_batch is not None:
             # Processes average their gradients, so each gives its part of the whole times their number.
             num_labels, num_processes = num_items_in_batch, self.accelerator.num_processes
             num_batches = self.current_gradient_accumulation_steps
-        loss = (next_token.sum() + error.sum()) / num_labels * num_processes
-        if has_values and args.cell_loss_weight:
-            cell_loss = self.cell_loss_heads(outputs.vision_hidden_states, inputs["cell_losses"])
-            self.note("cell_loss", cell_loss)
-            loss = loss + args.cell_loss_weight * cell_loss / num_batches
-        if has_values and args.prefix_loss_weight:
-            weight = self._unwrapped().gaze_decoder.lm_head.weight
-            prefix = prefix_loss(outputs.vision_hidden_states[-1], weight, inputs["patch_gains"], self._seen)
-            self.note("prefix_loss", prefix)
-            loss = loss + args.prefix_loss_weight * prefix / num_batches
+        loss = 0
+        for name, (weight, losses, counted) in of_labels.items():
+            total = losses.masked_fill(~counted, 0).sum()
+            self.note(name, total, counted.sum())
+            loss = loss + weight * total / num_labels * num_processes
+        for name, (weight, average) in of_batch.items():
+            self.note(name, average)
+            loss = loss + weight * average / num_batches
         return (loss, outputs) if return_outputs else loss
 
+    def _auxiliary_losses(
+        self, outputs: AutoGazeModelOutput, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        """Gives those that have a weight, and the weight: of every slot `(batch, N)`, or of the batch `()`."""
+        args, decoder, states = self.args, self._unwrapped().gaze_decoder, outputs.hidden_states
+        counts, gains, patch_gains = (inputs[name] for name in ("num_gazing_each_frame", "gains", "patch_gains"))
+        vision_places, slot_places = self._unwrapped().token_places(counts)
+        losses = {}
+        if weight := args.gain_loss_weight:
+            losses["gain_loss"] = weight, gain_losses(outputs.logits[..., :-1], gains)
+        if weight := args.attention_loss_weight:
+            places, is_padding = (vision_places, slot_places, counts), inputs["if_padded_gazing"]
+            of_slots, of_tokens = self.attention_gains(
+                decoder.model, states[-2], *places, is_padding, patch_gains, gains
+            )
+            losses |= {"attention_loss": (weight, of_slots), "prefix_attention_loss": (weight / 2, of_tokens)}
+        if weight := args.cell_loss_weight:
+            of_vision = tuple(state[:, vision_places] for state in states)
+            losses["cell_loss"] = weight, self.cell_loss_heads(of_vision, inputs["cell_losses"])
+        if weight := args.prefix_loss_weight:
+            last = states[-1][:, vision_places]
+            losses["prefix_loss"] = weight, prefix_loss(last, decoder.lm_head.weight, patch_gains, self._seen)
+        return losses
+
     @torch.no_grad()
-    def relabel(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def relabel(self, inputs: Mapping[str, torch.Tensor], on_policy: bool = True) -> dict[str, torch.Tensor]:
         """
-        Replaces what a batch has chosen by what the model itself chooses, and labels that.
+        Labels a batch with what the search of the closed form would choose next, and measures what patches gain.
 
         Args:
             inputs (`Mapping`): what a [`GazeCollator`] gives.
+            on_policy (`bool`, *optional*, defaults to `True`):
+                Whether what was chosen is replaced by what the model itself chooses.
 
         Returns:
-            `dict` with the same keys and shapes; slots that had no label have none.
+            `dict` with the same keys and shapes, slots that had no label having none, and with `gains`, a
+            `torch.FloatTensor` of shape `(batch, N, patches)`: see [`CompositeReconstruction.continuations`].
         """
-        model = self._unwrapped()
-        grid, rate = model.config.grid, model.config.frame_sampling_rate
-        video, counts, is_padding = (
-            inputs[name] for name in ("pixel_values_videos", "num_gazing_each_frame", "if_padded_gazing")
+        config = self._unwrapped().config
+        grid, rate = config.grid, config.frame_sampling_rate
+        video, ids, counts, is_padding = (
+            inputs[name] for name in ("pixel_values_videos", "gazing_pos", "num_gazing_each_frame", "if_padded_gazing")
         )
-        generator = self.step_generator()
+        if on_policy:
+            ids = self._gaze(video, counts)
+        gaze = GazeOutput.from_ids(ids, is_padding, counts, grid, rate)
+        frames = resize_frames(video[:, ::rate].float(), grid.sizes[-1])
+        pixels = self.processing_class.to_pixels(frames).clamp(0, 1)
+        labels, losses, gains = label_gaze(self.composite, pixels, gaze, config.decoder_config.num_multi_token_pred)
+        replaced = {
+            "gazing_pos": gaze.gazing_pos,
+            "labels": labels.masked_fill(inputs["labels"] == -100, -100),
+            "task_loss_labels": losses.masked_fill(inputs["task_loss_labels"].isnan(), torch.nan),
+            "gains": gains,
+        }
+        if on_policy and FrameValues._fields[0] in inputs:
+            standing = standing_frames(self.composite, pixels, gaze.gazing_mask)
+            replaced |= FrameValues.measure(self.composite, pixels, standing)._asdict()
+        return {**inputs, **replaced}
+
+    def _gaze(self, video: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Lets the model choose as many patches of each frame as `counts` says, half of the time at random."""
+        model, generator = self._unwrapped(), self.step_generator()
         sampling, warmth = torch.rand(2, generator=generator).tolist()
         was_training = model.training
         model.eval()
@@ -252,25 +317,23 @@ class AutoGazeTrainer(GazeClipTrainer):
         with torch.autocast(video.device.type, enabled=False):
             gaze = model.generate(
                 video,
-                counts.double() / grid.num_patches,
+                counts.double() / model.config.grid.num_patches,
                 do_sample=sampling < 0.5,
                 temperature=0.5 + 0.5 * warmth,
                 generator=generator_on(video.device, generator),
             )
         model.train(was_training)
-        gaze = type(gaze).from_ids(gaze.gazing_pos, is_padding, counts, grid, rate)
-        frames = resize_frames(video[:, ::rate].float(), grid.sizes[-1])
-        pixels = self.processing_class.to_pixels(frames).clamp(0, 1)
-        labels, losses = label_gaze(self.composite, pixels, gaze, model.config.decoder_config.num_multi_token_pred)
-        replaced = {
-            "gazing_pos": gaze.gazing_pos,
-            "labels": labels.masked_fill(inputs["labels"] == -100, -100),
-            "task_loss_labels": losses.masked_fill(inputs["task_loss_labels"].isnan(), torch.nan),
-        }
-        if FrameValues._fields[0] in inputs:
-            standing = standing_frames(self.composite, pixels, gaze.gazing_mask)
-            replaced |= FrameValues.measure(self.composite, pixels, standing)._asdict()
-        return {**inputs, **replaced}
+        return gaze.gazing_pos
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Makes the optimiser; see [`~transformers.Trainer.create_optimizer`]."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        factor, of_stem = self.args.vision_learning_rate_factor, set(self._unwrapped().vision_model.parameters())
+        for group in optimizer.param_groups[:]:
+            slow = [weight for weight in group["params"] if weight in of_stem]
+            group["params"] = [weight for weight in group["params"] if weight not in of_stem]
+            optimizer.add_param_group({**group, "params": slow, "lr": factor * group["lr"]})
+        return optimizer
 
     def prediction_step(
         self,
@@ -294,5 +357,16 @@ class AutoGazeTrainer(GazeClipTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / _HEADS_FILE).exists():
-            self.cell_loss_heads.load_state_dict(load_file(Path(checkpoint) / _HEADS_FILE))
+        if checkpoint is not None:
+            self.load_heads(checkpoint)
+
+    def load_heads(self, checkpoint: str | os.PathLike) -> None:
+        """
+        Takes up the heads of the cell loss where a run left them; without them their first steps disturb the model.
+
+        Args:
+            checkpoint (`str` or `os.PathLike`): folder of a checkpoint of this trainer; of any other, nothing is taken.
+        """
+        file = Path(checkpoint) / _HEADS_FILE
+        if file.exists():
+            self.cell_loss_heads.load_state_dict(load_file(file))

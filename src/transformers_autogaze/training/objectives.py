@@ -7,34 +7,27 @@ This module owns the losses as functions of what the model returned. It knows no
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from ..composite_autogaze import CompositeReconstruction
 from ..configuration_autogaze import AutoGazeConfig
 from ..grid_autogaze import GazeGrid
 
 
-def slot_losses(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    gazing_pos: torch.Tensor,
-    counts: torch.Tensor,
-    num_rows: int,
-    whole_steps: bool = True,
-) -> torch.Tensor:
+_LEAST_GAIN = 1e-9  # a squared error, summed over the pixels of a frame
+_NEVER = -1e9  # a logit; finite, so that a share of nothing times its logarithm is nothing
+
+
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, gains: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Cross-entropy of every slot with what it is to predict.
+    Cross-entropy of every slot with its label.
 
     Args:
         logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`): of each slot; the last is that of the end id.
         labels (`torch.LongTensor` of shape `(batch, N)`): ids counted from their frame, -100 where there is none.
-        gazing_pos (`torch.LongTensor` of shape `(batch, N)`):
-            What the model saw chosen: ids counted from their frame, the end id where a slot is padding.
-        counts (`torch.LongTensor` of shape `(frames,)`): slots of each frame; their sum is `N`.
-        num_rows (`int`): slots of a step; steps begin anew with every frame.
-        whole_steps (`bool`, *optional*, defaults to `True`):
-            Whether all slots of a step are to predict all its labels alike, out of the patches that no earlier step of
-            the frame has chosen; a step then is a set, as which it is decoded. Else each predicts its own label, out of
-            the whole vocabulary, as published.
+        gains (`torch.FloatTensor` of shape `(batch, N, patches)`, *optional*):
+            What each patch would gain there, `-inf` where it is kept already. Slots then choose out of the others, as
+            in decoding; else out of the whole vocabulary, as published.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, N)`; zeros where a slot has no label.
@@ -43,47 +36,62 @@ def slot_losses(
 
     ```python
     >>> import torch
-    >>> from transformers_autogaze.training.objectives import slot_losses
+    >>> from transformers_autogaze.training.objectives import next_token_losses
 
-    >>> labels = torch.tensor([[0, 3, 2]])
-    >>> slot_losses(torch.zeros(1, 3, 5), labels, labels, torch.tensor([3]), num_rows=2).exp()
-    tensor([[4., 4., 2.]])
+    >>> gains = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, -torch.inf]]])
+    >>> next_token_losses(torch.zeros(1, 2, 5), torch.tensor([[3, 2]]), gains).exp()
+    tensor([[4., 3.]])
 
     ```
     """
-    is_label, device = labels != -100, labels.device
-    if not whole_steps:
-        log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        return -log_probs.masked_fill(~is_label, 0)
-    counts = counts.to(device)
-    frame = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    starts = (counts.cumsum(0) - counts)[frame]
-    slot = torch.arange(len(frame), device=device)
-    step = (slot - starts) // num_rows
+    is_label = labels != -100
+    if gains is not None:
+        logits = logits[..., :-1].masked_fill(gains == -torch.inf, -torch.inf)
+    log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return -log_probs.masked_fill(~is_label, 0)
 
-    # In which step each id was chosen; the end id, which is never proposed, counts as chosen before all.
-    batch, _, vocabulary = logits.shape
-    chosen_in = torch.full((batch, len(counts) * vocabulary), len(slot), device=device)
-    chosen_in.scatter_reduce_(1, gazing_pos + frame * vocabulary, step.expand(batch, -1), "amin")
-    chosen_in = chosen_in.view(batch, len(counts), vocabulary)
-    chosen_in[..., -1] = -1
-    log_probs = logits.masked_fill(chosen_in[:, frame] < step[:, None], -torch.inf).log_softmax(-1)
 
-    places = (starts + step * num_rows)[:, None] + torch.arange(num_rows, device=device)
-    in_frame = places < (starts + counts[frame])[:, None]
-    in_step = labels[:, places.clamp(max=len(slot) - 1)].masked_fill(~in_frame, -100)
-    log_probs = log_probs.gather(-1, in_step.clamp(min=0))
-    # Where nothing gains any more, a search may name what was chosen before.
-    counted = (in_step != -100) & log_probs.isfinite()
-    total = -log_probs.masked_fill(~counted, 0).sum(-1)
-    return (total / counted.sum(-1).clamp(min=1)).masked_fill(~is_label, 0)
+def gain_losses(logits: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """
+    How far choices are from a share of the gains: the more a patch gains, the likelier it should be.
+
+    A label names one patch of hundreds; this says of every one what it is worth.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(.., patches)`): of choosing each patch.
+        gains (`torch.FloatTensor` of shape `(.., patches)`):
+            By how much each lowers the error, `-inf` for those that cannot be chosen.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..)`: Kullback-Leibler divergence from the gains as shares of their sum; zero
+        where nothing gains.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.training.objectives import gain_losses
+
+    >>> gains = torch.tensor([3.0, 1.0, 0.0, -torch.inf])
+    >>> gain_losses(torch.tensor([3.0, 1.0, 1e-9, 5.0]).log(), gains).abs().round(decimals=5)
+    tensor(0.)
+
+    ```
+    """
+    shares = gains.clamp(min=0)
+    # Relative to the largest first, since gains of a few pixels would vanish in single precision.
+    shares = shares / shares.amax(-1, keepdim=True).clamp(min=_LEAST_GAIN)
+    total = shares.sum(-1, keepdim=True)
+    shares = shares / total.clamp(min=_LEAST_GAIN)
+    log_probs = logits.masked_fill(gains == -torch.inf, _NEVER).log_softmax(-1)
+    return (torch.special.xlogy(shares, shares) - shares * log_probs).sum(-1) * (total.squeeze(-1) > 0)
 
 
 def prefix_loss(
     hidden: torch.Tensor, weight: torch.Tensor, gains: torch.Tensor, is_seen: torch.Tensor
 ) -> torch.Tensor:
     """
-    Cross-entropy of what vision tokens take for the best patches of the part of the frame that they have seen.
+    [`gain_losses`] of what vision tokens would choose of the part of the frame that they have seen.
 
     Only the last vision token of a frame is asked for patches while gazing. Asking all of them, each about the patches
     that end before it, gives the same weights many times the examples.
@@ -95,18 +103,13 @@ def prefix_loss(
         is_seen (`torch.BoolTensor` of shape `(tokens, patches)`): see [`seen_patches`].
 
     Returns:
-        `torch.FloatTensor` of shape `()`: with the patches that gain most, as many as a step has rows, alike; averaged
-        over the tokens that have seen that many.
+        `torch.FloatTensor` of shape `()`: averaged over the tokens that have seen as many patches as a step has rows.
     """
     num_patches = gains.shape[-1]
     num_rows = len(weight) // (num_patches + 1)
     asked = is_seen.sum(-1) >= num_rows
-    is_seen = is_seen[asked]
-    best = gains[:, :, None].masked_fill(~is_seen, -torch.inf).topk(num_rows, dim=-1)
-    logits = (hidden[:, :, asked] @ weight[:num_patches].T).masked_fill(~is_seen, -torch.inf)
-    counted = best.values > 0
-    log_probs = logits.log_softmax(-1).gather(-1, best.indices).masked_fill(~counted, 0)
-    return (-log_probs.sum(-1) / counted.sum(-1).clamp(min=1)).mean()
+    logits = hidden[:, :, asked] @ weight[:num_patches].T
+    return gain_losses(logits, gains[:, :, None].masked_fill(~is_seen[asked], -torch.inf)).mean()
 
 
 def seen_patches(grid: GazeGrid, tokens: tuple[int, int]) -> torch.Tensor:
@@ -127,6 +130,107 @@ def seen_patches(grid: GazeGrid, tokens: tuple[int, int]) -> torch.Tensor:
         right = (torch.arange(1, wide + 1) * cols + wide - 1) // wide - 1
         last.append((bottom[:, None] * cols + right).flatten())
     return torch.cat(last) <= torch.arange(rows * cols)[:, None]
+
+
+class AttentionGains(nn.Module):
+    """
+    Tells how far the last layer's attention is from looking where patches gain most.
+
+    A patch can only be named by a token that looks there, but nothing teaches a head to look before what it finds there
+    is read, and nothing teaches that to be read before a head looks. So the looking is taught by itself: each head is
+    given one scale, most of them the finest, and its attention from the tokens that choose is drawn to the squared gains
+    of that scale, squared since few patches are chosen at once.
+
+    Args:
+        config ([`AutoGazeConfig`]): of the model.
+    """
+
+    def __init__(self, config: AutoGazeConfig):
+        super().__init__()
+        side = config.image_size // config.vision_config.patch_size
+        num_scales = len(config.scales)
+        self.num_rows = config.decoder_config.num_multi_token_pred
+        # Every coarser scale but the coarsest, which has next to nothing to choose from, has one head.
+        spare = config.decoder_config.num_attention_heads - max(num_scales - 1, 1)
+        self.scale_of_head = [
+            max(0, num_scales - 1 - max(0, head - spare)) for head in range(config.decoder_config.num_attention_heads)
+        ]
+        first, patches = 0, []
+        for rows, cols in config.grid.grids:
+            at = torch.arange(side)
+            patches.append(first + (at * rows // side)[:, None] * cols + at * cols // side)
+            first += rows * cols
+        patch_of_token = torch.stack([patches[scale].flatten() for scale in self.scale_of_head])
+        self.register_buffer("patch_of_token", patch_of_token, persistent=False)  # (heads, tokens)
+        num_tokens = side * side
+        is_before = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+        self.register_buffer("is_before", is_before[self.num_rows - 1 :], persistent=False)
+
+    def forward(
+        self,
+        decoder: nn.Module,
+        hidden: torch.Tensor,
+        vision_places: torch.Tensor,
+        slot_places: torch.Tensor,
+        counts: torch.Tensor,
+        is_padding: torch.Tensor,
+        patch_gains: torch.Tensor,
+        gains: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Gives the divergence, averaged over heads.
+
+        Args:
+            decoder (`nn.Module`): the model's Llama.
+            hidden (`torch.FloatTensor` of shape `(batch, sequence, hidden)`): what its last layer reads.
+            vision_places (`torch.LongTensor` of shape `(frames, tokens)`): where vision tokens stand in the sequence.
+            slot_places (`torch.LongTensor` of shape `(N,)`): where slots stand.
+            counts (`torch.LongTensor` of shape `(frames,)`): slots of each frame.
+            is_padding (`torch.BoolTensor` of shape `(batch, N)`): slots that nobody sees.
+            patch_gains (`torch.FloatTensor` of shape `(batch, frames, patches)`): what patches gain, laid first.
+            gains (`torch.FloatTensor` of shape `(batch, N, patches)`): what they gain in each slot, see [`gain_losses`].
+
+        Returns:
+            `tuple`: for every slot that of its step, `(batch, N)`, and the average of vision tokens, which are asked
+            like the last one of a frame, each about those before it, `()`.
+        """
+        is_real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        is_real[:, slot_places] = ~is_padding
+        queries, keys = _queries_and_keys(decoder, hidden, (is_real.cumsum(-1) - 1).clamp(min=0))
+        of_slots, of_tokens, start = [], [], 0
+        for t, count in enumerate(counts.tolist()):
+            vision, slots = vision_places[t], slice(start, start + count, self.num_rows)
+            sources, end = slot_places[slots] - 1, int(slot_places[start]) + count
+            scores = queries[:, :, sources] @ keys[:, :, :end].mT
+            seen = is_real[:, None, None, :end] & (torch.arange(end, device=sources.device) <= sources[:, None])
+            wanted = torch.zeros_like(scores)
+            wanted[..., vision] = self._wanted(gains[:, slots]).to(scores)
+            of_steps = gain_losses(scores, wanted.masked_fill(~seen, -torch.inf)).mean(1)
+            of_slots.append(of_steps.repeat_interleave(self.num_rows, dim=1)[:, :count])
+            scores = queries[:, :, vision[self.num_rows - 1 :]] @ keys[:, :, vision].mT
+            wanted = self._wanted(patch_gains[:, t, None]).to(scores).expand_as(scores)
+            of_tokens.append(gain_losses(scores, wanted.masked_fill(~self.is_before, -torch.inf)).mean())
+            start += count
+        return torch.cat(of_slots, dim=1), torch.stack(of_tokens).mean()
+
+    def _wanted(self, gains: torch.Tensor) -> torch.Tensor:
+        """Squares gains `(batch, n, patches)`, relative to their largest, for heads and tokens `(batch, heads, n, tokens)`."""
+        wanted = gains[..., self.patch_of_token].clamp(min=0).transpose(1, 2)
+        return (wanted / wanted.amax(-1, keepdim=True).clamp(min=_LEAST_GAIN)).square()
+
+
+def _queries_and_keys(
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives what the last layer of a Llama attends by, both `(batch, heads, sequence, head size)`."""
+    layer = decoder.layers[-1]
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    queries, keys = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, *decoder.rotary_emb(hidden, positions))
+    return queries * attention.scaling, repeat_kv(keys, attention.num_key_value_groups)
 
 
 class CellLossHeads(nn.Module):
