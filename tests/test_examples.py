@@ -12,12 +12,13 @@ from transformers.utils import is_accelerate_available
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lambda path: path.name)
 # What a script is called with beside --tiny, and what it prints.
 ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
+NEED_TRAINER = {"finetune.py", "finetune_tower.py", "grpo.py"}
 PRINTS = {"encode_with_siglip.py": "features: (", "finetune_tower.py": "train_loss"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path, tmp_path, monkeypatch, capsys):
-    if path.name == "finetune_tower.py" and not is_accelerate_available():
+    if path.name in NEED_TRAINER and not is_accelerate_available():
         pytest.skip("Trainer needs accelerate")
     if getattr(transformers.SiglipImageProcessor, "is_dummy", False):
         pytest.skip("this version's image processors need torchvision")
