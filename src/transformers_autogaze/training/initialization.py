@@ -39,7 +39,8 @@ def initialize_gaze_model(
     Gives a new model the weights that training starts from best, in place.
 
     Args:
-        model ([`AutoGazeModel`]): the model; of three colour channels and at least 192 channels in its vision stem.
+        model ([`AutoGazeModel`]):
+            The model, on the CPU; of three colour channels and at least 192 channels in stem and decoder.
         pixel_values_videos (`torch.FloatTensor` of shape `(clips, frames, 3, height, width)`):
             Some hundred frames like those to train on, at least two to a clip, by which the readout is fitted.
         processor ([`AutoGazeVideoProcessor`], *optional*): what made the pixel values; the published one by default.
