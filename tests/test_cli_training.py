@@ -83,6 +83,15 @@ def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoin
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_train_teaches_history_before_all_else(videos, checkpoint, tmp_path):
+    pytest.importorskip("accelerate")
+    arguments = ["--model", checkpoint, "--ratio-max", "0.05", "--learning-rate", 0, "--history-steps", 3]
+    assert train(videos, tmp_path, *arguments) == 0
+    trained, before = (AutoGazeModel.from_pretrained(folder).state_dict() for folder in (tmp_path, checkpoint))
+    changed = {name for name in trained if not torch.equal(trained[name], before[name])}
+    assert any(".layers.0." in name for name in changed) and not any(".layers.1." in name for name in changed)
+
+
 def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
     pytest.importorskip("accelerate")
     arguments = ["--num-multi-token-pred", "5", "--ratio-max", "0.02", "--max-steps", "1", "--num-frames", "1"]
@@ -103,6 +112,14 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
         (["train", "nowhere", "--output-dir", "out", "--use-cpu"], "there is no folder 'nowhere'"),
         (["train", "{videos}", "--output-dir", "out", "--min-crop", "2"], "`min_crop` must lie above 0"),
         (["train", "{videos}", "--output-dir", "out", "--on-policy", "2"], "`on_policy` must lie in 0..1"),
+        (
+            ["train", "{videos}", "--output-dir", "out", "--history-steps", "-1"],
+            "`--history-steps` must be a whole number",
+        ),
+        (
+            ["train", "{videos}", "--output-dir", "out", "--history-steps", "9", "--labels", "labels.json"],
+            "0 with `--labels`",
+        ),
     ],
 )
 def test_what_is_at_fault_is_said_before_any_work(videos, tmp_path, monkeypatch, capsys, arguments, message):

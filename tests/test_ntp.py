@@ -274,7 +274,13 @@ def test_training_teaches_what_to_keep(tmp_path):
 
 
 def test_the_logged_parts_add_up_to_the_loss(tmp_path):
-    weights = {"gain_loss": 0.75, "attention_loss": 0.3, "cell_loss": 0.5, "prefix_loss": 0.25}
+    weights = {
+        "gain_loss": 0.75,
+        "attention_loss": 0.3,
+        "history_loss": 0.4,
+        "cell_loss": 0.5,
+        "prefix_loss": 0.25,
+    }
     trainer = make_trainer(tmp_path, max_steps=2, **{f"{name}_weight": weight for name, weight in weights.items()})
     trainer.train()
     for entry in trainer.state.log_history[:2]:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor, CompositeReconstruction
 from transformers_autogaze.demo import render_demo_clip
@@ -72,3 +73,20 @@ def test_models_that_are_too_small_are_refused():
     small = AutoGazeModel(AutoGazeConfig(vision_config={"hidden_size": 32}))
     with pytest.raises(ValueError, match="`model` must have 3 colour channels, .* got 3, 16, 32 and 192"):
         initialize_gaze_model(small, torch.zeros(1, 2, 3, 224, 224))
+
+
+@torch.no_grad()
+def test_heads_of_the_first_layers_look_at_their_own_place(model):
+    """Among the tokens of a frame, half of the heads: which is where history is learned from."""
+    tokens = model.connector.pos_embed[None]
+    positions = torch.arange(64)[None]
+    rotary = model.gaze_decoder.model.rotary_emb(tokens, positions)
+    for layer in model.gaze_decoder.model.layers[:2]:
+        attention = layer.self_attn
+        queries, keys = (
+            projection(tokens).unflatten(-1, (6, 32)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *rotary)
+        paid = (queries @ keys.mT * attention.scaling).softmax(-1)[0].diagonal(dim1=1, dim2=2).mean(1)
+        assert float(paid[:3].min()) > 0.5 > 10 * float(paid[3:].max())

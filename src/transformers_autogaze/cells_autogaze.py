@@ -67,7 +67,7 @@ class CellTables(NamedTuple):
             cols.repeat(len(rows), 1)[:, None],
             torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
             is_patch.flatten().cumsum(0) - 1,
-            _layer_of_patch(grid, cells),
+            layer_of_patch(grid, cells),
         )
         return cls(
             resizes,
@@ -130,7 +130,18 @@ def choose_patches(
     return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)
 
 
-def _layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:
+def layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:
+    """
+    Tells which cells patches cover.
+
+    Args:
+        grid (`GazeGrid`): the patches.
+        cells (`tuple[int, int]`): rows and columns of cells.
+
+    Returns:
+        `torch.LongTensor` of shape `(patches + 1, cells)`: 1 + the scale of a patch where it covers a cell, else 0, as in
+        the last row, which stands for no patch.
+    """
     covered = [torch.kron(_parts(rows, cells[0]), _parts(cols, cells[1])) for rows, cols in grid.grids]
     layers = torch.cat([layer * cover.long() for layer, cover in enumerate(covered, start=1)])
     return F.pad(layers, (0, 0, 0, 1))

@@ -17,6 +17,7 @@ from .modeling_autogaze import AutoGazeModel
 from .training.augmentation import ClipAugmentation
 from .training.data import BudgetSchedule, GazeClipDataset
 from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from .training.history import teach_history
 from .training.initialization import initialize_gaze_model
 from .training.labels import ClipLabels, GreedyLabeller, label_videos, read_labels
 from .training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
@@ -27,6 +28,7 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 Settings = TypeVar("Settings")
 
 _INITIAL_CLIPS, _INITIAL_FRAMES = 200, 4  # that a new model's weights are fitted to
+_HISTORY_CLIPS = 350  # that history is taught on at most: their vision tokens are held
 
 
 def add_commands(commands: Any) -> None:
@@ -55,6 +57,13 @@ def add_commands(commands: Any) -> None:
     )
     train.add_argument(
         "--num-multi-token-pred", type=int, default=10, metavar="K", help="patches a step of a new model proposes"
+    )
+    train.add_argument(
+        "--history-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps of teaching what has been shown alone, before training begins; see `teach_history`",
     )
     train.add_argument(
         "--labels",
@@ -162,6 +171,11 @@ def _label(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     args = from_arguments(AutoGazeTrainingArguments, options)
     schedule, augmentation = (from_arguments(settings, options) for settings in (BudgetSchedule, ClipAugmentation))
+    if options.history_steps < 0 or (options.history_steps and options.labels):
+        raise ValueError(
+            "`--history-steps` must be a whole number of at least 0, and 0 with `--labels`, which say nothing of cells, "
+            f"got {options.history_steps}"
+        )
     set_seed(args.seed)
     model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
     labels = None if options.labels is None else read_labels(*options.labels, grid=model.config.grid)
@@ -179,6 +193,11 @@ def _train(options: argparse.Namespace) -> None:
     trainer = AutoGazeTrainer(model, args, processing_class=processor, **clips)
     if options.model is not None:
         trainer.load_heads(options.model)
+    if options.history_steps and args.resume_from_checkpoint is None:
+        num_clips = min(_HISTORY_CLIPS, 2 * options.history_steps)
+        taught = (clips["train_dataset"][index] for index in range(num_clips))
+        heads = teach_history(model, taught, options.history_steps, processor, seed=args.seed)
+        trainer.cell_loss_heads.load_state_dict(heads.state_dict())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 

@@ -3,6 +3,7 @@
 from .augmentation import ClipAugmentation
 from .data import BudgetSchedule, GazeClipDataset, GazeCollator
 from .grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from .history import teach_history
 from .initialization import initialize_gaze_model
 from .labels import ClipLabels, GreedyLabeller, label_videos, read_labels, write_labels
 from .ntp import AutoGazeTrainer, AutoGazeTrainingArguments
@@ -24,5 +25,6 @@ __all__ = [
     "initialize_gaze_model",
     "label_videos",
     "read_labels",
+    "teach_history",
     "write_labels",
 ]

@@ -4,8 +4,8 @@ Where training starts: weights that look at pixels and point at patches before a
 From random weights a model first learns which patches are good on average, and long nothing else: where detail is lost
 can be read off the pixels only through products of small weights, and what the last layer finds where it looks is no
 patch's name yet, so neither gives the other a gradient. This module owns a start at which both work: filters whose
-strength is detail, a readout of it by least squares, positions as waves, and heads that carry positions to the names of
-patches. What is worth looking at is left to training.
+strength is detail, a readout of it by least squares, positions as waves, heads that look at their own place, and heads
+that carry positions to the names of patches. What is worth looking at is left to training.
 """
 
 import math
@@ -222,6 +222,8 @@ def _name_patches(model: AutoGazeModel, waves: torch.Tensor, generator: torch.Ge
         for name, weight in layer.named_parameters():
             if weight.ndim == 2:
                 _normal(weight, 0.03 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.06, generator)
+    for layer in decoder.model.layers[:2]:
+        _match_places(layer.self_attn, first, num_waves, generator)
     attention = decoder.model.layers[-1].self_attn
     values, outputs, size = attention.v_proj.weight, attention.o_proj.weight, attention.head_dim
     _normal(values, 0.02, generator)
@@ -252,3 +254,18 @@ def _name_patches(model: AutoGazeModel, waves: torch.Tensor, generator: torch.Ge
         head = num_heads - scale
         carry(range(head, head + 1), num_codes, into, scales)
         into += num_codes
+
+
+def _match_places(attention: nn.Module, first: int, num_waves: int, generator: torch.Generator) -> None:
+    """Lets half of the heads look at tokens of their own place, the start of what [`AttentionHistory`] asks of them."""
+    size = attention.head_dim
+    # Where rotary positions turn slowest, so that a place is still one frames later.
+    slow = torch.arange(5 * size // 16, size // 2)
+    slow = torch.cat([slow, slow + size // 2])
+    longest = min(num_waves, 2 * len(slow))
+    for head in range(max(1, attention.config.num_attention_heads // 2)):
+        codes = torch.linalg.qr(torch.randn(longest, len(slow), generator=generator))[0].T
+        for weight in (attention.q_proj.weight, attention.k_proj.weight):
+            weight[head * size : (head + 1) * size] *= 0.3
+            weight[head * size + slow] = 0.0
+            weight[head * size + slow, first : first + longest] = 2.2 * codes

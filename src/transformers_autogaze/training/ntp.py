@@ -24,6 +24,7 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .labels import FrameValues, label_gaze, standing_frames
 from .objectives import (
     AttentionGains,
+    AttentionHistory,
     CellLossHeads,
     gain_losses,
     next_token_losses,
@@ -35,7 +36,13 @@ from .trainer import GazeClipTrainer, generator_on
 
 _HEADS = "cell_loss_heads"
 _HEADS_FILE = f"{_HEADS}.safetensors"
-_WEIGHTS = ("gain_loss_weight", "attention_loss_weight", "cell_loss_weight", "prefix_loss_weight")
+_WEIGHTS = (
+    "gain_loss_weight",
+    "attention_loss_weight",
+    "history_loss_weight",
+    "cell_loss_weight",
+    "prefix_loss_weight",
+)
 
 
 @dataclass
@@ -51,6 +58,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
             Weight of an auxiliary loss, at least 0: patches are to be as likely as they gain; see [`gain_losses`].
         attention_loss_weight (`float`, *optional*, defaults to 2.0):
             Weight of another, at least 0: the last layer is to look where patches gain; see [`AttentionGains`].
+        history_loss_weight (`float`, *optional*, defaults to 1.0):
+            Weight of another, at least 0: the first layers are to follow what has been shown; see [`AttentionHistory`].
         cell_loss_weight (`float`, *optional*, defaults to 2.0):
             Weight of another, at least 0: vision tokens are to tell the task loss of every cell of their frame, as it
             stands and with each scale laid there; see [`CellLossHeads`].
@@ -84,6 +93,9 @@ class AutoGazeTrainingArguments(TrainingArguments):
     gain_loss_weight: float = field(default=2.0, metadata={"help": "Weight of making patches as likely as they gain."})
     attention_loss_weight: float = field(
         default=2.0, metadata={"help": "Weight of looking where patches gain in the last layer."}
+    )
+    history_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of following what has been shown in the first layers."}
     )
     cell_loss_weight: float = field(
         default=2.0, metadata={"help": "Weight of telling the task loss of every cell from the vision tokens."}
@@ -169,6 +181,7 @@ class AutoGazeTrainer(GazeClipTrainer):
         self.composite = CompositeReconstruction(model.config.grid)
         self.cell_loss_heads = CellLossHeads(model.config).to(args.device)
         self.attention_gains = AttentionGains(model.config).to(args.device)
+        self.attention_history = AttentionHistory(model.config).to(args.device)
         self._seen = seen_patches(model.config.grid, self.cell_loss_heads.tokens).to(args.device)
 
     def train(self, *args, **kwargs) -> Any:
@@ -252,6 +265,7 @@ class AutoGazeTrainer(GazeClipTrainer):
     ) -> dict[str, tuple[float, torch.Tensor]]:
         """Gives those that have a weight, and the weight: of every slot `(batch, N)`, or of the batch `()`."""
         args, decoder, states = self.args, self._unwrapped().gaze_decoder, outputs.hidden_states
+        config = self._unwrapped().config
         counts, gains, patch_gains = (inputs[name] for name in ("num_gazing_each_frame", "gains", "patch_gains"))
         vision_places, slot_places = self._unwrapped().token_places(counts)
         losses = {}
@@ -263,6 +277,15 @@ class AutoGazeTrainer(GazeClipTrainer):
                 decoder.model, states[-2], *places, is_padding, patch_gains, gains
             )
             losses |= {"attention_loss": (weight, of_slots), "prefix_attention_loss": (weight / 2, of_tokens)}
+        if weight := args.history_loss_weight:
+            frame = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+            ids = inputs["gazing_pos"] - frame * config.grid.num_patches
+            losses["history_loss"] = (
+                weight,
+                self.attention_history(
+                    decoder.model, states, vision_places, slot_places, counts, inputs["if_padded_gazing"], ids
+                ),
+            )
         if weight := args.cell_loss_weight:
             of_vision = tuple(state[:, vision_places] for state in states)
             losses["cell_loss"] = weight, self.cell_loss_heads(of_vision, inputs["cell_losses"])

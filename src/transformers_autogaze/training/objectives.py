@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from ..cells_autogaze import layer_of_patch
 from ..composite_autogaze import CompositeReconstruction
 from ..configuration_autogaze import AutoGazeConfig
 from ..grid_autogaze import GazeGrid
@@ -196,7 +197,7 @@ class AttentionGains(nn.Module):
         """
         is_real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         is_real[:, slot_places] = ~is_padding
-        queries, keys = _queries_and_keys(decoder, hidden, (is_real.cumsum(-1) - 1).clamp(min=0))
+        queries, keys = _queries_and_keys(decoder, -1, hidden, is_real)
         of_slots, of_tokens, start = [], [], 0
         for t, count in enumerate(counts.tolist()):
             vision, slots = vision_places[t], slice(start, start + count, self.num_rows)
@@ -219,16 +220,109 @@ class AttentionGains(nn.Module):
         return (wanted / wanted.amax(-1, keepdim=True).clamp(min=_LEAST_GAIN)).square()
 
 
+class AttentionHistory(nn.Module):
+    """
+    Tells how far the attention of the first two layers is from following what has been shown.
+
+    What a patch gains depends on what its place shows already, and that on patches chosen frames ago: two steps that
+    nothing teaches apart. So each is taught by itself, to half of the heads. In the first layer the token of a chosen
+    patch looks at the vision tokens that it shows, in the second a vision token looks at the patch that its place shows
+    since, at itself where nothing was shown.
+
+    Args:
+        config ([`AutoGazeConfig`]): of the model.
+    """
+
+    def __init__(self, config: AutoGazeConfig):
+        super().__init__()
+        side = config.image_size // config.vision_config.patch_size
+        composite = CompositeReconstruction(config.grid)
+        # A token is looked at in points, each in one cell: its cells, or the nearest ones where they are no whole number.
+        per_side = tuple(-(-count // side) for count in composite.cells)
+        rows, cols = (
+            (2 * torch.arange(side * count) + 1) * cells // (2 * side * count)
+            for count, cells in zip(per_side, composite.cells, strict=True)
+        )
+        layers = layer_of_patch(config.grid, composite.cells).unflatten(-1, composite.cells)[:, rows][:, :, cols]
+        layers = layers.unflatten(-1, (side, -1)).unflatten(1, (side, -1)).movedim(3, 2)
+        layers = layers.flatten(3).flatten(1, 2)
+        self.register_buffer("layers", layers, persistent=False)  # (patches + 1, tokens, points)
+        self.num_heads = max(1, config.decoder_config.num_attention_heads // 2)
+        self.depths = 0, min(1, config.decoder_config.num_hidden_layers - 1)
+
+    def forward(
+        self,
+        decoder: nn.Module,
+        hidden_states: tuple[torch.Tensor, ...],
+        vision_places: torch.Tensor,
+        slot_places: torch.Tensor,
+        counts: torch.Tensor,
+        is_padding: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Gives the divergence, averaged over heads, tokens and frames, summed over the two layers.
+
+        Args:
+            decoder (`nn.Module`): the model's Llama.
+            hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, sequence, hidden)`): what its layers read.
+            vision_places, slot_places, counts, is_padding (`torch.Tensor`): see [`AttentionGains`].
+            ids (`torch.LongTensor` of shape `(batch, N)`): patches in the slots, counted from their frame.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`
+        """
+        is_real = torch.ones(hidden_states[0].shape[:2], dtype=torch.bool, device=ids.device)
+        is_real[:, slot_places] = ~is_padding
+        (of_slots, seen), (of_tokens, asked) = (
+            [part[:, : self.num_heads] for part in _queries_and_keys(decoder, depth, hidden_states[depth], is_real)]
+            for depth in self.depths
+        )
+        laid = self.layers[ids.masked_fill(is_padding, len(self.layers) - 1)]  # (batch, N, tokens, points)
+        covered = (laid > 0).to(of_slots).mean(-1)
+        shown = vision_places.new_full((len(ids), *self.layers.shape[1:]), -1)  # the place of the slot, -1 for none
+        total, start = 0, 0
+        for t, count in enumerate(counts.tolist()):
+            vision, slots = vision_places[t], slice(start, start + count)
+            # A quarter of the tokens will do: which ones changes from frame to frame.
+            some = torch.arange(t % 4, len(vision), 4, device=ids.device)
+            keys = asked[:, :, : int(vision[-1]) + 1]
+            scores = of_tokens[:, :, vision[some]] @ keys.mT
+            looked = torch.where(shown < 0, vision[:, None], shown)[:, some]
+            wanted = scores.new_zeros(len(ids), len(some), keys.shape[2])
+            wanted.scatter_add_(2, looked, wanted.new_ones(looked.shape))
+            unseen = torch.arange(keys.shape[2], device=ids.device) > vision[some, None]
+            wanted = wanted.masked_fill(unseen | ~is_real[:, None, : keys.shape[2]], -torch.inf)
+            total = total + gain_losses(scores, wanted[:, None]).mean()
+
+            places = slot_places[slots]
+            keys = seen[:, :, : int(places[-1]) + 1]
+            scores = of_slots[:, :, places] @ keys.mT
+            wanted = scores.new_zeros(len(ids), count, keys.shape[2])
+            wanted[..., vision] = covered[:, slots]
+            unseen = torch.arange(keys.shape[2], device=ids.device) > places[:, None]
+            wanted = wanted.masked_fill(unseen | ~is_real[:, None, : keys.shape[2]], -torch.inf)
+            losses, is_slot = gain_losses(scores, wanted[:, None]).mean(1), is_real[:, places]
+            # A mean for each clip, so that it counts the same whatever shares its batch.
+            total = total + ((losses * is_slot).sum(1) / is_slot.sum(1).clamp(min=1)).mean()
+
+            layer, which = laid[:, slots].max(1)
+            shown = torch.where(layer > 0, places[which], shown)
+            start += count
+        return total / len(counts)
+
+
 def _queries_and_keys(
-    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor
+    decoder: nn.Module, depth: int, hidden: torch.Tensor, is_real: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives what the last layer of a Llama attends by, both `(batch, heads, sequence, head size)`."""
-    layer = decoder.layers[-1]
+    """Gives what a layer of a Llama attends by, both `(batch, heads, sequence, head size)`."""
+    layer = decoder.layers[depth]
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     queries, keys = (
         projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj)
     )
+    positions = (is_real.cumsum(-1) - 1).clamp(min=0)
     queries, keys = apply_rotary_pos_emb(queries, keys, *decoder.rotary_emb(hidden, positions))
     return queries * attention.scaling, repeat_kv(keys, attention.num_key_value_groups)
 
