@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_modeling import small_config
 
-from transformers_autogaze import AutoGazeModel, GazeCache, GazeOutput
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeCache, GazeOutput
 from transformers_autogaze.selection_autogaze import budget_each_frame, draw_settings, threshold_each_frame
 
 
@@ -280,3 +280,17 @@ def test_a_dirichlet_of_another_length_is_named():
     )
     with pytest.raises(ValueError, match="must be one number or one for each of the 4 frames"):
         draw_settings(config, 4, is_training=False)
+
+
+def test_what_generate_gives_can_be_trained_on():
+    model = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64)).eval()
+    cache = GazeCache()
+    video = torch.randn(1, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    gaze = model.generate(video, gazing_ratio=0.2, past_key_values=cache, use_cache=True)
+    assert not any(value.is_inference() for value in (gaze.gazing_pos, gaze.if_padded_gazing, gaze.gazing_mask[0]))
+    scores = model(video, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame)
+    scores.log_action_probs.sum().backward()
+    assert model.gaze_decoder.model.embed_tokens.weight.grad.abs().sum() > 0
+    # The cache, too, may be changed and used on outside of `generate`.
+    cache.crop(1)
+    assert model.generate(video, gazing_ratio=0.2, past_key_values=cache, use_cache=True).num_frames == 2

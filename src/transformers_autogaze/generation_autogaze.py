@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -72,6 +73,7 @@ class GazeCache:
         """Clips held; `None` while the cache is empty."""
         return len(self.lengths) or None
 
+    @torch.inference_mode()
     def crop(self, num_frames: int) -> None:
         """
         Forgets the oldest frames, so that an endless stream takes bounded memory.
@@ -145,12 +147,14 @@ class GazeDecoding(GazeSelector):
         choose = functools.partial(_choose, temperature=temperature if do_sample else None, generator=generator)
 
         ids, is_real, slots = [], [], []
-        for frame, num_patches in enumerate(budget.tolist()):
-            limit = None if threshold is None else threshold[:, frame]
-            at_frame = self._gaze_at_frame(reader, vision[:, frame], num_patches, limit, cache, choose)
-            ids.append(at_frame[0] + frame * grid.num_patches)
-            is_real.append(at_frame[1])
-            slots.append(at_frame[2])
+        # Thousands of small operations, a tenth quicker without autograd's notes. What leaves is a copy, free of the mode.
+        with torch.inference_mode():
+            for frame, num_patches in enumerate(budget.tolist()):
+                limit = None if threshold is None else threshold[:, frame]
+                at_frame = self._gaze_at_frame(reader, vision[:, frame], num_patches, limit, cache, choose)
+                ids.append(at_frame[0] + frame * grid.num_patches)
+                is_real.append(at_frame[1])
+                slots.append(at_frame[2])
         gaze = GazeOutput.from_ids(
             torch.cat(ids, dim=1),
             ~torch.cat(is_real, dim=1),
@@ -284,6 +288,16 @@ def _choose(
     logits: torch.Tensor, taken: torch.Tensor, temperature: float | None, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Picks one id for each row of `(clips, rows, vocabulary)`, none twice; marks them with -inf in `taken`."""
+    if temperature is None and logits.device.type == "cpu":
+        # The same in numpy, whose calls take a fraction of the time on so few numbers.
+        rows, free, clips = logits.float().numpy(), taken.float().numpy().copy(), np.arange(len(logits))
+        chosen = np.empty(rows.shape[:2], dtype=np.int64)
+        for row in range(chosen.shape[1]):
+            chosen[:, row] = choice = (rows[:, row] + free).argmax(-1)
+            free[clips, choice] = -np.inf
+        chosen = torch.from_numpy(chosen)
+        taken.scatter_(1, chosen, -torch.inf)
+        return chosen
     chosen = []
     for row in logits.unbind(1):
         row = row + taken
