@@ -161,11 +161,11 @@ def test_frame_values_are_what_cells_and_patches_cost_in_pixels():
     values = FrameValues.measure(COMPOSITE, pixels, standing)
     assert values.cell_losses.shape == (2, 3, 2, 4, 4) and values.patch_gains.shape == (2, 3, 20)
     squares = (pixels - standing).square().mean(2).unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2))
-    losses = mse_to_task_loss(squares + 2e-4)  # what is good enough need not be told apart
+    losses = mse_to_task_loss(squares + 2e-5)  # what is good enough need not be told apart
     torch.testing.assert_close(values.cell_losses[:, :, 0], losses, rtol=0, atol=1e-6)
     # The finest patch of a cell takes its whole error away; a coarse one that of its four, less what it leaves.
     torch.testing.assert_close(values.patch_gains[..., 4:], squares.flatten(2) * 3 * 64, rtol=0, atol=1e-4)
-    left = (task_loss_to_mse(values.cell_losses[:, :, 1]) - 2e-4) * 3 * 64
+    left = (task_loss_to_mse(values.cell_losses[:, :, 1]) - 2e-5) * 3 * 64
     drop = squares * 3 * 64 - left
     coarse = torch.nn.functional.avg_pool2d(drop, 2, divisor_override=1).flatten(2)
     torch.testing.assert_close(values.patch_gains[..., :4], coarse, rtol=0, atol=1e-4)

@@ -325,20 +325,25 @@ def test_every_epoch_takes_new_clips(tmp_path):
     assert len(seen) == len(set(seen)) == 8  # two epochs of four
 
 
-def test_the_stem_learns_at_its_own_rate(tmp_path):
+def test_the_stem_and_the_names_of_patches_learn_at_their_own_rate(tmp_path):
     start, moved = small_model(), {}
     for factor in (1.0, 0.25, 0.0):
         settings = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 1e9}
-        trainer = make_trainer(tmp_path, vision_learning_rate_factor=factor, **settings)
+        trainer = make_trainer(tmp_path, slow_learning_rate_factor=factor, **settings)
         trainer.train()
         moved[factor] = [
             weight.detach() - before.detach()
-            for part in ("vision_model.out_proj.weight", "gaze_decoder.lm_head.weight")
+            for part in (
+                "vision_model.out_proj.weight",
+                "gaze_decoder.lm_head.weight",
+                "gaze_decoder.model.embed_tokens.weight",
+            )
             for weight, before in [(trainer.model.get_parameter(part), start.get_parameter(part))]
         ]
-    assert float(moved[1.0][0].abs().max()) > 0 and not bool(moved[0.0][0].any())
-    torch.testing.assert_close(moved[0.25][0], 0.25 * moved[1.0][0], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(moved[0.25][1], moved[1.0][1])
+    for slow in (0, 1):
+        assert float(moved[1.0][slow].abs().max()) > 0 and not bool(moved[0.0][slow].any())
+        torch.testing.assert_close(moved[0.25][slow], 0.25 * moved[1.0][slow], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moved[0.25][2], moved[1.0][2])
 
 
 def test_what_is_saved_is_the_model_and_its_processor_alone(tmp_path):
@@ -456,8 +461,8 @@ def test_items_without_values_have_the_published_loss(tmp_path):
         ({"on_policy": -0.1}, "`on_policy` must lie in 0..1, a share of the batches, got -0.1"),
         ({"cell_loss_weight": -1}, "`cell_loss_weight` must be a number of at least 0, got -1"),
         (
-            {"vision_learning_rate_factor": -1},
-            "`vision_learning_rate_factor` must be a number of at least 0, got -1",
+            {"slow_learning_rate_factor": -1},
+            "`slow_learning_rate_factor` must be a number of at least 0, got -1",
         ),
         ({"prefix_loss_weight": float("nan")}, "`prefix_loss_weight` must be a number of at least 0, got nan"),
     ],

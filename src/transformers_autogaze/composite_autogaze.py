@@ -307,7 +307,8 @@ class CompositeReconstruction:
         ids = torch.full((batch, num_frames, longest), -1, device=pixels.device)
         mse = pixels.new_empty(batch, num_frames, longest)
         counts = budgets.to(pixels.device).repeat(batch, 1)
-        with torch.autocast(pixels.device.type, enabled=False):
+        # Many small operations, a tenth quicker without autograd's notes. What leaves must be free of the mode.
+        with torch.autocast(pixels.device.type, enabled=False), torch.inference_mode():
             for t, budget in enumerate(budgets.tolist()):
                 frame = pixels[:, t].contiguous()
                 layers = self._render(frame)
@@ -322,7 +323,7 @@ class CompositeReconstruction:
                 mse[:, t] = F.pad(totals, (0, longest - steps), mode="replicate") * error_unit
                 kept = torch.zeros(batch, self.grid.num_patches, dtype=torch.bool, device=pixels.device)
                 current = self._lay(current, layers, self.grid.split_by_scale(kept.scatter_(1, chosen, True)))
-        return GreedySearchOutput(ids, mse, counts, current)
+        return GreedySearchOutput(ids, mse, counts, current.clone())
 
     @torch.no_grad()
     def measure(self, pixels: torch.Tensor, gaze: GazeOutput, previous: torch.Tensor | None = None) -> torch.Tensor:

@@ -28,7 +28,7 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .videos import VideoCollection
 
 
-_NEGLIGIBLE_MSE = 2e-4  # of a cell, 37 dB: what lies far below need not be told apart
+_NEGLIGIBLE_MSE = 2e-5  # of a cell, 47 dB: what lies far below need not be told apart
 
 
 class ClipLabels(NamedTuple):
@@ -257,7 +257,7 @@ class FrameValues(NamedTuple):
     Args:
         cell_losses (`torch.FloatTensor` of shape `(.., scales, *cells)`):
             Task loss of every cell as it stands, and with each scale but the finest, which leaves none, laid there; of a
-            mean squared error that is 2e-4 too high, so that what is good enough does not differ.
+            mean squared error that is 2e-5 too high, so that what is good enough does not differ.
         patch_gains (`torch.FloatTensor` of shape `(.., patches)`):
             By how much each patch would lower the squared error of the frame, if it were laid first.
     """

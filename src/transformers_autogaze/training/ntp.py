@@ -29,6 +29,7 @@ from .objectives import (
     gain_losses,
     next_token_losses,
     prefix_loss,
+    regrets,
     seen_patches,
 )
 from .trainer import GazeClipTrainer, generator_on
@@ -55,7 +56,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
             Share of batches, 0..1, in which the model sees its own choices instead of the labels', half of the time
             sampled; labels are then what greedy search would choose next. It learns to go on from its own mistakes.
         gain_loss_weight (`float`, *optional*, defaults to 2.0):
-            Weight of an auxiliary loss, at least 0: patches are to be as likely as they gain; see [`gain_losses`].
+            Weight of an auxiliary loss, at least 0: patches are to be as likely as they gain, and none to be chosen
+            that spoils; see [`gain_losses`] and [`regrets`].
         attention_loss_weight (`float`, *optional*, defaults to 2.0):
             Weight of another, at least 0: the last layer is to look where patches gain; see [`AttentionGains`].
         history_loss_weight (`float`, *optional*, defaults to 1.0):
@@ -66,9 +68,9 @@ class AutoGazeTrainingArguments(TrainingArguments):
         prefix_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of another, at least 0: every vision token is to tell what the patches before it gain; see
             [`prefix_loss`].
-        vision_learning_rate_factor (`float`, *optional*, defaults to 0.1):
-            The vision stem learns at this times the learning rate: what [`initialize_gaze_model`] made of it is lost
-            at higher ones.
+        slow_learning_rate_factor (`float`, *optional*, defaults to 0.1):
+            The vision stem and the names of patches (the `lm_head`) learn at this times the learning rate: what
+            [`initialize_gaze_model`] made of them is lost at higher ones.
         learning_rate (`float`, *optional*, defaults to 5e-4), remove_unused_columns, ddp_find_unused_parameters (`bool`,
             *optional*, default to `False`): as in [`~transformers.TrainingArguments`].
 
@@ -103,8 +105,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
     prefix_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of telling what patches gain from every vision token."}
     )
-    vision_learning_rate_factor: float = field(
-        default=0.1, metadata={"help": "What the learning rate of the vision stem is multiplied by."}
+    slow_learning_rate_factor: float = field(
+        default=0.1, metadata={"help": "What the learning rate of vision stem and patch names is multiplied by."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     remove_unused_columns: bool = field(
@@ -117,7 +119,7 @@ class AutoGazeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"`on_policy` must lie in 0..1, a share of the batches, got {self.on_policy}")
-        for name in (*_WEIGHTS, "vision_learning_rate_factor"):
+        for name in (*_WEIGHTS, "slow_learning_rate_factor"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
         super().__post_init__()
@@ -270,7 +272,8 @@ class AutoGazeTrainer(GazeClipTrainer):
         vision_places, slot_places = self._unwrapped().token_places(counts)
         losses = {}
         if weight := args.gain_loss_weight:
-            losses["gain_loss"] = weight, gain_losses(outputs.logits[..., :-1], gains)
+            logits = outputs.logits[..., :-1]
+            losses["gain_loss"] = weight, gain_losses(logits, gains) + regrets(logits, gains)
         if weight := args.attention_loss_weight:
             places, is_padding = (vision_places, slot_places, counts), inputs["if_padded_gazing"]
             of_slots, of_tokens = self.attention_gains(
@@ -351,10 +354,11 @@ class AutoGazeTrainer(GazeClipTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Makes the optimiser; see [`~transformers.Trainer.create_optimizer`]."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        factor, of_stem = self.args.vision_learning_rate_factor, set(self._unwrapped().vision_model.parameters())
+        model, factor = self._unwrapped(), self.args.slow_learning_rate_factor
+        are_slow = {*model.vision_model.parameters(), *model.gaze_decoder.lm_head.parameters()}
         for group in optimizer.param_groups[:]:
-            slow = [weight for weight in group["params"] if weight in of_stem]
-            group["params"] = [weight for weight in group["params"] if weight not in of_stem]
+            slow = [weight for weight in group["params"] if weight in are_slow]
+            group["params"] = [weight for weight in group["params"] if weight not in are_slow]
             optimizer.add_param_group({**group, "params": slow, "lr": factor * group["lr"]})
         return optimizer
 

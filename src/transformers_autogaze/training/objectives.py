@@ -88,6 +88,38 @@ def gain_losses(logits: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
     return (torch.special.xlogy(shares, shares) - shares * log_probs).sum(-1) * (total.squeeze(-1) > 0)
 
 
+def regrets(logits: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """
+    How much choosing by some logits gains less than the best patch, on average.
+
+    Unlike [`gain_losses`] it counts what a wrong choice spoils: a coarse patch that is laid over detail has a negative gain.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(.., patches)`): of choosing each patch.
+        gains (`torch.FloatTensor` of shape `(.., patches)`):
+            By how much each lowers the error, `-inf` for those that cannot be chosen.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..)`: in 0..2, in shares of the largest gain, what loses more than that counting
+        as much; zero where nothing gains.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.training.objectives import regrets
+
+    >>> regrets(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([2.0, 1.0, -torch.inf]))
+    tensor(0.2500)
+
+    ```
+    """
+    best = gains.amax(-1, keepdim=True)
+    lost = (1 - gains / best.clamp(min=_LEAST_GAIN)).clamp(max=2).masked_fill(gains == -torch.inf, 0)
+    probs = logits.masked_fill(gains == -torch.inf, _NEVER).softmax(-1)
+    return (probs * lost).sum(-1) * (best.squeeze(-1) > 0)
+
+
 def prefix_loss(
     hidden: torch.Tensor, weight: torch.Tensor, gains: torch.Tensor, is_seen: torch.Tensor
 ) -> torch.Tensor:
