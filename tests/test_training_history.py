@@ -79,14 +79,18 @@ def test_heads_are_drawn_to_what_was_shown(scales, per_side):
                         wanted[looked_at(clip, t, token, y, x)] += 1
                 paid = paid_by_all[1][clip, 0, vision[t, token]]
                 of_tokens.append(gain_losses(paid.log(), wanted.masked_fill(paid == 0, -torch.inf)))
+            of_clip = []
             for slot in range(int(starts[t]), int(starts[t]) + count):
+                if is_padding[clip, slot]:
+                    continue
                 wanted = torch.zeros(paid_by_all[0].shape[-1])
                 for token in range(16):
                     row, col = (part * per_side for part in divmod(token, 4))
                     ys, xs = points[row : row + per_side], points[col : col + per_side]
                     wanted[vision[t, token]] = sum(covers(clip, slot, y, x) for y in ys for x in xs)
                 paid = paid_by_all[0][clip, 0, slots[slot]]
-                of_slots.append(gain_losses(paid.log(), wanted.masked_fill(paid == 0, -torch.inf)))
+                of_clip.append(gain_losses(paid.log(), wanted.masked_fill(paid == 0, -torch.inf)))
+            of_slots.append(torch.stack(of_clip).mean())
         expected += (torch.stack(of_tokens).mean() + torch.stack(of_slots).mean()) / len(counts)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
