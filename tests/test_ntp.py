@@ -24,6 +24,7 @@ from transformers_autogaze.training.ntp import AutoGazeTrainer, AutoGazeTraining
 from transformers_autogaze.training.objectives import (
     AttentionGains,
     CellLossHeads,
+    PatchNames,
     gain_losses,
     next_token_losses,
     prefix_loss,
@@ -198,6 +199,48 @@ def test_every_coarser_scale_but_the_last_has_a_head():
     assert AttentionGains(AutoGazeConfig()).scale_of_head == [3, 3, 3, 3, 2, 1]
 
 
+@torch.no_grad()
+def test_tokens_that_name_their_patches_and_no_others_have_no_naming_loss():
+    model = small_model()
+    decoder, losses = model.gaze_decoder, PatchNames(model.config)
+    attention = decoder.model.layers[-1].self_attn
+    for weight in (attention.v_proj.weight, attention.o_proj.weight):
+        torch.nn.init.eye_(weight)
+    names = torch.zeros(21, 32)
+    names[:20, :16] = losses.belongs.T + 3.0
+    tokens = torch.eye(16, 32).expand(1, 2, -1, -1)
+    assert float(losses(decoder.model, names.repeat(3, 1), tokens)) == pytest.approx(0, abs=1e-5)
+    names[:20] = names[:20].roll(1, dims=1)
+    assert float(losses(decoder.model, names.repeat(3, 1), tokens)) > 0.5
+
+
+@torch.no_grad()
+def test_the_naming_loss_reads_what_the_last_layer_makes_of_one_token():
+    """Against logits of a last layer that looks at a single token."""
+    set_seed(0)
+    model = AutoGazeModel(AutoGazeConfig())
+    decoder, losses = model.gaze_decoder, PatchNames(model.config)
+    layer, hidden = decoder.model.layers[-1], torch.randn(1, 1, 196, 192)
+    decoder.model.norm.weight.uniform_(0.5, 2.0)
+    told = torch.zeros(196, 265)
+    for heads, first, end in (([0, 1, 2, 3], 69, 265), ([4], 20, 69), ([5], 0, 20)):
+        for token in range(196):
+            value = layer.self_attn.v_proj(layer.input_layernorm(hidden[0, 0, token])).view(6, 32)
+            others = [head for head in range(6) if head not in heads]
+            value[others] = 0
+            carried = layer.self_attn.o_proj(value.flatten()) * decoder.model.norm.weight
+            told[token, first:end] = decoder.lm_head(carried).view(10, 266).mean(0)[first:end]
+    expected, at = 0, torch.arange(196)
+    for first, end, sides in ((69, 265, [14]), (20, 69, [7]), (0, 20, [2, 4])):
+        wanted, start = torch.zeros(196, end - first), 0
+        for side in sides:
+            wanted[at, start + at // 14 * side // 14 * side + at % 14 * side // 14] = 1
+            start += side * side
+        parts = [part - part.mean(-1, keepdim=True) for part in (told[:, first:end], wanted)]
+        expected += (1 - float((parts[0] * parts[1]).sum() / (parts[0].norm() * parts[1].norm()))) / 3
+    assert float(losses(decoder.model, decoder.lm_head.weight, hidden)) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_token_has_seen_the_patches_that_end_before_it():
     seen = seen_patches(GazeGrid([32, 48, 64]), (4, 4))
     assert seen.shape == (16, 4 + 9 + 16)
@@ -279,6 +322,7 @@ def test_the_logged_parts_add_up_to_the_loss(tmp_path):
     weights = {
         "gain_loss": 0.75,
         "attention_loss": 0.3,
+        "naming_loss": 0.6,
         "history_loss": 0.4,
         "cell_loss": 0.5,
         "prefix_loss": 0.25,
@@ -338,14 +382,18 @@ def test_the_stem_and_the_names_of_patches_learn_at_their_own_rate(tmp_path):
             for part in (
                 "vision_model.out_proj.weight",
                 "gaze_decoder.lm_head.weight",
+                "gaze_decoder.model.layers.1.self_attn.v_proj.weight",
+                "gaze_decoder.model.layers.1.self_attn.o_proj.weight",
                 "gaze_decoder.model.embed_tokens.weight",
+                "gaze_decoder.model.layers.0.self_attn.v_proj.weight",
             )
             for weight, before in [(trainer.model.get_parameter(part), start.get_parameter(part))]
         ]
-    for slow in (0, 1):
+    for slow in range(4):
         assert float(moved[1.0][slow].abs().max()) > 0 and not bool(moved[0.0][slow].any())
         torch.testing.assert_close(moved[0.25][slow], 0.25 * moved[1.0][slow], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(moved[0.25][2], moved[1.0][2])
+    for quick in (4, 5):
+        torch.testing.assert_close(moved[0.25][quick], moved[1.0][quick])
 
 
 def test_what_is_saved_is_the_model_and_its_processor_alone(tmp_path):

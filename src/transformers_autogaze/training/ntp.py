@@ -26,6 +26,7 @@ from .objectives import (
     AttentionGains,
     AttentionHistory,
     CellLossHeads,
+    PatchNames,
     gain_losses,
     next_token_losses,
     prefix_loss,
@@ -40,6 +41,7 @@ _HEADS_FILE = f"{_HEADS}.safetensors"
 _WEIGHTS = (
     "gain_loss_weight",
     "attention_loss_weight",
+    "naming_loss_weight",
     "history_loss_weight",
     "cell_loss_weight",
     "prefix_loss_weight",
@@ -60,6 +62,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
             that spoils; see [`gain_losses`] and [`regrets`].
         attention_loss_weight (`float`, *optional*, defaults to 2.0):
             Weight of another, at least 0: the last layer is to look where patches gain; see [`AttentionGains`].
+        naming_loss_weight (`float`, *optional*, defaults to 3.0):
+            Weight of another, at least 0: what is looked at is to be named; see [`PatchNames`].
         history_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of another, at least 0: the first layers are to follow what has been shown; see [`AttentionHistory`].
         cell_loss_weight (`float`, *optional*, defaults to 2.0):
@@ -69,8 +73,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
             Weight of another, at least 0: every vision token is to tell what the patches before it gain; see
             [`prefix_loss`].
         slow_learning_rate_factor (`float`, *optional*, defaults to 0.1):
-            The vision stem and the names of patches (the `lm_head`) learn at this times the learning rate: what
-            [`initialize_gaze_model`] made of them is lost at higher ones.
+            The vision stem and the names of patches (the `lm_head`, values and outputs of the last layer) learn at this
+            times the learning rate: what [`initialize_gaze_model`] made of them is lost at higher ones.
         learning_rate (`float`, *optional*, defaults to 5e-4), remove_unused_columns, ddp_find_unused_parameters (`bool`,
             *optional*, default to `False`): as in [`~transformers.TrainingArguments`].
 
@@ -95,6 +99,9 @@ class AutoGazeTrainingArguments(TrainingArguments):
     gain_loss_weight: float = field(default=2.0, metadata={"help": "Weight of making patches as likely as they gain."})
     attention_loss_weight: float = field(
         default=2.0, metadata={"help": "Weight of looking where patches gain in the last layer."}
+    )
+    naming_loss_weight: float = field(
+        default=3.0, metadata={"help": "Weight of naming the patches of where the last layer looks."}
     )
     history_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of following what has been shown in the first layers."}
@@ -183,6 +190,7 @@ class AutoGazeTrainer(GazeClipTrainer):
         self.composite = CompositeReconstruction(model.config.grid)
         self.cell_loss_heads = CellLossHeads(model.config).to(args.device)
         self.attention_gains = AttentionGains(model.config).to(args.device)
+        self.patch_names = PatchNames(model.config).to(args.device)
         self.attention_history = AttentionHistory(model.config).to(args.device)
         self._seen = seen_patches(model.config.grid, self.cell_loss_heads.tokens).to(args.device)
 
@@ -280,6 +288,9 @@ class AutoGazeTrainer(GazeClipTrainer):
                 decoder.model, states[-2], *places, is_padding, patch_gains, gains
             )
             losses |= {"attention_loss": (weight, of_slots), "prefix_attention_loss": (weight / 2, of_tokens)}
+        if weight := args.naming_loss_weight:
+            of_vision = states[-2][:, vision_places]
+            losses["naming_loss"] = weight, self.patch_names(decoder.model, decoder.lm_head.weight, of_vision)
         if weight := args.history_loss_weight:
             frame = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
             ids = inputs["gazing_pos"] - frame * config.grid.num_patches
@@ -355,7 +366,10 @@ class AutoGazeTrainer(GazeClipTrainer):
         """Makes the optimiser; see [`~transformers.Trainer.create_optimizer`]."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model, factor = self._unwrapped(), self.args.slow_learning_rate_factor
-        are_slow = {*model.vision_model.parameters(), *model.gaze_decoder.lm_head.parameters()}
+        decoder = model.gaze_decoder
+        naming = decoder.model.layers[-1].self_attn
+        slow_modules = (model.vision_model, decoder.lm_head, naming.v_proj, naming.o_proj)
+        are_slow = {weight for module in slow_modules for weight in module.parameters()}
         for group in optimizer.param_groups[:]:
             slow = [weight for weight in group["params"] if weight in are_slow]
             group["params"] = [weight for weight in group["params"] if weight not in are_slow]

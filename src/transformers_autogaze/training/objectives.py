@@ -181,19 +181,10 @@ class AttentionGains(nn.Module):
     def __init__(self, config: AutoGazeConfig):
         super().__init__()
         side = config.image_size // config.vision_config.patch_size
-        num_scales = len(config.scales)
         self.num_rows = config.decoder_config.num_multi_token_pred
-        # Every coarser scale but the coarsest, which has next to nothing to choose from, has one head.
-        spare = config.decoder_config.num_attention_heads - max(num_scales - 1, 1)
-        self.scale_of_head = [
-            max(0, num_scales - 1 - max(0, head - spare)) for head in range(config.decoder_config.num_attention_heads)
-        ]
-        first, patches = 0, []
-        for rows, cols in config.grid.grids:
-            at = torch.arange(side)
-            patches.append(first + (at * rows // side)[:, None] * cols + at * cols // side)
-            first += rows * cols
-        patch_of_token = torch.stack([patches[scale].flatten() for scale in self.scale_of_head])
+        self.scale_of_head = _scale_of_head(config)
+        patches = _patch_of_token(config)
+        patch_of_token = torch.stack([patches[scale] for scale in self.scale_of_head])
         self.register_buffer("patch_of_token", patch_of_token, persistent=False)  # (heads, tokens)
         num_tokens = side * side
         is_before = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
@@ -250,6 +241,62 @@ class AttentionGains(nn.Module):
         """Squares gains `(batch, n, patches)`, relative to their largest, for heads and tokens `(batch, heads, n, tokens)`."""
         wanted = gains[..., self.patch_of_token].clamp(min=0).transpose(1, 2)
         return (wanted / wanted.amax(-1, keepdim=True).clamp(min=_LEAST_GAIN)).square()
+
+
+class PatchNames(nn.Module):
+    """
+    Tells how far what the last layer reads off a vision token is from naming the patches that hold it.
+
+    Attention adds up what it reads, so the name of a patch is heard only as far as tokens say where they are, and nothing
+    else. Each token says so by itself here, to the heads of each scale: its value, carried to the logits, is to be the
+    more of a patch's the more the token is part of it. There are more patches than channels, so this is met in part only.
+
+    Args:
+        config ([`AutoGazeConfig`]): of the model.
+    """
+
+    def __init__(self, config: AutoGazeConfig):
+        super().__init__()
+        self.head_size = config.decoder_config.head_dim
+        scale_of_head, patches = torch.tensor(_scale_of_head(config)), _patch_of_token(config)
+        firsts = [0, *torch.tensor([rows * cols for rows, cols in config.grid.grids]).cumsum(0).tolist()]
+        self.heads_and_patches = []
+        for scale in scale_of_head.unique().tolist():
+            # The coarsest patches have no head of their own; that of the next ones tells them too.
+            first = 0 if scale == scale_of_head.min() else firsts[scale]
+            self.heads_and_patches.append(((scale_of_head == scale).nonzero().flatten(), first, firsts[scale + 1]))
+        belongs = torch.zeros(len(patches[0]), config.grid.num_patches)
+        for patch in patches:
+            belongs[torch.arange(len(patch)), patch] = 1
+        self.register_buffer("belongs", belongs, persistent=False)  # (tokens, patches)
+
+    def forward(self, decoder: nn.Module, lm_head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Gives one less the cosine of what the tokens of a clip name and where they belong, averaged over clips and scales.
+
+        Args:
+            decoder (`nn.Module`): the model's Llama.
+            lm_head (`torch.FloatTensor` of shape `(rows * vocabulary, hidden)`): weight of the `lm_head`.
+            hidden (`torch.FloatTensor` of shape `(batch, frames, tokens, hidden)`): what the last layer reads of vision tokens.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`, in 0..2.
+        """
+        layer, size = decoder.layers[-1], self.head_size
+        attention, num_patches = layer.self_attn, self.belongs.shape[1]
+        names = lm_head.unflatten(0, (-1, num_patches + 1)).mean(0) * decoder.norm.weight
+        values = attention.v_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, size))
+        values = values.repeat_interleave(attention.num_key_value_groups, dim=-2)
+        outputs = attention.o_proj.weight.unflatten(1, (-1, size))
+        total = 0
+        for heads, first, end in self.heads_and_patches:
+            carried = values[..., heads, :].flatten(-2) @ outputs[:, heads].flatten(1).T
+            # What all patches of a scale share does not tell them apart.
+            told, wanted = carried @ names[first:end].T, self.belongs[:, first:end].to(carried)
+            told, wanted = (part - part.mean(-1, keepdim=True) for part in (told, wanted))
+            cosine = F.cosine_similarity(told.flatten(1), wanted.expand_as(told).flatten(1), dim=1)
+            total = total + 1 - cosine.mean()
+        return total / len(self.heads_and_patches)
 
 
 class AttentionHistory(nn.Module):
@@ -342,6 +389,23 @@ class AttentionHistory(nn.Module):
             shown = torch.where(layer > 0, places[which], shown)
             start += count
         return total / len(counts)
+
+
+def _scale_of_head(config: AutoGazeConfig) -> list[int]:
+    """Gives each head of the last layer one scale: one to every coarser scale, but the coarsest, the others the finest."""
+    num_scales, num_heads = len(config.scales), config.decoder_config.num_attention_heads
+    spare = num_heads - max(num_scales - 1, 1)  # the coarsest has next to nothing to choose from
+    return [max(0, num_scales - 1 - max(0, head - spare)) for head in range(num_heads)]
+
+
+def _patch_of_token(config: AutoGazeConfig) -> list[torch.Tensor]:
+    """Tells which patch of each scale every vision token is part of, `(tokens,)`."""
+    side = config.image_size // config.vision_config.patch_size
+    first, patches, at = 0, [], torch.arange(side)
+    for rows, cols in config.grid.grids:
+        patches.append((first + (at * rows // side)[:, None] * cols + at * cols // side).flatten())
+        first += rows * cols
+    return patches
 
 
 def _queries_and_keys(
