@@ -224,7 +224,9 @@ def test_bad_videos_are_named(tiny_model, bad, message):
 
 
 def test_a_cache_of_another_batch_size_is_named(tiny_model, video):
-    cache = tiny_model.generate(video, gazing_ratio=0.3, use_cache=True).past_key_values
+    gaze = tiny_model.generate(video, gazing_ratio=0.3, use_cache=True)
+    cache = gaze.past_key_values
+    assert cache is gaze.cache is gaze["cache"]
     with pytest.raises(ValueError, match="`past_key_values` holds 3 clips, but 1 are given now"):
         tiny_model.generate(video[:1], gazing_ratio=0.3, past_key_values=cache)
     with pytest.raises(ValueError, match="`output_scores` must be False"):

@@ -48,8 +48,8 @@ class GazeOutput(ModelOutput):
             The threshold that ended a frame, if there was one.
         clip_num_gazing_each_frame (`torch.LongTensor` of shape `(batch, frames)`, *optional*):
             Slots that each clip would have taken alone, padding included.
-        past_key_values (`GazeCache`, *optional*):
-            State to continue the stream with, if asked for.
+        cache (`GazeCache`, *optional*):
+            State to continue the stream with, if asked for; `past_key_values` gives it, too.
 
     Example:
 
@@ -79,7 +79,12 @@ class GazeOutput(ModelOutput):
     task_loss_prediction: torch.FloatTensor | None = None
     task_loss_requirement: torch.FloatTensor | None = None
     clip_num_gazing_each_frame: torch.LongTensor | None = None
-    past_key_values: object | None = None
+    cache: object | None = None
+
+    @property
+    def past_key_values(self) -> object | None:
+        """The state to continue with: what `generate` takes by this name. Newer outputs of the library call it `cache`."""
+        return self.cache
 
     @classmethod
     def from_ids(
@@ -370,7 +375,7 @@ class GazeOutput(ModelOutput):
             clip (`int`): which clip of the batch, `-batch <= clip < batch`.
 
         Returns:
-            [`GazeOutput`] with a batch of one; without `past_key_values`.
+            [`GazeOutput`] with a batch of one; without `cache`.
         """
         if not -self.batch_size <= clip < self.batch_size:
             raise ValueError(f"`clip` must lie in 0..{self.batch_size - 1}, got {clip}")
@@ -394,7 +399,7 @@ class GazeOutput(ModelOutput):
             },
             num_gazing_each_frame=counts,
             gazing_mask=[mask[clip : clip + 1] for mask in self.gazing_mask],
-            past_key_values=None,
+            cache=None,
         )
 
     @classmethod
@@ -433,7 +438,7 @@ class GazeOutput(ModelOutput):
         changes = {
             "gazing_pos": torch.cat(ids, dim=1),
             "gazing_mask": [torch.cat(parts, dim=1) for parts in zip(*(g.gazing_mask for g in gazes), strict=True)],
-            "past_key_values": gazes[-1].past_key_values,
+            "cache": gazes[-1].cache,
         }
         for key in (
             "if_padded_gazing",

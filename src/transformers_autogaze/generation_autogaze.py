@@ -162,7 +162,7 @@ class GazeDecoding(GazeSelector):
             grid,
             self.config.frame_sampling_rate,
             clip_num_gazing_each_frame=torch.tensor(slots, device=frames.device).T,
-            past_key_values=cache if use_cache else None,
+            cache=cache if use_cache else None,
         )
         if output_scores:
             scores = self(frames, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame)

@@ -219,7 +219,7 @@ class GreedyGazeSelector(GazeSelector, PreTrainedModel):
             grid,
             task_loss_prediction=mse_to_task_loss(found.mse)[:, is_slot],
             clip_num_gazing_each_frame=found.counts,
-            past_key_values=cache if use_cache else None,
+            cache=cache if use_cache else None,
         )
 
     def _draw_settings(self, num_frames: int, generator: torch.Generator | None) -> tuple[float, float]:

@@ -121,7 +121,7 @@ class GazeSelector:
             past_key_values (*optional*):
                 State that an earlier call returned, to continue its clips. Ids count from the first frame given now.
             use_cache (`bool`, *optional*, defaults to `False`):
-                Whether to return the state to continue with, as `past_key_values`.
+                Whether to return the state to continue with, as `cache`.
             options: further options of the selector. [`AutoGazeModel`] takes `do_sample` (`bool`), `temperature`
                 (`float`, above 0) and `generator` (`torch.Generator`) to sample instead of taking the likeliest
                 patches, and `output_scores` (`bool`) to score its choice as well: then `log_action_probs` and
@@ -174,7 +174,7 @@ class GazeSelector:
                 whole.stitch_tiles(gaze.gazing_mask, own),
                 whole,
                 self.config.frame_sampling_rate,
-                past_key_values=gaze.past_key_values,
+                cache=gaze.cache,
             )
         return gaze.replace(task_loss_requirement=threshold)
 

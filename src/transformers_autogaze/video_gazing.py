@@ -286,7 +286,7 @@ class _TileGazer:
             for first in range(0, count, self.max_batch_size)
         ]
         if count == 1:
-            return self._drop_outside(parts[0].replace(past_key_values=None)), levels, self.extent
+            return self._drop_outside(parts[0].replace(cache=None)), levels, self.extent
         masks = [torch.cat(scale) for scale in zip(*(part.gazing_mask for part in parts), strict=True)]
         masks = self.grid.stitch_tiles(masks, own)
         if self.inside is not None:
@@ -336,7 +336,7 @@ class _TileGazer:
             return self.selector.generate(video, **settings)
         state = self.states.get(numbers.start)
         gaze = self.selector.generate(video, **settings, past_key_values=state, use_cache=True)
-        self.states[numbers.start] = gaze.past_key_values
+        self.states[numbers.start] = gaze.cache
         return gaze
 
     def _drop_outside(self, gaze: GazeOutput) -> GazeOutput:

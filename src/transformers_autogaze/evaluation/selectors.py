@@ -87,7 +87,7 @@ class RankingSelector(GazeSelector, nn.Module):
             cache.reconstruction = composite.reconstruct(frame, gaze, cache.reconstruction)[:, 0]
             cache.num_frames += 1
             gazes.append(gaze)
-        return GazeOutput.concatenate(gazes).replace(past_key_values=cache if use_cache else None)
+        return GazeOutput.concatenate(gazes).replace(cache=cache if use_cache else None)
 
     def _stop(
         self, ids: torch.Tensor, frame: torch.Tensor, threshold: torch.Tensor | None, standing: torch.Tensor

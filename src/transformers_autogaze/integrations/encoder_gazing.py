@@ -149,7 +149,7 @@ class EncoderFrameGazer:
                 # A selector without a longest clip streams; for others every chunk is a clip of its own.
                 use_cache=config.max_num_frames is None,
             )
-            state = gaze.past_key_values
+            state = gaze.cache
             masks.append(gaze.gazing_mask)
         return [torch.cat(scale, dim=1) for scale in zip(*masks, strict=True)]
 

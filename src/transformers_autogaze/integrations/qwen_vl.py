@@ -429,7 +429,8 @@ class GazeQwenVL(nn.Module):
         model, length = self.mllm.model, prompt.input_ids.shape[1]
 
         def at_language_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+            # Releases of the library before 5.24 call the cache `past_key_values`.
+            embeds, cache = kwargs["inputs_embeds"], kwargs.get("cache", kwargs.get("past_key_values"))
             times = len(embeds) // len(prompt.input_ids)  # beams, or several answers to a prompt
             start = 0 if cache is None else int(cache.get_seq_length())
             slots = torch.arange(start, start + embeds.shape[1], device=prompt.position_ids.device)
