@@ -1,3 +1,4 @@
+import copy
 import itertools
 from pathlib import Path
 
@@ -221,6 +222,35 @@ def test_a_clip_gets_in_a_batch_what_it_gets_alone(grid, with_threshold):
         alone = composite.search(clips[b : b + 1], [8, 3, 5], None if max_error is None else max_error[b : b + 1])
         for got, expected in zip(alone, together, strict=True):
             assert torch.equal(got[0], expected[b])
+
+
+@pytest.mark.parametrize(
+    "limits", [None, torch.logspace(-1, -5, 5), torch.full((5,), torch.inf), torch.full((5,), -torch.inf)]
+)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_steps_on_fixed_memory_find_the_same(grid, limits, monkeypatch):
+    composite = CompositeReconstruction(grid)
+    clips = make_clips(grid, batch=5, dtype=torch.float32)
+    max_error = None if limits is None else limits[:, None].expand(5, 3)
+    expected = composite.search(clips, [10, 3, 5], max_error)
+    monkeypatch.setattr(CompositeReconstruction, "_replays_steps", staticmethod(lambda device: True))
+    for _ in range(2):  # the second uses the memory of the first
+        for got, wanted in zip(composite.search(clips, [10, 3, 5], max_error), expected, strict=True):
+            assert torch.equal(got, wanted)
+    assert len(composite._searches) == 1
+    twin = copy.deepcopy(composite)
+    assert not twin._searches and torch.equal(twin.search(clips, [10, 3, 5], max_error).ids, expected.ids)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_finds_what_the_cpu_finds():
+    composite = CompositeReconstruction(GRIDS[0])
+    clips = make_clips(GRIDS[0], batch=3, dtype=torch.float32)
+    expected = composite.search(clips, [10, 3, 5])
+    for _ in range(3):  # as it is, captured, replayed
+        found = composite.search(clips.cuda(), [10, 3, 5])
+        assert (found.ids.cpu() == expected.ids).float().mean() >= 0.99
+        torch.testing.assert_close(found.mse.cpu(), expected.mse, rtol=1e-3, atol=1e-7)
 
 
 def test_every_frame_uses_up_its_own_budget_without_a_threshold():

@@ -14,7 +14,7 @@ from transformers_autogaze import (
     write_video,
 )
 from transformers_autogaze.video_decoding_autogaze import read_video
-from transformers_autogaze.video_gazing import choose_tile_grid
+from transformers_autogaze.video_gazing import _ahead, choose_tile_grid
 
 
 SCALES, PATCH, SIDE = [16, 32], 8, 32
@@ -194,6 +194,26 @@ def test_frames_are_taken_no_further_than_a_chunk(clips):
     assert not taken
     for count in (4, 8, 12):
         assert next(chunks).stop == count == len(taken)
+
+
+def test_chunks_taken_ahead_come_in_order_one_at_a_time():
+    taken = []
+    parts = _ahead(taken.append(i) or np.full(2, i) for i in range(5))
+    assert not taken
+    for number, part in enumerate(parts):
+        assert part.tolist() == [number] * 2 and len(taken) <= number + 2
+    assert taken == list(range(5))
+
+
+def test_errors_of_chunks_taken_ahead_come_where_they_belong():
+    def parts():
+        yield np.zeros(1)
+        raise ValueError("broken frame")
+
+    ahead = _ahead(parts())
+    assert next(ahead).tolist() == [0]
+    with pytest.raises(ValueError, match="broken frame"):
+        next(ahead)
 
 
 @pytest.mark.parametrize("form", [iter, list, torch.from_numpy, lambda frames: (torch.from_numpy(f) for f in frames)])

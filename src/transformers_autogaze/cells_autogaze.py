@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .cuda_graphs_autogaze import ReplayedCall
 from .grid_autogaze import GazeGrid
+
+
+_UNCHECKED_STEPS = 8  # between two looks at whether all clips are done, each of which waits for the device
 
 
 class Resize(NamedTuple):
@@ -101,12 +105,7 @@ def choose_patches(
         `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, steps)`. A clip that is done
         before others repeats its last choice, which changes nothing.
     """
-    batch = len(errors)
-    # By how much the error of a cell falls from one layer to the next finer one. The error itself is the sum over all
-    # scales, what a patch gains is the sum up to its own scale, and laying it makes just these numbers zero.
-    drops = errors.clone()
-    drops[:, :-1] -= errors[:, 1:]
-    drops = drops.flatten(1, 2)
+    batch, drops = len(errors), _drops(errors)
     gain_rows, gain_cols = tables.gain_rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
     closed = tables.closed.repeat(batch, 1, 1)
     is_patch = tables.closed.flatten() == 0  # patches lie in the order of their ids
@@ -128,6 +127,69 @@ def choose_patches(
         if limit is not None and (totals[-1] <= limit).all():
             break
     return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)
+
+
+def _drops(errors: torch.Tensor) -> torch.Tensor:
+    """
+    Tells by how much the error of a cell falls from one layer to the next finer one, `(batch, scales * cell rows, columns)`.
+
+    The error itself is the sum over all scales, what a patch gains is the sum up to its own scale, and laying it makes just
+    these numbers zero.
+    """
+    drops = errors.clone()
+    drops[:, :-1] -= errors[:, 1:]
+    return drops.flatten(1, 2)
+
+
+class ReplayedSearch:
+    """
+    Chooses patches as [`choose_patches`] does, step by step on memory that stays where it is, for CUDA to replay.
+
+    Args:
+        tables (`CellTables`): of the grid.
+        batch (`int`): frames that are searched together.
+    """
+
+    def __init__(self, tables: CellTables, batch: int):
+        self.tables, rows = tables, tables.gain_rows
+        self.gain_rows, self.gain_cols = rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
+        self.drops = rows.new_zeros(batch, rows.shape[1], tables.cols_of_slot.shape[2])
+        self.closed = tables.closed.repeat(batch, 1, 1)
+        num_patches = len(tables.layer_of_patch) - 1
+        self.slots = tables.id_of_slot.new_zeros(batch, num_patches)
+        self.totals = rows.new_zeros(batch, num_patches)
+        self.slot, self.total, self.limit = self.slots[:, 0].clone(), self.totals[:, 0].clone(), rows.new_zeros(batch)
+        self.number = torch.zeros(1, dtype=torch.long, device=rows.device)
+        self.step = ReplayedCall(self._step, rows.device)
+
+    def __call__(
+        self, errors: torch.Tensor, budget: int, limit: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and gives what [`choose_patches`] does; clips that are all done may repeat their last choices longer."""
+        self.drops.copy_(_drops(errors))
+        self.closed.copy_(self.tables.closed)
+        # Comparing with no number is never true, so the first step always chooses.
+        self.total.fill_(math.nan)
+        self.limit.copy_(torch.full_like(self.limit, -math.inf) if limit is None else limit)
+        self.number.zero_()
+        for done in range(1, budget + 1):
+            self.step()
+            if limit is not None and done % _UNCHECKED_STEPS == 0 and bool((self.total <= self.limit).all()):
+                break
+        return self.tables.id_of_slot[self.slots[:, :done]], self.totals[:, :done].clone()
+
+    def _step(self) -> None:
+        tables = self.tables
+        gains = torch.baddbmm(self.closed, torch.bmm(self.gain_rows, self.drops), self.gain_cols)
+        slot = torch.where(self.total <= self.limit, self.slot, gains.flatten(1).argmax(-1))
+        self.closed.view(len(slot), -1).scatter_(1, slot[:, None], -math.inf)
+        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
+        self.drops.addcmul_(self.drops, covered, value=-1)
+        self.slot.copy_(slot)
+        self.total.copy_(self.drops.sum((1, 2)))
+        self.slots.index_copy_(1, self.number, self.slot[:, None])
+        self.totals.index_copy_(1, self.number, self.total[:, None])
+        self.number.add_(1)
 
 
 def layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:

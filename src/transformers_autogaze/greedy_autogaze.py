@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .cells_autogaze import CellTables  # noqa: F401
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
 from .configuration_autogaze import GazeSelectorConfig
+from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid  # noqa: F401 (see modeling_autogaze)
 from .selection_autogaze import GazeSelector

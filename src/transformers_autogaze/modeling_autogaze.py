@@ -18,8 +18,12 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
+from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
+from .decode_steps_autogaze import DecodeSteps  # noqa: F401
+from .fused_decoder_autogaze import FusedDecoder  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401
 from .generation_autogaze import GazeDecoding
+from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .selection_autogaze import draw_settings, resize_frames
 

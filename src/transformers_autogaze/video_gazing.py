@@ -6,6 +6,7 @@ files are decoded, pixels resized and patches chosen it leaves to others; it dra
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -229,7 +230,9 @@ def stream_gaze(
         start = start_frame
         total = None if indices is None else len(indices) - start_frame
         with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
-            while (pixels := _next_frames(frames, chunk_frames, gazer.size, start)) is not None:
+            parts = _chunks_of(frames, chunk_frames, start)
+            # A device and this machine work at the same time; a CPU has no time left over.
+            for pixels in _ahead(parts) if gazer.device.type == "cuda" else parts:
                 stop = start + len(pixels)
                 numbers = list(range(start, stop)) if indices is None else list(indices[start:stop])
                 gaze, levels, extent = gazer.gaze(pixels)
@@ -399,6 +402,25 @@ def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
         raise ValueError("`source` must hold at least one frame, got none")
     yield first
     yield from frames
+
+
+def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.ndarray]:
+    """Joins every `count` frames, and those left, into one array; `start` is the number of the first."""
+    size = None
+    while (chunk := _next_frames(frames, count, size, start)) is not None:
+        size, start = chunk.shape[1:3], start + len(chunk)
+        yield chunk
+        del chunk
+
+
+def _ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Takes the next part in a thread of its own while the last one is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, parts, None)
+        while (part := following.result()) is not None:
+            following = pool.submit(next, parts, None)
+            yield part
+            del part
 
 
 def _next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None, start: int) -> np.ndarray | None:

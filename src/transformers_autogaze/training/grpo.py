@@ -21,7 +21,8 @@ from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .data import BudgetSchedule
-from .trainer import GazeClipTrainer, generator_on
+from .objectives import task_loss_errors
+from .trainer import CAUTION_HELP, GazeClipTrainer, check_caution, generator_on
 
 
 @dataclass
@@ -47,6 +48,9 @@ class AutoGazeGRPOConfig(TrainingArguments):
         rewarded_share (`float`, *optional*, defaults to 0.125):
             Share of the frames of a clip that are reconstructed and rewarded, drawn for each batch, above 0 and up to 1;
             one frame at least.
+        task_loss_caution (`float`, *optional*, defaults to 0.5):
+            How much more a predicted loss below the measured one counts than one above, in shares of the weight, above 0
+            and below 1; see [`~objectives.task_loss_errors`].
         learning_rate (`float`, *optional*, defaults to 5e-4), num_train_epochs (`float`, *optional*, defaults to 1.0):
             As in [`~transformers.TrainingArguments`].
 
@@ -81,6 +85,7 @@ class AutoGazeGRPOConfig(TrainingArguments):
     rewarded_share: float = field(
         default=0.125, metadata={"help": "Share of a clip's frames that are reconstructed and rewarded."}
     )
+    task_loss_caution: float = field(default=0.5, metadata={"help": CAUTION_HELP})
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training clips."})
 
@@ -96,6 +101,7 @@ class AutoGazeGRPOConfig(TrainingArguments):
         for name in ("temperature_start", "temperature_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}")
+        check_caution(self.task_loss_caution)
         self.schedule  # noqa: B018 (checks its numbers)
         super().__post_init__()
 
@@ -332,9 +338,8 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         ratio = (scores.log_action_probs - scores.log_action_probs.detach()).exp()
         policy_loss = -(ratio * advantages).sum(-1).mean()
         predicted = scores.task_loss_prediction.gather(1, _last_real_slots(gaze, rewarded)).to(rollout.loss.dtype)
-        error = predicted - rollout.loss
-        self._note_rollout(rollout, scores, error.detach())
-        loss = policy_loss + error.square().mean()
+        self._note_rollout(rollout, scores, (predicted - rollout.loss).detach())
+        loss = policy_loss + task_loss_errors(predicted, rollout.loss, self.args.task_loss_caution).mean()
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(

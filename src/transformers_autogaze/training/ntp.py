@@ -32,8 +32,9 @@ from .objectives import (
     prefix_loss,
     regrets,
     seen_patches,
+    task_loss_errors,
 )
-from .trainer import GazeClipTrainer, generator_on
+from .trainer import CAUTION_HELP, GazeClipTrainer, check_caution, generator_on
 
 
 _HEADS = "cell_loss_heads"
@@ -57,6 +58,9 @@ class AutoGazeTrainingArguments(TrainingArguments):
         on_policy (`float`, *optional*, defaults to 0.0):
             Share of batches, 0..1, in which the model sees its own choices instead of the labels', half of the time
             sampled; labels are then what greedy search would choose next. It learns to go on from its own mistakes.
+        task_loss_caution (`float`, *optional*, defaults to 0.5):
+            How much more a predicted loss below the measured one counts than one above, in shares of the weight, above 0
+            and below 1: the higher, the more frames with a threshold meet it; see [`task_loss_errors`].
         gain_loss_weight (`float`, *optional*, defaults to 2.0):
             Weight of an auxiliary loss, at least 0: patches are to be as likely as they gain, and none to be chosen
             that spoils; see [`gain_losses`] and [`regrets`].
@@ -96,6 +100,7 @@ class AutoGazeTrainingArguments(TrainingArguments):
     on_policy: float = field(
         default=0.0, metadata={"help": "Share of batches in which the model goes on from its own choices."}
     )
+    task_loss_caution: float = field(default=0.5, metadata={"help": CAUTION_HELP})
     gain_loss_weight: float = field(default=2.0, metadata={"help": "Weight of making patches as likely as they gain."})
     attention_loss_weight: float = field(
         default=2.0, metadata={"help": "Weight of looking where patches gain in the last layer."}
@@ -126,6 +131,7 @@ class AutoGazeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"`on_policy` must lie in 0..1, a share of the batches, got {self.on_policy}")
+        check_caution(self.task_loss_caution)
         for name in (*_WEIGHTS, "slow_learning_rate_factor"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
@@ -244,10 +250,11 @@ class AutoGazeTrainer(GazeClipTrainer):
         gains = inputs.get("gains")
         next_token = next_token_losses(outputs.logits, labels, gains)
         is_measured = ~inputs["task_loss_labels"].isnan()
-        error = outputs.task_loss_prediction.float() - inputs["task_loss_labels"].nan_to_num()
+        measured = inputs["task_loss_labels"].nan_to_num()
+        errors = task_loss_errors(outputs.task_loss_prediction.float(), measured, args.task_loss_caution)
         of_labels = {
             "next_token_loss": (1.0, next_token, is_label),
-            "task_loss_error": (1.0, error.square(), is_measured),
+            "task_loss_error": (1.0, errors, is_measured),
         }
         of_batch = {}
         if has_values:

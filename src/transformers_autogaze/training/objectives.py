@@ -120,6 +120,37 @@ def regrets(logits: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
     return (probs * lost).sum(-1) * (best.squeeze(-1) > 0)
 
 
+def task_loss_errors(predicted: torch.Tensor, measured: torch.Tensor, caution: float = 0.5) -> torch.Tensor:
+    """
+    Squared errors of predicted task losses, those that promise too much and those that promise too little weighed apart.
+
+    A predicted loss ends a frame. Where it is too low, the frame ends before it is good enough; where it is too high, some
+    patches more are kept. Trained evenly it is the mean of what may come, so every other frame ends too early.
+
+    Args:
+        predicted (`torch.FloatTensor` of any shape): predicted losses.
+        measured (`torch.FloatTensor` of the same shape): measured losses.
+        caution (`float`, *optional*, defaults to 0.5):
+            Share of the weight that predictions below the measured loss get, above 0 and below 1; 0.5 is the published loss.
+
+    Returns:
+        `torch.FloatTensor` of the same shape.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.training.objectives import task_loss_errors
+
+    >>> task_loss_errors(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 1.0]), caution=0.75)
+    tensor([0.3750, 0.1250])
+
+    ```
+    """
+    error = predicted - measured
+    return 2 * torch.where(error < 0, caution, 1 - caution) * error.square()
+
+
 def prefix_loss(
     hidden: torch.Tensor, weight: torch.Tensor, gains: torch.Tensor, is_seen: torch.Tensor
 ) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""
+Many small operations as one: functions on fixed memory that CUDA replays as a graph.
+
+This module owns capturing and replaying, and doing without where that cannot be; what is computed it does not know.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class ReplayedCall:
+    """
+    A function that is called again and again, on CUDA by replaying what it did.
+
+    The function takes and returns nothing: it reads from and writes to tensors that stay where they are, never waits for
+    the device, and allocates the same every time. The first call runs it as it is, the second captures it, all others
+    replay. On a CPU, or where it cannot be captured, every call runs it.
+
+    Args:
+        function (`Callable`): the function.
+        device (`torch.device`): where its tensors lie.
+        pool (*optional*): memory to share with other calls that never run at the same time, a `torch.cuda.graph_pool_handle()`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.cuda_graphs_autogaze import ReplayedCall
+
+    >>> count = torch.zeros(())
+    >>> step = ReplayedCall(lambda: count.add_(1), count.device)
+    >>> step(), step(), count.item()
+    (None, None, 2.0)
+
+    ```
+    """
+
+    def __init__(self, function: Callable[[], object], device: torch.device, pool: object | None = None):
+        self.function, self.pool = function, pool
+        self.can_capture = device.type == "cuda"
+        self.has_run = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.graph is None and self.has_run and self.can_capture:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.function()
+            self.has_run = True
+
+    def _capture(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may decode and upload frames meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                self.function()
+        except RuntimeError as error:
+            self.can_capture = False
+            logger.warning_once(f"Gazing runs without CUDA graphs, more slowly: {error}")
+        else:
+            self.graph = graph
