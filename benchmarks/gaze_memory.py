@@ -42,7 +42,9 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: greedy)")
+    parser.add_argument(
+        "--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("gaze_memory.json"))
     parser.add_argument("--prune", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

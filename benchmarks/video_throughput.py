@@ -58,7 +58,9 @@ class Timed(Nothing):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", type=Path, help="a video (default: a rendered 1080p clip)")
-    parser.add_argument("--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: greedy)")
+    parser.add_argument(
+        "--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
+    )
     parser.add_argument("--gazing-ratio", type=float, default=0.1)
     parser.add_argument("--frames", type=int, default=64, help="frames to take, from the beginning")
     parser.add_argument("--max-tiles", type=int, default=12)

@@ -35,8 +35,11 @@ def test_prune_writes_an_overlay_records_a_sheet_and_a_table(clip, tmp_path, cap
 
 def test_chunks_go_on_with_the_stream(clip, tmp_path):
     """The 17th frame opens a chunk; nothing moves there, so the greedy selector needs next to nothing."""
-    assert main(["prune", str(clip), "--task-loss-requirement", "0.5", "-o", str(tmp_path)]) == 0
-    counts = json.loads((tmp_path / "gaze.json").read_text())["statistics"]["patches_each_frame"]
+    arguments = ["--selector", "greedy", "--task-loss-requirement", "0.5"]
+    assert main(["prune", str(clip), *arguments, "-o", str(tmp_path)]) == 0
+    gaze = json.loads((tmp_path / "gaze.json").read_text())
+    counts = gaze["statistics"]["patches_each_frame"]
+    assert gaze["selector"] == "greedy"
     assert counts[0] > 10 and counts[16] <= 2
 
 

@@ -4,7 +4,7 @@ from conftest import SHARED
 from transformers import AutoModel
 
 from transformers_autogaze import (
-    DEFAULT_SELECTOR,
+    GREEDY_SELECTOR,
     AutoGazeModel,
     AutoGazeProcessor,
     GazeOutput,
@@ -116,13 +116,13 @@ def test_pixels_are_those_that_the_processor_saw():
     torch.testing.assert_close(pixels[0], frames.permute(0, 3, 1, 2) / 255, rtol=0, atol=1e-6)
 
 
-def test_the_shipped_default_is_the_greedy_selector():
-    default = AutoModel.from_pretrained(DEFAULT_SELECTOR)
+def test_the_shipped_folder_has_the_defaults_of_the_classes():
+    default = AutoModel.from_pretrained(GREEDY_SELECTOR)
     assert type(default) is GreedyGazeSelector
     own = GreedyGazeConfig()
     for key in ("scales", "patch_size", "gazing_ratio", "task_loss_requirement", "image_mean", "image_std"):
         assert getattr(default.config, key) == getattr(own, key), key
-    shipped, fresh = AutoGazeProcessor.from_pretrained(DEFAULT_SELECTOR), AutoGazeProcessor()
+    shipped, fresh = AutoGazeProcessor.from_pretrained(GREEDY_SELECTOR), AutoGazeProcessor()
     for key in ("size", "rescale_factor", "offset", "image_mean", "image_std", "resample"):
         one, other = getattr(shipped.video_processor, key), getattr(fresh.video_processor, key)
         assert one == other or list(one) == list(other), key

@@ -8,6 +8,8 @@ from torch.utils.data import Dataset
 from transformers import pipeline
 
 from transformers_autogaze import (
+    GREEDY_SELECTOR,
+    AutoGazeModel,
     AutoGazeProcessor,
     GazeGrid,
     GazeOutput,
@@ -30,9 +32,22 @@ def video() -> np.ndarray:
     return coarse.repeat(10, axis=1).repeat(10, axis=2)
 
 
-def test_the_default_is_the_greedy_selector(prune):
-    assert type(prune.model) is GreedyGazeSelector
+@pytest.fixture(scope="module")
+def greedy() -> VideoTokenPruningPipeline:
+    return pipeline("video-token-pruning", model=str(GREEDY_SELECTOR), device="cpu")
+
+
+def test_the_default_is_the_model_with_the_weights_of_the_package(prune):
+    assert type(prune.model) is AutoGazeModel and not prune.model.training
     assert type(prune.processor) is AutoGazeProcessor
+    expected = AutoGazeModel.from_default()
+    assert all(torch.equal(a, b) for a, b in zip(prune.model.parameters(), expected.parameters(), strict=True))
+
+
+def test_without_settings_the_package_keeps_what_26_db_need(prune, greedy, video):
+    for each in (prune, greedy):
+        expected = each(video, gazing_ratio=0.75, task_loss_requirement=0.7)["gaze"]
+        assert torch.equal(each(video)["gaze"].gazing_pos, expected.gazing_pos)
 
 
 def test_one_video_gives_its_gaze_records_and_statistics(prune, video):
@@ -48,13 +63,13 @@ def test_one_video_gives_its_gaze_records_and_statistics(prune, video):
     assert set(result) == {"gaze", "records", "statistics"}
 
 
-def test_the_gaze_is_what_processor_and_selector_give(prune, video):
+def test_the_gaze_is_what_processor_and_selector_give(greedy, video):
     inputs = AutoGazeProcessor()(videos=video, return_tensors="pt")
     expected = GreedyGazeSelector().generate(**inputs, gazing_ratio=0.5, task_loss_requirement=0.7)
     assert torch.equal(
-        prune(video, gazing_ratio=0.5, task_loss_requirement=0.7)["gaze"].gazing_pos, expected.gazing_pos
+        greedy(video, gazing_ratio=0.5, task_loss_requirement=0.7)["gaze"].gazing_pos, expected.gazing_pos
     )
-    assert torch.equal(prune(video)["gaze"].gazing_pos, GreedyGazeSelector().generate(**inputs).gazing_pos)
+    assert torch.equal(greedy(video)["gaze"].gazing_pos, GreedyGazeSelector().generate(**inputs).gazing_pos)
 
 
 def test_patches_and_reconstruction_come_on_request(prune, video):

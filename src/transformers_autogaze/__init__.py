@@ -27,8 +27,10 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 
 __version__ = "0.1.0"
 
-DEFAULT_SELECTOR = Path(__file__).parent / "pretrained" / "greedy"
-"""Folder of the selector that is used where none is named."""
+DEFAULT_SELECTOR = Path(__file__).parent / "pretrained" / "autogaze"
+"""Folder of the model that is used where none is named."""
+GREEDY_SELECTOR = Path(__file__).parent / "pretrained" / "greedy"
+"""Folder of the greedy selector, which has no weights."""
 
 for _config, _model in ((AutoGazeConfig, AutoGazeModel), (GreedyGazeConfig, GreedyGazeSelector)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -71,6 +73,7 @@ _LAZY = {
 
 __all__ = [
     "DEFAULT_SELECTOR",
+    "GREEDY_SELECTOR",
     "AutoGazeConfig",
     "AutoGazeModel",
     "AutoGazeProcessor",

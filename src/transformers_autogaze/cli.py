@@ -23,7 +23,15 @@ from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.utils import logging
 
-from . import DEFAULT_SELECTOR, AutoGazeProcessor, CompositeReconstruction, GazeOutput, cli_evaluation, cli_training
+from . import (
+    DEFAULT_SELECTOR,
+    GREEDY_SELECTOR,
+    AutoGazeProcessor,
+    CompositeReconstruction,
+    GazeOutput,
+    cli_evaluation,
+    cli_training,
+)
 from .demo import render_demo_clip
 from .selection_autogaze import resize_frames
 from .video import write_video
@@ -65,8 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write to")
     selector = output.add_mutually_exclusive_group()
-    selector.add_argument("--model", metavar="DIR", help="checkpoint of a gaze model, a folder or a Hub repository")
-    selector.add_argument("--selector", choices=["greedy"], help="a selector without weights (default: greedy)")
+    selector.add_argument(
+        "--model",
+        metavar="DIR",
+        help="checkpoint of a gaze model, a folder or a Hub repository (default: the weights of this package)",
+    )
+    selector.add_argument(
+        "--selector", choices=["greedy"], help="a selector without weights: greedy search on the measured error"
+    )
     output.add_argument(
         "--gazing-ratio",
         type=float,
@@ -79,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.7,
         metavar="L",
-        help="loss at which a frame is good enough; 0.7 is 26 dB for the greedy selector (default: 0.7)",
+        help="loss at which a frame is good enough; 0.7 is 26 dB for both selectors of this package (default: 0.7)",
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     output.add_argument("--device", default=default_device, help=f"where to compute (default: {default_device})")
@@ -119,7 +133,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _prune(options: argparse.Namespace) -> None:
     settings = {"gazing_ratio": options.gazing_ratio, "task_loss_requirement": options.task_loss_requirement}
-    folder = DEFAULT_SELECTOR if options.model is None else options.model
+    folder = options.model or (GREEDY_SELECTOR if options.selector else DEFAULT_SELECTOR)
     try:
         selector = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(options.device)
     except OSError as error:
@@ -166,7 +180,7 @@ def _prune(options: argparse.Namespace) -> None:
         statistics = summary.statistics()
         gaze = {
             "video": options.video,
-            "selector": options.model or "greedy",
+            "selector": _selector_name(options),
             "tiles": options.tiles,
             "frame_indices": [int(index) for index in metadata.frames_indices],
             **settings,
@@ -184,6 +198,10 @@ def _prune(options: argparse.Namespace) -> None:
         options.output / "contact_sheet.png"
     )
     _print_table(options, metadata, statistics, seconds)
+
+
+def _selector_name(options: argparse.Namespace) -> str:
+    return options.model or options.selector or "autogaze"
 
 
 def _load_processor(folder: str | Path) -> AutoGazeProcessor:
@@ -293,7 +311,7 @@ def _print_table(options: argparse.Namespace, metadata: Any, statistics: dict[st
     scales = ", ".join(f"{number} at {scale}" for scale, number in statistics["patches_each_scale"].items())
     rows = {
         "video": f"{Path(options.video).name}, {count} frames of {metadata.width}x{metadata.height}",
-        "selector": f"{options.model or 'greedy'}, ratio {options.gazing_ratio:g}, threshold {options.task_loss_requirement:g}",
+        "selector": f"{_selector_name(options)}, ratio {options.gazing_ratio:g}, threshold {options.task_loss_requirement:g}",
         "patches kept": f"{statistics['num_patches']}, {statistics['num_patches'] / count:.1f} a frame ({scales})",
         "tokens": f"{statistics['reduction_factor']:.1f}x fewer than the {dense} of a dense encoder",
         "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches alone",

@@ -87,7 +87,8 @@ class VideoTokenPruningPipeline(Pipeline):
 
     Args:
         model ([`GazeSelector`] and [`~transformers.PreTrainedModel`]):
-            What chooses, such as [`AutoGazeModel`]. Without a model, `pipeline` takes [`GreedyGazeSelector`].
+            What chooses, such as [`GreedyGazeSelector`]. Without one, `pipeline` takes [`AutoGazeModel`] with the weights
+            that come with the package.
         processor ([`AutoGazeProcessor`], *optional*):
             What turns videos into frames; the published preprocessing if there is none.
         kwargs: the arguments of [`~transformers.Pipeline`], such as `device` and `batch_size`, and defaults for those
