@@ -146,7 +146,8 @@ def test_a_call_that_cannot_be_captured_still_runs(monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("threshold", [None, 0.5])
-def test_cuda_gives_the_ids_of_the_cpu(threshold):
+def test_cuda_gives_the_ids_of_the_cpu(threshold, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     model = AutoGazeModel.from_default()
     clips = torch.randn(3, 16, 3, 224, 224)

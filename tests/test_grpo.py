@@ -111,6 +111,7 @@ def random_gaze(batch_size: int, counts: list[int], generator: torch.Generator) 
         ({"group_size": 2.5}, "`group_size` must be a whole number.*got 2.5"),
         ({"discount": 0}, "`discount` must lie above 0 and not above 1, got 0"),
         ({"discount": 1.01}, "`discount` must lie above 0 and not above 1, got 1.01"),
+        ({"task_loss_caution": 0.0}, "`task_loss_caution` must lie above 0 and below 1, got 0.0"),
         ({"rewarded_share": math.nan}, "`rewarded_share` must lie above 0 and not above 1, got nan"),
         ({"temperature_start": -1}, "`temperature_start` must be a positive number, got -1"),
         ({"temperature_end": 0}, "`temperature_end` must be a positive number, got 0"),

@@ -29,6 +29,7 @@ from transformers_autogaze.training.objectives import (
     next_token_losses,
     prefix_loss,
     seen_patches,
+    task_loss_errors,
 )
 
 
@@ -505,10 +506,24 @@ def test_items_without_values_have_the_published_loss(tmp_path):
     assert entry["loss"] == pytest.approx(entry["next_token_loss"] + entry["task_loss_error"], rel=1e-4)
 
 
+def test_cautious_predictions_stay_above_most_of_what_is_measured():
+    """Of noise around a loss, the best prediction lies the higher the more those that are too low count."""
+    measured = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    tried = torch.linspace(-2, 2, 401)
+    best = [
+        float(tried[task_loss_errors(tried[:, None], measured, caution).mean(1).argmin()])
+        for caution in (0.2, 0.5, 0.8)
+    ]
+    assert best[0] == pytest.approx(-best[2], abs=0.1) and best[1] == pytest.approx(float(measured.mean()), abs=0.01)
+    assert 0.6 < float((measured < best[2]).float().mean()) < 0.8
+    assert torch.equal(task_loss_errors(tried, measured[:401]), (tried - measured[:401]).square())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"on_policy": -0.1}, "`on_policy` must lie in 0..1, a share of the batches, got -0.1"),
+        ({"task_loss_caution": 1.0}, "`task_loss_caution` must lie above 0 and below 1, got 1.0"),
         ({"cell_loss_weight": -1}, "`cell_loss_weight` must be a number of at least 0, got -1"),
         (
             {"slow_learning_rate_factor": -1},

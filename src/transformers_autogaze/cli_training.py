@@ -177,7 +177,12 @@ def _train(options: argparse.Namespace) -> None:
             f"got {options.history_steps}"
         )
     set_seed(args.seed)
-    model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
+    # What ends a frame can be measured where the closed form is what is learned; labels may come from anything.
+    model, processor = load_model(
+        options,
+        decoder_config={"num_multi_token_pred": options.num_multi_token_pred},
+        stopping="measured" if options.labels is None else "predicted",
+    )
     labels = None if options.labels is None else read_labels(*options.labels, grid=model.config.grid)
     clips = load_clips(options, model, processor, augmentation, schedule, labels)
     if options.model is None:

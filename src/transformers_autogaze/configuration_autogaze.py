@@ -19,6 +19,7 @@ from .grid_autogaze import GazeGrid
 
 
 DECODING_POSITIONS = ("sequential", "frame_tail")
+STOPPING = ("predicted", "measured")
 PIPELINE_TASK = "video-token-pruning"
 CODE_FILES = tuple(
     f"{name}_autogaze.py"
@@ -34,6 +35,7 @@ CODE_FILES = tuple(
         "graphed_steps",
         "greedy",
         "grid",
+        "measured_stopping",
         "modeling",
         "pipeline",
         "processing",
@@ -54,12 +56,37 @@ class GazeSelectorConfig(PreTrainedConfig):
     Args:
         scales (`Sequence[int | tuple[int, int]]`): sizes in pixels at which patches are chosen, coarse to fine.
         patch_size (`int`): height and width of a patch in pixels, at every scale.
+        rescale_factor (`float`, *optional*, defaults to 1/127.5), offset (`bool`, *optional*, defaults to `True`),
+        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's):
+            How the processor turned 0..255 into the values that arrive here, to undo it where errors are measured: times
+            the factor, minus 1 with `offset`, minus the mean, over the standard deviation.
         kwargs: the arguments of [`~transformers.PreTrainedConfig`].
+
+    Raises:
+        ValueError: if a scale, the factor or a standard deviation is out of range.
     """
 
-    def __init__(self, scales: Sequence[int | tuple[int, int]] = (16,), patch_size: int = 16, **kwargs):
+    def __init__(
+        self,
+        scales: Sequence[int | tuple[int, int]] = (16,),
+        patch_size: int = 16,
+        rescale_factor: float = 1 / 127.5,
+        offset: bool = True,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        **kwargs,
+    ):
+        if not rescale_factor > 0 or len(image_std) != 3 or min(image_std) <= 0 or len(image_mean) != 3:
+            raise ValueError(
+                "`rescale_factor` and three values of `image_std` must be positive, with three of `image_mean`, got "
+                f"{rescale_factor}, {image_std} and {image_mean}"
+            )
         self.scales = GazeGrid(scales, patch_size).scales
         self.patch_size = patch_size
+        self.rescale_factor = rescale_factor
+        self.offset = offset
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
         kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
 
@@ -224,6 +251,11 @@ class AutoGazeConfig(GazeSelectorConfig):
             Where chosen patches are encoded while a frame is decoded. `"sequential"`: at their true positions, as when
             a gaze is scored. `"frame_tail"`: again and again at the last positions of the prompt, as the published
             weights were trained (SPEC, "Positions while decoding").
+        stopping (`str`, *optional*, defaults to `"predicted"`):
+            What ends a frame that has a threshold. `"predicted"`: the losses that the model predicts, as published.
+            `"measured"`: the loss of the closed-form reconstruction after every patch, so that every frame meets its
+            threshold or has used its budget; for models that were trained on that loss.
+        kwargs: further arguments of [`GazeSelectorConfig`].
         vision_config (`AutoGazeVisionConfig` or `dict`, *optional*):
             The vision stem.
         decoder_config (`AutoGazeDecoderConfig` or `dict`, *optional*):
@@ -269,6 +301,7 @@ class AutoGazeConfig(GazeSelectorConfig):
         image_size: int = 224,
         max_num_frames: int = 16,
         decoding_positions: str = "sequential",
+        stopping: str = "predicted",
         vision_config: AutoGazeVisionConfig | dict | None = None,
         decoder_config: AutoGazeDecoderConfig | dict | None = None,
         gazing_ratio_config: dict | None = None,
@@ -287,6 +320,8 @@ class AutoGazeConfig(GazeSelectorConfig):
 
         if decoding_positions not in DECODING_POSITIONS:
             raise ValueError(f"`decoding_positions` must be one of {DECODING_POSITIONS}, got {decoding_positions!r}")
+        if stopping not in STOPPING:
+            raise ValueError(f"`stopping` must be one of {STOPPING}, got {stopping!r}")
         if not isinstance(image_size, int) or image_size < 1 or image_size % vision_config.patch_size:
             raise ValueError(
                 f"`image_size` must be a positive multiple of `vision_config.patch_size`={vision_config.patch_size}, "
@@ -307,6 +342,7 @@ class AutoGazeConfig(GazeSelectorConfig):
         self.image_size = image_size
         self.max_num_frames = max_num_frames
         self.decoding_positions = decoding_positions
+        self.stopping = stopping
         self.vision_config = vision_config
         self.decoder_config = decoder_config
         self.gazing_ratio_config = _strategies(

@@ -4,17 +4,20 @@ How the model gazes: its decode loop and the state of a stream.
 This module owns the loop and its cache; it knows the model only through its config, `embed_video` and `gaze_decoder`.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from .composite_autogaze import CompositeReconstruction
 from .decode_steps_autogaze import DecodeSteps
 from .fused_decoder_autogaze import FusedDecoder
 from .gazing_autogaze import GazeOutput
 from .graphed_steps_autogaze import GraphedSteps, graphed_steps
-from .selection_autogaze import GazeSelector
+from .measured_stopping_autogaze import FrameMeter
+from .selection_autogaze import GazeSelector, frames_to_pixels, pixel_scale_and_offset, resize_frames
 
 
 class GazeCache:
@@ -61,6 +64,8 @@ class GazeCache:
         """`(batch, k)`: patches chosen last, in order, that the decoder has not read."""
         self.num_unread: list[int] = []
         """How many of them are real, for each clip."""
+        self.reconstruction: torch.Tensor | None = None
+        """`(batch, 3, height, width)`: the last frame, rebuilt from what was kept; where losses are measured."""
 
     @property
     def num_frames(self) -> int:
@@ -153,6 +158,7 @@ class GazeDecoding(GazeSelector):
         num_tokens = len(budget) * vision.shape[2]
         num_tokens += self.config.decoder_config.num_multi_token_pred
         num_tokens += int(budget.sum() if threshold is None else budget.max())
+        meter = self._meter(frames, cache) if is_kept or threshold is not None else None
         sampling = {"temperature": temperature if do_sample else None, "generator": generator}
 
         ids, is_real, slots = [], [], []
@@ -160,10 +166,11 @@ class GazeDecoding(GazeSelector):
         with torch.inference_mode(), self._decode_steps(cache, num_tokens, is_kept, **sampling) as steps:
             for frame, num_patches in enumerate(budget.tolist()):
                 limit = None if threshold is None else threshold[:, frame]
-                at_frame = self._gaze_at_frame(steps, vision[:, frame], num_patches, limit, cache)
+                at_frame = self._gaze_at_frame(steps, vision[:, frame], num_patches, limit, cache, meter)
                 ids.append(at_frame[0] + frame * grid.num_patches)
                 is_real.append(at_frame[1])
                 slots.append(at_frame[2])
+            cache.reconstruction = None if meter is None else meter.standing.clone()
         gaze = GazeOutput.from_ids(
             torch.cat(ids, dim=1),
             ~torch.cat(is_real, dim=1),
@@ -200,6 +207,18 @@ class GazeDecoding(GazeSelector):
         cache.reserve(num_tokens)
         yield DecodeSteps(decoder, cache, self.config.decoding_positions, temperature, generator)
 
+    @functools.cached_property
+    def _composite(self) -> CompositeReconstruction:
+        return CompositeReconstruction(self.config.grid)
+
+    def _meter(self, frames: torch.Tensor, cache: GazeCache) -> FrameMeter | None:
+        """Gives what measures the frames of clips, where measuring is what ends them."""
+        if self.config.stopping == "predicted":
+            return None
+        frames = resize_frames(frames[:, :: self.config.frame_sampling_rate], self.config.grid.sizes[-1])
+        pixels = frames_to_pixels(frames, *pixel_scale_and_offset(self.config))
+        return FrameMeter(self._composite, pixels, cache.reconstruction)
+
     def _replays_steps(self) -> bool:
         # In training weights change all the time, and with them the graphs.
         device = self.device.type
@@ -212,6 +231,7 @@ class GazeDecoding(GazeSelector):
         budget: int,
         threshold: torch.Tensor | None,
         cache: GazeCache,
+        meter: FrameMeter | None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """
         Chooses patches of one frame, given its vision tokens `(batch, tokens, hidden)`.
@@ -226,6 +246,8 @@ class GazeDecoding(GazeSelector):
         num_slots = [0] * batch_size
 
         steps.begin_frame(vision)
+        if meter is not None:
+            meter.begin_frame()
         active = list(range(batch_size))
         for start in range(0, budget, step_size):
             stop = min(start + step_size, budget)
@@ -239,16 +261,21 @@ class GazeDecoding(GazeSelector):
                 ids[rows, start:stop], is_real[rows, start:stop] = chosen, True
             else:
                 # Row i predicts the loss that stands before slot i, so a slot that comes after enough is padding.
+                losses = losses if meter is None else meter.losses(active, chosen)
                 meets = losses <= threshold[rows, None]
                 if start == 0:
                     meets[:, 0] = False
+                ends = meets.any(dim=1).tolist()  # the only wait for the device in a step
+                going_on = [row for row, end in enumerate(ends) if not end] if stop < budget else []
+                # Measured losses include the one after the last slot, which may end the frame but has no slot.
+                meets = meets[:, : stop - start]
                 ids[rows, start:stop] = chosen.masked_fill(meets, end_id)
                 is_real[rows, start:stop] = ~meets
-                num_met = meets.sum(dim=1).tolist()  # the only wait for the device in a step
-                going_on = [row for row, met in enumerate(num_met) if not met] if stop < budget else []
             if len(going_on) < len(active):
                 self._keep_unread(cache, chosen, meets, active, set(going_on))
             if not going_on:
+                if meter is not None:
+                    meter.end_frame(ids)
                 return ids[:, :stop], is_real[:, :stop], num_slots
             steps.go_on(going_on)
             active = [active[row] for row in going_on]

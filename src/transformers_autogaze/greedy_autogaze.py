@@ -19,7 +19,7 @@ from .configuration_autogaze import GazeSelectorConfig
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid  # noqa: F401 (see modeling_autogaze)
-from .selection_autogaze import GazeSelector
+from .selection_autogaze import GazeSelector, frames_to_pixels, pixel_scale_and_offset
 
 
 class GreedyGazeConfig(GazeSelectorConfig):
@@ -35,10 +35,7 @@ class GreedyGazeConfig(GazeSelectorConfig):
             Share of patches to keep at most, where `generate` is given neither a ratio nor a threshold.
         task_loss_requirement (`float`, *optional*, defaults to 0.7):
             Loss at which a frame is good enough then: `(40 - PSNR) / 20`, so 0.7 is 26 dB.
-        rescale_factor (`float`, *optional*, defaults to 1/127.5), offset (`bool`, *optional*, defaults to `True`),
-        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's):
-            How the processor turned 0..255 into the values that arrive here, to undo it: times the factor, minus 1 with
-            `offset`, minus the mean, over the standard deviation.
+        kwargs: further arguments of [`GazeSelectorConfig`], such as `image_mean` and `image_std`.
 
     Raises:
         ValueError: if a ratio or a standard deviation is out of range.
@@ -55,27 +52,14 @@ class GreedyGazeConfig(GazeSelectorConfig):
         patch_size: int = 16,
         gazing_ratio: float = 0.75,
         task_loss_requirement: float = 0.7,
-        rescale_factor: float = 1 / 127.5,
-        offset: bool = True,
-        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
-        image_std: Sequence[float] = (0.229, 0.224, 0.225),
         **kwargs,
     ):
         if not 0 <= gazing_ratio <= 1:
             raise ValueError(f"`gazing_ratio` must lie in 0..1, got {gazing_ratio}")
         if math.isnan(task_loss_requirement):
             raise ValueError("`task_loss_requirement` must be a number, got NaN")
-        if not rescale_factor > 0 or len(image_std) != 3 or min(image_std) <= 0 or len(image_mean) != 3:
-            raise ValueError(
-                "`rescale_factor` and three values of `image_std` must be positive, with three of `image_mean`, got "
-                f"{rescale_factor}, {image_std} and {image_mean}"
-            )
         self.gazing_ratio = gazing_ratio
         self.task_loss_requirement = task_loss_requirement
-        self.rescale_factor = rescale_factor
-        self.offset = offset
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
         super().__init__(scales, patch_size, **kwargs)
 
     @property
@@ -128,10 +112,9 @@ class GreedyGazeSelector(GazeSelector, PreTrainedModel):
     def __init__(self, config: GreedyGazeConfig | None = None):
         config = GreedyGazeConfig() if config is None else config
         super().__init__(config)
-        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
-        scale = 1 / (config.rescale_factor * 255)
-        self.register_buffer("pixel_scale", (std * scale)[:, None, None], persistent=False)
-        self.register_buffer("pixel_offset", ((mean + config.offset) * scale)[:, None, None], persistent=False)
+        scale, offset = pixel_scale_and_offset(config)
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_offset", offset, persistent=False)
         self.composite = CompositeReconstruction(config.grid)
 
     @property
@@ -179,8 +162,7 @@ class GreedyGazeSelector(GazeSelector, PreTrainedModel):
 
     def to_pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1."""
-        precise = torch.promote_types(frames.dtype, torch.float32)
-        return (frames.to(precise) * self.pixel_scale.to(precise) + self.pixel_offset.to(precise)).clamp(0, 1)
+        return frames_to_pixels(frames, self.pixel_scale, self.pixel_offset)
 
     def _gaze(
         self,

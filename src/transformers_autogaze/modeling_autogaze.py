@@ -17,6 +17,8 @@ from transformers import LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .cells_autogaze import CellTables  # noqa: F401
+from .composite_autogaze import CompositeReconstruction  # noqa: F401
 from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .decode_steps_autogaze import DecodeSteps  # noqa: F401
@@ -25,6 +27,7 @@ from .gazing_autogaze import GazeOutput  # noqa: F401
 from .generation_autogaze import GazeDecoding
 from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
+from .measured_stopping_autogaze import FrameMeter  # noqa: F401
 from .selection_autogaze import draw_settings, resize_frames
 
 

@@ -255,6 +255,20 @@ def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Ten
     return frames.view(*video.shape[:3], *size)
 
 
+def pixel_scale_and_offset(config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives what [`frames_to_pixels`] needs of a `GazeSelectorConfig`, both `(3, 1, 1)`."""
+    mean, std = torch.tensor(config.image_mean)[:, None, None], torch.tensor(config.image_std)[:, None, None]
+    scale = 1 / (config.rescale_factor * 255)
+    return std * scale, (mean + config.offset) * scale
+
+
+def frames_to_pixels(frames: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1, in float32 at least."""
+    precise = torch.promote_types(frames.dtype, torch.float32)
+    scale, offset = scale.to(frames.device, precise), offset.to(frames.device, precise)
+    return (frames.to(precise) * scale + offset).clamp(0, 1)
+
+
 def draw_settings(
     config, num_frames: int, is_training: bool, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, float | None]:
