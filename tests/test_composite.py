@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from transformers_autogaze import GazeGrid, GazeOutput
-from transformers_autogaze.cells_autogaze import _resize_matrix
+from transformers_autogaze.cells_autogaze import PatchSearch, _resize_matrix
 from transformers_autogaze.composite_autogaze import (
     CompositeReconstruction,
     mse_to_task_loss,
@@ -233,13 +233,13 @@ def test_steps_on_fixed_memory_find_the_same(grid, limits, monkeypatch):
     clips = make_clips(grid, batch=5, dtype=torch.float32)
     max_error = None if limits is None else limits[:, None].expand(5, 3)
     expected = composite.search(clips, [10, 3, 5], max_error)
-    monkeypatch.setattr(CompositeReconstruction, "_replays_steps", staticmethod(lambda device: True))
+    monkeypatch.setattr(PatchSearch, "_replays_steps", staticmethod(lambda device: True))
     for _ in range(2):  # the second uses the memory of the first
         for got, wanted in zip(composite.search(clips, [10, 3, 5], max_error), expected, strict=True):
             assert torch.equal(got, wanted)
-    assert len(composite._searches) == 1
+    assert len(composite._search.replayed) == 1
     twin = copy.deepcopy(composite)
-    assert not twin._searches and torch.equal(twin.search(clips, [10, 3, 5], max_error).ids, expected.ids)
+    assert not twin._search.replayed and torch.equal(twin.search(clips, [10, 3, 5], max_error).ids, expected.ids)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -15,6 +15,7 @@ from .cuda_graphs_autogaze import ReplayedCall
 from .grid_autogaze import GazeGrid
 
 
+_MAX_SEARCHES = 4  # sizes of a batch whose memory and graphs are kept
 _UNCHECKED_STEPS = 8  # between two looks at whether all clips are done, each of which waits for the device
 
 
@@ -190,6 +191,34 @@ class ReplayedSearch:
         self.slots.index_copy_(1, self.number, self.slot[:, None])
         self.totals.index_copy_(1, self.number, self.total[:, None])
         self.number.add_(1)
+
+
+class PatchSearch:
+    """Chooses patches as [`choose_patches`] does; on CUDA by replayed steps, whose memory it keeps."""
+
+    def __init__(self):
+        self.replayed: dict[tuple[torch.device, torch.Size], ReplayedSearch] = {}
+
+    def __getstate__(self) -> dict:
+        # Graphs of a device can be neither copied nor saved; they are made again when they are needed.
+        return {"replayed": {}}
+
+    def __call__(
+        self, tables: CellTables, errors: torch.Tensor, budget: int, limit: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and gives what [`choose_patches`] does."""
+        if not self._replays_steps(errors.device):
+            return choose_patches(tables, errors, budget, limit)
+        key = (errors.device, errors.shape)
+        search = self.replayed.pop(key, None) or ReplayedSearch(tables, len(errors))
+        self.replayed[key] = search  # the latest comes last
+        for oldest in list(self.replayed)[:-_MAX_SEARCHES]:
+            del self.replayed[oldest]
+        return search(errors, budget, limit)
+
+    @staticmethod
+    def _replays_steps(device: torch.device) -> bool:
+        return device.type == "cuda"
 
 
 def layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:

@@ -6,14 +6,13 @@ files, nor of how frames were resized and normalised before; what ids, scales an
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .cells_autogaze import CellTables, ReplayedSearch, choose_patches
+from .cells_autogaze import CellTables, PatchSearch, choose_patches
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 
@@ -24,7 +23,6 @@ _PIXEL_TOLERANCE = 1e-3
 # float64 in whatever order they are taken, so equal gains are equal to the last bit and no batch can sway a choice.
 _ERROR_UNIT = 2.0**-28
 _LEAST_MSE = 1e-10
-_MAX_SEARCHES = 4  # sizes of a batch whose graphs are kept
 
 
 def mse_to_task_loss(mse: torch.Tensor) -> torch.Tensor:
@@ -188,11 +186,7 @@ class CompositeReconstruction:
                 f"common multiples of its grids {grid.grids}, got {grid.sizes[-1]} pixels"
             )
         self._cached_tables: dict[tuple[torch.device, torch.dtype], CellTables] = {}
-        self._searches: dict[tuple[torch.device, torch.dtype, int], ReplayedSearch] = {}
-
-    def __getstate__(self) -> dict:
-        # Graphs of a device can be neither copied nor saved; they are made again when they are needed.
-        return {**self.__dict__, "_searches": {}}
+        self._search = PatchSearch()
 
     def __repr__(self) -> str:
         return f"CompositeReconstruction({self.grid})"
@@ -309,7 +303,7 @@ class CompositeReconstruction:
         if max_error is not None and max_error.isnan().any():
             raise ValueError(f"`max_error` must be numbers, `-inf` for no threshold, got {max_error.tolist()}")
 
-        choose, longest = self._choice(pixels), int(budgets.max())
+        tables, longest = self._tables(pixels), int(budgets.max())
         error_unit = _ERROR_UNIT / pixels[0, 0].numel()  # of the mean over a frame
         ids = torch.full((batch, num_frames, longest), -1, device=pixels.device)
         mse = pixels.new_empty(batch, num_frames, longest)
@@ -321,7 +315,7 @@ class CompositeReconstruction:
                 layers = self._render(frame)
                 errors = self._errors_of_layers(frame, (current, *layers[:-1]))
                 limit = None if max_error is None else max_error[:, t].to(errors) / error_unit
-                chosen, totals = choose(errors, budget, limit)
+                chosen, totals = self._search(tables, errors, budget, limit)
                 steps = chosen.shape[1]
                 if limit is not None:
                     counts[:, t] = ((totals > limit[:, None]).sum(1) + 1).clamp(max=steps)
@@ -516,22 +510,6 @@ class CompositeReconstruction:
             squares = F.mse_loss(layer, frame, reduction="none").flatten(1, 2)
             errors.append((tables.sum_rows @ squares @ tables.sum_cols).double().div_(_ERROR_UNIT).round_())
         return torch.stack(errors, dim=1)
-
-    def _choice(self, pixels: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """Gives what chooses the patches of frames: steps one by one, on CUDA replayed as graphs."""
-        tables = self._tables(pixels)
-        if not self._replays_steps(pixels.device):
-            return partial(choose_patches, tables)
-        key = (pixels.device, pixels.dtype, len(pixels))
-        search = self._searches.pop(key, None) or ReplayedSearch(tables, len(pixels))
-        self._searches[key] = search  # the latest comes last
-        for oldest in list(self._searches)[:-_MAX_SEARCHES]:
-            del self._searches[oldest]
-        return search
-
-    @staticmethod
-    def _replays_steps(device: torch.device) -> bool:
-        return device.type == "cuda"
 
     def _tables(self, pixels: torch.Tensor) -> CellTables:
         key = (pixels.device, pixels.dtype)
