@@ -514,3 +514,13 @@ def test_bad_masks_are_refused():
     for bad in (masks[1:], [mask[:, :2] for mask in masks], [mask.float() for mask in masks]):
         with pytest.raises(ValueError, match=r"`gaze` must hold one mask per scale, of .*\(2, 3, 16\), torch.bool"):
             composite.reconstruct(CLIPS, bad)
+
+
+def test_rebuilding_many_tiles_needs_no_table_of_all_patches_and_cells():
+    """The table of which cells every patch covers takes 3 GB for 45 tiles; only the search on patches needs it."""
+    grid = GazeGrid([(5 * side, 9 * side) for side in (32, 64, 112, 224)], patch_size=16)
+    composite = CompositeReconstruction(grid)
+    masks = [torch.ones(1, 1, patches, dtype=torch.bool) for patches in grid.num_patches_each_scale]
+    pixels = torch.rand(1, 1, 3, *grid.sizes[-1], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(composite.reconstruct(pixels, masks), pixels)
+    assert composite._cached_layers is None

@@ -45,7 +45,6 @@ class CellTables(NamedTuple):
     cols_of_slot: torch.Tensor  # (slots, 1, cell columns)
     closed: torch.Tensor  # (rows, columns): 0 for patches, -inf where there is none
     id_of_slot: torch.Tensor  # (slots,)
-    layer_of_patch: torch.Tensor  # (patches + 1, cells): 1 + its scale where a patch covers a cell, else 0; last: none
 
     @classmethod
     def build(cls, grid: GazeGrid, cells: tuple[int, int], pixels: torch.Tensor) -> "CellTables":
@@ -72,7 +71,6 @@ class CellTables(NamedTuple):
             cols.repeat(len(rows), 1)[:, None],
             torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
             is_patch.flatten().cumsum(0) - 1,
-            layer_of_patch(grid, cells),
         )
         return cls(
             resizes,
@@ -156,7 +154,7 @@ class ReplayedSearch:
         self.gain_rows, self.gain_cols = rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
         self.drops = rows.new_zeros(batch, rows.shape[1], tables.cols_of_slot.shape[2])
         self.closed = tables.closed.repeat(batch, 1, 1)
-        num_patches = len(tables.layer_of_patch) - 1
+        num_patches = int((tables.closed == 0).sum())
         self.slots = tables.id_of_slot.new_zeros(batch, num_patches)
         self.totals = rows.new_zeros(batch, num_patches)
         self.slot, self.total, self.limit = self.slots[:, 0].clone(), self.totals[:, 0].clone(), rows.new_zeros(batch)

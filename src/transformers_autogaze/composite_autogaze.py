@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from .cells_autogaze import CellTables, PatchSearch, choose_patches
+from .cells_autogaze import layer_of_patch as find_layers
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 
@@ -186,6 +187,7 @@ class CompositeReconstruction:
                 f"common multiples of its grids {grid.grids}, got {grid.sizes[-1]} pixels"
             )
         self._cached_tables: dict[tuple[torch.device, torch.dtype], CellTables] = {}
+        self._cached_layers: torch.Tensor | None = None
         self._search = PatchSearch()
 
     def __repr__(self) -> str:
@@ -350,7 +352,7 @@ class CompositeReconstruction:
         mse = pixels.new_empty(gaze.gazing_pos.shape)
         frame_of_slot, last = gaze.frame_of_slot, self.grid.num_patches
         ids = (gaze.gazing_pos - frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
-        layer_of_patch = self._tables(pixels).layer_of_patch
+        layer_of_patch = self.layers_of_patches(pixels.device)
         with torch.autocast(pixels.device.type, enabled=False):
             for t in range(gaze.num_frames):
                 frame = pixels[:, t].contiguous()
@@ -389,6 +391,7 @@ class CompositeReconstruction:
         if step_size < 1:
             raise ValueError(f"`step_size` must be at least 1, got {step_size}")
         current, tables, last = self._start(pixels, previous), self._tables(pixels), self.grid.num_patches
+        layer_of_patch = self.layers_of_patches(pixels.device)
         ids = (gaze.gazing_pos - gaze.frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
         chosen, gains = [], []
         with torch.autocast(pixels.device.type, enabled=False):
@@ -398,7 +401,7 @@ class CompositeReconstruction:
                 errors = self._errors_of_layers(frame, (current, *layers)).flatten(2)
                 # A cell that shows the patch of some scale can only be bettered by finer ones, so for all that is
                 # coarser it counts with the error that it shows. The standing frame is layer 0 here.
-                shown = F.pad(tables.layer_of_patch[ids_of_frame].cummax(1).values, (0, 0, 1, 0))[:, :-1:step_size]
+                shown = F.pad(layer_of_patch[ids_of_frame].cummax(1).values, (0, 0, 1, 0))[:, :-1:step_size]
                 layer = torch.arange(len(layers), device=shown.device)[:, None]
                 errors = (
                     errors[:, None]
@@ -454,7 +457,7 @@ class CompositeReconstruction:
             `torch.DoubleTensor` of shape `(batch, patches)`: by how much each would lower the squared error of its frame.
         """
         errors = errors.flatten(2)
-        layer_of_patch = self._tables(errors).layer_of_patch[:-1]
+        layer_of_patch = self.layers_of_patches(errors.device)[:-1]
         shown = torch.zeros_like(layer_of_patch[:1]).expand(len(errors), 1, -1)
         if kept is not None:
             shown = (kept[..., None] * layer_of_patch).amax(1, keepdim=True)
@@ -510,6 +513,12 @@ class CompositeReconstruction:
             squares = F.mse_loss(layer, frame, reduction="none").flatten(1, 2)
             errors.append((tables.sum_rows @ squares @ tables.sum_cols).double().div_(_ERROR_UNIT).round_())
         return torch.stack(errors, dim=1)
+
+    def layers_of_patches(self, device: torch.device) -> torch.Tensor:
+        """Tells which cells patches cover; see [`layer_of_patch`]. Made when asked for: of many tiles it takes gigabytes."""
+        if self._cached_layers is None or self._cached_layers.device != device:
+            self._cached_layers = find_layers(self.grid, self.cells).to(device)
+        return self._cached_layers
 
     def _tables(self, pixels: torch.Tensor) -> CellTables:
         key = (pixels.device, pixels.dtype)

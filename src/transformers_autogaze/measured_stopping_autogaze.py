@@ -7,7 +7,6 @@ when to stop the loop in `generation_autogaze`.
 
 import torch
 
-from .cells_autogaze import layer_of_patch
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss
 
 
@@ -26,7 +25,7 @@ class FrameMeter:
     def __init__(self, composite: CompositeReconstruction, pixels: torch.Tensor, standing: torch.Tensor | None = None):
         self.composite, self.pixels = composite, pixels
         self.standing = torch.full_like(pixels[:, 0], 0.5) if standing is None else standing
-        self.layers = layer_of_patch(composite.grid, composite.cells).to(pixels.device)
+        self.layers = composite.layers_of_patches(pixels.device)
         self.frame = -1
 
     def begin_frame(self) -> None:
