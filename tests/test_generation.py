@@ -77,7 +77,7 @@ def test_a_cropped_cache_keeps_the_latest_frames(tiny_model, video):
     for clip, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         assert cache.lengths[clip] == length - start
         for layer, keys in enumerate(cache.keys):
-            assert torch.equal(keys[clip, :, : length - start], before[layer][clip, :, start:length])
+            assert torch.equal(keys[:, clip, : length - start], before[layer][:, clip, start:length])
     assert cache.next_positions == untouched.next_positions
     gaze = tiny_model.generate(video[:, 5:], **call, past_key_values=cache)
     assert (gaze.num_real_each_frame >= 1).all() and cache.num_frames == 3

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .fused_decoder_autogaze import FusedDecoder
+from .fused_decoder_autogaze import Attend, FusedDecoder
+
+
+_NEAR_SCORES = 2**20  # numbers of which the caches of a CPU's cores hold some MB
 
 
 class DecodeSteps:
@@ -41,6 +44,10 @@ class DecodeSteps:
         self.choose = functools.partial(choose_ids, temperature=temperature, generator=generator)
         self.causal_masks: dict[int, torch.Tensor] = {}
         self.cos = self.sin = decoder.weight.new_empty(0, 0)
+        # On a CPU quicker than one call, which is made for many queries.
+        weight = decoder.weight
+        self.attends_by_hand = weight.device.type == "cpu" and weight.dtype.itemsize >= 4 and not decoder.is_eager
+        self.scores = weight.new_empty(0)
 
     def begin_frame(self, vision: torch.Tensor) -> None:
         """Reads the unread patches of the frame before, and a frame's vision tokens `(batch, tokens, hidden)`."""
@@ -101,54 +108,107 @@ class DecodeSteps:
                 (slice(row, row + 1), slice(clip, clip + 1), *state)
                 for row, (clip, state) in enumerate(zip(clips, clip_states, strict=True))
             ]
-        masks = [self._causal_mask(old, count) for *_, old, count, _ in groups]
+        attend_in_groups = [
+            self._attention(cache.keys[:, :, stored], cache.values[:, :, stored], old, count)
+            for _, stored, old, count, _ in groups
+        ]
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            if len(groups) == 1:
+                return attend_in_groups[0](index, query, key, value)
             attended = []
-            for (rows, stored, old, count, _), mask in zip(groups, masks, strict=True):
-                keys, values = (
-                    cache.keys[index][stored, :, : old + count],
-                    cache.values[index][stored, :, : old + count],
-                )
-                keys[:, :, old:], values[:, :, old:] = key[rows, :, :count], value[rows, :, :count]
-                if index == self.decoder.last:
-                    query_of_part, mask = query[rows, :, count - 1 : count], None
-                else:
-                    query_of_part = query[rows, :, :count]
-                if self.decoder.prefers_few(query_of_part, keys):
-                    mask = None if mask is None else mask[0, 0, :, old:]
-                    part = self.decoder.attend_few(index, query_of_part, keys, values, mask)
-                else:
-                    part = self.decoder.attend(index, query_of_part, keys, values, mask)
+            for (rows, _, _, count, _), attend_in_group in zip(groups, attend_in_groups, strict=True):
+                part = attend_in_group(index, *(heads[:, rows, :count] for heads in (query, key, value)))
                 if index < self.decoder.last and count < size:
                     part = F.pad(part, (0, 0, 0, size - count))
                 attended.append(part)
-            return attended[0] if len(attended) == 1 else torch.cat(attended)
+            return torch.cat(attended)
 
         def take_last(hidden: torch.Tensor) -> torch.Tensor:
-            lasts = [hidden[rows, count - 1 : count] for rows, _, _, count, _ in groups]
-            return lasts[0] if len(lasts) == 1 else torch.cat(lasts)
+            if len(groups) == 1:
+                return hidden[:, groups[0][3] - 1]
+            return torch.cat([hidden[rows, count - 1] for rows, _, _, count, _ in groups])
 
         rotations = self._rotations([start for *_, start in groups], size)
         hidden = self.decoder.read(tokens, rotations, attend, take_last)
         cache.add_tokens(clips, num_new)
         return hidden
 
-    def _causal_mask(self, num_old: int, num_new: int) -> torch.Tensor:
-        """Lets each new token see all old ones and the new ones up to itself: `(1, 1, new, old + new)`, 0 or -inf."""
-        mask, length = self.causal_masks.get(num_new), num_old + num_new
-        if mask is None or mask.shape[-1] < length:
-            weight = self.decoder.weight
-            mask = torch.full((num_new, num_new), -torch.inf, dtype=weight.dtype, device=weight.device).triu(1)
-            mask = self.causal_masks[num_new] = F.pad(mask, (2 * length, 0))
-        return mask[None, None, :, mask.shape[-1] - length :]
+    def _attention(self, keys: torch.Tensor, values: torch.Tensor, num_old: int, num_new: int) -> Attend:
+        """
+        Gives what attends for clips that are equally long, and stores what is new of them.
+
+        `keys` and `values` are what is stored of all layers, `(layers, key/value heads, clips, capacity, head size)`.
+        """
+        decoder, seen = self.decoder, num_old + num_new
+        mask = self._causal_mask(num_new)
+        # Views of all layers at once: their making, too, takes its microseconds.
+        new_keys, new_values = (states[:, :, :, num_old:seen].unbind() for states in (keys, values))
+        if self.attends_by_hand:
+            keys, values = (states[:, :, :, :seen].flatten(1, 2) for states in (keys, values))
+            keys, values = keys.mT.unbind(), values.unbind()
+            attend_to = self._attend_by_hand
+        else:
+            keys, values = (states[:, :, :, :seen].unbind() for states in (keys, values))
+            mask, attend_to = F.pad(mask, (num_old, 0))[None, None], decoder.attend
+
+        def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            new_keys[index].copy_(key)
+            new_values[index].copy_(value)
+            if index == decoder.last:
+                return attend_to(index, query[:, :, -1:], keys[index], values[index], None)
+            return attend_to(index, query, keys[index], values[index], mask)
+
+        return attend
+
+    def _attend_by_hand(
+        self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        As [`FusedDecoder.attend`], with scores in memory that is used again.
+
+        `keys` are `(key/value heads * clips, head size, seen)` and `values` `(key/value heads * clips, seen, head size)`;
+        `mask` is `(new, new)`, of the newest keys alone.
+        """
+        heads, clips, new, size = query.shape
+        seen, scaling = values.shape[1], self.decoder.layers[index][0].self_attn.scaling
+        # (key/value heads, heads that share one, clips, new, head size), so that those that share are rows of one product
+        query = query.view(self.decoder.key_heads, -1, clips, new, size).transpose(1, 2).reshape(len(keys), -1, size)
+        rows = query.shape[1]
+        # As many heads at once as have scores that stay in the caches of the cores, and one for each core at least.
+        most = max(torch.get_num_threads(), _NEAR_SCORES // (rows * seen))
+        if len(self.scores) < min(most, len(keys)) * rows * seen:
+            self.scores = query.new_empty(min(most, len(keys)) * rows * seen * 3 // 2)
+        attended = []
+        for some_query, some_keys, some_values in zip(
+            query.split(most), keys.split(most), values.split(most), strict=True
+        ):
+            scores = self.scores[: len(some_query) * rows * seen].view(len(some_query), rows, seen)
+            torch.baddbmm(scores, some_query, some_keys, beta=0, alpha=scaling, out=scores)
+            if mask is not None:
+                scores.view(-1, new, seen)[:, :, seen - new :].add_(mask)
+            torch.softmax(scores, dim=-1, out=scores)
+            attended.append(torch.bmm(scores, some_values))
+        attended = attended[0] if len(attended) == 1 else torch.cat(attended)
+        attended = attended.view(self.decoder.key_heads, clips, -1, new, size)
+        return attended.permute(1, 3, 0, 2, 4).reshape(clips * new, heads * size)
+
+    def _causal_mask(self, num_new: int) -> torch.Tensor:
+        """Lets each new token see the new ones up to itself: `(new, new)`, 0 or -inf."""
+        if num_new not in self.causal_masks:
+            mask = self.decoder.weight.new_full((num_new, num_new), -torch.inf)
+            self.causal_masks[num_new] = mask.triu(1)
+        return self.causal_masks[num_new]
 
     def _rotations(self, firsts: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives cosines and sines `(groups, size, head size)` of positions that count from `firsts`."""
         if max(firsts) + size > len(self.cos):
             positions = torch.arange(2 * (max(firsts) + size), device=self.decoder.weight.device)
             self.cos, self.sin = (table[0] for table in self.decoder.rotations(positions[None]))
-        return tuple(torch.stack([table[first : first + size] for first in firsts]) for table in (self.cos, self.sin))
+        tables = (self.cos, self.sin)
+        if len(firsts) == 1:
+            return tuple(table[None, firsts[0] : firsts[0] + size] for table in tables)
+        return tuple(torch.stack([table[first : first + size] for first in firsts]) for table in tables)
 
 
 def choose_ids(
@@ -160,11 +220,13 @@ def choose_ids(
     """Picks one id for each row of `(clips, rows, vocabulary)`, none twice; marks them with -inf in `taken`."""
     if temperature is None and logits.device.type == "cpu":
         # The same in numpy, whose calls take a fraction of the time on so few numbers.
-        rows, free, clips = logits.float().numpy(), taken.float().numpy().copy(), np.arange(len(logits))
-        chosen = np.empty(rows.shape[:2], dtype=np.int64)
-        for row in range(chosen.shape[1]):
-            chosen[:, row] = choice = (rows[:, row] + free).argmax(-1)
-            free[clips, choice] = -np.inf
+        free = logits.float().numpy() + taken.float().numpy()[:, None]
+        chosen = free.argmax(-1)
+        for scores_of_clip, ids in zip(free, chosen, strict=True):
+            if len(set(ids.tolist())) < len(ids):  # rows that choose alike must make way for those before them
+                for row, scores in enumerate(scores_of_clip):
+                    scores[ids[:row]] = -np.inf
+                    ids[row] = scores.argmax()
         chosen = torch.from_numpy(chosen)
         taken.scatter_(1, chosen, -torch.inf)
         return chosen

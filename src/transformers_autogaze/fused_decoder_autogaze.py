@@ -14,11 +14,9 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
-# Attends from query, with key and value of the new tokens, all `(clips, heads, new, head size)`, in a layer of some number;
-# gives `(clips, new, heads * head size)`, in the last layer for one token of each clip.
+# Attends from query, with key and value of the new tokens, all `(heads, clips, new, head size)`, in a layer of some number;
+# gives `(clips * new, heads * head size)`, in the last layer for one token of each clip.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-_FEW_ROWS = 32  # queries of a head up to which attention by hand is quicker on a CPU
 
 
 class FusedDecoder:
@@ -40,18 +38,27 @@ class FusedDecoder:
         self.layers = [
             (
                 layer,
-                _product_of_normed(
-                    layer.input_layernorm, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+                _parts_of_product(
+                    layer.self_attn.head_dim,
+                    layer.input_layernorm,
+                    layer.self_attn.q_proj,
+                    layer.self_attn.k_proj,
+                    layer.self_attn.v_proj,
                 ),
                 _sum_with_product(layer.self_attn.o_proj),
-                _product_of_normed(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj),
+                _parts_of_product(
+                    layer.mlp.intermediate_size,
+                    layer.post_attention_layernorm,
+                    layer.mlp.gate_proj,
+                    layer.mlp.up_proj,
+                ),
                 _sum_with_product(layer.mlp.down_proj),
             )
             for layer in self.model.layers
         ]
         self.last = len(self.layers) - 1
-        self._heads = _fused_weight(decoder.lm_head, decoder.task_loss_prediction_head)
-        self._scores = self.weight.new_empty(0)
+        self.key_heads = self.model.config.num_key_value_heads
+        self._heads = self._joined_heads()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,9 +75,18 @@ class FusedDecoder:
         """Gives logits `(clips, k, vocabulary)` and predicted losses `(clips, k)` of hidden states `(clips, hidden)`."""
         if self._heads is None:
             return self.decoder.heads(hidden)
-        both = hidden @ self._heads
-        num_rows = self.decoder.num_rows
-        return both[:, :-num_rows].unflatten(-1, (num_rows, -1)), both[:, -num_rows:]
+        both = torch.bmm(hidden.expand(len(self._heads), -1, -1), self._heads)
+        both = both.unflatten(-1, (-1, self.model.config.vocab_size + 1)).transpose(0, 1).flatten(1, 2)
+        return both[..., :-1], both[..., -1]
+
+    def _joined_heads(self) -> torch.Tensor | None:
+        """Joins each row's weights of both heads, in as many parts as cores can share, `(parts, hidden, outputs)`."""
+        heads, num_rows = (self.decoder.lm_head, self.decoder.task_loss_prediction_head), self.decoder.num_rows
+        if not _are_plain(heads):
+            return None
+        weight = torch.cat([head.weight.unflatten(0, (num_rows, -1)) for head in heads], dim=1)
+        num_parts = math.gcd(num_rows, torch.get_num_threads()) if weight.device.type == "cpu" else 1
+        return weight.flatten(0, 1).unflatten(0, (num_parts, -1)).transpose(1, 2).contiguous()
 
     def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives cosines and sines `(clips, new, head size)` of positions `(clips, new)`."""
@@ -90,82 +106,70 @@ class FusedDecoder:
         Gives the hidden state `(clips, hidden)` of one of each clip's new tokens `(clips, new, hidden)`.
 
         `rotations` are `(clips, new, head size)`, of one clip where all are equal; `take_last` picks that token out of
-        hidden states, `(clips, 1, hidden)`.
+        hidden states `(clips, new, hidden)`.
         """
-        cos, sin = (table[:, :, None] for table in rotations)
-        hidden = tokens
-        for index, (layer, project_qkv, add_attended, project_gate_up, add_projected) in enumerate(self.layers):
-            attention = layer.self_attn
-            key_heads = attention.config.num_key_value_heads
-            projected = project_qkv(hidden).unflatten(-1, (-1, attention.head_dim))
-            rotated, value = projected[:, :, :-key_heads], projected[:, :, -key_heads:].transpose(1, 2)
-            rotated = torch.addcmul(rotated * cos, rotated.roll(attention.head_dim // 2, dims=-1), sin)
-            query, key = rotated[:, :, :-key_heads].transpose(1, 2), rotated[:, :, -key_heads:].transpose(1, 2)
+        cos, sin = rotations
+        clips, new, _ = tokens.shape
+        hidden = tokens.flatten(0, 1)
+        for index, (layer, project_heads, add_attended, project_gate_up, add_projected) in enumerate(self.layers):
+            heads = project_heads(hidden)
+            heads = heads.view(len(heads), clips, new, -1)
+            rotated, value = heads.split((len(heads) - self.key_heads, self.key_heads))
+            rotated = torch.addcmul(rotated * cos, rotated.roll(rotated.shape[-1] // 2, dims=-1), sin)
+            query, key = rotated.split((len(rotated) - self.key_heads, self.key_heads))
             attended = attend(index, query, key, value)
             if index == self.last:
-                hidden = take_last(hidden)
+                hidden = take_last(hidden.view(clips, new, -1))
             hidden = add_attended(hidden, attended)
-            gate, up = project_gate_up(hidden).chunk(2, dim=-1)
+            gate, up = project_gate_up(hidden)
             hidden = add_projected(hidden, layer.mlp.act_fn(gate) * up)
-        return self.model.norm(hidden[:, 0])
+        return self.model.norm(hidden)
 
     def attend(
         self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """
-        Attends in a layer from queries `(clips, heads, new, head size)` to keys and values `(clips, heads, seen, head size)`.
+        Attends in a layer from queries `(heads, clips, new, head size)` to keys and values `(heads, clips, seen, head size)`.
 
-        `mask` is 0 or -inf, `(clips or 1, 1, new, seen)`. Gives `(clips, new, heads * head size)`.
+        `mask` is 0 or -inf, `(clips or 1, 1, new, seen)`. Gives `(clips * new, heads * head size)`.
         """
         attention = self.layers[index][0].self_attn
+        query, keys, values = (heads.transpose(0, 1) for heads in (query, keys, values))
         if self.is_eager:
-            return eager_attention_forward(attention, query, keys, values, mask, scaling=attention.scaling)[0].flatten(
-                2
-            )
-        attended = F.scaled_dot_product_attention(
-            query, keys, values, mask, scale=attention.scaling, enable_gqa=attention.num_key_value_groups > 1
-        )
-        return attended.transpose(1, 2).flatten(2)
-
-    def prefers_few(self, query: torch.Tensor, keys: torch.Tensor) -> bool:
-        """Tells whether `attend_few` is quicker for queries and keys, both `(clips, heads, .., head size)`."""
-        is_precise = query.dtype == keys.dtype and keys.dtype in (torch.float32, torch.float64)
-        rows = query.shape[1] // keys.shape[1] * query.shape[2]
-        return keys.device.type == "cpu" and is_precise and rows <= _FEW_ROWS and not self.is_eager
-
-    def attend_few(
-        self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """As `attend`, with scores in memory that is used again; `mask` is `(new, new)`, of the newest keys alone."""
-        clips, heads, new, size = query.shape
-        seen, rows = keys.shape[2], clips * heads * new
-        if len(self._scores) < rows * seen:
-            self._scores = query.new_empty(rows * seen * 3 // 2)
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        query = (query * self.layers[index][0].self_attn.scaling).reshape(len(keys), -1, size)
-        scores = self._scores[: rows * seen].view(len(keys), -1, seen)
-        torch.bmm(query, keys.transpose(1, 2), out=scores)
-        if mask is not None:
-            scores.view(-1, new, seen)[..., seen - new :] += mask
-        torch.softmax(scores, dim=-1, out=scores)
-        return torch.bmm(scores, values).view(clips, heads, new, size).transpose(1, 2).flatten(2)
+            attended = eager_attention_forward(attention, query, keys, values, mask, scaling=attention.scaling)[0]
+        else:
+            attended = F.scaled_dot_product_attention(
+                query, keys, values, mask, scale=attention.scaling, enable_gqa=attention.num_key_value_groups > 1
+            ).transpose(1, 2)
+        return attended.flatten(2).flatten(0, 1)
 
 
-def _product_of_normed(norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes one product of projections of the same input, normalised first."""
+def _parts_of_product(width: int, norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes one product of projections of rows, normalised first, that gives parts `(parts, rows, width)` of it."""
     weight = _fused_weight(*projections)
     if weight is None:
-        return lambda hidden: _each(norm(hidden), projections)
+        return lambda hidden: _in_parts(_each(norm(hidden), projections), width)
     if weight.dtype not in (torch.float32, torch.float64):
-        return lambda hidden: norm(hidden) @ weight
+        return lambda hidden: _in_parts(norm(hidden) @ weight, width)
     # With n numbers in a row x, x / sqrt(|x|^2 / n + eps) is x / hypot(|x|, sqrt(n * eps)) times sqrt(n). That and the
     # norm's own weights go into the product's, which leaves three quick operations of the norm.
     size = len(weight)
     floor = weight.new_tensor(math.sqrt(size * norm.variance_epsilon))
     weight = norm.weight[:, None] * weight * math.sqrt(size)
-    return lambda hidden: (
-        (hidden / torch.hypot(torch.linalg.vector_norm(hidden, dim=-1, keepdim=True), floor)) @ weight
-    )
+
+    def normalise(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden / torch.hypot(torch.linalg.vector_norm(hidden, dim=-1, keepdim=True), floor)
+
+    if weight.device.type != "cpu":
+        return lambda hidden: _in_parts(normalise(hidden) @ weight, width)
+    # As one small product for each part, the cores share the work better and the parts lie as they are needed.
+    weight = weight.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
+
+    return lambda hidden: torch.bmm(normalise(hidden).expand(len(weight), -1, -1), weight)
+
+
+def _in_parts(product: torch.Tensor, width: int) -> torch.Tensor:
+    return product.unflatten(-1, (-1, width)).movedim(-2, 0)
 
 
 def _sum_with_product(projection: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -173,7 +177,7 @@ def _sum_with_product(projection: nn.Module) -> Callable[[torch.Tensor, torch.Te
     weight = _fused_weight(projection)
     if weight is None:
         return lambda hidden, inputs: hidden + projection(inputs)
-    return lambda hidden, inputs: torch.addmm(hidden.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(hidden)
+    return lambda hidden, inputs: torch.addmm(hidden, inputs, weight)
 
 
 def _each(inputs: torch.Tensor, projections: Sequence[nn.Module]) -> torch.Tensor:
@@ -182,7 +186,11 @@ def _each(inputs: torch.Tensor, projections: Sequence[nn.Module]) -> torch.Tenso
 
 def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
     """Joins the weights of projections of the same input; `None` where adapted or quantised ones must be asked."""
-    if any(type(projection) is not nn.Linear or projection.bias is not None for projection in projections):
+    if not _are_plain(projections):
         return None
     # On a CPU, a product of few rows is up to twice as fast with the weight laid out this way round.
     return torch.cat([projection.weight for projection in projections]).T.contiguous()
+
+
+def _are_plain(projections: Sequence[nn.Module]) -> bool:
+    return all(type(projection) is nn.Linear and projection.bias is None for projection in projections)

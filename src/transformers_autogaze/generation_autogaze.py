@@ -49,9 +49,9 @@ class GazeCache:
 
     def reset(self) -> None:
         """Forgets everything, to start with new clips."""
-        self.keys: list[torch.Tensor] = []
-        """Per layer, `(batch, key/value heads, capacity, head size)`; the first `lengths[b]` places of clip b count."""
-        self.values: list[torch.Tensor] = []
+        self.keys: torch.Tensor | None = None
+        """`(layers, key/value heads, batch, capacity, head size)`; the first `lengths[b]` places of clip b count."""
+        self.values: torch.Tensor | None = None
         self.lengths: list[int] = []
         """Tokens held of each clip."""
         self.next_positions: list[int] = []
@@ -96,10 +96,10 @@ class GazeCache:
         if num_frames >= self.num_frames:
             return
         starts = self.frame_starts[-num_frames] if num_frames else self.lengths
-        for states in (*self.keys, *self.values):
+        for layer in (*self.keys, *self.values):
             for clip, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
                 # A copy first: the places overlap.
-                states[clip, :, : length - start] = states[clip, :, start:length].clone()
+                layer[:, clip, : length - start] = layer[:, clip, start:length].clone()
         self.frame_starts = [
             [place - start for place, start in zip(frame, starts, strict=True)]
             for frame in self.frame_starts[self.num_frames - num_frames :]
@@ -120,15 +120,16 @@ class GazeCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for further tokens of every clip; grows by half at least, so that copies stay rare."""
-        needed, capacity = max(self.lengths) + num_tokens, self.keys[0].shape[2]
-        if needed <= capacity:
-            return
-        held = max(self.lengths)
-        for stored in (self.keys, self.values):
-            for layer, states in enumerate(stored):
-                grown = states.new_empty(*states.shape[:2], max(needed, capacity * 3 // 2), states.shape[3])
-                grown[:, :, :held] = states[:, :, :held]
-                stored[layer] = grown
+        held, capacity = max(self.lengths), self.keys.shape[3]
+        if held + num_tokens > capacity:
+            capacity = max(held + num_tokens, capacity * 3 // 2)
+            *sizes, _, size = self.values.shape
+            # Keys lie by feature, as products with few queries read them quickest; whoever uses them need not know.
+            keys = self.keys.new_empty(*sizes, size, capacity).mT
+            values = self.values.new_empty(*sizes, capacity, size)
+            for grown, states in ((keys, self.keys), (values, self.values)):
+                grown[:, :, :, :held] = states[:, :, :, :held]
+            self.keys, self.values = keys, values
 
 
 class GazeDecoding(GazeSelector):
@@ -286,9 +287,8 @@ class GazeDecoding(GazeSelector):
             raise ValueError(f"`past_key_values` must be a GazeCache, got {type(cache).__name__}")
         if cache.batch_size is None:
             config, weight = self.config.decoder_config, self.gaze_decoder.lm_head.weight
-            size = (batch_size, config.num_key_value_heads, 0, config.head_dim)
-            cache.keys = [weight.new_empty(size) for _ in range(config.num_hidden_layers)]
-            cache.values = [weight.new_empty(size) for _ in range(config.num_hidden_layers)]
+            size = (config.num_hidden_layers, config.num_key_value_heads, batch_size, 0, config.head_dim)
+            cache.keys, cache.values = weight.new_empty(size), weight.new_empty(size)
             cache.lengths, cache.next_positions, cache.num_unread = ([0] * batch_size for _ in range(3))
             shape = (batch_size, config.num_multi_token_pred)
             cache.unread_ids = torch.full(shape, self.config.end_id, device=weight.device)

@@ -52,7 +52,7 @@ class GraphedSteps:
         self.state = torch.zeros(4, batch_size, dtype=torch.long, device=device)
         self.places, self.token_positions, self.num_unread, self.is_active = self.state
         self.clips = torch.arange(batch_size, device=device)[:, None]
-        size = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+        size = (config.num_key_value_heads, batch_size, 0, config.head_dim)
         self.keys = [weight.new_zeros(size) for _ in decoder.layers]
         self.values = [weight.new_zeros(size) for _ in decoder.layers]
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -103,8 +103,8 @@ class GraphedSteps:
         """Copies keys and values into the cache, if it is to be kept."""
         if self.is_kept:
             held = max(self.cache.lengths)
-            self.cache.keys = [states[:, :, :held].clone() for states in self.keys]
-            self.cache.values = [states[:, :, :held].clone() for states in self.values]
+            self.cache.keys = torch.stack([states[:, :, :held] for states in self.keys])
+            self.cache.values = torch.stack([states[:, :, :held] for states in self.values])
         self.cache = None
 
     def _call(self, name: str, size: int) -> None:
@@ -175,16 +175,16 @@ class GraphedSteps:
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys, values = self.keys[index][:, :, :capacity], self.values[index][:, :, :capacity]
-            keys.transpose(1, 2)[self.clips, places] = key.transpose(1, 2)
-            values.transpose(1, 2)[self.clips, places] = value.transpose(1, 2)
+            keys[:, self.clips, places] = key
+            values[:, self.clips, places] = value
             if index < decoder.last:
                 return decoder.attend(index, query, keys, values, mask[:, None])
-            query = query.gather(2, last[..., None].expand(-1, query.shape[1], -1, query.shape[3]))
+            query = query.gather(2, last.expand(len(query), -1, -1, query.shape[3]))
             return decoder.attend(index, query, keys, values, mask_of_last[:, None])
 
         rotations = decoder.rotations(self.token_positions[:, None] + steps)
         return decoder.read(
-            tokens, rotations, attend, lambda hidden: hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))
+            tokens, rotations, attend, lambda hidden: hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))[:, 0]
         )
 
 
