@@ -27,6 +27,7 @@ class DecodeSteps:
     Args:
         decoder ([`FusedDecoder`]): the decoder.
         cache (`GazeCache`): what it has read of the clips.
+        num_tokens (`int`): how many more of each clip to make room for at once.
         positions (`str`): the config's `decoding_positions`.
         temperature (`float`, *optional*): at which patches are sampled; the likeliest are taken if not given.
         generator (`torch.Generator`, *optional*): where random numbers come from.
@@ -36,6 +37,7 @@ class DecodeSteps:
         self,
         decoder: FusedDecoder,
         cache,
+        num_tokens: int,
         positions: str,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
@@ -44,10 +46,11 @@ class DecodeSteps:
         self.choose = functools.partial(choose_ids, temperature=temperature, generator=generator)
         self.causal_masks: dict[int, torch.Tensor] = {}
         self.cos = self.sin = decoder.weight.new_empty(0, 0)
-        # On a CPU quicker than one call, which is made for many queries.
         weight = decoder.weight
+        # On a CPU this is quicker than torch's attention, which is made for many queries.
         self.attends_by_hand = weight.device.type == "cpu" and weight.dtype.itemsize >= 4 and not decoder.is_eager
         self.scores = weight.new_empty(0)
+        cache.reserve(num_tokens, self.attends_by_hand)
 
     def begin_frame(self, vision: torch.Tensor) -> None:
         """Reads the unread patches of the frame before, and a frame's vision tokens `(batch, tokens, hidden)`."""
@@ -98,7 +101,7 @@ class DecodeSteps:
         them are real. Gives the hidden state of each clip's last real token, `(active clips, hidden)`.
         """
         cache, clips, size = self.cache, self.active, tokens.shape[1]
-        cache.reserve(size)
+        cache.reserve(size, self.attends_by_hand)
         clip_states = [(cache.lengths[clip], num_new[clip], starts[clip]) for clip in clips]
         if len(clips) == len(cache.lengths) and len(set(clip_states)) == 1:
             # Equal clips are one group; otherwise each is a group of its own.
@@ -179,17 +182,20 @@ class DecodeSteps:
         most = max(torch.get_num_threads(), _NEAR_SCORES // (rows * seen))
         if len(self.scores) < min(most, len(keys)) * rows * seen:
             self.scores = query.new_empty(min(most, len(keys)) * rows * seen * 3 // 2)
-        attended = []
-        for some_query, some_keys, some_values in zip(
-            query.split(most), keys.split(most), values.split(most), strict=True
-        ):
-            scores = self.scores[: len(some_query) * rows * seen].view(len(some_query), rows, seen)
-            torch.baddbmm(scores, some_query, some_keys, beta=0, alpha=scaling, out=scores)
+
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            scores = self.scores[: len(query) * rows * seen].view(len(query), rows, seen)
+            torch.baddbmm(scores, query, keys, beta=0, alpha=scaling, out=scores)
             if mask is not None:
                 scores.view(-1, new, seen)[:, :, seen - new :].add_(mask)
             torch.softmax(scores, dim=-1, out=scores)
-            attended.append(torch.bmm(scores, some_values))
-        attended = attended[0] if len(attended) == 1 else torch.cat(attended)
+            return torch.bmm(scores, values)
+
+        if len(keys) <= most:
+            attended = attend(query, keys, values)
+        else:
+            parts = zip(query.split(most), keys.split(most), values.split(most), strict=True)
+            attended = torch.cat([attend(*part) for part in parts])
         attended = attended.view(self.decoder.key_heads, clips, -1, new, size)
         return attended.permute(1, 3, 0, 2, 4).reshape(clips * new, heads * size)
 

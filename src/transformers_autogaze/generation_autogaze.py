@@ -118,15 +118,20 @@ class GazeCache:
             self.lengths[clip] += num_new[clip]
             self.next_positions[clip] += num_new[clip]
 
-    def reserve(self, num_tokens: int) -> None:
-        """Makes room for further tokens of every clip; grows by half at least, so that copies stay rare."""
+    def reserve(self, num_tokens: int, is_by_feature: bool) -> None:
+        """
+        Makes room for further tokens of every clip; grows by half at least, so that copies stay rare.
+
+        `is_by_feature` says how new memory holds keys, which changes nothing but the speed of what reads them: all places
+        of a feature after each other, or all features of a place.
+        """
         held, capacity = max(self.lengths), self.keys.shape[3]
         if held + num_tokens > capacity:
             capacity = max(held + num_tokens, capacity * 3 // 2)
-            *sizes, _, size = self.values.shape
-            # Keys lie by feature, as products with few queries read them quickest; whoever uses them need not know.
-            keys = self.keys.new_empty(*sizes, size, capacity).mT
-            values = self.values.new_empty(*sizes, capacity, size)
+            *sizes, _, size = self.keys.shape
+            keys, values = (self.keys.new_empty(*sizes, capacity, size) for _ in range(2))
+            if is_by_feature:
+                keys = keys.view(*sizes, size, capacity).mT
             for grown, states in ((keys, self.keys), (values, self.values)):
                 grown[:, :, :, :held] = states[:, :, :, :held]
             self.keys, self.values = keys, values
@@ -205,8 +210,7 @@ class GazeDecoding(GazeSelector):
                     graphed.finish()
                     return
         decoder = FusedDecoder(self.gaze_decoder, self.config._attn_implementation)
-        cache.reserve(num_tokens)
-        yield DecodeSteps(decoder, cache, self.config.decoding_positions, temperature, generator)
+        yield DecodeSteps(decoder, cache, num_tokens, self.config.decoding_positions, temperature, generator)
 
     @functools.cached_property
     def _composite(self) -> CompositeReconstruction:
