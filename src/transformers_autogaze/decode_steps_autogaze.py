@@ -5,7 +5,7 @@ This module owns what one step does to a [`GazeCache`] and its keys and values; 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -143,61 +143,72 @@ class DecodeSteps:
 
         `keys` and `values` are what is stored of all layers, `(layers, key/value heads, clips, capacity, head size)`.
         """
-        decoder, seen = self.decoder, num_old + num_new
-        mask = self._causal_mask(num_new)
+        last, seen, mask = self.decoder.last, num_old + num_new, self._causal_mask(num_new)
         # Views of all layers at once: their making, too, takes its microseconds.
         new_keys, new_values = (states[:, :, :, num_old:seen].unbind() for states in (keys, values))
+        keys, values = keys[:, :, :, :seen], values[:, :, :, :seen]
         if self.attends_by_hand:
-            keys, values = (states[:, :, :, :seen].flatten(1, 2) for states in (keys, values))
-            keys, values = keys.mT.unbind(), values.unbind()
-            attend_to = self._attend_by_hand
+            attend_to = self._attention_by_hand(keys, values, num_new, mask)
+            attend_to_last = self._attention_by_hand(keys, values, 1, None)
         else:
-            keys, values = (states[:, :, :, :seen].unbind() for states in (keys, values))
-            mask, attend_to = F.pad(mask, (num_old, 0))[None, None], decoder.attend
+            mask = F.pad(mask, (num_old, 0))[None, None]
+
+            def attend_to(index: int, query: torch.Tensor) -> torch.Tensor:
+                return self.decoder.attend(index, query, keys[index], values[index], mask)
+
+            def attend_to_last(index: int, query: torch.Tensor) -> torch.Tensor:
+                return self.decoder.attend(index, query, keys[index], values[index], None)
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             new_keys[index].copy_(key)
             new_values[index].copy_(value)
-            if index == decoder.last:
-                return attend_to(index, query[:, :, -1:], keys[index], values[index], None)
-            return attend_to(index, query, keys[index], values[index], mask)
+            return attend_to_last(index, query[:, :, -1:]) if index == last else attend_to(index, query)
 
         return attend
 
-    def _attend_by_hand(
-        self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _attention_by_hand(
+        self, keys: torch.Tensor, values: torch.Tensor, num_queries: int, mask: torch.Tensor | None
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """
-        As [`FusedDecoder.attend`], with scores in memory that is used again.
+        Gives what attends to all that is seen, `(layers, key/value heads, clips, seen, head size)`.
 
-        `keys` are `(key/value heads * clips, head size, seen)` and `values` `(key/value heads * clips, seen, head size)`;
-        `mask` is `(new, new)`, of the newest keys alone.
+        It takes the number of a layer and queries, and has its scores in memory that is used again. `mask` is
+        `(queries, queries)`, of the newest keys alone.
         """
-        heads, clips, new, size = query.shape
-        seen, scaling = values.shape[1], self.decoder.layers[index][0].self_attn.scaling
-        # (key/value heads, heads that share one, clips, new, head size), so that those that share are rows of one product
-        query = query.view(self.decoder.key_heads, -1, clips, new, size).transpose(1, 2).reshape(len(keys), -1, size)
-        rows = query.shape[1]
+        _, key_heads, clips, seen, size = keys.shape
+        num_shared = self.decoder.num_heads // key_heads
+        keys, values = keys.flatten(1, 2).mT.unbind(), values.flatten(1, 2).unbind()
+        num_heads, rows, scaling = key_heads * clips, num_shared * num_queries, self.decoder.scaling
         # As many heads at once as have scores that stay in the caches of the cores, and one for each core at least.
-        most = max(torch.get_num_threads(), _NEAR_SCORES // (rows * seen))
-        if len(self.scores) < min(most, len(keys)) * rows * seen:
-            self.scores = query.new_empty(min(most, len(keys)) * rows * seen * 3 // 2)
+        at_once = min(num_heads, max(torch.get_num_threads(), _NEAR_SCORES // (rows * seen)))
+        if len(self.scores) < at_once * rows * seen:
+            self.scores = keys[0].new_empty(at_once * rows * seen * 3 // 2)
+        all_scores = self.scores[: at_once * rows * seen].view(at_once, rows, seen)
+        all_masked = all_scores.view(-1, num_queries, seen)[:, :, seen - num_queries :]
 
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            scores = self.scores[: len(query) * rows * seen].view(len(query), rows, seen)
+        def attend_to_part(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            scores, masked = all_scores, all_masked
+            if len(query) < at_once:
+                scores, masked = all_scores[: len(query)], all_masked[: len(query) * num_shared]
             torch.baddbmm(scores, query, keys, beta=0, alpha=scaling, out=scores)
             if mask is not None:
-                scores.view(-1, new, seen)[:, :, seen - new :].add_(mask)
+                masked.add_(mask)
             torch.softmax(scores, dim=-1, out=scores)
             return torch.bmm(scores, values)
 
-        if len(keys) <= most:
-            attended = attend(query, keys, values)
-        else:
-            parts = zip(query.split(most), keys.split(most), values.split(most), strict=True)
-            attended = torch.cat([attend(*part) for part in parts])
-        attended = attended.view(self.decoder.key_heads, clips, -1, new, size)
-        return attended.permute(1, 3, 0, 2, 4).reshape(clips * new, heads * size)
+        def attend(index: int, query: torch.Tensor) -> torch.Tensor:
+            if num_shared > 1:  # heads that share keys become rows of one product
+                query = query.unflatten(0, (key_heads, num_shared)).transpose(1, 2).flatten(2, 3)
+            query = query.flatten(0, 1)
+            if at_once == num_heads:
+                attended = attend_to_part(query, keys[index], values[index])
+            else:
+                parts = zip(*(states.split(at_once) for states in (query, keys[index], values[index])), strict=True)
+                attended = torch.cat([attend_to_part(*part) for part in parts])
+            attended = attended.view(key_heads, clips, num_shared, num_queries, size)
+            return attended.permute(1, 3, 0, 2, 4).reshape(clips * num_queries, -1)
+
+        return attend
 
     def _causal_mask(self, num_new: int) -> torch.Tensor:
         """Lets each new token see the new ones up to itself: `(new, new)`, 0 or -inf."""

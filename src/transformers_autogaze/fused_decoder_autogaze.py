@@ -57,8 +57,10 @@ class FusedDecoder:
             for layer in self.model.layers
         ]
         self.last = len(self.layers) - 1
-        self.key_heads = self.model.config.num_key_value_heads
-        self._heads = self._joined_heads()
+        config = self.model.config
+        self.num_heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scaling = self.layers[0][0].self_attn.scaling
+        self._project_rows = self._joined_heads()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -72,21 +74,21 @@ class FusedDecoder:
         return all(type(module) in (nn.Linear, nn.Embedding) for module in linear)
 
     def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives logits `(clips, k, vocabulary)` and predicted losses `(clips, k)` of hidden states `(clips, hidden)`."""
-        if self._heads is None:
-            return self.decoder.heads(hidden)
-        both = torch.bmm(hidden.expand(len(self._heads), -1, -1), self._heads)
+        """Gives logits `(clips, k, vocabulary)` and predicted losses `(clips, k)` of what `read` gives."""
+        if self._project_rows is None:
+            return self.decoder.heads(self.model.norm(hidden))
+        both = self._project_rows(hidden)
         both = both.unflatten(-1, (-1, self.model.config.vocab_size + 1)).transpose(0, 1).flatten(1, 2)
         return both[..., :-1], both[..., -1]
 
-    def _joined_heads(self) -> torch.Tensor | None:
-        """Joins each row's weights of both heads, in as many parts as cores can share, `(parts, hidden, outputs)`."""
+    def _joined_heads(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Makes one product of both heads, row by row, in as many parts as cores can share."""
         heads, num_rows = (self.decoder.lm_head, self.decoder.task_loss_prediction_head), self.decoder.num_rows
         if not _are_plain(heads):
             return None
-        weight = torch.cat([head.weight.unflatten(0, (num_rows, -1)) for head in heads], dim=1)
-        num_parts = math.gcd(num_rows, torch.get_num_threads()) if weight.device.type == "cpu" else 1
-        return weight.flatten(0, 1).unflatten(0, (num_parts, -1)).transpose(1, 2).contiguous()
+        weight = torch.cat([head.weight.unflatten(0, (num_rows, -1)) for head in heads], dim=1).flatten(0, 1)
+        num_parts = math.gcd(num_rows, torch.get_num_threads())
+        return _normed_product(self.model.norm, weight.T, len(weight) // num_parts)
 
     def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives cosines and sines `(clips, new, head size)` of positions `(clips, new)`."""
@@ -123,7 +125,7 @@ class FusedDecoder:
             hidden = add_attended(hidden, attended)
             gate, up = project_gate_up(hidden)
             hidden = add_projected(hidden, layer.mlp.act_fn(gate) * up)
-        return self.model.norm(hidden)
+        return hidden
 
     def attend(
         self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
@@ -149,6 +151,11 @@ def _parts_of_product(width: int, norm: nn.Module, *projections: nn.Module) -> C
     weight = _fused_weight(*projections)
     if weight is None:
         return lambda hidden: _in_parts(_each(norm(hidden), projections), width)
+    return _normed_product(norm, weight, width)
+
+
+def _normed_product(norm: nn.Module, weight: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes the product of rows, normalised first, and a weight, in parts `(parts, rows, width)`."""
     if weight.dtype not in (torch.float32, torch.float64):
         return lambda hidden: _in_parts(norm(hidden) @ weight, width)
     # With n numbers in a row x, x / sqrt(|x|^2 / n + eps) is x / hypot(|x|, sqrt(n * eps)) times sqrt(n). That and the
@@ -164,7 +171,6 @@ def _parts_of_product(width: int, norm: nn.Module, *projections: nn.Module) -> C
         return lambda hidden: _in_parts(normalise(hidden) @ weight, width)
     # As one small product for each part, the cores share the work better and the parts lie as they are needed.
     weight = weight.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
-
     return lambda hidden: torch.bmm(normalise(hidden).expand(len(weight), -1, -1), weight)
 
 
