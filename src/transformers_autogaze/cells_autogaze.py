@@ -30,15 +30,13 @@ class Resize(NamedTuple):
 
 class CellTables(NamedTuple):
     """
-    The geometry of a grid as matrices: resizing and summing over cells in the pixels' dtype, the search in float64.
+    The geometry of a grid as matrices: resizing in the pixels' dtype, the search in float64.
 
     The search sums over the rows of cells, then the columns, of the patches of all scales alike. So it keeps patches in
     slots `(rows of all scales, columns of all scales)`, of which only those whose row and column share a scale exist.
     """
 
     resizes: list[Resize]  # every scale but the finest
-    sum_rows: torch.Tensor  # (cell rows, 3 * height)
-    sum_cols: torch.Tensor  # (width, cell columns)
     gain_rows: torch.Tensor  # (rows, scales * cell rows): the cells of a patch, at its own scale and all coarser ones
     gain_cols: torch.Tensor  # (cell columns, columns)
     rows_of_slot: torch.Tensor  # (slots, scales * cell rows, 1): those of `gain_rows`
@@ -74,8 +72,6 @@ class CellTables(NamedTuple):
         )
         return cls(
             resizes,
-            _parts(cells[0], height).repeat(1, 3).to(pixels),
-            _parts(cells[1], width).T.contiguous().to(pixels),
             *(table.to(pixels.device) for table in search),
         )
 
@@ -110,20 +106,22 @@ def choose_patches(
     is_patch = tables.closed.flatten() == 0  # patches lie in the order of their ids
     if is_kept is not None:
         closed.view(batch, -1)[:, is_patch] = closed.new_zeros(is_kept.shape).masked_fill_(is_kept, -math.inf)
-    slots, totals = [], []
+    slots, totals, total = [], [], drops.sum((1, 2))
     for _ in range(budget):
         gains = torch.baddbmm(closed, torch.bmm(gain_rows, drops), gain_cols)
-        slot = gains.flatten(1).argmax(-1)
+        gain, slot = gains.flatten(1).max(-1)
         if all_gains is not None:
             all_gains.append(gains.flatten(1)[:, is_patch])
         if limit is not None and slots:
-            slot = torch.where(totals[-1] <= limit, slots[-1], slot)
+            is_done = total <= limit
+            slot, gain = torch.where(is_done, slots[-1], slot), gain.masked_fill(is_done, 0)
         closed.view(batch, -1).scatter_(1, slot[:, None], -math.inf)
         covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
         drops.addcmul_(drops, covered, value=-1)
+        total = total - gain  # as exact as a sum of what is left, since all are whole numbers
         slots.append(slot)
-        totals.append(drops.sum((1, 2)))
-        if limit is not None and (totals[-1] <= limit).all():
+        totals.append(total)
+        if limit is not None and (total <= limit).all():
             break
     return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)
 

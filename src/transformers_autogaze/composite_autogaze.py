@@ -490,7 +490,7 @@ class CompositeReconstruction:
         """Draws a frame `(batch, 3, height, width)` from all patches of each scale; that of the finest is the frame."""
         patch, layers = self.grid.patch_size, []
         for (rows, cols), resize in zip(self.grid.grids[:-1], self._tables(frame).resizes, strict=True):
-            small = resize.down_rows @ frame @ resize.down_cols
+            small = resize.down_rows @ (frame @ resize.down_cols)
             wide = small.view(-1, 3, rows * patch, cols, patch) @ resize.up_cols
             layer = resize.up_rows @ wide.view(-1, 3, rows, patch, frame.shape[-1])
             layers.append(layer.view_as(frame).clamp_(0, 1))
@@ -499,19 +499,21 @@ class CompositeReconstruction:
     def _lay(self, image: torch.Tensor, layers: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
         """Lays the patches that masks `(batch, patches)` mark, one per scale, over an image, coarse to fine."""
         height, width = self.grid.sizes[-1]
-        for layer, mask, (rows, cols) in zip(layers, masks, self.grid.grids, strict=True):
+        for number, (layer, mask, (rows, cols)) in enumerate(zip(layers, masks, self.grid.grids, strict=True)):
             mask = mask.to(image.dtype).view(-1, 1, rows, 1, cols, 1)
             mask = mask.expand(-1, -1, -1, height // rows, -1, width // cols).reshape(-1, 1, height, width)
             # With weights of 0 and 1, lerp is an exact choice; on a CPU it is many times faster than torch.where.
-            image = torch.lerp(image, layer, mask)
+            image = image.lerp_(layer, mask) if number else torch.lerp(image, layer, mask)
         return image
 
     def _errors_of_layers(self, frame: torch.Tensor, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """Sums squared errors over cells and channels: float64 `(batch, layers, *cells)`, whole multiples of the unit."""
-        tables, errors = self._tables(frame), []
+        cell = tuple(size // count for size, count in zip(self.grid.sizes[-1], self.cells, strict=True))
+        errors = []
         for layer in layers:
-            squares = F.mse_loss(layer, frame, reduction="none").flatten(1, 2)
-            errors.append((tables.sum_rows @ squares @ tables.sum_cols).double().div_(_ERROR_UNIT).round_())
+            squares = F.mse_loss(layer, frame, reduction="none")
+            sums = F.avg_pool2d(squares, cell, divisor_override=1).sum(1)
+            errors.append(sums.double().div_(_ERROR_UNIT).round_())
         return torch.stack(errors, dim=1)
 
     def layers_of_patches(self, device: torch.device) -> torch.Tensor:
