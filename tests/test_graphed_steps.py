@@ -6,10 +6,12 @@ import gc
 import pytest
 import torch
 from test_generation import assert_same_gaze, thresholds_that_stop_clips_differently
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transformers_autogaze import AutoGazeModel, GazeCache, GazeOutput
 from transformers_autogaze import graphed_steps_autogaze as graphed
 from transformers_autogaze.cuda_graphs_autogaze import ReplayedCall
+from transformers_autogaze.fused_decoder_autogaze import FusedDecoder
 from transformers_autogaze.graphed_steps_autogaze import GraphedSteps
 
 
@@ -142,6 +144,37 @@ def test_a_call_that_cannot_be_captured_still_runs(monkeypatch):
     for _ in range(3):
         step()
     assert count == 3 and not step.can_capture
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built for CUDA, though no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_on_cuda_neither_wait_nor_mix_devices(tiny, monkeypatch, dtype):
+    model = tiny.model(dtype=dtype)
+    cache, unread = model._prepare_cache(None, 3), [3, 1, 2]
+    with FakeTensorMode(), torch.no_grad():  # tensors without content: reading any of it raises
+
+        def on_cuda(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: on_cuda(tensor) for name, tensor in tensors.items() if tensor is not None})
+        cache.keys, cache.values, cache.unread_ids = map(on_cuda, (cache.keys, cache.values, cache.unread_ids))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        steps = GraphedSteps(FusedDecoder(model.gaze_decoder, "sdpa"), 3, "frame_tail")
+        monkeypatch.setattr(ReplayedCall, "__call__", lambda call: call.function())
+        steps.attach(cache, 100, True)
+        for _ in range(2):
+            steps.begin_frame(
+                torch.empty(3, 16, model.gaze_decoder.model.config.hidden_size, dtype=dtype, device="cuda")
+            )
+            steps.go_on([0, 1, 2])
+            steps.go_on([0, 2])
+            ids, losses = steps.propose(2)
+            assert ids.shape == losses.shape == (2, 2) and ids.device.type == losses.device.type == "cuda"
+            cache.num_unread = unread
+        steps.finish()
+        assert cache.keys.device.type == "cuda"
 
 
 @needs_cuda

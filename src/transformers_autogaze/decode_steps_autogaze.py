@@ -180,9 +180,12 @@ class DecodeSteps:
         keys, values = keys.flatten(1, 2).mT.unbind(), values.flatten(1, 2).unbind()
         num_heads, rows, scaling = key_heads * clips, num_shared * num_queries, self.decoder.scaling
         # As many heads at once as have scores that stay in the caches of the cores, and one for each core at least.
-        at_once = min(num_heads, max(torch.get_num_threads(), _NEAR_SCORES // (rows * seen)))
+        num_threads = torch.get_num_threads()
+        at_once = min(num_heads, max(num_threads, _NEAR_SCORES // (rows * seen)))
         if len(self.scores) < at_once * rows * seen:
-            self.scores = keys[0].new_empty(at_once * rows * seen * 3 // 2)
+            # Enough for the whole clip at once, as new memory takes the time of its first use.
+            capacity = self.cache.keys.shape[3]
+            self.scores = keys[0].new_empty(max(_NEAR_SCORES, num_threads * rows * capacity, at_once * rows * seen))
         all_scores = self.scores[: at_once * rows * seen].view(at_once, rows, seen)
         all_masked = all_scores.view(-1, num_queries, seen)[:, :, seen - num_queries :]
 

@@ -105,7 +105,7 @@ class FusedDecoder:
         take_last: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """
-        Gives the hidden state `(clips, hidden)` of one of each clip's new tokens `(clips, new, hidden)`.
+        Gives the hidden state `(clips, hidden)`, which `heads` normalises, of one of each clip's tokens `(clips, new, hidden)`.
 
         `rotations` are `(clips, new, head size)`, of one clip where all are equal; `take_last` picks that token out of
         hidden states `(clips, new, hidden)`.
