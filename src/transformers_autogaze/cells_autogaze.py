@@ -70,10 +70,7 @@ class CellTables(NamedTuple):
             torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
             is_patch.flatten().cumsum(0) - 1,
         )
-        return cls(
-            resizes,
-            *(table.to(pixels.device) for table in search),
-        )
+        return cls(resizes, *(table.to(pixels.device) for table in search))
 
 
 def choose_patches(
