@@ -45,8 +45,8 @@ class DecodeSteps:
         self.decoder, self.cache, self.positions = decoder, cache, positions
         self.choose = functools.partial(choose_ids, temperature=temperature, generator=generator)
         self.causal_masks: dict[int, torch.Tensor] = {}
-        self.cos = self.sin = decoder.weight.new_empty(0, 0)
         weight = decoder.weight
+        self.cos = self.sin = weight.new_empty(0, 0)
         # On a CPU this is quicker than torch's attention, which is made for many queries.
         self.attends_by_hand = weight.device.type == "cpu" and weight.dtype.itemsize >= 4 and not decoder.is_eager
         self.scores = weight.new_empty(0)
