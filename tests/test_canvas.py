@@ -61,7 +61,8 @@ def seen_by_definition(gaze: GazeOutput, tubelet: int, num_prefix: int) -> torch
         for ids in by_frame:
             first = tokens + num_prefix
             tokens = first + len(ids) if ids else tokens
-            frames[-1].append((range(first - num_prefix, tokens) if ids else [], dict(zip(ids, range(first, tokens)))))
+            own = range(first - num_prefix, tokens) if ids else range(0)
+            frames[-1].append((own, {patch: first + slot for slot, patch in enumerate(ids)}))
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
     for clip in frames:
         for time, (own, patches) in enumerate(clip):
@@ -334,7 +335,7 @@ def test_a_reset_cache_begins_anew_with_any_tower_and_batch():
 
 
 @torch.no_grad()
-def test_a_failed_call_leaves_the_cache_as_it_was(monkeypatch):
+def test_a_failed_call_leaves_the_cache_as_it_was():
     model = canvas_model("siglip", [64])
     gaze, frames = uneven_gaze(model.grid, 2, 6), video(2, 6)
     cache = GazeVisionCache()
@@ -370,11 +371,12 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(monkeypatch):
         GazeVisionModel(tower, [32, 64], "canvas")(video(2, 1), cache=cache)
     with pytest.raises(ValueError, match="`cache` is of 2 clips, but `gaze` is of 1"):
         model(video(1, 1), cache=cache)
-    gaze = GazeOutput.full(model.grid, 2, 1)
-    gaze.first_frame = 2
+    gaze = GazeOutput.full(model.grid, 2, 1).replace(first_frame=2)
     with pytest.raises(ValueError, match="`gaze` must follow the 3 frames that `cache` has seen, got `first_frame` 2"):
         model(video(2, 1), gaze, cache=cache)
-    with pytest.raises(ValueError, match="cannot continue a videomae tower, whose positions are for clips of 4 frames"):
+    with pytest.raises(
+        ValueError, match="cannot continue a videomae tower, whose positions are for clips of 4 frames"
+    ):
         GazeVisionModel(tower_of("videomae"), attention="canvas")(video(), cache=GazeVisionCache())
     tower.train()
     with pytest.raises(ValueError, match="`cache` carries no gradients and cannot be used in training"):
@@ -388,9 +390,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(monkeypatch):
 def test_gazes_that_follow_each_other_are_taken():
     model, cache = GazeVisionModel(tower_of("siglip")), GazeVisionCache()
     for first in (0, 2, 4):
-        gaze = GazeOutput.full(model.grid, 2, 2)
-        gaze.first_frame = first
-        model(video(2, 2), gaze, cache=cache)
+        model(video(2, 2), GazeOutput.full(model.grid, 2, 2).replace(first_frame=first), cache=cache)
     assert cache.num_frames == 6
 
 

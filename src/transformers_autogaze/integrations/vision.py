@@ -268,7 +268,9 @@ class GazeVisionModel(nn.Module):
             cache.check(adapter, self.grid, gaze, attention)
         tokens = self._tokens(gaze)
         device = pixel_values_videos.device
-        hidden_states, patch_places, prefix_places, num_tokens = self._embed_sequence(pixel_values_videos, gaze, tokens)
+        hidden_states, patch_places, prefix_places, num_tokens = self._embed_sequence(
+            pixel_values_videos, gaze, tokens
+        )
         num_prefix = prefix_places.shape[1]
 
         ids = torch.full((hidden_states.shape[1],), -1, device=device)
