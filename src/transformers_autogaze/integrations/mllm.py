@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..gazing_autogaze import GazeOutput
-from ..grid_autogaze import GazeGrid
+from ..grid_autogaze import PUBLISHED_GRID, GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .encoder_gazing import EncoderFrameGazer, Setting
@@ -56,7 +56,7 @@ class GazeVideoLM(nn.Module):
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             Whose normalisation the selector needs. The published one by default.
         scales (`Sequence[int]`, *optional*):
-            As in [`GazeVisionModel`]; by default the gaze model's own, matched to the tower.
+            As in [`GazeVisionModel`]; by default the gaze model's own, or the published selector's, matched to the tower.
         attention (`str`, *optional*, defaults to `"block_causal"`):
             As in [`GazeVisionModel`]; `"frame"` is how these towers were trained.
         chunk_frames (`int`, *optional*):
@@ -120,8 +120,9 @@ class GazeVideoLM(nn.Module):
     ):
         super().__init__()
         tower = adapt_mllm(mllm).tower
-        if scales is None and gaze_model is not None:
-            scales = gaze_model.config.grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
+        if scales is None:
+            grid = PUBLISHED_GRID if gaze_model is None else gaze_model.config.grid
+            scales = grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
         # The tower belongs to `mllm`. Registered here as well, its weights would be saved twice.
         self.__dict__["vision"] = GazeVisionModel(tower, scales=scales, attention=attention)
         self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
