@@ -18,14 +18,15 @@ def clip(tmp_path_factory):
 
 
 def test_prune_writes_an_overlay_records_a_sheet_and_a_table(clip, tmp_path, capsys):
-    assert main(["prune", str(clip), "--gazing-ratio", "0.1", "-o", str(tmp_path / "out")]) == 0
+    assert main(["prune", str(clip), "--clip-ratio", "0.3", "-o", str(tmp_path / "out")]) == 0
     frames, metadata = read_video(tmp_path / "out" / "overlay.mp4")
     assert frames.shape == (20, 66, 3 * 92 + 2 * 4, 3) and metadata.fps == 10
     gaze = json.loads((tmp_path / "out" / "gaze.json").read_text())
     statistics = gaze["statistics"]
     assert statistics["num_frames"] == 20 and len(statistics["patches_each_frame"]) == 20
     assert statistics["num_patches"] == len(gaze["records"]) == sum(statistics["patches_each_frame"])
-    assert 26 >= statistics["patches_each_frame"][0] > statistics["patches_each_frame"][-1]  # it stands still by then
+    assert statistics["patches_each_frame"][0] == 196 > statistics["patches_each_frame"][-1]  # it stands still by then
+    assert statistics["num_patches"] == 20 * 196 * 0.3 and gaze["clip_ratio"] == 0.3
     assert [record["frame"] for record in gaze["records"]] == sorted(record["frame"] for record in gaze["records"])
     assert gaze["records"][-1]["frame"] == 19
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 8 * 92
@@ -52,10 +53,22 @@ def test_prune_takes_a_model_and_samples_frames(clip, tiny, tmp_path):
     assert read_video(tmp_path / "overlay.mp4")[1].fps == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize(("tiles", "finest"), [("grid", "448x672"), ("native", "224")])
-def test_prune_gazes_at_tiles(clip, tmp_path, tiles, finest):
-    arguments = ["--frames", "3", "--tiles", tiles, "--max-tiles", "6", "--gazing-ratio", "0.2"]
-    assert main(["prune", str(clip), *arguments, "--task-loss-requirement", "-9", "-o", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("selector", "tiles", "finest"),
+    [
+        ("finest", "grid", "448x672"),
+        ("finest", "native", "80x96"),
+        ("greedy", "grid", "448x672"),
+        ("greedy", "native", "224"),
+    ],
+)
+def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
+    arguments = ["--selector", selector, "--frames", "3", "--tiles", tiles, "--max-tiles", "6"]
+    asked = {
+        "finest": ["--clip-ratio", "0.9"],
+        "greedy": ["--gazing-ratio", "0.2", "--task-loss-requirement", "-9"],
+    }[selector]
+    assert main(["prune", str(clip), *arguments, *asked, "-o", str(tmp_path)]) == 0
     assert read_video(tmp_path / "overlay.mp4")[0].shape == (3, 66, 3 * 92 + 2 * 4, 3)
     gaze = json.loads((tmp_path / "gaze.json").read_text())
     assert list(gaze["statistics"]["patches_each_scale"])[-1] == finest
@@ -73,6 +86,9 @@ def test_prune_gazes_at_tiles(clip, tmp_path, tiles, finest):
         (["prune", "{text}"], "no video"),
         (["prune", "{clip}", "--gazing-ratio", "1.5"], "`gazing_ratio` must lie in 0..1"),
         (["prune", "{clip}", "--task-loss-requirement", "nan"], "`task_loss_requirement` must be numbers, got NaN"),
+        (["prune", "{clip}", "--clip-ratio", "0"], "`clip_ratio` must be above 0 and at most 1"),
+        (["prune", "{clip}", "--tokens-per-second", "-3"], "`tokens_per_second` must be a number above 0"),
+        (["prune", "{clip}", "--selector", "autogaze", "--clip-ratio", "0.1"], "need a selector that knows"),
         (["prune", "{clip}", "--frames", "21"], "`num_frames` must be at most 20"),
         (["prune", "{clip}", "--fps", "-1"], "`fps` must be above 0"),
         (["prune", "{clip}", "--tiles", "grid", "--max-tiles", "0"], "`max_tiles` must be a whole number"),

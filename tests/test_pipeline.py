@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from transformers import pipeline
 
 from transformers_autogaze import (
+    AUTOGAZE_SELECTOR,
     GREEDY_SELECTOR,
     AutoGazeModel,
     AutoGazeProcessor,
@@ -37,26 +38,35 @@ def greedy() -> VideoTokenPruningPipeline:
     return pipeline("video-token-pruning", model=str(GREEDY_SELECTOR), device="cpu")
 
 
-def test_the_default_is_the_model_with_the_weights_of_the_package(prune):
+def test_the_default_keeps_a_quarter_of_the_tokens_of_a_clip_on_the_finest_scale(prune, video):
+    assert type(prune.model) is GreedyGazeSelector and type(prune.processor) is AutoGazeProcessor
+    gaze = prune(video)["gaze"]
+    assert gaze.scales == [224] and gaze.num_real.tolist() == [196]
+    assert torch.equal(prune(video, clip_ratio=0.25)["gaze"].gazing_pos, gaze.gazing_pos)
+    assert prune(video, tokens_per_clip=250)["gaze"].num_real.tolist() == [250]
+
+
+def test_the_weights_of_the_package_are_named_by_their_folder(video):
+    prune = pipeline("video-token-pruning", model=str(AUTOGAZE_SELECTOR), device="cpu")
     assert type(prune.model) is AutoGazeModel and not prune.model.training
-    assert type(prune.processor) is AutoGazeProcessor
     expected = AutoGazeModel.from_default()
     assert all(torch.equal(a, b) for a, b in zip(prune.model.parameters(), expected.parameters(), strict=True))
+    with pytest.raises(ValueError, match="need a selector that knows what patches gain"):
+        prune(video, clip_ratio=0.1)
 
 
-def test_without_settings_the_package_keeps_what_26_db_need(prune, greedy, video):
-    for each in (prune, greedy):
-        expected = each(video, gazing_ratio=0.75, task_loss_requirement=0.7)["gaze"]
-        assert torch.equal(each(video)["gaze"].gazing_pos, expected.gazing_pos)
+def test_without_settings_the_four_scales_keep_what_26_db_need(greedy, video):
+    expected = greedy(video, gazing_ratio=0.75, task_loss_requirement=0.7)["gaze"]
+    assert torch.equal(greedy(video)["gaze"].gazing_pos, expected.gazing_pos)
 
 
 def test_one_video_gives_its_gaze_records_and_statistics(prune, video):
     result = prune(video, gazing_ratio=0.1)
     gaze = result["gaze"]
     assert type(gaze) is GazeOutput and gaze.batch_size == 1 and gaze.num_frames == 4
-    assert result["statistics"]["patches_each_frame"] == [26] * 4
-    assert len(result["records"]) == 104
-    assert result["records"][26]["frame"] == 1 and result["records"][26]["order"] == 0
+    assert result["statistics"]["patches_each_frame"] == [19] * 4
+    assert len(result["records"]) == 76
+    assert result["records"][19]["frame"] == 1 and result["records"][19]["order"] == 0
     boxes = torch.tensor([record["box"] for record in result["records"]])
     torch.testing.assert_close(boxes, gaze.boxes(60, 90)[0])
     json.dumps([result["records"], result["statistics"]])
@@ -72,14 +82,14 @@ def test_the_gaze_is_what_processor_and_selector_give(greedy, video):
     assert torch.equal(greedy(video)["gaze"].gazing_pos, GreedyGazeSelector().generate(**inputs).gazing_pos)
 
 
-def test_patches_and_reconstruction_come_on_request(prune, video):
-    result = prune(video, gazing_ratio=1.0, return_patches=True, return_reconstruction=True)
+def test_patches_and_reconstruction_come_on_request(greedy, video):
+    result = greedy(video, gazing_ratio=1.0, return_patches=True, return_reconstruction=True)
     assert result["patches"].shape == (4 * 265, 3, 16, 16)
     assert result["reconstruction"].shape == (4, 3, 224, 224)
     assert result["statistics"]["psnr"] == pytest.approx(100)  # all finest patches: exact
     first = result["patches"][result["gaze"].ids_each_frame()[0].tolist().index(69)]
     torch.testing.assert_close(first, result["reconstruction"][0, :, :16, :16], rtol=0, atol=1e-5)
-    loose = prune(video, gazing_ratio=0.01, return_reconstruction=True)
+    loose = greedy(video, gazing_ratio=0.01, return_reconstruction=True)
     assert loose["statistics"]["psnr"] < 30 and "patches" not in loose
 
 
@@ -121,8 +131,8 @@ def test_many_videos_give_what_each_gives_alone(prune, video):
 
 def test_defaults_of_the_pipeline_hold_until_a_call_changes_them(video):
     prune = pipeline("video-token-pruning", device="cpu", gazing_ratio=0.1, num_frames=2)
-    assert prune(video)["statistics"]["patches_each_frame"] == [26, 26]
-    assert prune(video, gazing_ratio=0.2)["statistics"]["patches_each_frame"] == [53, 53]
+    assert prune(video)["statistics"]["patches_each_frame"] == [19, 19]
+    assert prune(video, gazing_ratio=0.2)["statistics"]["patches_each_frame"] == [39, 39]
 
 
 def test_a_gaze_for_another_encoder(prune, video):

@@ -27,10 +27,13 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 
 __version__ = "0.1.0"
 
-DEFAULT_SELECTOR = Path(__file__).parent / "pretrained" / "autogaze"
-"""Folder of the model that is used where none is named."""
-GREEDY_SELECTOR = Path(__file__).parent / "pretrained" / "greedy"
-"""Folder of the greedy selector, which has no weights."""
+_PRETRAINED = Path(__file__).parent / "pretrained"
+DEFAULT_SELECTOR = FINEST_SELECTOR = _PRETRAINED / "finest"
+"""Folder of the selector that is used where none is named: greedy search on the finest scale, a quarter of a clip's tokens."""
+GREEDY_SELECTOR = _PRETRAINED / "greedy"
+"""Folder of the greedy selector on the four scales of the published model."""
+AUTOGAZE_SELECTOR = _PRETRAINED / "autogaze"
+"""Folder of the AutoGaze weights that come with the package."""
 
 for _config, _model in ((AutoGazeConfig, AutoGazeModel), (GreedyGazeConfig, GreedyGazeSelector)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -73,7 +76,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "AUTOGAZE_SELECTOR",
     "DEFAULT_SELECTOR",
+    "FINEST_SELECTOR",
     "GREEDY_SELECTOR",
     "AutoGazeConfig",
     "AutoGazeModel",

@@ -184,7 +184,7 @@ class CanvasSearch:
         """Finds for each clip the marginal gain at which it chooses `num_tokens` patches or a few more."""
         best = None
         low, high = (torch.full((len(frames),), bound, dtype=torch.float64) for bound in (-math.inf, math.inf))
-        count_low, count_high = torch.zeros_like(low), torch.zeros_like(low)
+        count_low, count_high, is_done = torch.zeros_like(low), torch.zeros_like(low), low > 0
         wanted = num_tokens.double().cpu()
         guess = self._guess_marginal_gain(frames, num_tokens).log2().cpu()
         for number in range(_MAX_PASSES + 1):
@@ -193,7 +193,8 @@ class CanvasSearch:
             choices = self._pass(frames, guess.exp2().to(frames.device), max_error, canvas)
             count = choices.count().double().cpu()
             enough = (count >= wanted) | (number == _MAX_PASSES)
-            better = enough & (guess >= low)
+            # A clip that is done stays as it is, whatever others of its batch still need.
+            better = enough & (guess >= low) & ~is_done
             if best is None:
                 best = choices
             else:
@@ -201,7 +202,8 @@ class CanvasSearch:
                 best = _Choices(*(torch.where(taken, new, old) for new, old in zip(choices, best, strict=True)))
             low, count_low = torch.where(better, guess, low), torch.where(better, count, count_low)
             high, count_high = torch.where(enough, high, guess), torch.where(enough, count_high, count)
-            if bool((count_low >= wanted).all()) and bool((count_low <= wanted * (1 + _SPARE) + 1).all()):
+            is_done = (count_low >= wanted) & (count_low <= wanted * (1 + _SPARE) + 1)
+            if bool(is_done.all()):
                 break
             guess = _next_guess(low, high, count_low, count_high, wanted)
         return best

@@ -24,11 +24,13 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from . import (
-    DEFAULT_SELECTOR,
+    AUTOGAZE_SELECTOR,
+    FINEST_SELECTOR,
     GREEDY_SELECTOR,
     AutoGazeProcessor,
     CompositeReconstruction,
     GazeOutput,
+    GazeSelector,
     cli_evaluation,
     cli_training,
 )
@@ -40,6 +42,7 @@ from .video_gazing import GazeChunk, stream_gaze
 from .visualization import contact_sheet, paint_gaze, side_by_side, to_frames
 
 
+_SELECTORS = {"finest": FINEST_SELECTOR, "greedy": GREEDY_SELECTOR, "autogaze": AUTOGAZE_SELECTOR}
 _PANEL = 448  # pixels on the shorter side of a panel at most
 _SHEET = 8  # frames on the contact sheet
 _PAINTED = 4  # frames that are painted together
@@ -73,27 +76,34 @@ def _parser() -> argparse.ArgumentParser:
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write to")
     selector = output.add_mutually_exclusive_group()
+    selector.add_argument("--model", metavar="DIR", help="checkpoint of a gaze model, a folder or a Hub repository")
     selector.add_argument(
-        "--model",
-        metavar="DIR",
-        help="checkpoint of a gaze model, a folder or a Hub repository (default: the weights of this package)",
+        "--selector",
+        choices=_SELECTORS,
+        help="a selector of this package: greedy search on the finest scale (the default) or on the four published "
+        "scales, or the AutoGaze weights",
     )
-    selector.add_argument(
-        "--selector", choices=["greedy"], help="a selector without weights: greedy search on the measured error"
+    budget = output.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--clip-ratio",
+        type=float,
+        metavar="R",
+        help="share of a dense encoder's tokens to keep of the whole video, 0..1, spent where they gain most (default: "
+        "0.25 for the default selector)",
     )
-    output.add_argument(
+    budget.add_argument("--tokens-per-second", type=float, metavar="N", help="tokens to keep per second of video")
+    budget.add_argument(
         "--gazing-ratio",
         type=float,
-        default=0.75,
         metavar="R",
-        help="share of patches to keep at most, 0..1 (default: 0.75)",
+        help="share of patches to keep of every frame at most, 0..1 (default: 0.75 for --selector greedy and autogaze)",
     )
     output.add_argument(
         "--task-loss-requirement",
         type=float,
-        default=0.7,
         metavar="L",
-        help="loss at which a frame is good enough; 0.7 is 26 dB for both selectors of this package (default: 0.7)",
+        help="loss at which a frame is good enough; 0.7 is 26 dB for the selectors of this package (default: 0.7 for "
+        "--selector greedy and autogaze)",
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     output.add_argument("--device", default=default_device, help=f"where to compute (default: {default_device})")
@@ -132,25 +142,27 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    settings = {"gazing_ratio": options.gazing_ratio, "task_loss_requirement": options.task_loss_requirement}
-    folder = options.model or (GREEDY_SELECTOR if options.selector else DEFAULT_SELECTOR)
+    folder = options.model or _SELECTORS[options.selector or "finest"]
     try:
         selector = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(options.device)
     except OSError as error:
         raise ValueError(
             f"`--model` must be a checkpoint's folder or Hub repository, got {folder!r}: {error}"
         ) from error
+    settings = _settings(options, selector)
     processor = _load_processor(folder)
     metadata, frames = stream_video(options.video, num_frames=options.frames, fps=options.fps)
+    count = len(metadata.frames_indices)
+    rate = (metadata.fps or 30) * count / metadata.total_num_frames
     chunks = stream_gaze(
         selector,
-        frames,
+        _SizedFrames(frames, count),
         processor.video_processor,
         tiles=options.tiles,
         max_tiles=options.max_tiles,
+        frame_rate=rate,
         **settings,
     )
-    count = len(metadata.frames_indices)
     shown = {index * (count - 1) // max(1, min(count, _SHEET) - 1) for index in range(min(count, _SHEET))}
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -174,7 +186,6 @@ def _prune(options: argparse.Namespace) -> None:
                     yield from joined
                     del joined
 
-        rate = (metadata.fps or 30) * count / metadata.total_num_frames
         write_video(options.output / "overlay.mp4", overlay(), fps=rate)
         seconds = time.perf_counter() - start
         statistics = summary.statistics()
@@ -197,11 +208,34 @@ def _prune(options: argparse.Namespace) -> None:
     contact_sheet(list(zip(names, rows, strict=True)), list(statistics["patches_each_scale"])).save(
         options.output / "contact_sheet.png"
     )
-    _print_table(options, metadata, statistics, seconds)
+    _print_table(options, settings, metadata, statistics, seconds)
+
+
+def _settings(options: argparse.Namespace, selector: GazeSelector) -> dict[str, float]:
+    """Gives the budgets and thresholds that were asked for, or those of the selector if none was."""
+    names = ("clip_ratio", "tokens_per_second", "gazing_ratio", "task_loss_requirement")
+    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if asked:
+        return asked
+    share = getattr(selector.config, "clip_ratio", None)
+    return {"gazing_ratio": 0.75, "task_loss_requirement": 0.7} if share is None else {"clip_ratio": share}
+
+
+class _SizedFrames:
+    """Frames that come one by one, and how many they are."""
+
+    def __init__(self, frames: Iterator[np.ndarray], count: int):
+        self.frames, self.count = frames, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.frames
 
 
 def _selector_name(options: argparse.Namespace) -> str:
-    return options.model or options.selector or "autogaze"
+    return options.model or options.selector or "finest"
 
 
 def _load_processor(folder: str | Path) -> AutoGazeProcessor:
@@ -305,13 +339,16 @@ class Summary:
         }
 
 
-def _print_table(options: argparse.Namespace, metadata: Any, statistics: dict[str, Any], seconds: float) -> None:
+def _print_table(
+    options: argparse.Namespace, settings: dict[str, float], metadata: Any, statistics: dict[str, Any], seconds: float
+) -> None:
     count = statistics["num_frames"]
     dense = round(statistics["reduction_factor"] * statistics["num_patches"])
+    asked = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
     scales = ", ".join(f"{number} at {scale}" for scale, number in statistics["patches_each_scale"].items())
     rows = {
         "video": f"{Path(options.video).name}, {count} frames of {metadata.width}x{metadata.height}",
-        "selector": f"{_selector_name(options)}, ratio {options.gazing_ratio:g}, threshold {options.task_loss_requirement:g}",
+        "selector": f"{_selector_name(options)}, {asked}",
         "patches kept": f"{statistics['num_patches']}, {statistics['num_patches'] / count:.1f} a frame ({scales})",
         "tokens": f"{statistics['reduction_factor']:.1f}x fewer than the {dense} of a dense encoder",
         "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches alone",

@@ -199,8 +199,9 @@ class GazeGrid:
         """
         Matches this grid, a selector's, to an encoder: the grid to gaze for (SPEC, "Other resolutions").
 
-        The frame becomes the number of this grid's tiles that comes nearest to the encoder's own patches, one at least;
-        whole tiles, so that the patches of all scales lie over each other as they do in this grid.
+        A grid of one scale becomes that of the encoder's own patches. With several, the frame becomes the number of this
+        grid's tiles that comes nearest to the encoder's own patches, one at least; whole tiles, so that the patches of all
+        scales lie over each other as they do in this grid.
 
         Args:
             image_size (`int` or `tuple[int, int]`): size in pixels of the encoder's images, square or `(height, width)`.
@@ -220,6 +221,8 @@ class GazeGrid:
 
         >>> GazeGrid([32, 64, 112, 224], patch_size=16).for_encoder(image_size=384, patch_size=14)
         GazeGrid(scales=[56, 112, 196, 392], patch_size=14)
+        >>> GazeGrid([224], patch_size=16).for_encoder(image_size=384, patch_size=14)
+        GazeGrid(scales=[378], patch_size=14)
 
         ```
         """
@@ -229,6 +232,8 @@ class GazeGrid:
             raise ValueError(f"`patch_size` must be that of square patches, got {patch_size!r}")
         if min(height, width) < patch:
             raise ValueError(f"`image_size` must be at least the patch size {patch}, got {image_size!r}")
+        if len(self.sizes) == 1:
+            return GazeGrid([(height // patch * patch, width // patch * patch)], patch)
         tiles = [
             max(1, int(side / patch / own + 0.5)) for side, own in zip((height, width), self.grids[-1], strict=True)
         ]

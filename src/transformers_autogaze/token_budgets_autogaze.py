@@ -173,16 +173,15 @@ class RateControl:
         Tells what the next frame may take.
 
         Returns:
-            `tuple` of three `torch.LongTensor` of shape `(batch,)`: tokens at least and at most, and those that the
-            budget foresees.
+            `tuple` of three `torch.LongTensor` of shape `(batch,)`: tokens at least, tokens at most, also where nothing was
+            ever kept, and those that the budget foresees.
         """
         rate, window = self.budget
-        spent = self._spent()
-        earlier = min(self.num_frames, window - 1)
+        spent, seen = self._spent(), min(self.num_frames + 1, window)
         most = ((1 + _TOLERANCE) * rate * window - spent).floor().clamp(min=0)
-        least = ((1 - _TOLERANCE) * rate * (earlier + 1) - spent).ceil().clamp(min=0)
+        least = ((1 - _TOLERANCE) * rate * seen - spent).ceil().clamp(min=0)
         # What was spent too much comes off again over half a stretch.
-        foreseen = rate - (spent - rate * earlier) / (0.5 * window)
+        foreseen = rate - (spent - rate * (seen - 1)) / (0.5 * window)
         foreseen = foreseen.clamp(0.5 * rate, 2 * rate).ceil().clamp(min=1)
         return torch.minimum(least, most).long(), most.long(), foreseen.long()
 
@@ -216,10 +215,9 @@ class RateControl:
             self.log_gain = torch.where(
                 num_needed > 0, self.log_gain, self.log_gain.lerp(marginal, 1 / (_MEMORY * window))
             )
-        # In the first stretch, what later frames will need must not be spent on the first ones.
-        seen = min(self.num_frames + 1, window)
-        early = (1 + _TOLERANCE) * rate * seen + _TOLERANCE * rate * window - self._spent()
-        counts = torch.maximum(torch.minimum(counts, early.floor().long()), num_needed)
+        # A stretch that has only begun has only begun to earn its tokens, but a first frame is kept whole.
+        earned = (1 + _TOLERANCE) * rate * min(self.num_frames + 1, window) - self._spent()
+        counts = torch.maximum(torch.minimum(counts, earned.floor().clamp(min=0).long()), num_needed)
         counts = torch.minimum(torch.maximum(counts, least), most).clamp(max=gains.shape[1])
         self.recent[:, self.num_frames % window] = counts.double()
         self.num_frames += 1

@@ -479,7 +479,8 @@ def _open_source(
             f"`num_frames` needs a source whose length is known, got {num_frames} with {type(source).__name__}"
         )
     check_start_frame(start_frame)
-    return None, _skip(iter(source), start_frame), None
+    indices = range(len(source)) if hasattr(source, "__len__") else None
+    return indices, _skip(iter(source), start_frame), None
 
 
 def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:

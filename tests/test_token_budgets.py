@@ -1,0 +1,243 @@
+"""Budgets over time: tokens of a clip, or of a second of a stream, go where they gain most."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from transformers_autogaze import (
+    AutoGazeModel,
+    GazeOutput,
+    GreedyGazeCache,
+    GreedyGazeConfig,
+    GreedyGazeSelector,
+    gaze_video,
+    stream_gaze,
+)
+from transformers_autogaze.token_budgets_autogaze import RateControl, StreamBudget
+
+
+ONE_SCALE = GreedyGazeConfig(scales=[64])
+THREE_SCALES = GreedyGazeConfig(scales=[16, 32, 64])
+
+
+@pytest.fixture(scope="module", params=[ONE_SCALE, THREE_SCALES], ids=["one scale", "three scales"])
+def selector(request) -> GreedyGazeSelector:
+    return GreedyGazeSelector(request.param)
+
+
+@pytest.fixture(scope="module")
+def video() -> torch.Tensor:
+    """Two clips of 6 frames: a still one with a cut in the middle, and one that moves all the time."""
+    generator = torch.Generator().manual_seed(0)
+    scenes = F.interpolate(torch.randn(2, 3, 12, 24, generator=generator), (96, 192), mode="bicubic")
+    still = scenes[[0, 0, 0, 1, 1, 1], :, :64, :64]
+    moving = torch.stack([scenes[0, :, :64, 4 * t : 4 * t + 64] for t in range(6)])
+    return torch.stack([still, moving]).clamp(-2, 2)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
+def test_a_share_of_the_clip_is_kept_exactly(selector, video, share):
+    gaze = selector.generate(video, clip_ratio=share)
+    assert gaze.num_real.tolist() == [int(share * 6 * 16)] * 2
+    number = selector.generate(video, tokens_per_clip=int(share * 6 * 16))
+    assert torch.equal(number.gazing_pos, gaze.gazing_pos)
+    assert sum(int(mask.sum()) for mask in gaze.gazing_mask) == int(gaze.num_real.sum())  # none twice
+
+
+def test_the_first_frame_and_a_cut_get_what_they_need_and_stillness_nothing(video):
+    gaze = GreedyGazeSelector(ONE_SCALE).generate(video[:1], clip_ratio=32 / 96)
+    assert gaze.num_real_each_frame.tolist() == [[16, 0, 0, 16, 0, 0]]
+    coarse = GreedyGazeSelector(THREE_SCALES).generate(video[:1], clip_ratio=32 / 96)
+    counts = coarse.num_real_each_frame[0]
+    assert counts[[1, 2, 4, 5]].sum() == 0 and counts[0] > 8 and counts[3] > 8
+    assert coarse.coverage(64, 64)[0, 0].all()  # no place of the first frame is left without a token
+
+
+def test_one_scale_keeps_just_what_differs_enough_from_what_was_kept(video):
+    """By hand: a place is kept when its squared error against the last frame that kept it reaches the marginal gain."""
+    selector = GreedyGazeSelector(ONE_SCALE)
+    gaze = selector.generate(video, tokens_per_clip=40)
+    pixels = selector.to_pixels(video)
+    patches = pixels.unflatten(4, (4, 16)).unflatten(3, (4, 16)).permute(0, 1, 3, 5, 2, 4, 6).reshape(2, 6, 16, -1)
+    mask = gaze.gazing_mask[0]
+    for clip in range(2):
+        assert mask[clip, 0].all()
+        shown, kept, dropped = patches[clip, 0].clone(), [], []
+        for t in range(1, 6):
+            errors = (patches[clip, t].double() - shown.double()).square().sum(1)
+            kept += errors[mask[clip, t]].tolist()
+            dropped += errors[~mask[clip, t]].tolist()
+            shown[mask[clip, t]] = patches[clip, t][mask[clip, t]]
+        # What was left out of the last pass for want of tokens gained little more than the least that was kept.
+        assert min(kept) * 1.2 >= max(dropped)
+
+
+def test_more_of_a_frame_is_spent_where_more_changes(selector, video):
+    counts = selector.generate(video, clip_ratio=0.6).num_real_each_frame
+    assert (counts[1, 1:] > 0).all() and counts[0, 3] > 0
+    assert counts[0, [1, 2, 4, 5]].sum() < counts[1, [1, 2, 4, 5]].sum()
+
+
+def test_a_batch_gives_each_clip_what_it_gets_alone(selector, video):
+    together = selector.generate(video, clip_ratio=0.3)
+    for clip in range(2):
+        alone = selector.generate(video[clip : clip + 1], clip_ratio=0.3)
+        assert torch.equal(together.select(clip).gazing_pos, alone.gazing_pos)
+
+
+def test_a_threshold_ends_frames_before_the_budget_does(video):
+    selector = GreedyGazeSelector(ONE_SCALE)
+    gaze = selector.generate(video, clip_ratio=1.0, task_loss_requirement=0.9)
+    losses = selector.composite(selector.to_pixels(video), gaze).loss
+    assert (losses <= 0.9 + 1e-4).all() and (gaze.num_real < 96).all()
+
+
+def test_frames_of_a_tubelet_are_kept_together(selector, video):
+    gaze = selector.generate(video, clip_ratio=0.5, tubelet_size=2)
+    assert gaze.num_frames == 3 and gaze.frame_sampling_rate == 2 and gaze.num_real.tolist() == [24, 24]
+    # The pair over the cut changes in its second frame alone, the last pair in both: it gains more.
+    assert gaze.num_real_each_frame[0, 2] > gaze.num_real_each_frame[0, 1]
+    assert (selector.generate(video, clip_ratio=0.9, tubelet_size=2).num_real_each_frame > 0).all()
+    even = selector.generate(video, gazing_ratio=0.25, tubelet_size=2)
+    assert (even.num_real_each_frame == selector.config.grid.num_patches // 4).all()
+
+
+def test_a_later_call_goes_on_with_what_was_kept(video):
+    selector, cache = GreedyGazeSelector(ONE_SCALE), GreedyGazeCache()
+    call = {"past_key_values": cache, "use_cache": True}
+    first = selector.generate(video[:, :3], tokens_per_clip=20, **call)
+    second = selector.generate(video[:, 3:], tokens_per_clip=20, **call)
+    assert (first.first_frame, second.first_frame, cache.num_frames) == (0, 3, 6)
+    assert second.num_real_each_frame[0, 0] == 16  # the cut
+    joined = GazeOutput.concatenate([first, second])
+    assert joined.num_real.tolist() == [40, 40] and joined.first_frame == 0
+    rebuilt = selector.composite.reconstruct(selector.to_pixels(video), joined)[:, -1]
+    assert torch.equal(rebuilt, cache.reconstruction)
+    with pytest.raises(ValueError, match=r"`gazes\[1\]` must go on at frame 6 of its stream.* starts at frame 0"):
+        GazeOutput.concatenate([second, first])
+    with pytest.raises(ValueError, match="a stream keeps its grid and its `tubelet_size`"):
+        selector.generate(video[:, :2], gazing_ratio=0.1, tubelet_size=2, **call)
+
+
+def still_and_moving(seconds: int, rate: int) -> torch.Tensor:
+    """A clip, half of it still but for noise, half moving: `(frames, 3, 32, 32)`."""
+    generator = torch.Generator().manual_seed(0)
+    scene = F.interpolate(torch.randn(1, 3, 12, 24, generator=generator), (48, 96), mode="bicubic")[0].clamp(-2, 2)
+    frames = []
+    for t in range(seconds * rate):
+        x, y = (0, 0) if t < seconds * rate // 2 else (int(24 + 20 * np.sin(t / 9)), int(8 + 7 * np.cos(t / 7)))
+        frames.append(scene[:, y : y + 32, x : x + 32])
+    frames = torch.stack(frames)
+    return frames + 0.02 * torch.randn(frames.shape, generator=generator)
+
+
+@pytest.mark.parametrize(("scales", "seconds"), [([32], 180), ([16, 32], 60)], ids=["one scale", "two scales"])
+@pytest.mark.parametrize("starts_still", [True, False], ids=["still first", "moving first"])
+def test_a_stream_keeps_to_its_budget_and_spends_more_where_more_moves(scales, seconds, starts_still):
+    rate, budget = 3, 9.0
+    frames = still_and_moving(seconds, rate)
+    frames = frames if starts_still else frames.flip(0)
+    selector, cache, counts = GreedyGazeSelector(GreedyGazeConfig(scales=scales, patch_size=8)), GreedyGazeCache(), []
+    for chunk in frames.split(60):
+        gaze = selector.generate(
+            chunk[None], tokens_per_second=budget, frame_rate=rate, past_key_values=cache, use_cache=True
+        )
+        counts += gaze.num_real_each_frame[0].tolist()
+    total = np.cumsum([0, *counts])
+    each_ten_seconds = (total[10 * rate :] - total[: -10 * rate]) / 10
+    assert each_ten_seconds.min() >= 0.9 * budget and each_ten_seconds.max() <= 1.1 * budget
+    halves = np.split(np.array(counts), 2)
+    still, moving = halves if starts_still else halves[::-1]
+    assert moving.sum() > 1.02 * still.sum()
+
+
+def test_a_stream_is_the_same_however_it_is_cut(selector, video):
+    budget = {"tokens_per_second": 12, "frame_rate": 2}
+    whole = selector.generate(video, **budget)
+    cache = GreedyGazeCache()
+    parts = [
+        selector.generate(part, **budget, past_key_values=cache, use_cache=True) for part in video.split([1, 2, 3], 1)
+    ]
+    assert torch.equal(GazeOutput.concatenate(parts).gazing_pos, whole.gazing_pos)
+
+
+def test_an_account_does_not_save_for_ever():
+    """However long nothing changed, a stretch never takes more than its share."""
+    control = RateControl(StreamBudget(tokens_per_frame=4, window=10), batch_size=1, device="cpu")
+    none, much = torch.zeros(1, 50, dtype=torch.float64), torch.full((1, 50), 100.0, dtype=torch.float64)
+    counts = [int(control.count(gains, torch.tensor([0]))) for gains in [none] * 40 + [much] * 40]
+    stretches = [sum(counts[t : t + 10]) for t in range(len(counts) - 9)]
+    assert 36 <= min(stretches) and max(stretches) <= 44
+
+
+def moving_frames(count: int) -> np.ndarray:
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    return np.stack([np.roll(blocks, 3 * index, axis=1) for index in range(count)])
+
+
+@pytest.mark.parametrize("tiles", ["whole", "grid", "native"])
+def test_a_short_video_is_searched_as_a_whole_and_a_long_one_as_a_stream(tiles):
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=[32], patch_size=16))
+    short = gaze_video(selector, moving_frames(40), tiles=tiles, max_tiles=6, clip_ratio=0.25)
+    dense = 40 * short.grid.num_patches
+    assert int(short.num_real) == dense // 4
+    long = gaze_video(selector, moving_frames(70), tiles=tiles, max_tiles=6, clip_ratio=0.25)
+    assert abs(int(long.num_real) / (70 * long.grid.num_patches) - 0.25) < 0.1
+    assert long.num_frames == 70 and short.first_frame == 0
+    if tiles == "native":
+        assert short.grid.sizes == ((64, 96),)
+
+
+def test_the_configuration_names_the_share_where_nothing_is_given(video):
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=[64], clip_ratio=0.25))
+    assert selector.generate(video).num_real.tolist() == [24, 24]
+    assert int(gaze_video(selector, moving_frames(8)).num_real) == 32
+    assert (selector.generate(video, gazing_ratio=0.5).num_real_each_frame == 8).all()
+    with pytest.raises(ValueError, match="`clip_ratio` must be above 0 and at most 1, got 2"):
+        GreedyGazeConfig(clip_ratio=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"clip_ratio": 0}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"clip_ratio": 1.5}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"clip_ratio": float("nan")}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"clip_ratio": "0.1"}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"tokens_per_clip": 0}, r"`tokens_per_clip` must be a whole number in 1\.\.96"),
+        ({"tokens_per_clip": 97}, r"`tokens_per_clip` must be a whole number in 1\.\.96"),
+        ({"tokens_per_clip": 2.5}, r"`tokens_per_clip` must be a whole number in 1\.\.96"),
+        ({"tokens_per_second": 3}, "`tokens_per_second` and `frame_rate` must be given together"),
+        ({"frame_rate": 3}, "`tokens_per_second` and `frame_rate` must be given together"),
+        ({"tokens_per_second": -1, "frame_rate": 3}, "`tokens_per_second` must be a number above 0"),
+        ({"tokens_per_second": 1, "frame_rate": float("inf")}, "`frame_rate` must be a number above 0"),
+        ({"clip_ratio": 0.5, "gazing_ratio": 0.5}, "only one of .* can be given, got .'gazing_ratio', 'clip_ratio'"),
+        ({"clip_ratio": 0.5, "tokens_per_clip": 5}, "only one of .* can be given"),
+        ({"clip_ratio": 0.5, "tubelet_size": 4}, "must hold a multiple of 4 frames, got 6"),
+        ({"clip_ratio": 0.5, "tubelet_size": 0}, "`tubelet_size` must be a whole number of at least 1"),
+    ],
+)
+def test_bad_budgets_are_named(video, call, message):
+    with pytest.raises(ValueError, match=message):
+        GreedyGazeSelector(ONE_SCALE).generate(video, **call)
+
+
+def test_a_selector_that_knows_no_gains_says_so(tiny_model):
+    assert isinstance(tiny_model, AutoGazeModel)
+    frames = torch.zeros(1, 2, 3, 64, 64, dtype=torch.float64)
+    with pytest.raises(ValueError, match="`clip_ratio`.* need a selector that knows what patches gain"):
+        tiny_model.generate(frames, clip_ratio=0.1)
+    with pytest.raises(ValueError, match="`tubelet_size` must be 1 for AutoGazeModel"):
+        tiny_model.generate(frames, gazing_ratio=0.1, tubelet_size=2)
+
+
+def test_stream_gaze_checks_budgets_before_it_decodes():
+    selector, frames = GreedyGazeSelector(ONE_SCALE), iter([None])
+    for call, message in (
+        ({"clip_ratio": 2}, "`clip_ratio` must be above 0"),
+        ({"clip_ratio": 0.1, "gazing_ratio": 0.1}, "only one of"),
+        ({"tokens_per_second": 9}, "`frame_rate` must be given with `tokens_per_second`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream_gaze(selector, frames, **call)
