@@ -6,6 +6,7 @@ A thin layer over `evaluation`: a checkpoint and videos in, or an encoder and vi
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from huggingface_hub.utils import tqdm
 from transformers import AutoModel
 
 from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
-from .evaluation.feature_clips import SAMPLINGS, check_videos, encoder_normalization, read_clips
+from .evaluation.encoder_selector import EncoderClipSelector
+from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, encoder_normalization, read_clips
 from .evaluation.feature_comparison import (
     ATTENTIONS,
     BUDGETS,
@@ -25,7 +27,12 @@ from .evaluation.feature_comparison import (
     finest_grid,
 )
 from .evaluation.feature_report import LABELS, fraction, write_feature_report
-from .evaluation.feature_selectors import PixelClipSelector, pixel_clip_selectors, scales_of_encoder
+from .evaluation.feature_selectors import (
+    ClipSelector,
+    PixelClipSelector,
+    pixel_clip_selectors,
+    scales_of_encoder,
+)
 from .evaluation.plots import check_matplotlib
 from .evaluation.report import markdown_tables, write_report
 from .evaluation.selectors import baseline_selectors
@@ -44,6 +51,7 @@ _ON_FEATURES = {
     "selector": list(LABELS),
 }
 """Options of one of the two evaluations alone, with their defaults."""
+_AUTOGAZE = Path(__file__).parent / "pretrained" / "autogaze"
 
 
 def add_commands(commands: Any) -> None:
@@ -65,9 +73,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--encoder", metavar="DIR", help="a vision tower, a folder or a Hub repository: measure what it keeps"
     )
-    evaluate.add_argument(
-        "--num-frames", type=int, default=16, metavar="N", help="frames of a clip (default: 16)"
-    )
+    evaluate.add_argument("--num-frames", type=int, default=16, metavar="N", help="frames of a clip (default: 16)")
     evaluate.add_argument(
         "--max-clips", type=int, default=4, metavar="N", help="clips of one video at most (default: 4)"
     )
@@ -175,3 +181,74 @@ def _load_model(folder: str | os.PathLike) -> tuple[GazeSelector, AutoGazeVideoP
         return model, AutoGazeProcessor.from_pretrained(folder).video_processor
     except OSError:
         return model, AutoGazeVideoProcessor()  # A checkpoint without one was trained on the published preprocessing.
+
+
+def _evaluate_on_features(options: argparse.Namespace) -> None:
+    folder, videos = None, options.inputs
+    if os.path.isdir(options.inputs[0]):
+        folder, *videos = options.inputs
+    taken = {"num_frames": options.num_frames, "max_clips": options.max_clips}
+    check_matplotlib()
+    num_clips = count_clips(videos, options.sampling, **taken)
+    tower, processor = _load_encoder(options.encoder)
+    grid = finest_grid(tower, options.size)
+    size, _ = grid.sizes[-1]
+    settings = {
+        "encoder": Path(options.encoder).name,
+        "model": folder,
+        "videos": [Path(video).name for video in videos],
+        "size": size,
+        "frames_of_a_clip": options.num_frames,
+        "clips_of_a_video": options.max_clips,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+    }
+    results = FeatureResults(options.output / "results.json", settings)
+    tower.to(options.device)
+    selectors = _clip_selectors(options, tower, size, grid.patch_size, folder)
+    comparison = FeatureComparison(
+        tower, processor, selectors, size, options.budget, options.attention, evs=EVS in options.selector
+    )
+
+    def clips(samplings: Sequence[str]) -> Iterator[FeatureClip]:
+        for sampling in samplings:
+            for video in videos:
+                yield from read_clips(video, size, sampling, **taken)
+
+    if unknown := [sampling for sampling in options.sampling if sampling not in results.means]:
+        results.add(means=comparison.mean_features(tqdm(clips(unknown), unit="clip", desc="mean feature")))
+    for clip in tqdm(clips(options.sampling), unit="clip", desc="evaluating", total=num_clips):
+        mean = torch.tensor(results.means[clip.sampling])
+        if rows := list(comparison.measure(clip, mean, results.keys)):
+            results.add(rows)
+    dense_tokens = options.num_frames * grid.num_patches
+    about = {key: value for key, value in settings.items() if value is not None}
+    written = [results.path, *write_feature_report(results.rows, options.output, about, dense_tokens)]
+    print((options.output / "results.md").read_text(encoding="utf-8"))
+    print("written: " + ", ".join(map(str, written)))
+
+
+def _load_encoder(folder: str) -> tuple[torch.nn.Module, AutoGazeVideoProcessor]:
+    """Loads an encoder and what normalises its frames."""
+    try:
+        tower = GazeVisionModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    except OSError as error:
+        raise ValueError(f"`--encoder` must be a model's folder or Hub repository, got {folder!r}: {error}") from error
+    return tower.vision_model, encoder_normalization(folder, tower.config.model_type)
+
+
+def _clip_selectors(
+    options: argparse.Namespace, tower: torch.nn.Module, size: int, patch_size: int, folder: str | None
+) -> dict[str, ClipSelector]:
+    """Makes the selectors that were asked for and that the size allows, in the order of `LABELS`."""
+    made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
+    for name, at in (("model", folder), ("autogaze", _AUTOGAZE)):
+        if at is not None and name in options.selector:
+            model, processor = _load_model(at)
+            if (grid := scales_of_encoder(size, patch_size, model.config.grid)) is not None:
+                made[name] = PixelClipSelector(model.to(options.device), grid, processor, published_way=True)
+    if "encoder" in options.selector and (grid := scales_of_encoder(size, patch_size)) is not None:
+        made["encoder"] = EncoderClipSelector(GazeVisionModel(tower, grid.scales))
+    if "encoder-finest" in options.selector:
+        made["encoder-finest"] = EncoderClipSelector(GazeVisionModel(tower, [size]))
+    return {name: made[name] for name in LABELS if name in made and name in options.selector}

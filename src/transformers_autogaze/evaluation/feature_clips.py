@@ -17,8 +17,8 @@ from ..video_decoding_autogaze import stream_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
-SAMPLINGS = ("consecutive", "spread")
-"""How frames of a clip are taken: one after the other from the beginning, or evenly over the whole video."""
+SAMPLINGS = ("spread", "consecutive")
+"""How frames of a clip are taken: evenly over the whole video, or one after the other from the beginning."""
 
 
 class FeatureClip(NamedTuple):
@@ -36,12 +36,22 @@ class FeatureClip(NamedTuple):
     levels: torch.Tensor
 
 
-def check_videos(videos: Sequence[str | os.PathLike], num_frames: int, max_clips: int) -> None:
+def count_clips(
+    videos: Sequence[str | os.PathLike],
+    samplings: Sequence[str] = SAMPLINGS,
+    num_frames: int = 16,
+    max_clips: int = 4,
+) -> int:
     """
     Checks that videos give clips, before any work: they are opened, but not decoded to their ends.
 
     Args:
-        videos, num_frames, max_clips: as for [`read_clips`].
+        videos (`Sequence` of `str` or `os.PathLike`): the videos; see [`read_video`].
+        samplings (`Sequence[str]`, *optional*): how frames are taken, all of `SAMPLINGS` by default.
+        num_frames, max_clips (*optional*): as for [`read_clips`].
+
+    Returns:
+        `int`: clips that [`read_clips`] gives of all of them.
 
     Raises:
         ValueError: if a video is no video or too short, two have one name, or a number is below 1.
@@ -55,16 +65,19 @@ def check_videos(videos: Sequence[str | os.PathLike], num_frames: int, max_clips
     names = [os.path.basename(video) for video in videos]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"`videos` must differ in their names, which results go by; got {', '.join(twice)} twice")
+    clips = 0
     for video in videos:
         count = stream_video(video)[0].total_num_frames
         if count < num_frames:
             raise ValueError(f"`videos`: {video} has {count} frames, a clip needs {num_frames}")
+        clips += min(max_clips, count // num_frames) * ("consecutive" in samplings) + ("spread" in samplings)
+    return clips
 
 
 def read_clips(
     video: str | os.PathLike,
     size: int,
-    samplings: Sequence[str] = SAMPLINGS,
+    sampling: str = "spread",
     num_frames: int = 16,
     max_clips: int = 4,
 ) -> Iterator[FeatureClip]:
@@ -74,29 +87,31 @@ def read_clips(
     Args:
         video (`str` or `os.PathLike`): the video; see [`read_video`].
         size (`int`): height and width in pixels to resize frames to, antialiased, whatever their aspect ratio is.
-        samplings (`Sequence[str]`, *optional*): which of `SAMPLINGS` to read, both by default.
+        sampling (`str`, *optional*, defaults to `"spread"`): how frames are taken, one of `SAMPLINGS`.
         num_frames (`int`, *optional*, defaults to 16): frames of a clip.
         max_clips (`int`, *optional*, defaults to 4): clips of consecutive frames at most, from the beginning.
 
     Yields:
-        [`FeatureClip`]: clips of consecutive frames first, then the one of frames spread over the video.
+        [`FeatureClip`]: the clips of consecutive frames, or the one of frames spread over the video.
     """
     name = os.path.basename(video)
     resizer = AutoGazeVideoProcessor()
 
-    def clip(frames: Iterator[np.ndarray], name: str, sampling: str) -> FeatureClip:
-        taken = [np.asarray(frame) for frame in islice(frames, num_frames)]
-        if len(taken) < num_frames:
-            raise ValueError(f"`videos`: {video} is damaged: only {len(taken)} of {num_frames} frames of {name} decode")
-        levels = torch.from_numpy(np.stack(taken)).permute(0, 3, 1, 2)
-        return FeatureClip(name, sampling, resizer.resize_levels(levels, (size, size)))
-
-    if "consecutive" in samplings:
+    if sampling == "spread":
+        metadata, frames = stream_video(video, num_frames=num_frames)
+        names = [name]
+    else:
         metadata, frames = stream_video(video)
-        for index in range(min(max_clips, metadata.total_num_frames // num_frames)):
-            yield clip(frames, f"{name}:{index * num_frames}", "consecutive")
-    if "spread" in samplings:
-        yield clip(stream_video(video, num_frames=num_frames)[1], name, "spread")
+        count = min(max_clips, metadata.total_num_frames // num_frames)
+        names = [f"{name}:{index * num_frames}" for index in range(count)]
+    for name in names:
+        taken = list(islice(frames, num_frames))
+        if len(taken) < num_frames:
+            raise ValueError(
+                f"`videos`: {video} is damaged: of {name} only {len(taken)} of {num_frames} frames decode"
+            )
+        levels = torch.from_numpy(np.stack(taken)).permute(0, 3, 1, 2)
+        yield FeatureClip(name, sampling, resizer.resize_levels(levels, (size, size)))
 
 
 def encoder_normalization(encoder: str | os.PathLike, model_type: str) -> AutoGazeVideoProcessor:

@@ -20,7 +20,7 @@ from ..grid_autogaze import GazeGrid
 from ..integrations.vision import GazeVisionModel
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .feature_clips import FeatureClip
-from .feature_selectors import EVENLY, OVER_TIME, ClipSelector, EncodedClip
+from .feature_selectors import OVER_TIME, ClipSelector, EncodedClip
 from .features import FeatureMeasure, dense_features, keep_dissimilar, lay_features
 
 
@@ -264,13 +264,15 @@ class FeatureResults:
     def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
         self.path, self.settings = Path(path), dict(settings)
         self.rows: list[FeatureRow] = []
+        self.means: dict[str, list[float]] = {}
+        """Mean dense features that cosines were measured from, by sampling of the clips."""
         if not self.path.exists():
             return
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            before, columns, rows = found["settings"], found["columns"], found["rows"]
+            before, columns, rows, self.means = (found[key] for key in ("settings", "columns", "rows", "means"))
             if tuple(columns) != FeatureRow._fields:
-                raise KeyError
+                raise ValueError(f"its columns are {columns}")
             self.rows = [FeatureRow(*row) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -288,16 +290,16 @@ class FeatureResults:
         """What the rows are about."""
         return {row.key for row in self.rows}
 
-    def add(self, rows: Sequence[FeatureRow]) -> None:
-        """Adds rows and writes the file anew, in one step, so that it is whole whenever work is stopped."""
+    def add(self, rows: Sequence[FeatureRow] = (), means: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Adds rows and means, and writes the file anew in one step, so that it is whole whenever work is stopped."""
         self.rows += [row._replace(**{key: round(getattr(row, key), 5) for key in _ROUNDED}) for row in rows]
+        self.means |= {key: [round(value, 6) for value in mean.tolist()] for key, mean in (means or {}).items()}
+        parts = {"settings": self.settings, "means": self.means, "columns": FeatureRow._fields}
+        head = ",\n".join(f'"{key}": {json.dumps(part)}' for key, part in parts.items())
         lines = ",\n".join(json.dumps(row) for row in self.rows)
-        settings, columns = json.dumps(self.settings), json.dumps(FeatureRow._fields)
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(
-            f'{{"settings": {settings},\n"columns": {columns},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8"
-        )
+        temporary.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
         os.replace(temporary, self.path)
 
 

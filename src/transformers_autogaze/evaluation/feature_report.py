@@ -20,9 +20,8 @@ LABELS = {
     "model": "the model",
     "autogaze": "AutoGaze, four scales",
     "greedy": "greedy, four scales",
-    "greedy-finest": "pixel distance, finest scale",
+    "greedy-finest": "pixel difference, finest scale",
     "gain-ranking": "gain ranking, four scales",
-    "frame-difference": "frame difference, finest scale",
     "random": "random, finest scale",
     "encoder": "the encoder's own features, four scales",
     "encoder-finest": "the encoder's own features, finest scale",
@@ -133,18 +132,32 @@ class FeatureTables:
 
         def lines(x: Any, measure: str) -> dict[str, list[tuple[float, float]]]:
             return {
-                label(way): [(x(way, budget), value) for budget in self.budgets if (value := self.mean(way, budget, measure))]
+                label(way): [
+                    (x(way, budget), value) for budget in self.budgets if (value := self.mean(way, budget, measure))
+                ]
                 for way in self.ways
             }
 
         share = "share of a dense encoder's tokens"
         return [
-            Panel(lines(lambda _, budget: budget, "cosine"), "What is kept of features", share, "cosine", styles, True),
             Panel(
-                lines(lambda _, budget: budget, "agreement"), "What is kept of clusters", share, "agreement", styles, True
+                lines(lambda _, budget: budget, "cosine"), "What is kept of features", share, "cosine", styles, True
             ),
             Panel(
-                lines(self.seconds, "cosine"), "What it costs", "seconds, choosing and encoding", "cosine", styles, True
+                lines(lambda _, budget: budget, "agreement"),
+                "What is kept of clusters",
+                share,
+                "agreement",
+                styles,
+                True,
+            ),
+            Panel(
+                lines(self.seconds, "cosine"),
+                "What it costs",
+                "seconds, choosing and encoding",
+                "cosine",
+                styles,
+                True,
             ),
         ]
 
@@ -235,8 +248,8 @@ def _head(about: Mapping[str, Any], dense_tokens: int) -> str:
         "same of 6 clusters of the clip's dense features as the dense one. Dense features are those of every frame alone, "
         "with all patches of the finest scale. Means over all places, frames and clips.",
         "",
-        f"Budgets are shares of the {dense_tokens} tokens that a dense encoder makes of a clip. \"Evenly\" spends as many in "
-        "every frame. \"Over time\" spends them where and when they gain most; for AutoGaze as published, 198 in the first "
+        f'Budgets are shares of the {dense_tokens} tokens that a dense encoder makes of a clip. "Evenly" spends as many in '
+        'every frame. "Over time" spends them where and when they gain most; for AutoGaze as published, 198 in the first '
         "frame for every 10 in each later one; for random patches, the first frame whole and then any. Each row shows the "
         "attention at which its mean cosine over all budgets is highest. EVS runs the whole tower and drops tokens "
         "afterwards; it keeps the first frame whole at least. What chooses by the encoder's own features has to run the "

@@ -14,7 +14,7 @@ from ..greedy_autogaze import GreedyGazeConfig, GreedyGazeSelector
 from ..grid_autogaze import PUBLISHED_GRID, GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .selectors import FrameDifferenceSelector, GainRankingSelector
+from .selectors import GainRankingSelector
 
 
 EVENLY, OVER_TIME = "evenly", "over time"
@@ -211,9 +211,7 @@ def scales_of_encoder(size: int, patch_size: int, grid: GazeGrid = PUBLISHED_GRI
     return matched if matched.sizes[-1] == (size, size) else None
 
 
-def pixel_clip_selectors(
-    size: int, patch_size: int, device: torch.device | str = "cpu"
-) -> dict[str, ClipSelector]:
+def pixel_clip_selectors(size: int, patch_size: int, device: torch.device | str = "cpu") -> dict[str, ClipSelector]:
     """
     Makes the rules that look at pixels, and the random one.
 
@@ -224,7 +222,8 @@ def pixel_clip_selectors(
 
     Returns:
         `dict` of [`ClipSelector`] by name: `"greedy"` and `"gain-ranking"` on the four published scales, where these fit
-        the size, `"greedy-finest"`, `"frame-difference"` and `"random"` on the finest alone.
+        the size, `"greedy-finest"` and `"random"` on the finest alone. There, greedy search is the distance of pixels from
+        what stands at their place, so with as many patches in every frame it is [`FrameDifferenceSelector`]'s choice.
 
     Example:
 
@@ -232,9 +231,9 @@ def pixel_clip_selectors(
     >>> from transformers_autogaze.evaluation.feature_selectors import pixel_clip_selectors
 
     >>> list(pixel_clip_selectors(size=196, patch_size=14))
-    ['greedy', 'greedy-finest', 'gain-ranking', 'frame-difference', 'random']
+    ['greedy', 'greedy-finest', 'gain-ranking', 'random']
     >>> list(pixel_clip_selectors(size=112, patch_size=14))
-    ['greedy-finest', 'frame-difference', 'random']
+    ['greedy-finest', 'random']
 
     ```
     """
@@ -249,7 +248,6 @@ def pixel_clip_selectors(
         "greedy": made(GreedyGazeSelector, scales),
         "greedy-finest": made(GreedyGazeSelector, finest),
         "gain-ranking": made(GainRankingSelector, scales),
-        "frame-difference": made(FrameDifferenceSelector, finest),
         "random": RandomClipSelector(finest),
     }
     return {name: selector for name, selector in selectors.items() if selector is not None}

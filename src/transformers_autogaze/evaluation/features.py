@@ -123,9 +123,7 @@ class FeatureMeasure:
     ```
     """
 
-    def __init__(
-        self, dense: torch.Tensor, mean: torch.Tensor | None = None, num_clusters: int = 6, seed: int = 0
-    ):
+    def __init__(self, dense: torch.Tensor, mean: torch.Tensor | None = None, num_clusters: int = 6, seed: int = 0):
         self.dense = dense
         self.mean = dense.mean((0, 1)) if mean is None else mean.to(dense)
         """`torch.FloatTensor` of shape `(hidden,)`: the mean dense feature, which maps start from."""
