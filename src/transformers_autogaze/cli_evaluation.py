@@ -195,7 +195,7 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     size, _ = grid.sizes[-1]
     settings = {
         "encoder": Path(options.encoder).name,
-        "model": folder,
+        "model": None if folder is None else Path(folder).name,
         "videos": [Path(video).name for video in videos],
         "size": size,
         "frames_of_a_clip": options.num_frames,

@@ -50,7 +50,11 @@ class FeatureTables:
     def __init__(self, rows: Sequence[FeatureRow], sampling: str, dense_tokens: int):
         self.dense_tokens = dense_tokens
         self.rows = [row for row in rows if row.sampling == sampling]
-        self.ways: list[Way] = list(dict.fromkeys((row.selector, row.spending) for row in self.rows))
+        order = {name: place for place, name in enumerate(LABELS)}
+        self.ways: list[Way] = sorted(
+            {(row.selector, row.spending) for row in self.rows},
+            key=lambda way: (order.get(way[0], -1), way),
+        )
         self.budgets = sorted({row.budget for row in self.rows})
         self.clips = list(dict.fromkeys(row.clip for row in self.rows))
         self._groups: dict[tuple[str, str, float, str], list[FeatureRow]] = {}
@@ -133,32 +137,20 @@ class FeatureTables:
         def lines(x: Any, measure: str) -> dict[str, list[tuple[float, float]]]:
             return {
                 label(way): [
-                    (x(way, budget), value) for budget in self.budgets if (value := self.mean(way, budget, measure))
+                    (x(way, budget), value)
+                    for budget in self.budgets
+                    if (value := self.mean(way, budget, measure)) is not None
                 ]
                 for way in self.ways
             }
 
-        share = "share of a dense encoder's tokens"
+        share, ticks = "share of a dense encoder's tokens", {budget: fraction(budget) for budget in self.budgets}
+        seconds = "seconds, choosing and encoding"
+        cosines, agreements = (lines(lambda _, budget: budget, measure) for measure in ("cosine", "agreement"))
         return [
-            Panel(
-                lines(lambda _, budget: budget, "cosine"), "What is kept of features", share, "cosine", styles, True
-            ),
-            Panel(
-                lines(lambda _, budget: budget, "agreement"),
-                "What is kept of clusters",
-                share,
-                "agreement",
-                styles,
-                True,
-            ),
-            Panel(
-                lines(self.seconds, "cosine"),
-                "What it costs",
-                "seconds, choosing and encoding",
-                "cosine",
-                styles,
-                True,
-            ),
+            Panel(cosines, "What is kept of features", share, "cosine", styles, True, ticks),
+            Panel(agreements, "What is kept of clusters", share, "agreement", styles, True, ticks),
+            Panel(lines(self.seconds, "cosine"), "What it costs", seconds, "cosine", styles, True),
         ]
 
     @property

@@ -19,6 +19,7 @@ class Panel(NamedTuple):
         title, x_label, y_label (`str`): what to write above and at the axes.
         styles (`Mapping` of `str` to `dict`, *optional*): arguments of matplotlib's `plot` for lines, by name.
         log_x (`bool`, *optional*, defaults to `False`): whether the x axis is logarithmic.
+        x_ticks (`Mapping` of `float` to `str`, *optional*): what to write at which places of the x axis.
     """
 
     lines: Mapping[str, Sequence[tuple[float, float]]]
@@ -27,6 +28,7 @@ class Panel(NamedTuple):
     y_label: str
     styles: Mapping[str, Mapping[str, Any]] = {}
     log_x: bool = False
+    x_ticks: Mapping[float, str] = {}
 
 
 def check_matplotlib() -> None:
@@ -70,6 +72,7 @@ def draw_charts(path: str | Path, panels: Sequence[Panel]) -> Path:
             raise ValueError(f"`panels` must hold at least one point each, got none for {panel.title!r}")
     check_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     # The legend takes about the place of half a chart.
     figure = Figure(figsize=(5.1 * len(panels) + 2.5, 4.8), dpi=100, layout="constrained")
@@ -81,6 +84,11 @@ def draw_charts(path: str | Path, panels: Sequence[Panel]) -> Path:
             handles.setdefault(name, handle)
         if panel.log_x:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        if panel.x_ticks:
+            axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
