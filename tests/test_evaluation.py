@@ -22,7 +22,7 @@ from transformers_autogaze.evaluation import (
     evaluate_selectors,
     load_clips,
 )
-from transformers_autogaze.evaluation.charts import line_chart
+from transformers_autogaze.evaluation.plots import Panel, draw_charts
 from transformers_autogaze.evaluation.report import calibration, markdown_tables, write_report
 from transformers_autogaze.evaluation.selectors import (
     CoarseFirstSelector,
@@ -334,21 +334,23 @@ def test_calibration_sums_up_measured_losses_by_tenths_of_predicted_ones():
     assert calibration([]) == []
 
 
-def test_a_chart_draws_its_lines_where_their_points_are():
-    chart = np.asarray(line_chart({"up": [(0, 0), (10, 10)], "flat": [(0, 0), (10, 0)]}, "t", "x", "y")).astype(int)
-    first, second = (np.argwhere((abs(chart - colour) < 60).all(-1)) for colour in ((213, 94, 0), (0, 114, 178)))
-    inside = [line[line[:, 1] < 640] for line in (first, second)]  # without the legend
-    rows, cols = (line[:, 0] for line in inside), (line[:, 1] for line in inside)
-    up, flat = rows
-    assert np.ptp(up) > 300 and np.ptp(flat) < 10 and up.max() == pytest.approx(flat.max(), abs=3)
-    assert all(np.ptp(columns) > 400 for columns in cols)
-    # Up and to the right: where columns are larger, rows are smaller.
-    assert np.corrcoef(inside[0].T)[0, 1] < -0.99
+def test_a_chart_is_drawn_for_every_panel(tmp_path):
+    panels = [
+        Panel({"up": [(1, 0), (10, 10)], "none": []}, "t", "x", "y", {"up": {"color": (1.0, 0.0, 0.0)}}, True)
+    ] * 2
+    with Image.open(draw_charts(tmp_path / "chart.png", panels)) as chart:
+        is_red = (abs(np.asarray(chart.convert("RGB")).astype(int) - (255, 0, 0)) < 60).all(-1)
+    assert is_red.shape == (480, 1270)
+    left, right = is_red[:, :510].any(0).sum(), is_red[:, 510:1020].any(0).sum()
+    assert min(left, right) > 200
 
 
-def test_a_chart_needs_points():
-    with pytest.raises(ValueError, match="`lines` must hold at least one point"):
-        line_chart({"a": []}, "t", "x", "y")
+def test_charts_name_what_they_lack(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`panels` must hold at least one point each, got none for 't'"):
+        draw_charts(tmp_path / "chart.png", [Panel({"a": []}, "t", "x", "y")])
+    monkeypatch.setattr("transformers_autogaze.evaluation.plots.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'transformers-autogaze\[evaluate\]'"):
+        draw_charts(tmp_path / "chart.png", [Panel({"a": [(0, 1)]}, "t", "x", "y")])
 
 
 # Command line.

@@ -1,73 +1,254 @@
 """
 The command line of evaluation: `autogaze evaluate`.
 
-A thin layer over `evaluation`: a checkpoint and videos in, results and curves out.
+A thin layer over `evaluation`: a checkpoint and videos in, or an encoder and videos, results and curves out.
 """
 
 import argparse
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 from transformers import AutoModel
 
 from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
+from .evaluation.encoder_selector import EncoderClipSelector
+from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, encoder_normalization, read_clips
+from .evaluation.feature_comparison import (
+    ATTENTIONS,
+    BUDGETS,
+    EVS,
+    FeatureComparison,
+    FeatureResults,
+    finest_grid,
+)
+from .evaluation.feature_report import LABELS, fraction, write_feature_report
+from .evaluation.feature_selectors import (
+    ClipSelector,
+    PixelClipSelector,
+    pixel_clip_selectors,
+    scales_of_encoder,
+)
+from .evaluation.plots import check_matplotlib
 from .evaluation.report import markdown_tables, write_report
 from .evaluation.selectors import baseline_selectors
+from .integrations.vision import GazeVisionModel
 from .processing_autogaze import AutoGazeProcessor
+from .selection_autogaze import GazeSelector
 from .video_processing_autogaze import AutoGazeVideoProcessor
+
+
+_ON_PIXELS = {"ratio": [0.1, 0.25], "threshold": [0.7], "threshold_ratio": 0.75, "batch_size": 4}
+_ON_FEATURES = {
+    "size": None,
+    "sampling": list(SAMPLINGS),
+    "budget": list(BUDGETS),
+    "attention": list(ATTENTIONS),
+    "selector": list(LABELS),
+}
+"""Options of one of the two evaluations alone, with their defaults."""
+_AUTOGAZE = Path(__file__).parent / "pretrained" / "autogaze"
 
 
 def add_commands(commands: Any) -> None:
     """Adds `evaluate` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
     evaluate = commands.add_parser(
         "evaluate",
-        help="measure a checkpoint against greedy search, simple rules and random patches",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
+        usage="autogaze evaluate MODEL VIDEO ... -o OUT [options]\n"
+        "       autogaze evaluate --encoder DIR [MODEL] VIDEO ... -o OUT [options]",
     )
-    evaluate.add_argument("model", metavar="MODEL", help="checkpoint of a selector, a folder or a Hub repository")
-    evaluate.add_argument("videos", nargs="+", metavar="VIDEO", help="videos to measure on")
+    evaluate.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="[MODEL] VIDEO",
+        help="checkpoint of a selector, a folder or a Hub repository, and videos to measure on; with --encoder, the "
+        "checkpoint must be a folder and can be left out",
+    )
     evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write to")
     evaluate.add_argument(
-        "--ratio", type=float, nargs="+", default=[0.1, 0.25], metavar="R", help="shares of patches to keep, 0..1"
+        "--encoder", metavar="DIR", help="a vision tower, a folder or a Hub repository: measure what it keeps"
     )
+    evaluate.add_argument("--num-frames", type=int, default=16, metavar="N", help="frames of a clip (default: 16)")
     evaluate.add_argument(
-        "--threshold", type=float, nargs="*", default=[0.7], metavar="L", help="losses at which a frame is good enough"
+        "--max-clips", type=int, default=4, metavar="N", help="clips of one video at most (default: 4)"
     )
-    evaluate.add_argument(
-        "--threshold-ratio", type=float, default=0.75, metavar="R", help="share of patches to keep at most with these"
-    )
-    evaluate.add_argument("--num-frames", type=int, default=16, metavar="N", help="frames of a clip")
-    evaluate.add_argument("--max-clips", type=int, default=4, metavar="N", help="clips of one video at most")
-    evaluate.add_argument("--batch-size", type=int, default=4, metavar="N", help="clips to gaze at together")
-    evaluate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    evaluate.add_argument("--device", default=device, help=f"where to compute (default: {device})")
+    _add_pixel_options(evaluate.add_argument_group("by rebuilt pixels, without --encoder"))
+    _add_feature_options(evaluate.add_argument_group("by what an encoder keeps, with --encoder"))
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_pixel_options(group: Any) -> None:
+    group.add_argument(
+        "--ratio", type=float, nargs="+", metavar="R", help="shares of patches to keep, 0..1 (default: 0.1 0.25)"
+    )
+    group.add_argument(
+        "--threshold", type=float, nargs="*", metavar="L", help="losses at which a frame is good enough (default: 0.7)"
+    )
+    group.add_argument(
+        "--threshold-ratio",
+        type=float,
+        metavar="R",
+        help="share of patches to keep at most with these (default: 0.75)",
+    )
+    group.add_argument("--batch-size", type=int, metavar="N", help="clips to gaze at together (default: 4)")
+
+
+def _add_feature_options(group: Any) -> None:
+    group.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width that the encoder sees frames at (default: 14 of its patches)",
+    )
+    group.add_argument(
+        "--sampling",
+        nargs="+",
+        choices=SAMPLINGS,
+        help="frames of clips: consecutive, or spread over the video (default: both)",
+    )
+    group.add_argument(
+        "--budget",
+        type=_budget,
+        nargs="+",
+        metavar="B",
+        help=f"shares of a dense encoder's tokens to keep (default: {' '.join(map(fraction, BUDGETS))})",
+    )
+    group.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="attentions of the encoder (default: all)")
+    group.add_argument("--selector", nargs="+", choices=LABELS, help="what to measure (default: all)")
+
+
+def _budget(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a share such as 1/8 or 0.125, got {text!r}") from error
+
+
 def _evaluate(options: argparse.Namespace) -> None:
+    ours, others = (_ON_PIXELS, _ON_FEATURES) if options.encoder is None else (_ON_FEATURES, _ON_PIXELS)
+    for name in others:
+        if getattr(options, name) is not None:
+            needs = "needs" if options.encoder is None else "does not go with"
+            raise ValueError(f"`--{name.replace('_', '-')}` {needs} `--encoder`, got {getattr(options, name)}")
+    for name, default in ours.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if options.encoder is None:
+        _evaluate_on_pixels(options)
+    else:
+        _evaluate_on_features(options)
+
+
+def _evaluate_on_pixels(options: argparse.Namespace) -> None:
+    name, *videos = options.inputs
+    if not videos:
+        raise ValueError(f"a MODEL and at least one VIDEO must be given, got only {name}")
     settings = [GazeSetting(ratio) for ratio in options.ratio]
     settings += [GazeSetting(options.threshold_ratio, threshold) for threshold in options.threshold]
-    try:
-        model = AutoModel.from_pretrained(options.model, dtype=torch.float32).eval()
-    except OSError as error:
-        raise ValueError(
-            f"`model` must be a checkpoint's folder or Hub repository, got {options.model!r}: {error}"
-        ) from error
-    try:
-        processor = AutoGazeProcessor.from_pretrained(options.model).video_processor
-    except OSError:
-        processor = AutoGazeVideoProcessor()  # A checkpoint without one was trained on the published preprocessing.
+    model, processor = _load_model(name)
     grid = model.config.grid
-    clips = load_clips(options.videos, processor, grid.sizes[-1], options.num_frames, options.max_clips)
+    clips = load_clips(videos, processor, grid.sizes[-1], options.num_frames, options.max_clips)
     selectors = {"model": model, **baseline_selectors(grid, processor)}
     selectors = {name: selector.to(options.device) for name, selector in selectors.items()}
     scores = evaluate_selectors(selectors, clips, settings, processor, options.batch_size, progress=True)
     about = {
-        "model": options.model,
-        "videos": [Path(video).name for video in options.videos],
+        "model": name,
+        "videos": [Path(video).name for video in videos],
         "clips": len(clips.names),
         "frames_of_a_clip": options.num_frames,
     }
     written = write_report(scores, options.output, about)
     print(markdown_tables(scores))
     print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def _load_model(folder: str | os.PathLike) -> tuple[GazeSelector, AutoGazeVideoProcessor]:
+    """Loads a selector and what makes its pixel values."""
+    try:
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    except OSError as error:
+        raise ValueError(
+            f"`model` must be a checkpoint's folder or Hub repository, got {str(folder)!r}: {error}"
+        ) from error
+    try:
+        return model, AutoGazeProcessor.from_pretrained(folder).video_processor
+    except OSError:
+        return model, AutoGazeVideoProcessor()  # A checkpoint without one was trained on the published preprocessing.
+
+
+def _evaluate_on_features(options: argparse.Namespace) -> None:
+    folder, videos = None, options.inputs
+    if os.path.isdir(options.inputs[0]):
+        folder, *videos = options.inputs
+    taken = {"num_frames": options.num_frames, "max_clips": options.max_clips}
+    check_matplotlib()
+    num_clips = count_clips(videos, options.sampling, **taken)
+    tower, processor = _load_encoder(options.encoder)
+    grid = finest_grid(tower, options.size)
+    size, _ = grid.sizes[-1]
+    settings = {
+        "encoder": Path(options.encoder).name,
+        "model": None if folder is None else Path(folder).name,
+        "videos": [Path(video).name for video in videos],
+        "size": size,
+        "frames_of_a_clip": options.num_frames,
+        "clips_of_a_video": options.max_clips,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+    }
+    results = FeatureResults(options.output / "results.json", settings)
+    tower.to(options.device)
+    selectors = _clip_selectors(options, tower, size, grid.patch_size, folder)
+    comparison = FeatureComparison(
+        tower, processor, selectors, size, options.budget, options.attention, evs=EVS in options.selector
+    )
+
+    def clips(samplings: Sequence[str]) -> Iterator[FeatureClip]:
+        for sampling in samplings:
+            for video in videos:
+                yield from read_clips(video, size, sampling, **taken)
+
+    if unknown := [sampling for sampling in options.sampling if sampling not in results.means]:
+        results.add(means=comparison.mean_features(tqdm(clips(unknown), unit="clip", desc="mean feature")))
+    for clip in tqdm(clips(options.sampling), unit="clip", desc="evaluating", total=num_clips):
+        mean = torch.tensor(results.means[clip.sampling])
+        if rows := list(comparison.measure(clip, mean, results.keys)):
+            results.add(rows)
+    dense_tokens = options.num_frames * grid.num_patches
+    about = {key: value for key, value in settings.items() if value is not None}
+    written = [results.path, *write_feature_report(results.rows, options.output, about, dense_tokens)]
+    print((options.output / "results.md").read_text(encoding="utf-8"))
+    print("written: " + ", ".join(map(str, written)))
+
+
+def _load_encoder(folder: str) -> tuple[torch.nn.Module, AutoGazeVideoProcessor]:
+    """Loads an encoder and what normalises its frames."""
+    try:
+        tower = GazeVisionModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    except OSError as error:
+        raise ValueError(f"`--encoder` must be a model's folder or Hub repository, got {folder!r}: {error}") from error
+    return tower.vision_model, encoder_normalization(folder, tower.config.model_type)
+
+
+def _clip_selectors(
+    options: argparse.Namespace, tower: torch.nn.Module, size: int, patch_size: int, folder: str | None
+) -> dict[str, ClipSelector]:
+    """Makes the selectors that were asked for and that the size allows, in the order of `LABELS`."""
+    made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
+    for name, at in (("model", folder), ("autogaze", _AUTOGAZE)):
+        if at is not None and name in options.selector:
+            model, processor = _load_model(at)
+            if (grid := scales_of_encoder(size, patch_size, model.config.grid)) is not None:
+                made[name] = PixelClipSelector(model.to(options.device), grid, processor, published_way=True)
+    if "encoder" in options.selector and (grid := scales_of_encoder(size, patch_size)) is not None:
+        made["encoder"] = EncoderClipSelector(GazeVisionModel(tower, grid.scales))
+    if "encoder-finest" in options.selector:
+        made["encoder-finest"] = EncoderClipSelector(GazeVisionModel(tower, [size]))
+    return {name: made[name] for name in LABELS if name in made and name in options.selector}

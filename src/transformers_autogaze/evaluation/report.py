@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .charts import line_chart
 from .comparison import SelectorScores
+from .plots import Panel, check_matplotlib, draw_charts
 
 
 _BIN = 0.1  # of predicted loss
@@ -38,9 +38,11 @@ def write_report(
 
     Raises:
         ValueError: if there are no scores.
+        ImportError: if matplotlib, which draws the curves, is not installed.
     """
     if not scores:
         raise ValueError("`scores` must hold at least one entry, got none")
+    check_matplotlib()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     predictions = [pair for score in scores if score.selector == model for pair in score.predictions]
@@ -55,7 +57,7 @@ def write_report(
 
     charts = {}
     if curves := _quality_curves(scores):
-        charts["quality_over_patches"] = line_chart(
+        charts["quality_over_patches"] = Panel(
             curves, "Reconstruction from the kept patches", "patches kept of a frame", "PSNR (dB)"
         )
     if bins:
@@ -65,12 +67,10 @@ def write_report(
             "10 % above": [(part["predicted"], part["high"]) for part in bins],
             "equal": [(part["predicted"], part["predicted"]) for part in bins],
         }
-        charts["measured_over_predicted_loss"] = line_chart(
+        charts["measured_over_predicted_loss"] = Panel(
             lines, "Measured over predicted loss", "predicted loss", "measured loss"
         )
-    for name, chart in charts.items():
-        written.append(folder / f"{name}.png")
-        chart.save(written[-1])
+    written += [draw_charts(folder / f"{name}.png", [panel]) for name, panel in charts.items()]
 
     text = [*_about_lines(about), markdown_tables(scores, model)]
     text += [f"\n![{name.replace('_', ' ')}]({name}.png)" for name in charts]
@@ -111,7 +111,7 @@ def markdown_tables(scores: Sequence[SelectorScores], model: str = "model") -> s
         # A column that tells nothing at this setting is left out.
         columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
         limit = "" if threshold is None else f", threshold {threshold:g}"
-        parts.append(f"\n## Ratio {ratio:g}{limit}\n\n{_table(columns)}")
+        parts.append(f"\n## Ratio {ratio:g}{limit}\n\n{markdown_table(columns)}")
         if threshold is not None:
             parts.append(_clip_table([score for score in group if score.selector in (model, "greedy")]))
     return "\n".join(part for part in parts if part)
@@ -180,10 +180,11 @@ def _clip_table(group: Sequence[SelectorScores]) -> str:
     for score in group:
         columns[f"patches, {score.selector}"] = [str(clip["num_patches"]) for clip in score.each_clip]
         columns[f"PSNR (dB), {score.selector}"] = [f"{clip['psnr']:.1f}" for clip in score.each_clip]
-    return f"\nClip by clip:\n\n{_table(columns)}"
+    return f"\nClip by clip:\n\n{markdown_table(columns)}"
 
 
-def _table(columns: Mapping[str, Sequence[str]]) -> str:
+def markdown_table(columns: Mapping[str, Sequence[str]]) -> str:
+    """Makes a table in Markdown of columns by their heads; all but the first stand at the right."""
     lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,0 +1,143 @@
+"""
+The clips that features are measured on: consecutive frames, and frames spread over a video as MLLMs sample them.
+
+This module owns which frames of a video make a clip, and how they are prepared for an encoder.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ..video_decoding_autogaze import stream_video
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+
+
+SAMPLINGS = ("spread", "consecutive")
+"""How frames of a clip are taken: evenly over the whole video, or one after the other from the beginning."""
+
+
+class FeatureClip(NamedTuple):
+    """
+    A clip to measure features on.
+
+    Args:
+        name (`str`): name of the video, and the first frame for a clip of consecutive ones.
+        sampling (`str`): one of `SAMPLINGS`.
+        levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): frames in levels 0..255.
+    """
+
+    name: str
+    sampling: str
+    levels: torch.Tensor
+
+
+def count_clips(
+    videos: Sequence[str | os.PathLike],
+    samplings: Sequence[str] = SAMPLINGS,
+    num_frames: int = 16,
+    max_clips: int = 4,
+) -> int:
+    """
+    Checks that videos give clips, before any work: they are opened, but not decoded to their ends.
+
+    Args:
+        videos (`Sequence` of `str` or `os.PathLike`): the videos; see [`read_video`].
+        samplings (`Sequence[str]`, *optional*): how frames are taken, all of `SAMPLINGS` by default.
+        num_frames, max_clips (*optional*): as for [`read_clips`].
+
+    Returns:
+        `int`: clips that [`read_clips`] gives of all of them.
+
+    Raises:
+        ValueError: if a video is no video or too short, two have one name, or a number is below 1.
+        FileNotFoundError: if there is no such file.
+    """
+    for name, value in {"num_frames": num_frames, "max_clips": max_clips}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if not videos:
+        raise ValueError("`videos` must name at least one video, got none")
+    names = [os.path.basename(video) for video in videos]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"`videos` must differ in their names, which results go by; got {', '.join(twice)} twice")
+    clips = 0
+    for video in videos:
+        count = stream_video(video)[0].total_num_frames
+        if count < num_frames:
+            raise ValueError(f"`videos`: {video} has {count} frames, a clip needs {num_frames}")
+        clips += min(max_clips, count // num_frames) * ("consecutive" in samplings) + ("spread" in samplings)
+    return clips
+
+
+def read_clips(
+    video: str | os.PathLike,
+    size: int,
+    sampling: str = "spread",
+    num_frames: int = 16,
+    max_clips: int = 4,
+) -> Iterator[FeatureClip]:
+    """
+    Reads the clips of one video, one after the other, resized to a square.
+
+    Args:
+        video (`str` or `os.PathLike`): the video; see [`read_video`].
+        size (`int`): height and width in pixels to resize frames to, antialiased, whatever their aspect ratio is.
+        sampling (`str`, *optional*, defaults to `"spread"`): how frames are taken, one of `SAMPLINGS`.
+        num_frames (`int`, *optional*, defaults to 16): frames of a clip.
+        max_clips (`int`, *optional*, defaults to 4): clips of consecutive frames at most, from the beginning.
+
+    Yields:
+        [`FeatureClip`]: the clips of consecutive frames, or the one of frames spread over the video.
+    """
+    name = os.path.basename(video)
+    resizer = AutoGazeVideoProcessor()
+
+    if sampling == "spread":
+        metadata, frames = stream_video(video, num_frames=num_frames)
+        names = [name]
+    else:
+        metadata, frames = stream_video(video)
+        count = min(max_clips, metadata.total_num_frames // num_frames)
+        names = [f"{name}:{index * num_frames}" for index in range(count)]
+    for name in names:
+        taken = list(islice(frames, num_frames))
+        if len(taken) < num_frames:
+            raise ValueError(
+                f"`videos`: {video} is damaged: of {name} only {len(taken)} of {num_frames} frames decode"
+            )
+        levels = torch.from_numpy(np.stack(taken)).permute(0, 3, 1, 2)
+        yield FeatureClip(name, sampling, resizer.resize_levels(levels, (size, size)))
+
+
+def encoder_normalization(encoder: str | os.PathLike, model_type: str) -> AutoGazeVideoProcessor:
+    """
+    Finds out how an encoder wants its frames normalised.
+
+    Args:
+        encoder (`str` or `os.PathLike`): a folder or a Hub repository, whose image processor's configuration says how.
+        model_type (`str`): the tower's. DINO's towers have ImageNet's mean and deviation where there is no such file.
+
+    Returns:
+        [`AutoGazeVideoProcessor`] that normalises as the encoder's own processor does; its sizes mean nothing.
+
+    Raises:
+        ValueError: if nothing says how.
+    """
+    known: dict[str, object] = {"rescale_factor": 1 / 255, "offset": False}
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(str(encoder))
+    except OSError as error:
+        if not model_type.startswith("dinov"):
+            raise ValueError(
+                f"`encoder` {encoder} has no preprocessor_config.json, which says how its frames are normalised; save the "
+                "encoder's own image processor there"
+            ) from error
+        found = {}
+    keys = ("image_mean", "image_std", "rescale_factor", "offset", "do_rescale", "do_normalize")
+    known |= {key: found[key] for key in keys if found.get(key) is not None}
+    return AutoGazeVideoProcessor(**known)
