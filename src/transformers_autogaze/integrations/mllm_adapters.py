@@ -72,9 +72,17 @@ class MLLMAdapter:
         """Whether a new line follows every video."""
         return False
 
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Gives the rows and columns of tokens that the MLLM itself makes of a frame of `rows` and `cols` patches."""
+        stride = self.config.spatial_pool_stride
+        return rows // stride, cols // stride
+
 
 class LlavaAdapter(MLLMAdapter):
     model_type = "llava"
+
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols
 
     @property
     def placeholder_id(self) -> int:
@@ -85,10 +93,16 @@ class LlavaOnevisionAdapter(MLLMAdapter):
     model_type = "llava_onevision"
     ends_with_newline = True
 
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        return -(-rows // 2), -(-cols // 2)
+
 
 class VideoLlavaAdapter(MLLMAdapter):
     model_type = "video_llava"
     keeps_cls = True  # of videos; the configuration speaks of pictures
+
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols
 
     @property
     def tower(self) -> nn.Module:
