@@ -20,6 +20,7 @@ from measurement import DTYPES, machine, now
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeGrid, GazeOutput, GreedyGazeSelector
+from transformers_autogaze.grid_autogaze import PUBLISHED_GRID
 from transformers_autogaze.integrations import GazeVisionModel
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     config = SiglipVisionConfig(**SIZES[options.size], image_size=224, patch_size=16)
     config._attn_implementation = options.attention
     tower = SiglipVisionModel(config).eval().to(**place)
-    gazed = GazeVisionModel(tower)
+    gazed = GazeVisionModel(tower, scales=PUBLISHED_GRID.scales)
     model = AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(**place)
     greedy = GreedyGazeSelector().to(options.device)
     clip = torch.randn(1, FRAMES, 3, 224, 224, **place)

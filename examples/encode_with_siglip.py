@@ -15,6 +15,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     BaseImageProcessor,
+    PreTrainedModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -39,11 +40,11 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tower, image_processor = tiny_tower() if options.tiny else load_tower(options.tower)
-    tower = tower.eval().to(device)
     selector = AutoModel.from_pretrained(options.gaze_model).eval().to(device)
     # One call makes the inputs of both, at the scales that fit the tower.
     processor = AutoGazeProcessor(encoder_processor=image_processor)
-    processor.match_encoder(tower.config, selector.config.grid)
+    grid = processor.match_encoder(tower.config, selector.config.grid)
+    tower = GazeVisionModel(tower, grid.scales).eval().to(device)
 
     video = render_demo_clip(options.num_frames) if options.video is None else options.video
     inputs = processor(videos=video, num_frames=options.num_frames, return_tensors="pt").to(device)
@@ -62,13 +63,13 @@ def main() -> None:
         print(f"  token {token}: frame {int(output.frame[token])}, scale {scale}, box {box} of the frame")
 
 
-def load_tower(name: str) -> tuple[GazeVisionModel, BaseImageProcessor]:
-    return GazeVisionModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+def load_tower(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    return GazeVisionModel.from_pretrained(name).vision_model, AutoImageProcessor.from_pretrained(name)
 
 
-def tiny_tower() -> tuple[GazeVisionModel, BaseImageProcessor]:
+def tiny_tower() -> tuple[PreTrainedModel, BaseImageProcessor]:
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return GazeVisionModel(SiglipVisionModel(SiglipVisionConfig(**size, image_size=224))), SiglipImageProcessor()
+    return SiglipVisionModel(SiglipVisionConfig(**size, image_size=224)), SiglipImageProcessor()
 
 
 if __name__ == "__main__":

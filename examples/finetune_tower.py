@@ -48,18 +48,18 @@ def main() -> None:
 
     if options.tiny:
         size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        tower = GazeVisionModel(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**size)))
+        vision_model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**size))
         image_processor, learning_rate, num_classes = transformers.SiglipImageProcessor(), 1e-3, 2
         clips = [render_demo_clip(options.num_frames, 64, 64, seed) for seed in range(4)]
         videos = [(clip if label else clip[:, ::-1].copy(), label) for clip in clips for label in range(2)]
     else:
-        tower = GazeVisionModel.from_pretrained(options.tower)
+        vision_model = GazeVisionModel.from_pretrained(options.tower).vision_model
         image_processor = transformers.AutoImageProcessor.from_pretrained(options.tower)
         classes = sorted(folder for folder in options.videos.iterdir() if folder.is_dir())
         videos = [(str(path), label) for label, folder in enumerate(classes) for path in sorted(folder.iterdir())]
         learning_rate, num_classes = 2e-5, len(classes)
     processor = AutoGazeProcessor(encoder_processor=image_processor)
-    processor.match_encoder(tower.config)
+    tower = GazeVisionModel(vision_model, processor.match_encoder(vision_model.config).scales)
 
     def collate(examples: list[tuple]) -> dict[str, torch.Tensor]:
         clips, labels = zip(*examples, strict=True)

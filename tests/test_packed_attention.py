@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from transformers_autogaze.integrations import packed_attention as module
-from transformers_autogaze.integrations.packed_attention import ATTENTION_CHOICES, PackedAttention
+from transformers_autogaze.integrations.packed_attention import PackedAttention
 
 
+ATTENTION_CHOICES = ("block_causal", "causal", "bidirectional", "frame")
 # Two clips; a frame without tokens, one that is larger than a shared call, many tiny ones.
 TOKENS = torch.tensor([[3, 0, 5, 1, 40, 2], [7, 300, 1, 1, 2, 1]])
 

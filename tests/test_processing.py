@@ -309,7 +309,7 @@ def test_matched_to_an_encoder_everything_fits_together(tmp_path, encoder):
         half = pixels[0, 0, 0].mean(0)
         assert half[:190].min() > half[-190:].max()
     gaze = GreedyGazeSelector().generate(inputs["pixel_values_videos"], gazing_ratio=0.01, **processor.gaze_kwargs)
-    tower = GazeVisionModel(SiglipVisionModel(config))
+    tower = GazeVisionModel(SiglipVisionModel(config), scales=grid.scales)
     with torch.no_grad():
         output = tower(inputs["encoder_pixel_values"], gaze)
     assert output.lengths.tolist() == gaze.num_real.tolist()

@@ -399,11 +399,16 @@ def test_saving_the_tower_gives_the_same_weights(tmp_path, siglip):
     assert "autogaze" not in (tmp_path / "config.json").read_text()
 
 
-def test_default_scales_are_matched_to_the_tower():
+def test_by_default_a_tower_sees_its_own_patches_and_an_image_tower_the_canvas():
     config = SiglipVisionConfig(**{**SIZES, "image_size": 384, "patch_size": 14})
     model = GazeVisionModel(SiglipVisionModel(config))
-    assert model.grid == GazeGrid([56, 112, 196, 392], patch_size=14)
-    assert GazeVisionModel(tower_of("vjepa2")).grid == GazeGrid([32, 64, 112, 224], patch_size=16)
+    assert model.grid == GazeGrid([378], patch_size=14) and model.attention == "canvas"
+    oblong = GazeVisionModel(AutoModel.from_config(ViTConfig(**{**SIZES, "image_size": (32, 48)})))
+    assert oblong.grid == GazeGrid([(32, 48)], patch_size=16)
+    video_tower = GazeVisionModel(tower_of("vjepa2"))
+    assert video_tower.grid == GazeGrid([64], patch_size=16) and video_tower.attention == "block_causal"
+    assert GazeVisionModel(tower_of("siglip"), scales=SCALES).attention == "block_causal"
+    assert GazeVisionModel(tower_of("siglip"), attention="frame").attention == "frame"
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ _LAZY = {
     "GazeVideoMAE": "reconstruction",
     "GazeQwenVL": "integrations",
     "GazeVideoLM": "integrations",
+    "GazeVisionCache": "integrations",
     "GazeVisionModel": "integrations",
     "GazeVisionOutput": "integrations",
     "mse_to_task_loss": "reconstruction",

@@ -282,13 +282,9 @@ class GazeOutput(ModelOutput):
         """
         device = self.gazing_pos.device
         finest = torch.full((self.batch_size, self.num_frames, height, width), -1, device=device)
-        first = 0
-        for mask, (rows, cols) in zip(self.gazing_mask, self.grid.grids, strict=True):
-            row = (2 * torch.arange(height, device=device) + 1) * rows // (2 * height)
-            col = (2 * torch.arange(width, device=device) + 1) * cols // (2 * width)
-            patch = row[:, None] * cols + col
-            finest = torch.where(mask[..., patch], first + patch, finest)
-            first += rows * cols
+        mask = torch.cat(self.gazing_mask, dim=-1)
+        for patch in self.grid.patches_at(height, width, device):
+            finest = torch.where(mask[..., patch], patch, finest)
         return finest
 
     def coverage(self, height: int, width: int) -> torch.Tensor:

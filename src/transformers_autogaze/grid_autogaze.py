@@ -122,6 +122,35 @@ class GazeGrid:
             raise ValueError(f"`scale`, `row` and `col` must name patches of the grids {self.grids}")
         return self._first_ids(scale.device)[scale] + row * grids[scale, 1] + col
 
+    def patches_at(self, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+        """
+        Tells which patch of each scale lies over every pixel of a frame, where its centre lies.
+
+        Args:
+            height, width (`int`): size of the frame in pixels, or rows and columns of any regular places.
+            device (`torch.device`, *optional*): where to make it.
+
+        Returns:
+            `torch.LongTensor` of shape `(scales, height, width)`: ids counted from the first patch of the frame.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GazeGrid
+
+        >>> GazeGrid([16, 32], patch_size=16).patches_at(height=2, width=2).tolist()
+        [[[0, 0], [0, 0]], [[1, 2], [3, 4]]]
+
+        ```
+        """
+        scales, first = [], 0
+        for rows, cols in self.grids:
+            row = (2 * torch.arange(height, device=device) + 1) * rows // (2 * height)
+            col = (2 * torch.arange(width, device=device) + 1) * cols // (2 * width)
+            scales.append(first + row[:, None] * cols + col)
+            first += rows * cols
+        return torch.stack(scales)
+
     def boxes(self, ids: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """
         Gives the boxes that patches cover in a frame of any size.

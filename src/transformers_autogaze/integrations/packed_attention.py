@@ -6,7 +6,7 @@ a packed sequence, that name is the one registered here; it cuts the sequence in
 implementation that the tower was loaded with: sdpa, eager, flex or flash. This module knows nothing of patches or towers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,16 +18,21 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-ATTENTION_CHOICES = ("block_causal", "causal", "bidirectional", "frame")
+_OF_COUNTS = ("block_causal", "causal", "bidirectional", "frame")  # follow from how many tokens frames have
+ATTENTION_CHOICES = (*_OF_COUNTS, "canvas")
 
 _NAME = "autogaze_packed"
 _ROWS = 256  # fewer queries than this share a call, behind a mask
+_LAID_KEYS = {"cpu": 1024, "other": 32768}  # keys laid out for one call; a processor's caches hold few
+
+Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Puts keys and values from elsewhere before a layer's own, both `(1, heads, tokens, head_dim)`."""
 
 
 @dataclass(eq=False)
 class PackedAttention:
     """
-    Which keys each token of a packed sequence attends to: always one contiguous stretch of them.
+    Which keys each token of a packed sequence attends to: always one contiguous stretch, of the sequence or of a layout.
 
     Args:
         num_queries (`torch.LongTensor` of shape `(segments,)`):
@@ -36,6 +41,9 @@ class PackedAttention:
             The stretch of keys of a segment's tokens, the end not included.
         is_causal (`bool`):
             Whether a token sees its segment's keys up to itself only; then a segment's keys are its own tokens.
+        key_index (`torch.LongTensor` of shape `(laid keys,)`, *optional*):
+            A layout of keys for segments that see scattered ones: which token each laid key is. `first_key` and `end_key`
+            then count laid keys. A token may be laid more than once.
 
     Example:
 
@@ -53,6 +61,7 @@ class PackedAttention:
     first_key: torch.Tensor
     end_key: torch.Tensor
     is_causal: bool = False
+    key_index: torch.Tensor | None = None
 
     @classmethod
     def for_clips(cls, tokens_each_frame: torch.Tensor, attention: str) -> "PackedAttention":
@@ -66,10 +75,10 @@ class PackedAttention:
                 itself and earlier tokens; `"bidirectional"`: the whole clip.
 
         Raises:
-            ValueError: if `attention` is none of these.
+            ValueError: if `attention` is none of these. `"canvas"` takes more than counts: see [`plan_canvas`].
         """
-        if attention not in ATTENTION_CHOICES:
-            raise ValueError(f"`attention` must be one of {', '.join(ATTENTION_CHOICES)}, got {attention!r}")
+        if attention not in _OF_COUNTS:
+            raise ValueError(f"`attention` must be one of {', '.join(_OF_COUNTS)}, got {attention!r}")
         tokens_each_clip = tokens_each_frame.sum(1)
         end_of_clip = tokens_each_clip.cumsum(0)
         if attention in ("causal", "bidirectional"):
@@ -124,15 +133,43 @@ class PackedAttention:
         share()
         return chunks
 
+    @cached_property
+    def batches(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], torch.Tensor]:
+        """
+        The calls that compute it where keys are laid out: segments of about one size share a padded one.
+
+        Returns:
+            `tuple`: for each call the queries `(segments, most queries)` and keys `(segments, most keys)`, as places in the
+            sequence, and a mask `(segments, 1, 1, most keys)` that hides padding, or `None`; and for each token the
+            row of its result in all calls' results, one behind the other.
+        """
+        num_keys = self.end_key - self.first_key
+        first_query = self.num_queries.cumsum(0) - self.num_queries
+        # Sizes between two powers of two are padded to the largest of them.
+        size = torch.stack([self.num_queries, num_keys], dim=1)
+        _, kind = (size - 1).double().frexp().exponent.unique(dim=0, return_inverse=True)
+        most = _LAID_KEYS.get(self.num_queries.device.type, _LAID_KEYS["other"])
+        batches, rows, start = [], torch.empty_like(self.key_range[0]), 0
+        for number in range(int(kind.max()) + 1):
+            members = (kind == number).nonzero().squeeze(1)
+            for part in members.split(max(1, most // int(num_keys[members].max()))):
+                queries, is_query = _stretches(first_query[part], self.num_queries[part])
+                keys, is_key = _stretches(self.first_key[part], num_keys[part])
+                keys = keys if self.key_index is None else self.key_index[keys]
+                batches.append((queries, keys, None if is_key.all() else is_key[:, None, None]))
+                rows[queries[is_query]] = start + is_query.flatten().nonzero().squeeze(1)
+                start += is_query.numel()
+        return batches, rows
+
     def mask(self, queries: slice, keys: slice) -> torch.Tensor:
-        """Gives a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key."""
+        """Gives a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key, laid if they are."""
         first, end = (bound[queries, None] for bound in self.key_range)
         key = torch.arange(keys.start, keys.stop, device=first.device)
         return ((key >= first) & (key < end))[None, None]
 
     @cached_property
     def block_mask(self) -> object:
-        """The same as flex attention wants it, a `BlockMask`."""
+        """The same as flex attention wants it, a `BlockMask` over the sequence or the laid keys."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         first, end = self.key_range
@@ -140,7 +177,8 @@ class PackedAttention:
         def sees(batch, head, query, key):
             return (key >= first[query]) & (key < end[query])
 
-        return create_block_mask(sees, None, None, len(first), len(first), device=first.device)
+        num_keys = len(first if self.key_index is None else self.key_index)
+        return create_block_mask(sees, None, None, len(first), num_keys, device=first.device)
 
     @cached_property
     def flash_arguments(self) -> tuple[torch.Tensor | None, dict[str, object]]:
@@ -151,10 +189,11 @@ class PackedAttention:
         """
         num_keys = self.end_key - self.first_key
         index = None
-        if not torch.equal(num_keys, self.num_queries):
+        if self.key_index is not None or not torch.equal(num_keys, self.num_queries):
             starts = num_keys.cumsum(0) - num_keys
             index = torch.arange(int(num_keys.sum()), device=num_keys.device)
             index = index + (self.first_key - starts).repeat_interleave(num_keys)
+            index = index if self.key_index is None else self.key_index[index]
         bounds = [nn.functional.pad(count.cumsum(0), (1, 0)).to(torch.int32) for count in (self.num_queries, num_keys)]
         return index, {
             "cu_seq_lens_q": bounds[0],
@@ -169,24 +208,34 @@ class PackedAttention:
         if self.num_queries.device == device:
             return self
         parts = (part.to(device) for part in (self.num_queries, self.first_key, self.end_key))
-        return PackedAttention(*parts, self.is_causal)
+        return PackedAttention(*parts, self.is_causal, None if self.key_index is None else self.key_index.to(device))
 
 
-_running: ContextVar[tuple[PackedAttention, str]] = ContextVar("packed attention of the layer that runs")
+def _stretches(first: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers stretches of places, `(stretches, longest)`, padded by their first place, and tells what is no padding."""
+    step = torch.arange(int(count.max()), device=count.device)
+    is_real = step < count[:, None]
+    return first[:, None] + step * is_real, is_real
+
+
+_running: ContextVar[tuple[PackedAttention, str, Extend | None]] = ContextVar(
+    "packed attention of the layer that runs"
+)
 
 
 @contextmanager
-def packed_attention(module: nn.Module, plan: PackedAttention) -> Iterator[None]:
+def packed_attention(module: nn.Module, plan: PackedAttention, extend: Extend | None = None) -> Iterator[None]:
     """
     Lets the attention inside a module follow a plan, for as long as the context lasts.
 
     Args:
         module (`nn.Module`): a layer of a tower, or the whole; run on one sequence, `(1, tokens, hidden)`.
         plan (`PackedAttention`): which tokens see which, on the device that the layer computes on.
+        extend (*optional*): puts keys and values from elsewhere before the layer's own; the plan counts them as well.
     """
     configs = {id(part.config): part.config for part in module.modules() if _has_config(part)}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
-    token = _running.set((plan, next(iter(implementations.values()), None) or "eager"))
+    token = _running.set((plan, next(iter(implementations.values()), None) or "eager", extend))
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
@@ -195,6 +244,33 @@ def packed_attention(module: nn.Module, plan: PackedAttention) -> Iterator[None]
         for key, config in configs.items():
             config._attn_implementation = implementations[key]
         _running.reset(token)
+
+
+def run_checkpointed(
+    layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """
+    Runs a layer by a function that has a plan around it, with the layer's own gradient checkpointing if it is on.
+
+    A checkpointed layer is computed again in the backward pass, and the plan must hold then as well: so the layer is
+    checkpointed here, around the plan, and not inside itself.
+
+    Args:
+        layer (`nn.Module`): the layer.
+        run (`Callable`): calls it on hidden states, inside [`packed_attention`].
+        hidden_states (`torch.FloatTensor`): what it gets.
+    """
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return run(hidden_states)
+
+    def run_again(hidden_states: torch.Tensor) -> torch.Tensor:
+        layer.gradient_checkpointing = False
+        try:
+            return run(hidden_states)
+        finally:
+            layer.gradient_checkpointing = True
+
+    return layer._gradient_checkpointing_func(run_again, hidden_states)
 
 
 def _has_config(module: nn.Module) -> bool:
@@ -212,11 +288,15 @@ def _packed_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention of `(1, heads, tokens, head_dim)` by the running plan; gives `(1, tokens, heads, head_dim)`."""
-    plan, implementation = _running.get()
+    plan, implementation, extend = _running.get()
     plan = plan.to(query.device)
+    if extend is not None:
+        key, value = extend(key, value)
     options = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "dropout": dropout}
     if implementation == "flex_attention":
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        if plan.key_index is not None:
+            key, value = key[:, :, plan.key_index], value[:, :, plan.key_index]
         return attend(module, query, key, value, plan.block_mask, **options)[0], None
     if "flash" in implementation:
         index, arguments = plan.flash_arguments
@@ -231,6 +311,14 @@ def _packed_attention_forward(
             module.config._attn_implementation = _NAME
     attend = _eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     outputs = []
+    if plan.key_index is not None:
+        batches, rows = plan.batches
+        # Tokens first: so a token is gathered whole.
+        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+        for queries, keys, mask in batches:
+            parts = (part[index].transpose(1, 2) for part, index in ((query, queries), (key, keys), (value, keys)))
+            outputs.append(attend(module, *parts, mask, is_causal=False, **options)[0].flatten(0, 1))
+        return torch.cat(outputs)[rows][None], None
     for queries, keys, has_mask in plan.chunks:
         parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
         mask = plan.mask(queries, keys) if has_mask else None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .canvas import plan_canvas
-from .packed_attention import PackedAttention, packed_attention
+from .packed_attention import PackedAttention, packed_attention, run_checkpointed
 from .qwen_vl_units import UnitPlaces, locate_units
 
 

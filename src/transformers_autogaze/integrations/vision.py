@@ -9,6 +9,7 @@ of `packed_attention`.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..gazing_autogaze import GazeOutput
-from ..grid_autogaze import PUBLISHED_GRID, GazeGrid
-from .packed_attention import ATTENTION_CHOICES, PackedAttention, packed_attention
+from ..grid_autogaze import GazeGrid
+from .canvas import Canvas, plan_canvas, tokens_at_places
+from .packed_attention import ATTENTION_CHOICES, Extend, PackedAttention, packed_attention, run_checkpointed
 from .vision_adapters import ADAPTERS, VisionAdapter, find_tower
+from .vision_cache import GazeVisionCache
 
 
 @dataclass
@@ -123,14 +126,18 @@ class GazeVisionModel(nn.Module):
             A loaded model of transformers of one of the families SigLIP, SigLIP 2 (fixed resolution), CLIP, ViT, DeiT,
             DINOv2, DINOv2 with registers, DINOv3 ViT, VideoMAE or V-JEPA 2, or a model that holds one.
         scales (`Sequence[int | tuple[int, int]]`, *optional*):
-            Sizes in pixels that frames are seen at, coarse to fine, multiples of the tower's patch size. By default the
-            published selector's, matched to the tower's image size by [`GazeGrid.for_encoder`].
-        attention (`str`, *optional*, defaults to `"block_causal"`):
-            Which tokens of its clip a token sees: `"block_causal"` those of its frame and of earlier ones, `"causal"`
-            itself and those before it, `"bidirectional"` all, `"frame"` those of its frame.
+            Sizes in pixels that frames are seen at, coarse to fine, multiples of the tower's patch size. By default one
+            scale: the rows and columns of patches that the tower was made for.
+        attention (`str`, *optional*):
+            Which tokens of its clip a token sees: `"frame"` those of its frame; `"canvas"` those of its frame and, for
+            every place where its frame kept nothing, the latest token that an earlier frame kept there, the finest over
+            the place, prefix tokens left out; `"block_causal"` those of its frame and of earlier ones; `"causal"` itself
+            and those before it; `"bidirectional"` all. By default `"canvas"` for towers of images at one scale,
+            `"block_causal"` for towers with tubelets or at several scales.
 
     Raises:
-        ValueError: if the family is not known, a scale is no multiple of the patch size, or `attention` is none of these.
+        ValueError: if the family is not known, a scale is no multiple of the patch size, the tower's patches are not
+            square, or `attention` is none of these.
 
     Example:
 
@@ -157,24 +164,31 @@ class GazeVisionModel(nn.Module):
         self,
         vision_model: nn.Module,
         scales: Sequence[int | tuple[int, int]] | None = None,
-        attention: str = "block_causal",
+        attention: str | None = None,
     ):
         super().__init__()
-        if attention not in ATTENTION_CHOICES:
-            raise ValueError(f"`attention` must be one of {', '.join(ATTENTION_CHOICES)}, got {attention!r}")
+        if attention is not None:
+            _check_attention(attention)
         self._tower_name = find_tower(vision_model)
         self.vision_model = vision_model
+        patch_size, other = self.adapter.patch_embedding.kernel_size[-2:]
+        if patch_size != other:
+            raise ValueError(f"`vision_model` must have square patches, got {patch_size}x{other} pixels")
+        if scales is None:
+            rows, cols = self.adapter.native_grid
+            scales = [(rows * patch_size, cols * patch_size)]
+        self.grid = GazeGrid(scales, patch_size)
+        if attention is None:
+            is_alike = self.adapter.tubelet_size == 1 and len(self.grid.grids) == 1
+            attention = "canvas" if is_alike else "block_causal"
         self.attention = attention
-        patch_size = self.adapter.patch_embedding.kernel_size[-2:]
-        matched = PUBLISHED_GRID.for_encoder(self.adapter.image_size, patch_size)
-        self.grid = matched if scales is None else GazeGrid(scales, matched.patch_size)
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str,
         scales: Sequence[int | tuple[int, int]] | None = None,
-        attention: str = "block_causal",
+        attention: str | None = None,
         **kwargs: Any,
     ) -> "GazeVisionModel":
         """
@@ -220,6 +234,7 @@ class GazeVisionModel(nn.Module):
         gaze: GazeOutput | None = None,
         attention: str | None = None,
         output_hidden_states: bool = False,
+        cache: GazeVisionCache | None = None,
     ) -> GazeVisionOutput:
         """
         Encodes the kept patches.
@@ -233,16 +248,24 @@ class GazeVisionModel(nn.Module):
                 default.
             attention (`str`, *optional*): as in [`GazeVisionModel`], for this call.
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return the states of all layers.
+            cache ([`GazeVisionCache`], *optional*):
+                With `"canvas"` attention: what earlier frames of the same clips left, which these frames follow. It is
+                brought up to date. Frame by frame or in chunks, tokens get what they get in the whole clip.
 
         Returns:
-            [`GazeVisionOutput`]
+            [`GazeVisionOutput`]; its `frame` counts from the first of these frames.
 
         Raises:
             ValueError: if the frames are no such tensor, the gaze is for other scales, another patch size or other
-                numbers of clips or frames, or frames do not fill the tower's tubelets.
+                numbers of clips or frames, frames do not fill the tower's tubelets, or the cache does not fit the tower,
+                the attention, the clips, the gaze or training.
         """
         adapter = self.adapter
+        attention = self.attention if attention is None else attention
+        _check_attention(attention)
         gaze = self._check(pixel_values_videos, gaze)
+        if cache is not None:
+            cache.check(adapter, self.grid, gaze, attention)
         tokens = self._tokens(gaze)
         frames = self._encoded_frames(pixel_values_videos, gaze)
         device = pixel_values_videos.device
@@ -261,16 +284,22 @@ class GazeVisionModel(nn.Module):
 
         ids = torch.full((len(patch_places) + prefix_places.numel(),), -1, device=device)
         time = torch.zeros_like(ids)
-        ids[patch_places], time[patch_places] = tokens.ids, tokens.frame
+        ids[patch_places], time[patch_places] = tokens.ids, tokens.frame + (0 if cache is None else cache.num_times)
         rotary = adapter.rotary(self.grid, ids, time, hidden_states.dtype)
-        plan = PackedAttention.for_clips(num_tokens, self.attention if attention is None else attention)
+        if attention == "canvas":
+            plan, canvas = self._plan_canvas(tokens, patch_places, num_tokens, None if cache is None else cache.canvas)
+        else:
+            plan, canvas = PackedAttention.for_clips(num_tokens, attention), None
         states = [hidden_states]
-        for layer in adapter.layers:
-            hidden_states = self._run_layer(layer, hidden_states, plan, rotary)
+        for number, layer in enumerate(adapter.layers):
+            extend = None if cache is None else partial(cache.extend, number, canvas.tokens)
+            hidden_states = self._run_layer(layer, hidden_states, plan, rotary, extend)
             if output_hidden_states:
                 states.append(hidden_states)
         if adapter.final_norm is not None:
             hidden_states = adapter.final_norm(hidden_states)
+        if cache is not None:
+            cache.commit(adapter, self.grid, gaze, canvas, num_times=num_tokens.shape[1])
 
         def of_patches(state: torch.Tensor) -> torch.Tensor:
             return state[0].to(device)[patch_places]
@@ -341,6 +370,17 @@ class GazeVisionModel(nn.Module):
         mask = mask.unflatten(1, (-1, tubelet)).any(2)
         return _Tokens(*mask.nonzero(as_tuple=True), mask.sum(-1))
 
+    def _plan_canvas(
+        self, tokens: _Tokens, patch_places: torch.Tensor, num_tokens: torch.Tensor, canvas: Canvas | None
+    ) -> tuple[PackedAttention, Canvas]:
+        """Plans attention to the canvas, and gives the canvas at the end."""
+        device = patch_places.device
+        token_of_patch = torch.full((*num_tokens.shape, self.grid.num_patches), -1, device=device)
+        token_of_patch[tokens.clip, tokens.frame, tokens.ids] = patch_places
+        patch_at = self.grid.patches_at(*self.grid.grids[-1], device=device).flatten(1)
+        first_token = (num_tokens.flatten().cumsum(0) - num_tokens.flatten()).view_as(num_tokens)
+        return plan_canvas(tokens_at_places(token_of_patch, patch_at), first_token, num_tokens, canvas)
+
     def _encoded_frames(self, video: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
         """Gives the frames that tokens are made of, `(batch, encoded, tubelet, channels, height, width)`."""
         tubelet = self.adapter.tubelet_size
@@ -365,29 +405,27 @@ class GazeVisionModel(nn.Module):
         return embedded + positions[tokens.frame if len(positions) > 1 else 0, tokens.ids]
 
     def _run_layer(
-        self, layer: nn.Module, hidden_states: torch.Tensor, plan: PackedAttention, rotary: object | None
+        self,
+        layer: nn.Module,
+        hidden_states: torch.Tensor,
+        plan: PackedAttention,
+        rotary: object | None,
+        extend: Extend | None,
     ) -> torch.Tensor:
         adapter = self.adapter
         if not hidden_states.shape[1]:  # Nothing was kept of any clip, and layers take no empty sequences.
             return hidden_states
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
-            with packed_attention(layer, plan):
+            with packed_attention(layer, plan, extend):
                 return adapter.run_layer(layer, hidden_states, rotary)
 
-        if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
-            return run(hidden_states)
+        return run_checkpointed(layer, run, hidden_states)
 
-        # The layer is computed again in the backward pass, and the plan must hold then as well: it is checkpointed here,
-        # around the plan, and not inside itself.
-        def run_again(hidden_states: torch.Tensor) -> torch.Tensor:
-            layer.gradient_checkpointing = False
-            try:
-                return run(hidden_states)
-            finally:
-                layer.gradient_checkpointing = True
 
-        return layer._gradient_checkpointing_func(run_again, hidden_states)
+def _check_attention(attention: str) -> None:
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(f"`attention` must be one of {', '.join(ATTENTION_CHOICES)}, got {attention!r}")
 
 
 @contextmanager
