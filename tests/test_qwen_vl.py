@@ -412,11 +412,90 @@ def test_dropping_units_is_masking_their_patches_in_the_whole_tower(family):
         return sdpa_attention_forward(module, query, key, value, mask.expand(1, 1, query.shape[2], -1), **kwargs)
 
     AttentionInterface.register("attend_to_kept", attend_to_kept)
-    features, _ = encode_units(mllm.model.visual, inputs["pixel_values_videos"], grids, is_kept)
+    features, _ = encode_units(mllm.model.visual, inputs["pixel_values_videos"], grids, is_kept, "frame")
     mllm.model.visual.config._attn_implementation = "attend_to_kept"
     masked = whole_tower(mllm, inputs)[is_kept]
     assert len(calls) == 3 * len(masks)
     torch.testing.assert_close(features, masked, atol=1e-5, rtol=0)
+
+
+def canvas_mask(units: list[tuple], side: int | None) -> torch.Tensor:
+    """Gives `(units, units)`: whether a unit (video, time, row, col) sees another, inside windows of `side` or anywhere."""
+    mask = torch.zeros(len(units), len(units), dtype=torch.bool)
+    for number, (video, time, row, col) in enumerate(units):
+        latest = {}
+        for other in sorted(units):  # later ones lie over earlier ones
+            in_window = side is None or (other[2] // side, other[3] // side) == (row // side, col // side)
+            if other[0] == video and other[1] <= time and in_window:
+                latest[other[2:]] = other
+        for other in latest.values():
+            mask[number, units.index(other)] = True
+    return mask
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_unit_sees_its_frame_and_the_latest_units_kept_elsewhere(family, attention):
+    mllm = tiny_mllm(family)
+    mllm.set_attn_implementation(attention)
+    tower, inputs = mllm.model.visual, make_inputs(mllm, [[(4, 6, 10), (1, 4, 4), (3, 4, 8)]])
+    places = [tuple(place) for place in torch.stack(locate_units(inputs["video_grid_thw"], 2)).T.tolist()]
+    is_kept = torch.rand(len(places), generator=torch.Generator().manual_seed(0)) < 0.4
+    call, seen = (inputs["pixel_values_videos"], inputs["video_grid_thw"]), []
+    features, deepstack = encode_units(tower, *call, is_kept)
+    handle = tower.blocks[0].register_forward_pre_hook(lambda *call: seen.append(call[1:]), with_kwargs=True)
+    with torch.no_grad():
+        tower(*call)
+    handle.remove()
+
+    # The tower's own order, window by window if it has any, and in it the patches of the units that are kept.
+    order, side = list(range(len(places))), None
+    if family == "qwen2_5_vl":
+        side = 2
+        order.sort(key=lambda unit: (*places[unit][:2], *(place // side for place in places[unit][2:]), unit))
+    rows = is_kept[order].repeat_interleave(4)
+    order = [unit for unit in order if is_kept[unit]]
+    (hidden_states, *_), options = seen[0]
+    hidden_states = hidden_states[rows]
+    positions = tuple(part[rows] for part in options["position_embeddings"])
+    masks = {
+        is_full: canvas_mask([places[unit] for unit in order], None if is_full else side)
+        .repeat_interleave(4, dim=0)
+        .repeat_interleave(4, dim=1)
+        for is_full in (True, False)
+    }
+    is_full, expected = True, []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, masks[is_full][None, None], **kwargs)
+
+    AttentionInterface.register("attend_to_canvas", attend)
+    tower.config._attn_implementation = "attend_to_canvas"
+    with torch.no_grad():
+        for number, block in enumerate(tower.blocks):
+            is_full = side is None or number in tower.fullatt_block_indexes
+            one_piece = torch.tensor([0, len(rows.nonzero())], dtype=torch.int32)
+            hidden_states = block(hidden_states, cu_seqlens=one_piece, position_embeddings=positions)
+            if number in getattr(tower, "deepstack_visual_indexes", ()):
+                expected.append(tower.deepstack_merger_list[len(expected)](hidden_states))
+        expected.insert(0, tower.merger(hidden_states))
+    for ours, theirs in zip([features, *deepstack], expected, strict=True):
+        torch.testing.assert_close(ours, theirs[torch.tensor(order).argsort()], atol=1e-5, rtol=0)
+
+
+def test_with_every_unit_kept_the_canvas_changes_no_bit(mllm):
+    inputs = make_inputs(mllm, [[1, (3, 6, 10), 2, (2, 4, 4)]])
+    with torch.no_grad():
+        canvas, frame = (
+            GazeQwenVL(mllm, attention=attention)(**inputs, gaze=full_gaze(inputs)).logits
+            for attention in ("canvas", "frame")
+        )
+        assert torch.equal(canvas, frame)
+        canvas, frame = (
+            GazeQwenVL(mllm, attention=attention)(**inputs, gaze=gazes_for(inputs)).logits
+            for attention in ("canvas", "frame")
+        )
+        assert not torch.allclose(canvas, frame, atol=1e-3)
 
 
 # Training
