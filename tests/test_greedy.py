@@ -87,15 +87,15 @@ def test_a_stream_equals_the_whole_clip(selector, video):
     assert torch.equal(selector.generate(video, **call, past_key_values=cache).gazing_pos, whole.gazing_pos)
 
 
-def test_tiles_are_gazed_at_one_by_one_and_stitched(selector, video):
-    gaze = selector.generate(
-        torch.nn.functional.interpolate(video.flatten(0, 1), 98, mode="bilinear").view(3, 6, 3, 98, 98),
-        gazing_ratio=0.5,
-        target_scales=[28, 56, 98],
-        target_patch_size=14,
-    )
-    assert gaze.grid.num_patches == 4 + 16 + 49
-    assert (gaze.num_real_each_frame <= 4 * 10).all() and (gaze.num_real_each_frame > 0).all()
+def test_it_chooses_among_the_patches_of_any_grid(selector, video):
+    frames = torch.nn.functional.interpolate(video.flatten(0, 1), 112, mode="bilinear").view(3, 6, 3, 112, 112)
+    target = {"target_scales": [28, 56, 112], "target_patch_size": 14}
+    gaze = selector.generate(frames, gazing_ratio=0.5, **target)
+    own = GreedyGazeSelector(GreedyGazeConfig(scales=[28, 56, 112], patch_size=14))
+    assert torch.equal(gaze.gazing_pos, own.generate(frames, gazing_ratio=0.5).gazing_pos)
+    assert (gaze.num_real_each_frame == int(0.5 * (4 + 16 + 64))).all()
+    whole = selector.generate(frames[..., :56], gazing_ratio=0.5, target_scales=[(112, 56)], target_patch_size=14)
+    assert whole.grid.grids == ((8, 4),) and (whole.num_real_each_frame == 16).all()
 
 
 def test_the_configuration_decides_when_nothing_is_given(selector, video):

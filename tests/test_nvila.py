@@ -153,7 +153,7 @@ def test_a_copied_processor_gazes_by_its_own_settings():
     processor = attached()
     other = copy.deepcopy(processor)
     other.gazing_ratio_tile, other.task_loss_requirement_tile = 0.5, None
-    assert other(make_videos([1]), make_videos([1]))["num_gazing_each_frame_tiles"][0].tolist() == [[528, 528]]
+    assert other(make_videos([1]), make_videos([1]))["num_gazing_each_frame_tiles"][0].tolist() == [[530, 530]]
     assert processor.gazing_ratio_tile[0] == 0.2
 
 

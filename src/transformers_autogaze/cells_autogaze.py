@@ -80,6 +80,8 @@ def choose_patches(
     limit: torch.Tensor | None,
     is_kept: torch.Tensor | None = None,
     all_gains: list[torch.Tensor] | None = None,
+    min_gain: torch.Tensor | None = None,
+    least: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Chooses the patches of one frame.
@@ -92,6 +94,9 @@ def choose_patches(
         limit (`torch.DoubleTensor` of shape `(batch,)`, *optional*): squared error of the frame at which a clip is done.
         is_kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*): patches that are not to be chosen.
         all_gains (`list`, *optional*): takes, for every choice, what each patch would have gained, `(batch, patches)`.
+        min_gain (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
+            Choosing ends after a choice by which no clip gained as much.
+        least (`int`, *optional*, defaults to 1): patches to choose before that.
 
     Returns:
         `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, steps)`. A clip that is done
@@ -120,7 +125,26 @@ def choose_patches(
         totals.append(total)
         if limit is not None and (total <= limit).all():
             break
+        if min_gain is not None and len(slots) >= least and (gain < min_gain).all():
+            break
     return tables.id_of_slot[torch.stack(slots, dim=1)], torch.stack(totals, dim=1)
+
+
+def rank_patches(errors: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Chooses the patches of one frame where there is a single scale: none overlaps another, so ranking them is the search.
+
+    Args:
+        errors (`torch.DoubleTensor` of shape `(batch, 1, *cells)`): squared error of every patch as it is.
+        budget (`int`): patches to choose.
+
+    Returns:
+        `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, budget)`.
+    """
+    gains, ids = errors.flatten(1).sort(dim=1, descending=True, stable=True)
+    # Whole numbers, so the difference is as exact as a sum of what is left.
+    totals = gains.sum(1, keepdim=True) - gains[:, :budget].cumsum(1)
+    return ids[:, :budget], totals
 
 
 def _drops(errors: torch.Tensor) -> torch.Tensor:
@@ -157,9 +181,14 @@ class ReplayedSearch:
         self.step = ReplayedCall(self._step, rows.device)
 
     def __call__(
-        self, errors: torch.Tensor, budget: int, limit: torch.Tensor | None
+        self,
+        errors: torch.Tensor,
+        budget: int,
+        limit: torch.Tensor | None,
+        min_gain: torch.Tensor | None = None,
+        least: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and gives what [`choose_patches`] does; clips that are all done may repeat their last choices longer."""
+        """Takes and gives what [`choose_patches`] does; clips that are all done may go on for some steps more."""
         self.drops.copy_(_drops(errors))
         self.closed.copy_(self.tables.closed)
         # Comparing with no number is never true, so the first step always chooses.
@@ -168,8 +197,13 @@ class ReplayedSearch:
         self.number.zero_()
         for done in range(1, budget + 1):
             self.step()
-            if limit is not None and done % _UNCHECKED_STEPS == 0 and bool((self.total <= self.limit).all()):
+            if done % _UNCHECKED_STEPS:
+                continue
+            if limit is not None and bool((self.total <= self.limit).all()):
                 break
+            if min_gain is not None and done > least:
+                if bool((self.totals[:, done - 2] - self.total < min_gain).all()):
+                    break
         return self.tables.id_of_slot[self.slots[:, :done]], self.totals[:, :done].clone()
 
     def _step(self) -> None:
@@ -187,7 +221,7 @@ class ReplayedSearch:
 
 
 class PatchSearch:
-    """Chooses patches as [`choose_patches`] does; on CUDA by replayed steps, whose memory it keeps."""
+    """Chooses the patches of a frame; on CUDA by replayed steps, whose memory it keeps."""
 
     def __init__(self):
         self.replayed: dict[tuple[torch.device, torch.Size], ReplayedSearch] = {}
@@ -197,17 +231,25 @@ class PatchSearch:
         return {"replayed": {}}
 
     def __call__(
-        self, tables: CellTables, errors: torch.Tensor, budget: int, limit: torch.Tensor | None
+        self,
+        tables: CellTables | None,
+        errors: torch.Tensor,
+        budget: int,
+        limit: torch.Tensor | None,
+        min_gain: torch.Tensor | None = None,
+        least: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and gives what [`choose_patches`] does."""
+        """Takes and gives what [`choose_patches`] does; without tables what [`rank_patches`] does."""
+        if tables is None:
+            return rank_patches(errors, budget)
         if not self._replays_steps(errors.device):
-            return choose_patches(tables, errors, budget, limit)
+            return choose_patches(tables, errors, budget, limit, min_gain=min_gain, least=least)
         key = (errors.device, errors.shape)
         search = self.replayed.pop(key, None) or ReplayedSearch(tables, len(errors))
         self.replayed[key] = search  # the latest comes last
         for oldest in list(self.replayed)[:-_MAX_SEARCHES]:
             del self.replayed[oldest]
-        return search(errors, budget, limit)
+        return search(errors, budget, limit, min_gain, least)
 
     @staticmethod
     def _replays_steps(device: torch.device) -> bool:

@@ -1,8 +1,8 @@
 """Closed-form reconstruction of a video from its gazed patches, and the greedy gaze that serves it best.
 
 This module owns what kept patches are worth in pixels: the reconstruction that needs no weights (DESIGN, "Closed-form
-reconstruction"), its error, the search on that error, and the error as a task loss. It knows nothing of models and
-files, nor of how frames were resized and normalised before; what ids, scales and grids mean it asks the grid.
+reconstruction"), its error, the search on that error under budgets per frame, and the error as a task loss. The canvas
+and the search on it are those of `canvas_search_autogaze`, as are budgets over time.
 """
 
 import math
@@ -12,17 +12,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .cells_autogaze import CellTables, PatchSearch, choose_patches
-from .cells_autogaze import layer_of_patch as find_layers
+from .canvas_search_autogaze import ERROR_UNIT, Canvas, CanvasSearch
+from .cells_autogaze import choose_patches
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 
 
 # Undoing a normalisation leaves pixels a rounding error outside 0..1; anything more is a mistake.
 _PIXEL_TOLERANCE = 1e-3
-# The search counts squared errors in whole multiples of this. Sums over up to 2**25 pixel values are then exact in
-# float64 in whatever order they are taken, so equal gains are equal to the last bit and no batch can sway a choice.
-_ERROR_UNIT = 2.0**-28
 _LEAST_MSE = 1e-10
 
 
@@ -139,7 +136,7 @@ class ContinuationsOutput(NamedTuple):
     gains: torch.DoubleTensor
 
 
-class CompositeReconstruction:
+class CompositeReconstruction(CanvasSearch):
     """
     Rebuilds frames from their gazed patches without weights, and searches the patches that rebuild them best.
 
@@ -148,8 +145,8 @@ class CompositeReconstruction:
     the block it covers (bicubic inside the block, clamped to 0..1). What no gazed patch covers keeps the old pixels;
     patches of the finest scale are the frame itself (DESIGN, "Closed-form reconstruction").
 
-    The edges of the blocks of all scales lie on one regular grid of cells, whose number per axis is the least common
-    multiple of the patches there. A patch is a union of cells, so the search adds up cells and never touches pixels.
+    [`~CompositeReconstruction.search`] chooses under budgets per frame; [`~CanvasSearch.search_clip`] and
+    [`~CanvasSearch.search_stream`] under budgets over time.
 
     Args:
         grid (`GazeGrid`):
@@ -178,20 +175,20 @@ class CompositeReconstruction:
     """
 
     def __init__(self, grid: GazeGrid):
-        self.grid = grid
-        self.cells: tuple[int, int] = tuple(math.lcm(*patches) for patches in zip(*grid.grids, strict=True))
-        """Rows and columns of cells."""
+        super().__init__(grid)
         if any(size % cells for size, cells in zip(grid.sizes[-1], self.cells, strict=True)):
             raise ValueError(
                 f"`grid` must have a finest scale that divides into {self.cells[0]}x{self.cells[1]} cells, the least "
                 f"common multiples of its grids {grid.grids}, got {grid.sizes[-1]} pixels"
             )
-        self._cached_tables: dict[tuple[torch.device, torch.dtype], CellTables] = {}
-        self._cached_layers: torch.Tensor | None = None
-        self._search = PatchSearch()
 
     def __repr__(self) -> str:
         return f"CompositeReconstruction({self.grid})"
+
+    def start_canvas(self, frames: torch.Tensor) -> Canvas:
+        """Gives a mid-grey canvas for clips `(batch, frames, 3, height, width)`; checks them."""
+        image = self._start(frames, None)
+        return Canvas(image, torch.ones(len(frames), *self.cells, dtype=torch.bool, device=frames.device))
 
     def __call__(
         self, pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None = None
@@ -305,8 +302,8 @@ class CompositeReconstruction:
         if max_error is not None and max_error.isnan().any():
             raise ValueError(f"`max_error` must be numbers, `-inf` for no threshold, got {max_error.tolist()}")
 
-        tables, longest = self._tables(pixels), int(budgets.max())
-        error_unit = _ERROR_UNIT / pixels[0, 0].numel()  # of the mean over a frame
+        longest = int(budgets.max())
+        error_unit = ERROR_UNIT / pixels[0, 0].numel()  # of the mean over a frame
         ids = torch.full((batch, num_frames, longest), -1, device=pixels.device)
         mse = pixels.new_empty(batch, num_frames, longest)
         counts = budgets.to(pixels.device).repeat(batch, 1)
@@ -317,15 +314,17 @@ class CompositeReconstruction:
                 layers = self._render(frame)
                 errors = self._errors_of_layers(frame, (current, *layers[:-1]))
                 limit = None if max_error is None else max_error[:, t].to(errors) / error_unit
-                chosen, totals = self._search(tables, errors, budget, limit)
+                chosen, totals = self._search(self._search_tables(frame), errors, budget, limit)
                 steps = chosen.shape[1]
                 if limit is not None:
                     counts[:, t] = ((totals > limit[:, None]).sum(1) + 1).clamp(max=steps)
-                is_real = torch.arange(steps, device=pixels.device) < counts[:, t, None]
-                ids[:, t, :steps] = chosen.where(is_real, -1)
+                step = torch.arange(steps, device=pixels.device)
+                chosen = chosen.where(step < counts[:, t, None], -1)
+                ids[:, t, :steps] = chosen
+                # After its last choice a clip's error stays what it was.
+                totals = totals.gather(1, torch.minimum(step, counts[:, t, None] - 1))
                 mse[:, t] = F.pad(totals, (0, longest - steps), mode="replicate") * error_unit
-                kept = torch.zeros(batch, self.grid.num_patches, dtype=torch.bool, device=pixels.device)
-                current = self._lay(current, layers, self.grid.split_by_scale(kept.scatter_(1, chosen, True)))
+                current = self._lay(current, layers, self._masks_of(chosen))
         return GreedySearchOutput(ids, mse, counts, current.clone())
 
     @torch.no_grad()
@@ -362,7 +361,7 @@ class CompositeReconstruction:
                 # The finest patch laid so far decides what a cell shows, in whatever order they came.
                 shown = layer_of_patch[ids[:, slots]].cummax(1).values
                 totals = errors.gather(1, shown).sum(-1)
-                mse[:, slots] = (totals * (_ERROR_UNIT / frame[0].numel())).to(mse)
+                mse[:, slots] = (totals * (ERROR_UNIT / frame[0].numel())).to(mse)
                 current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
         return mse
 
@@ -421,7 +420,7 @@ class CompositeReconstruction:
                 chosen.append(best.view(len(pixels), -1)[:, :count])
                 gains.append(torch.stack(rows, dim=1).view(len(pixels), -1, last)[:, :count])
                 current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
-        return ContinuationsOutput(torch.cat(chosen, dim=1), torch.cat(gains, dim=1) * _ERROR_UNIT)
+        return ContinuationsOutput(torch.cat(chosen, dim=1), torch.cat(gains, dim=1) * ERROR_UNIT)
 
     @torch.no_grad()
     def cell_errors(self, frames: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
@@ -440,7 +439,7 @@ class CompositeReconstruction:
         self._start(frames[:, None], standing)
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.contiguous()
-            return self._errors_of_layers(frames, (standing.to(frames), *self._render(frames))) * _ERROR_UNIT
+            return self._errors_of_layers(frames, (standing.to(frames), *self._render(frames))) * ERROR_UNIT
 
     @torch.no_grad()
     def gains(self, errors: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -467,7 +466,7 @@ class CompositeReconstruction:
     def _start(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
         """Checks clips and the state of their stream; gives the image `(batch, 3, height, width)` before them."""
         height, width = self.grid.sizes[-1]
-        if pixels.ndim != 5 or 0 in pixels.shape or tuple(pixels.shape[2:]) != (3, height, width):
+        if pixels.ndim != 5 or 0 in pixels.shape or pixels.shape[2] % 3 or tuple(pixels.shape[3:]) != (height, width):
             raise ValueError(
                 f"`pixels` must be of shape (batch, frames, 3, {height}, {width}), none of them 0, got "
                 f"{tuple(pixels.shape)}"
@@ -479,7 +478,7 @@ class CompositeReconstruction:
             raise ValueError(
                 f"`pixels` must lie in 0..1, got {lowest:.4g}..{highest:.4g}: undo the normalisation and clamp them"
             )
-        shape = (len(pixels), 3, height, width)
+        shape = (len(pixels), *pixels.shape[2:])
         if previous is None:
             return pixels.new_full(shape, 0.5)
         if tuple(previous.shape) != shape:
@@ -491,39 +490,7 @@ class CompositeReconstruction:
         patch, layers = self.grid.patch_size, []
         for (rows, cols), resize in zip(self.grid.grids[:-1], self._tables(frame).resizes, strict=True):
             small = resize.down_rows @ (frame @ resize.down_cols)
-            wide = small.view(-1, 3, rows * patch, cols, patch) @ resize.up_cols
-            layer = resize.up_rows @ wide.view(-1, 3, rows, patch, frame.shape[-1])
+            wide = small.view(*frame.shape[:2], rows * patch, cols, patch) @ resize.up_cols
+            layer = resize.up_rows @ wide.view(*frame.shape[:2], rows, patch, frame.shape[-1])
             layers.append(layer.view_as(frame).clamp_(0, 1))
         return [*layers, frame]
-
-    def _lay(self, image: torch.Tensor, layers: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Lays the patches that masks `(batch, patches)` mark, one per scale, over an image, coarse to fine."""
-        height, width = self.grid.sizes[-1]
-        for number, (layer, mask, (rows, cols)) in enumerate(zip(layers, masks, self.grid.grids, strict=True)):
-            mask = mask.to(image.dtype).view(-1, 1, rows, 1, cols, 1)
-            mask = mask.expand(-1, -1, -1, height // rows, -1, width // cols).reshape(-1, 1, height, width)
-            # With weights of 0 and 1, lerp is an exact choice; on a CPU it is many times faster than torch.where.
-            image = image.lerp_(layer, mask) if number else torch.lerp(image, layer, mask)
-        return image
-
-    def _errors_of_layers(self, frame: torch.Tensor, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Sums squared errors over cells and channels: float64 `(batch, layers, *cells)`, whole multiples of the unit."""
-        cell = tuple(size // count for size, count in zip(self.grid.sizes[-1], self.cells, strict=True))
-        errors = []
-        for layer in layers:
-            squares = F.mse_loss(layer, frame, reduction="none")
-            sums = F.avg_pool2d(squares, cell, divisor_override=1).sum(1)
-            errors.append(sums.double().div_(_ERROR_UNIT).round_())
-        return torch.stack(errors, dim=1)
-
-    def layers_of_patches(self, device: torch.device) -> torch.Tensor:
-        """Tells which cells patches cover; see [`layer_of_patch`]. Made when asked for: of many tiles it takes gigabytes."""
-        if self._cached_layers is None or self._cached_layers.device != device:
-            self._cached_layers = find_layers(self.grid, self.cells).to(device)
-        return self._cached_layers
-
-    def _tables(self, pixels: torch.Tensor) -> CellTables:
-        key = (pixels.device, pixels.dtype)
-        if key not in self._cached_tables:
-            self._cached_tables[key] = CellTables.build(self.grid, self.cells, pixels)
-        return self._cached_tables[key]

@@ -24,6 +24,7 @@ PIPELINE_TASK = "video-token-pruning"
 CODE_FILES = tuple(
     f"{name}_autogaze.py"
     for name in (
+        "canvas_search",
         "cells",
         "composite",
         "configuration",
@@ -40,6 +41,7 @@ CODE_FILES = tuple(
         "pipeline",
         "processing",
         "selection",
+        "token_budgets",
         "video_decoding",
         "video_frames",
         "video_processing",

@@ -48,6 +48,8 @@ class GazeOutput(ModelOutput):
             The threshold that ended a frame, if there was one.
         clip_num_gazing_each_frame (`torch.LongTensor` of shape `(batch, frames)`, *optional*):
             Slots that each clip would have taken alone, padding included.
+        first_frame (`int`, *optional*):
+            Frames of gaze that the stream had before the first of these; `None` for clips that are no part of a stream.
         cache (`GazeCache`, *optional*):
             State to continue the stream with, if asked for; `past_key_values` gives it, too.
 
@@ -79,6 +81,7 @@ class GazeOutput(ModelOutput):
     task_loss_prediction: torch.FloatTensor | None = None
     task_loss_requirement: torch.FloatTensor | None = None
     clip_num_gazing_each_frame: torch.LongTensor | None = None
+    first_frame: int | None = None
     cache: object | None = None
 
     @property
@@ -411,7 +414,8 @@ class GazeOutput(ModelOutput):
             [`GazeOutput`] whose ids count from the first frame of the first; the state is the last one's.
 
         Raises:
-            ValueError: if there is no gaze or they differ in scales, patch size, sampling rate or batch size.
+            ValueError: if there is no gaze, they differ in scales, patch size, sampling rate or batch size, or they are parts of
+                a stream that do not follow each other.
         """
         if not gazes:
             raise ValueError("`gazes` must hold at least one gaze, got none")
@@ -421,6 +425,14 @@ class GazeOutput(ModelOutput):
                 if getattr(gaze, key) != getattr(first, key):
                     raise ValueError(
                         f"`gazes[{index}].{key}` is {getattr(gaze, key)}, but that of the first is {getattr(first, key)}"
+                    )
+            before = gazes[index - 1] if index else gaze
+            if index and before.first_frame is not None and gaze.first_frame is not None:
+                expected = before.first_frame + before.num_frames
+                if gaze.first_frame != expected:
+                    raise ValueError(
+                        f"`gazes[{index}]` must go on at frame {expected} of its stream, where the one before ends, got one "
+                        f"that starts at frame {gaze.first_frame}"
                     )
 
         def joined(key: str) -> torch.Tensor | None:

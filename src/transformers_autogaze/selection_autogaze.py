@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
+from .token_budgets_autogaze import read_token_budget
 
 
 Number = float | int
@@ -88,6 +89,25 @@ class GazeSelector:
     which chooses patches of clips at its own size, and `_draw_settings`.
     """
 
+    knows_gains: bool = False
+    """Whether it knows what each patch gains, and so can spend tokens over time; `_gaze` then takes a `token_budget`."""
+    takes_any_grid: bool = False
+    """Whether it can choose the patches of any grid; then it has `for_grid`, and `_gaze` takes a `tubelet_size`."""
+
+    def for_grid(self, grid: GazeGrid) -> "GazeSelector":
+        """
+        Gives the same selector for another grid.
+
+        Args:
+            grid ([`GazeGrid`]): the patches to choose from; frames are resized to its finest scale.
+
+        Raises:
+            ValueError: if this selector was made for one grid.
+        """
+        if grid == self.config.grid:
+            return self
+        raise ValueError(f"`grid` must be {self.config.grid}, which {type(self).__name__} was made for, got {grid}")
+
     @torch.no_grad()
     def generate(
         self,
@@ -98,10 +118,19 @@ class GazeSelector:
         target_patch_size: int | None = None,
         past_key_values: object | None = None,
         use_cache: bool = False,
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
+        tokens_per_second: float | None = None,
+        frame_rate: float | None = None,
+        tubelet_size: int = 1,
         **options,
     ) -> GazeOutput:
         """
         Gazes: chooses the patches to keep of every frame.
+
+        How much is kept is said per frame (`gazing_ratio`), per clip (`clip_ratio` or `tokens_per_clip`) or per second of
+        a stream (`tokens_per_second`), by one of them at most. Under a budget over time, tokens go to the frames and places
+        where they gain most: the first frame is kept whole, and what changes later.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
@@ -114,14 +143,27 @@ class GazeSelector:
                 or `(batch, frames)`. Given alone, a frame may keep all its patches. With neither, the configuration
                 decides.
             target_scales (`Sequence[int]`, *optional*):
-                Scales of the encoder that the gaze is for, as many as the selector's own. The frames must be of the
-                last one's size; they are cut into tiles that are gazed at one by one.
+                Scales of the encoder that the gaze is for; the frames must be of the last one's size. A selector that takes
+                any grid chooses among their patches. Others need as many scales as their own, and cut the frames into
+                tiles that are gazed at one by one.
             target_patch_size (`int`, *optional*):
                 Patch size of that encoder; given with `target_scales`.
             past_key_values (*optional*):
                 State that an earlier call returned, to continue its clips. Ids count from the first frame given now.
             use_cache (`bool`, *optional*, defaults to `False`):
                 Whether to return the state to continue with, as `cache`.
+            clip_ratio (`float`, *optional*):
+                Share of the tokens of a dense encoder, all patches of the finest scale in all frames, to keep in the
+                clip, above 0 and up to 1; exactly that many are kept. For selectors that know gains.
+            tokens_per_clip (`int`, *optional*): the same as a number.
+            tokens_per_second (`float`, *optional*):
+                Tokens to keep per second of a stream. Every stretch of ten seconds stays within a tenth of its budget;
+                pass `past_key_values` to go on with a stream. For selectors that know gains.
+            frame_rate (`float`, *optional*): frames per second of the stream; given with `tokens_per_second`.
+            tubelet_size (`int`, *optional*, defaults to 1):
+                Frames that one token of the encoder covers, and that are so kept or dropped together: 2 for Qwen's merge
+                units. The gaze has one frame for each, and this as its `frame_sampling_rate`. For selectors that take
+                any grid.
             options: further options of the selector. [`AutoGazeModel`] takes `do_sample` (`bool`), `temperature`
                 (`float`, above 0) and `generator` (`torch.Generator`) to sample instead of taking the likeliest
                 patches, and `output_scores` (`bool`) to score its choice as well: then `log_action_probs` and
@@ -133,49 +175,90 @@ class GazeSelector:
         Raises:
             ValueError: if an argument is out of range or does not fit the frames; the message names it.
         """
-        own = self.config.grid
+        settings = {
+            "gazing_ratio": gazing_ratio,
+            "task_loss_requirement": task_loss_requirement,
+            "clip_ratio": clip_ratio,
+            "tokens_per_clip": tokens_per_clip,
+            "tokens_per_second": tokens_per_second,
+            "frame_rate": frame_rate,
+        }
         self._check_video(pixel_values_videos)
-        batch_size, num_frames = len(pixel_values_videos), self._num_gaze_frames(pixel_values_videos)
         if (target_scales is None) != (target_patch_size is None):
             raise ValueError(
                 "`target_scales` and `target_patch_size` must be given together, got "
                 f"target_scales={target_scales}, target_patch_size={target_patch_size}"
             )
-        if target_scales is not None and options.get("output_scores"):
+        if target_scales is None:
+            return self._gaze_at(pixel_values_videos, settings, past_key_values, use_cache, tubelet_size, options)
+        whole = self._target_grid(target_scales, target_patch_size, tuple(pixel_values_videos.shape[-2:]))
+        if self.takes_any_grid:
+            selector = self.for_grid(whole)
+            return selector._gaze_at(pixel_values_videos, settings, past_key_values, use_cache, tubelet_size, options)
+        if options.get("output_scores"):
             raise ValueError(
                 "`output_scores` must be False with `target_scales`: stitched tiles have no order to score"
             )
-        if gazing_ratio is None and task_loss_requirement is None:
-            gazing_ratio, task_loss_requirement = self._draw_settings(num_frames, options.get("generator"))
+        tiles = whole.cut_tiles(pixel_values_videos, self.config.grid)
+        count = len(tiles) // len(pixel_values_videos)
+        gaze = self._gaze_at(tiles, settings, past_key_values, use_cache, tubelet_size, options, count)
+        # The order of choice is lost, as in the published code: tiles have no common one.
+        stitched = GazeOutput.from_masks(
+            whole.stitch_tiles(gaze.gazing_mask, self.config.grid),
+            whole,
+            self.config.frame_sampling_rate,
+            first_frame=gaze.first_frame,
+            cache=gaze.cache,
+        )
+        threshold = gaze.task_loss_requirement
+        return stitched.replace(task_loss_requirement=None if threshold is None else threshold[::count])
+
+    def _gaze_at(
+        self,
+        video: torch.Tensor,
+        settings: dict[str, object],
+        past_key_values: object | None,
+        use_cache: bool,
+        tubelet_size: int,
+        options: dict[str, object],
+        tiles: int = 1,
+    ) -> GazeOutput:
+        """Gazes at clips on the selector's own grid; `tiles` in a row belong to one clip. See `generate`."""
+        own, options = self.config.grid, dict(options)
+        num_frames = self._num_gaze_frames(video, tubelet_size)
+        if tubelet_size != 1:
+            options["tubelet_size"] = tubelet_size
+        rate = settings["frame_rate"]
+        token_budget = read_token_budget(
+            own,
+            num_frames,
+            settings["gazing_ratio"],
+            settings["clip_ratio"],
+            settings["tokens_per_clip"],
+            settings["tokens_per_second"],
+            None if rate is None else rate / tubelet_size,
+        )
+        gazing_ratio, task_loss_requirement = settings["gazing_ratio"], settings["task_loss_requirement"]
+        if token_budget is None and gazing_ratio is None and task_loss_requirement is None:
+            if getattr(self.config, "clip_ratio", None) is not None:
+                token_budget = read_token_budget(own, num_frames, clip_ratio=self.config.clip_ratio)
+            else:
+                gazing_ratio, task_loss_requirement = self._draw_settings(num_frames, options.get("generator"))
+        if token_budget is not None:
+            if not self.knows_gains:
+                raise ValueError(
+                    "`clip_ratio`, `tokens_per_clip` and `tokens_per_second` need a selector that knows what patches gain, "
+                    f"such as GreedyGazeSelector; {type(self).__name__} takes `gazing_ratio`, as one number or one per frame"
+                )
+            options["token_budget"] = token_budget
         budget = budget_each_frame(1 if gazing_ratio is None else gazing_ratio, num_frames, own.num_patches)
         threshold = None
         if task_loss_requirement is not None:
-            threshold = threshold_each_frame(task_loss_requirement, batch_size, num_frames)
-            precise = torch.promote_types(pixel_values_videos.dtype, torch.float32)
-            threshold = threshold.to(pixel_values_videos.device, precise)
-
-        whole = own
-        frames = pixel_values_videos
-        if target_scales is not None:
-            whole = self._target_grid(target_scales, target_patch_size, tuple(frames.shape[-2:]))
-            frames = whole.cut_tiles(frames, own)
-        tiles = len(frames) // batch_size
-        gaze = self._gaze(
-            resize_frames(frames, self.config.image_size),
-            budget,
-            None if threshold is None else threshold.repeat_interleave(tiles, dim=0),
-            past_key_values,
-            use_cache,
-            **options,
-        )
-        if target_scales is not None:
-            # The order of choice is lost, as in the published code: tiles have no common one.
-            gaze = GazeOutput.from_masks(
-                whole.stitch_tiles(gaze.gazing_mask, own),
-                whole,
-                self.config.frame_sampling_rate,
-                cache=gaze.cache,
-            )
+            threshold = threshold_each_frame(task_loss_requirement, len(video) // tiles, num_frames)
+            precise = torch.promote_types(video.dtype, torch.float32)
+            threshold = threshold.repeat_interleave(tiles, dim=0).to(video.device, precise)
+        frames = resize_frames(video, self.config.image_size)
+        gaze = self._gaze(frames, budget, threshold, past_key_values, use_cache, **options)
         return gaze.replace(task_loss_requirement=threshold)
 
     def _gaze(
@@ -201,7 +284,10 @@ class GazeSelector:
     ) -> GazeGrid:
         try:
             grid = GazeGrid(scales, patch_size)
-            grid.tile_layout(self.config.grid)
+            if self.takes_any_grid:
+                self.for_grid(grid)
+            else:
+                grid.tile_layout(self.config.grid)
         except ValueError as error:
             raise ValueError(f"`target_scales`={scales} with `target_patch_size`={patch_size}: {error}") from error
         if size != grid.sizes[-1]:
@@ -229,8 +315,15 @@ class GazeSelector:
             )
         self._num_gaze_frames(video)
 
-    def _num_gaze_frames(self, video: torch.Tensor) -> int:
-        rate = self.config.frame_sampling_rate
+    def _num_gaze_frames(self, video: torch.Tensor, tubelet_size: int = 1) -> int:
+        if isinstance(tubelet_size, bool) or not isinstance(tubelet_size, int) or tubelet_size < 1:
+            raise ValueError(f"`tubelet_size` must be a whole number of at least 1, got {tubelet_size!r}")
+        if tubelet_size != 1 and not self.takes_any_grid:
+            raise ValueError(
+                f"`tubelet_size` must be 1 for {type(self).__name__}, which chooses patches of single frames, got "
+                f"{tubelet_size}"
+            )
+        rate = self.config.frame_sampling_rate * tubelet_size
         if video.shape[1] % rate:
             raise ValueError(f"`pixel_values_videos` must hold a multiple of {rate} frames, got {video.shape[1]}")
         return video.shape[1] // rate

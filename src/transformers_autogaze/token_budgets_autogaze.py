@@ -1,0 +1,221 @@
+"""
+Budgets over time: how many tokens a clip, or a second of a stream, may take altogether.
+
+This module turns what a caller asks for into a number, and follows such a number along a stream. Which patches are worth
+the tokens is a matter of the search.
+"""
+
+import math
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+
+from .grid_autogaze import GazeGrid
+
+
+WINDOW_SECONDS = 10.0
+"""Length of the stretches of a stream that each hold to the budget."""
+_TOLERANCE = 0.08  # of the budget of such a stretch; the promise is a tenth
+_MEMORY = 3  # stretches over which a stream learns what gain its budget buys
+_LEAST_GAIN = 2.0**-60  # stands for no gain at all, whose logarithm is none
+
+
+class ClipBudget(NamedTuple):
+    """
+    Tokens of a whole clip.
+
+    Args:
+        num_tokens (`int`): patches to keep in the clip, all frames together.
+    """
+
+    num_tokens: int
+
+
+class StreamBudget(NamedTuple):
+    """
+    Tokens of a stream.
+
+    Args:
+        tokens_per_frame (`float`): patches to keep per frame of gaze, on average.
+        window (`int`): frames of gaze that each stretch holding to the budget has.
+    """
+
+    tokens_per_frame: float
+    window: int
+
+
+def read_token_budget(
+    grid: GazeGrid,
+    num_frames: int,
+    gazing_ratio: object | None = None,
+    clip_ratio: float | None = None,
+    tokens_per_clip: int | None = None,
+    tokens_per_second: float | None = None,
+    frame_rate: float | None = None,
+) -> ClipBudget | StreamBudget | None:
+    """
+    Checks what was asked for and turns it into a budget over time.
+
+    Args:
+        grid ([`GazeGrid`]): the patches of a frame.
+        num_frames (`int`): frames of gaze of the clip.
+        gazing_ratio (*optional*): a budget per frame, which excludes every budget over time.
+        clip_ratio (`float`, *optional*):
+            Share of the tokens that a dense encoder makes of the clip, all patches of the finest scale, above 0 and up
+            to 1.
+        tokens_per_clip (`int`, *optional*): the same as a number, 1 to all patches of all frames.
+        tokens_per_second (`float`, *optional*): tokens per second of a stream, above 0.
+        frame_rate (`float`, *optional*): frames of gaze per second of it; given with `tokens_per_second`.
+
+    Returns:
+        [`ClipBudget`], [`StreamBudget`], or `None` if no budget over time was given.
+
+    Raises:
+        ValueError: if more than one budget was given, or a number is out of range.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.token_budgets_autogaze import read_token_budget
+
+    >>> read_token_budget(GazeGrid([224]), num_frames=16, clip_ratio=0.125)
+    ClipBudget(num_tokens=392)
+    >>> read_token_budget(GazeGrid([224]), num_frames=16, tokens_per_second=300, frame_rate=25)
+    StreamBudget(tokens_per_frame=12.0, window=250)
+
+    ```
+    """
+    budgets = {
+        "gazing_ratio": gazing_ratio,
+        "clip_ratio": clip_ratio,
+        "tokens_per_clip": tokens_per_clip,
+        "tokens_per_second": tokens_per_second,
+    }
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"only one of {', '.join(f'`{name}`' for name in budgets)} can be given, got {given}")
+    if (frame_rate is None) != (tokens_per_second is None):
+        raise ValueError(
+            f"`tokens_per_second` and `frame_rate` must be given together, got {tokens_per_second} and {frame_rate}"
+        )
+    if clip_ratio is not None:
+        if not _is_number(clip_ratio) or not 0 < clip_ratio <= 1:
+            raise ValueError(
+                f"`clip_ratio` must be above 0 and at most 1, the share of a dense encoder's tokens, got {clip_ratio!r}"
+            )
+        return ClipBudget(max(1, math.floor(clip_ratio * num_frames * grid.num_patches_each_scale[-1] + 1e-6)))
+    if tokens_per_clip is not None:
+        most = num_frames * grid.num_patches
+        is_whole = isinstance(tokens_per_clip, Integral) and not isinstance(tokens_per_clip, bool)
+        if not is_whole or not 1 <= tokens_per_clip <= most:
+            raise ValueError(
+                f"`tokens_per_clip` must be a whole number in 1..{most}, all patches of {num_frames} frames, got "
+                f"{tokens_per_clip!r}"
+            )
+        return ClipBudget(int(tokens_per_clip))
+    if tokens_per_second is not None:
+        for name, value in {"tokens_per_second": tokens_per_second, "frame_rate": frame_rate}.items():
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, got {value!r}")
+        return StreamBudget(tokens_per_second / frame_rate, max(1, round(WINDOW_SECONDS * frame_rate)))
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        or (isinstance(value, torch.Tensor) and value.ndim == 0)
+    )
+
+
+class RateControl:
+    """
+    Follows a budget along a stream, frame by frame.
+
+    A frame keeps the patches that gain at least what the budget has bought lately: the gain of the last patch that each
+    of the frames before could afford, averaged over half a minute. Frames in which much changes so take more, still ones
+    less, as long as every stretch of ten seconds stays within a tenth of its budget. Patches on places where nothing was
+    ever kept come first.
+
+    Args:
+        budget ([`StreamBudget`]): tokens per frame, and the frames of a stretch.
+        batch_size (`int`): streams that are followed together; each has its own account.
+        device (`torch.device`): where gains lie.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.token_budgets_autogaze import RateControl, StreamBudget
+
+    >>> control = RateControl(StreamBudget(tokens_per_frame=2.0, window=10), batch_size=1, device="cpu")
+    >>> gains = torch.tensor([[8.0, 4.0, 2.0, 1.0]])
+    >>> [int(control.count(gains, torch.tensor([0]))) for _ in range(3)]
+    [2, 2, 2]
+
+    ```
+    """
+
+    def __init__(self, budget: StreamBudget, batch_size: int, device: torch.device | str):
+        self.budget = budget
+        self.recent = torch.zeros(batch_size, budget.window, dtype=torch.float64, device=device)
+        """Tokens of the latest frames, `(batch, window)`, used as a ring."""
+        self.num_frames = 0
+        """Frames followed so far."""
+        self.log_gain: torch.Tensor | None = None
+        """Logarithm of the gain that a patch must have, `(batch,)`; `None` before the first frame that could tell."""
+
+    def limits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Tells what the next frame may take.
+
+        Returns:
+            `tuple` of three `torch.LongTensor` of shape `(batch,)`: tokens at least and at most, and those that the
+            budget foresees.
+        """
+        rate, window = self.budget
+        kept = self.recent.clone()
+        kept[:, self.num_frames % window] = 0  # The oldest frame leaves the stretch that ends now.
+        spent = kept.sum(1)
+        earlier = min(self.num_frames, window - 1)
+        most = ((1 + _TOLERANCE) * rate * window - spent).floor().clamp(min=0)
+        least = ((1 - _TOLERANCE) * rate * (earlier + 1) - spent).ceil().clamp(min=0)
+        # What was spent too much comes off again over half a stretch.
+        foreseen = rate - (spent - rate * earlier) / (0.5 * window)
+        foreseen = foreseen.clamp(0.5 * rate, 2 * rate).ceil().clamp(min=1)
+        return torch.minimum(least, most).long(), most.long(), foreseen.long()
+
+    def count(self, gains: torch.Tensor, num_needed: torch.Tensor) -> torch.Tensor:
+        """
+        Decides how many patches the next frame keeps, and books them.
+
+        Args:
+            gains (`torch.DoubleTensor` of shape `(batch, K)`): gains of the frame's best patches, falling.
+            num_needed (`torch.LongTensor` of shape `(batch,)`): how many of them lie where nothing was ever kept.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch,)`: how many of them to keep.
+        """
+        rate, window = self.budget
+        least, most, foreseen = self.limits()
+        logs = gains.double().clamp(min=_LEAST_GAIN).log2()
+        # Where nothing was kept yet, a gain says nothing about change.
+        last = (num_needed + foreseen).clamp(max=gains.shape[1]) - 1
+        marginal = logs.gather(1, last[:, None])[:, 0]
+        if self.log_gain is None:
+            counts = torch.where(num_needed > 0, num_needed, foreseen)
+            if not bool((num_needed > 0).any()):
+                self.log_gain = marginal
+        else:
+            counts = (logs >= self.log_gain[:, None]).sum(1)
+            self.log_gain = torch.where(
+                num_needed > 0, self.log_gain, self.log_gain.lerp(marginal, 1 / (_MEMORY * window))
+            )
+        counts = torch.maximum(counts, num_needed).clamp(max=gains.shape[1])
+        counts = torch.minimum(torch.maximum(counts, least), most).clamp(max=gains.shape[1])
+        self.recent[:, self.num_frames % window] = counts.double()
+        self.num_frames += 1
+        return counts
