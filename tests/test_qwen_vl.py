@@ -1,6 +1,7 @@
 import inspect
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,19 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from transformers_autogaze import AutoGazeVideoProcessor, GazeGrid, GazeOutput, GreedyGazeSelector, gaze_video
+from transformers_autogaze import (
+    AutoGazeConfig,
+    AutoGazeModel,
+    AutoGazeVideoProcessor,
+    GazeGrid,
+    GazeOutput,
+    GreedyGazeConfig,
+    GreedyGazeSelector,
+    gaze_video,
+)
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
+from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
 from transformers_autogaze.integrations.qwen_vl_tower import encode_units
 from transformers_autogaze.integrations.qwen_vl_units import kept_units, locate_units, unfold_units
 from transformers_autogaze.video import write_video
@@ -584,20 +595,125 @@ def test_units_unfold_to_the_frames_they_were_cut_from():
     assert torch.equal(unfold_units(fold_units(frames, 4), (2, 2, 6), merge_size=2, patch_size=4), frames)
 
 
-def test_the_gaze_model_looks_at_the_frames_that_the_mllm_gets(mllm):
-    torch.manual_seed(0)
-    levels = torch.randint(0, 256, (4, 1, 3, 3)).float().repeat_interleave(16, 1).repeat_interleave(8, 2)
-    levels[2:, :8, :8] = 255
+def frames_and_inputs(
+    mllm, rows: list[list], seed: int = 0
+) -> tuple[list[torch.Tensor], AutoGazeVideoProcessor, dict]:
+    """Makes videos `(frames, height, width, 3)` of levels, a processor and what it returns for prompts of them."""
+    generator = torch.Generator().manual_seed(seed)
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    inputs = make_inputs(mllm, [[1, (2, 4, 6), 2]])
-    inputs["pixel_values_videos"] = fold_units((levels / 255 - mean) / std, 4)
+    inputs = make_inputs(mllm, rows)
+    videos = [
+        torch.randint(0, 256, (2 * times, 4 * height, 4 * width, 3), generator=generator).float()
+        for times, height, width in inputs["video_grid_thw"].tolist()
+    ]
+    inputs["pixel_values_videos"] = torch.cat([fold_units((levels / 255 - mean) / std, 4) for levels in videos])
+    return videos, processor, inputs
+
+
+def test_the_selector_gazes_at_the_merge_units_of_the_frames_that_the_mllm_gets(mllm):
+    videos, processor, inputs = frames_and_inputs(mllm, [[1, (3, 4, 6), 2]])
     model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
-    settings = {"gazing_ratio": 0.2, "task_loss_requirement": 0.9}
-    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], **settings)[0]
-    assert torch.equal(gaze.gazing_pos, gaze_video(GreedyGazeSelector(), levels.byte(), **settings).gazing_pos)
+    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], tokens_per_clip=7)[0]
+    assert gaze.grid == GazeGrid([(16, 24)], 8) and gaze.frame_sampling_rate == 2
+    frames = AutoGazeVideoProcessor().to_pixel_values(videos[0].permute(0, 3, 1, 2))[None]
+    expected = GreedyGazeSelector().for_grid(gaze.grid).generate(frames, tokens_per_clip=7, tubelet_size=2)
+    assert torch.equal(gaze.gazing_pos, expected.gazing_pos)
+    kept = kept_units(gaze, (3, 2, 3))
+    assert torch.equal(kept.flatten(2), gaze.gazing_mask[0]) and kept.sum() == 7
     with torch.no_grad():
-        assert torch.equal(model(**inputs, **settings).logits, model(**inputs, gaze=gaze).logits)
+        logits = model(**inputs, tokens_per_clip=7).logits
+        assert torch.equal(logits, model(**inputs, gaze=gaze).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"gazing_ratio": 0.25}, [2 * 3, 3 * 2]),  # of 15 and 8 units in each of 2 and 3 pairs of frames
+        ({"gazing_ratio": [0.1, 1.0]}, None),
+        ({"clip_ratio": 0.25}, [7, 6]),
+        ({"tokens_per_clip": 10}, [10, 10]),
+        ({}, [3, 2]),
+    ],
+)
+def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, settings, kept):
+    rows = [[1, (2, 6, 10), 3, 4, (3, 4, 8), 5]] if kept else [[1, (2, 6, 10), 3, 4, 5]]
+    kept = [1 + 15] if kept is None else kept
+    _, processor, inputs = frames_and_inputs(mllm, rows)
+    model = GazeQwenVL(mllm, GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, clip_ratio=0.1)), processor)
+    prompt = model.prepare_inputs(**inputs, **settings)
+    words = int((inputs["input_ids"] != VIDEO).sum())
+    assert prompt.attention_mask.sum().item() == prompt.input_ids.shape[1] == words + sum(kept)
+    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], **settings)
+    units = (inputs["video_grid_thw"].prod(1) // 4).tolist()
+    assert model.count_units(gaze, inputs["video_grid_thw"]) == list(zip(kept, units, strict=True))
+    with torch.no_grad():
+        assert model(**inputs, **settings).logits.shape[1] == words + sum(kept)
+
+
+def test_a_ratio_of_one_gives_the_original_logits_and_answers(mllm):
+    _, processor, inputs = frames_and_inputs(mllm, UNEQUAL)
+    model, options = GazeQwenVL(mllm, GreedyGazeSelector(), processor), {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        expected = mllm(**as_original(mllm, inputs)).logits
+        real = inputs["attention_mask"].bool()
+        for settings in ({"gazing_ratio": 1.0}, {"clip_ratio": 1.0}):
+            logits = model(**inputs, **settings).logits
+            torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
+    generated = model.generate(**inputs, clip_ratio=1.0, **options)
+    assert torch.equal(generated, mllm.generate(**as_original(mllm, inputs), **options))
+
+
+def test_a_selector_of_fixed_scales_says_once_what_it_costs(mllm):
+    torch.manual_seed(0)
+    selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=4)).eval()
+    videos, processor, inputs = frames_and_inputs(mllm, [[1, (2, 6, 10), 3, (3, 4, 8)]])
+    model = GazeQwenVL(mllm, selector, processor)
+    call = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    with pytest.warns(
+        UserWarning, match=r"AutoGazeModel has fixed scales: it kept 10.0% of .* of 54 merge units"
+    ) as seen:
+        gaze = model.gaze(*call, gazing_ratio=0.1)
+    kept = sum(count for count, _ in model.count_units(gaze, inputs["video_grid_thw"]))
+    assert f"lie on {kept} of 54 merge units ({kept / 54:.1%})" in str(seen[0].message) and kept > 0.2 * 54
+    expected = [gaze_video(selector, levels.byte(), gazing_ratio=0.1) for levels in videos]
+    assert all(torch.equal(ours.gazing_pos, theirs.gazing_pos) for ours, theirs in zip(gaze, expected, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.gaze(*call, gazing_ratio=0.1)
+        GazeQwenVL(mllm, GreedyGazeSelector(), processor).gaze(*call, gazing_ratio=0.1)
+    for name in ("clip_ratio", "tokens_per_clip"):
+        with pytest.raises(
+            ValueError, match=f"`{name}` must not be given to AutoGazeModel, which has fixed scales, got 1"
+        ):
+            model.generate(**inputs, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_ratio": 1.5}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"clip_ratio": 0}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"tokens_per_clip": 31}, r"`tokens_per_clip` must be a whole number in 1\.\.30"),
+        ({"tokens_per_clip": 10, "clip_ratio": 0.1}, "only one of `gazing_ratio`, `clip_ratio`"),
+        ({"gazing_ratio": 0.1, "clip_ratio": 0.1}, "only one of `gazing_ratio`, `clip_ratio`"),
+        ({"gazing_ratio": -0.1}, "`gazing_ratio` must lie in 0..1"),
+    ],
+)
+def test_budgets_that_cannot_be_are_named_before_the_tower_runs(mllm, settings, message):
+    _, processor, inputs = frames_and_inputs(mllm, [[1, (2, 6, 10), 3]])
+    model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
+    handle = mllm.model.visual.patch_embed.register_forward_pre_hook(lambda *_: pytest.fail("the tower ran"))
+    try:
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                call(**inputs, **settings)
+    finally:
+        handle.remove()
+    with pytest.raises(
+        ValueError, match="`tiles` must not be given to GreedyGazeSelector, which gazes at merge units"
+    ):
+        model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], tiles="grid")
 
 
 def make_processor(family: str):
@@ -635,7 +751,8 @@ def test_outputs_of_the_original_processor_can_be_passed_on(family):
     )
     assert inputs["video_grid_thw"].tolist() == [[2, 4, 6], [2, 4, 6]]
     model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
-    frames = list(model._frames(inputs["pixel_values_videos"], inputs["video_grid_thw"]))
+    gazer = UnitGazer(model.gaze_model, model.processor, None, UnitSizes(2, side, 2))
+    frames = list(gazer.frames(inputs["pixel_values_videos"], inputs["video_grid_thw"]))
     assert torch.equal(torch.from_numpy(frames[0]), videos[0].permute(0, 2, 3, 1))
 
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -700,5 +817,7 @@ def test_models_and_processors_of_other_kinds_are_named():
         ValueError, match="`mllm` must be a Qwen2_5_VL.* or Qwen3VL.*, got LlavaForConditionalGeneration"
     ):
         GazeQwenVL(llava)
+    with pytest.raises(ValueError, match="`attention` must be one of 'canvas', 'frame', got 'block_causal'"):
+        GazeQwenVL(tiny_mllm("qwen3_vl"), attention="block_causal")
     with pytest.raises(ValueError, match="`processor` must be the processor, .* got object"):
         GazeQwenVL(tiny_mllm("qwen3_vl"), GreedyGazeSelector(), object())

@@ -401,9 +401,9 @@ class GazeQwenVL(nn.Module):
             kept, total = map(sum, zip(*self.count_units(gaze, video_grid_thw), strict=True))
             share = sum(float(one.kept_ratio) for one in gaze) / len(gaze)
             warnings.warn(
-                f"a {type(self.gaze_model).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on "
+                f"{type(self.gaze_model).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on "
                 f"{kept} of {total} merge units ({kept / total:.1%}), and the language model reads all of these; a "
-                "selector that takes any grid, such as a GreedyGazeSelector, keeps the share of units it is asked for",
+                "selector that takes any grid, such as GreedyGazeSelector, keeps the share of units it is asked for",
                 stacklevel=2,
             )
         return gaze

@@ -106,11 +106,11 @@ class UnitGazer:
         takes_units, kind = self.selector.takes_any_grid, type(self.selector).__name__
         for name, value in options.items():
             if takes_units and name not in _SETTINGS:
-                raise ValueError(f"`{name}` must not be given to a {kind}, which gazes at merge units, got {value!r}")
+                raise ValueError(f"`{name}` must not be given to {kind}, which gazes at merge units, got {value!r}")
             if not takes_units and name in _CLIP_BUDGETS:
                 raise ValueError(
-                    f"`{name}` must not be given to a {kind}, which has fixed scales, got {value!r}; give a ratio or a "
-                    "threshold, or take a GreedyGazeSelector"
+                    f"`{name}` must not be given to {kind}, which has fixed scales, got {value!r}; give a ratio or a "
+                    "threshold, or take GreedyGazeSelector"
                 )
         videos = self.frames(pixel_values_videos, video_grid_thw)
         if not takes_units:
