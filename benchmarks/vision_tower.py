@@ -4,7 +4,9 @@ How much faster is a vision tower that sees the gazed patches only, and what is 
 Runs a `SiglipVisionModel` of the base size (12 layers, 768 channels, patch 16) on 16 frames of 224x224: dense, gazed at
 213 patches (198 of the 265 of the first frame, then one a frame) and at other shares of the patches, and together
 with a selector, all in turn. Random weights and frames cost what trained weights and real frames do where the number of
-patches is given. Prints a table and writes JSON.
+patches is given. Then clips of several lengths (`--lengths`) that keep a twelfth of the finest patches, the first frame
+whole and the rest spread over the later frames: attention to the canvas against that to all earlier frames. Prints tables
+and writes JSON.
 
     python benchmarks/vision_tower.py --threads 2 --runs 5 -o vision_tower.json
 """
@@ -13,6 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[16, 64, 256], help="frames of the longer clips")
     parser.add_argument("-o", "--output", type=Path, default=Path("vision_tower.json"))
     options = parser.parse_args()
 
@@ -68,16 +72,7 @@ def main() -> None:
                 int(gaze.num_real),
             )
 
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    with torch.no_grad():
-        for run in range(options.runs + 1):
-            for name, (case, _) in cases.items():
-                start = now(options.device)
-                case()
-                taken = now(options.device) - start
-                if run:  # The first run of each is a warm-up.
-                    seconds[name].append(taken)
-
+    seconds = run_in_turn({name: case for name, (case, _) in cases.items()}, options.runs, options.device)
     dense = statistics.median(seconds["dense"])
     rows = []
     print(
@@ -90,17 +85,61 @@ def main() -> None:
         row = {"case": name, "patches": patches, "seconds": median, "times_faster": dense / median}
         rows.append({**row, "all_seconds": values})
         print(f"{name:<36} {patches:>8} {1000 * median:>9.1f} {dense / median:>13.2f}")
+    lengths = compare_lengths(GazeVisionModel(tower), options.lengths, options.runs, place)
     options.output.write_text(
         json.dumps(
             {
                 "machine": machine(options.threads, options.device, options.dtype) | {"attention": options.attention},
                 "runs": options.runs,
                 "rows": rows,
+                "lengths": lengths,
             },
             indent=1,
         )
         + "\n"
     )
+
+
+def run_in_turn(cases: dict[str, Callable[[], object]], runs: int, device: str) -> dict[str, list[float]]:
+    """Gives the seconds of every run of every case; the first run of each, a warm-up, is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    with torch.no_grad():
+        for run in range(runs + 1):
+            for name, case in cases.items():
+                start = now(device)
+                case()
+                taken = now(device) - start
+                if run:
+                    seconds[name].append(taken)
+    return seconds
+
+
+def compare_lengths(model: GazeVisionModel, lengths: list[int], runs: int, place: dict) -> list[dict]:
+    """Measures attention to the canvas and to all earlier frames on clips of several lengths, one length at a time."""
+    rows = []
+    print(f"\n{'frames':>6} {'patches':>8} {'canvas, s':>10} {'block_causal, s':>16} {'canvas, ms a frame':>19}")
+    for length in lengths:
+        gaze = changing_gaze(model.grid, length).to(place["device"])
+        clip = torch.randn(1, length, 3, *model.grid.sizes[-1], **place)
+        cases = {choice: partial(model, clip, gaze, choice) for choice in ("canvas", "block_causal")}
+        seconds = run_in_turn(cases, runs, place["device"])
+        canvas, block_causal = (statistics.median(values) for values in seconds.values())
+        patches = int(gaze.num_real)
+        rows.append({"frames": length, "patches": patches, "canvas": canvas, "block_causal": block_causal})
+        rows[-1]["all_seconds"] = seconds
+        print(f"{length:>6} {patches:>8} {canvas:>10.3f} {block_causal:>16.3f} {1000 * canvas / length:>19.2f}")
+    return rows
+
+
+def changing_gaze(grid: GazeGrid, num_frames: int) -> GazeOutput:
+    """Keeps a twelfth of the patches of a grid of one scale: the first frame whole, then any, evenly over time."""
+    kept = torch.zeros(1, num_frames, grid.num_patches, dtype=torch.bool)
+    kept[0, 0] = True
+    rest = num_frames * grid.num_patches // 12 - grid.num_patches
+    ends = torch.linspace(0, max(rest, 0), num_frames).long()
+    for frame, count in enumerate(ends.diff().tolist(), 1):
+        kept[0, frame, torch.randperm(grid.num_patches)[:count]] = True
+    return GazeOutput.from_masks([kept], grid)
 
 
 def random_gaze(grid: GazeGrid, ratio: float | list[float]) -> GazeOutput:

@@ -1,5 +1,7 @@
 """Attention over packed clips: each choice sees exactly what it says, by whichever implementation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,74 @@ def test_attention_is_that_of_the_full_mask(attention, implementation):
     assert layer.config._attn_implementation == implementation
 
 
+def laid_plan(num_segments: int = 40, seed: int = 0) -> tuple[PackedAttention, torch.Tensor]:
+    """A plan whose segments see scattered keys, of the sequence and of eight tokens before it, and who sees whom."""
+    generator = torch.Generator().manual_seed(seed)
+    num_queries = torch.randint(1, 20, (num_segments,), generator=generator)
+    num_queries[::7] *= 6
+    sees = torch.rand(num_segments, 8 + int(num_queries.sum()), generator=generator) < 0.1
+    sees[:, 0] = True
+    plan = PackedAttention(num_queries, sees.sum(1).cumsum(0) - sees.sum(1), sees.sum(1).cumsum(0))
+    return replace(plan, key_index=sees.nonzero()[:, 1]), sees.repeat_interleave(num_queries, dim=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("most", [1, 64, 100_000])
+def test_attention_to_laid_keys_is_that_of_the_full_mask(most, implementation, monkeypatch):
+    monkeypatch.setitem(module._LAID_KEYS, "cpu", most)
+    plan, seen = laid_plan()
+    query, *keys = torch.randn(3, 1, 2, seen.shape[1], 8, dtype=torch.float64).unbind()
+    query = query[:, :, 8:]
+    layer = Layer(implementation)
+
+    def extend(key, value):
+        return (torch.cat([part[:, :, :8], own], dim=2) for part, own in zip(keys, (key, value), strict=True))
+
+    with module.packed_attention(layer, plan, extend):
+        output = layer(query, keys[0][:, :, 8:], keys[1][:, :, 8:])
+    scores = (query @ keys[0].transpose(-1, -2) * 0.3).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(output, (scores.softmax(-1) @ keys[1]).transpose(1, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 500, 100_000])
+def test_batches_hold_every_query_once_and_few_keys(most, monkeypatch):
+    monkeypatch.setitem(module._LAID_KEYS, "cpu", most)
+    plan, seen = laid_plan()
+    batches, rows = plan.batches
+    assert torch.equal(torch.cat([queries.flatten() for queries, *_ in batches])[rows], torch.arange(len(seen)))
+    for queries, keys, mask in batches:
+        assert keys.numel() <= most or len(keys) == 1
+        for segment, query in enumerate(queries[:, 0].tolist()):
+            real = slice(None) if mask is None else mask[segment, 0, 0]
+            assert keys[segment, real].tolist() == seen[query].nonzero().flatten().tolist()
+    # A segment is padded to less than twice its tokens.
+    assert sum(queries.numel() for queries, *_ in batches) < 2 * len(seen)
+    assert len(batches) == len(plan.num_queries) if most == 1 else len(batches) < len(plan.num_queries)
+
+
+def test_flash_arguments_lay_out_scattered_keys():
+    plan, seen = laid_plan()
+    index, arguments = plan.flash_arguments
+    assert torch.equal(index, plan.key_index) and not arguments["is_causal"]
+    got = torch.zeros_like(seen)
+    bounds_q, bounds_k = arguments["cu_seq_lens_q"].tolist(), arguments["cu_seq_lens_k"].tolist()
+    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        assert q1 - q0 <= arguments["max_length_q"] and k1 - k0 <= arguments["max_length_k"]
+        got[q0:q1, index[k0:k1]] = True
+    assert torch.equal(got, seen)
+
+
+def test_flex_mask_counts_laid_keys():
+    plan, seen = laid_plan()
+    assert plan.block_mask.seq_lengths == (len(seen), len(plan.key_index))
+    queries, laid = torch.arange(len(seen))[:, None], torch.arange(len(plan.key_index))
+    visible = plan.block_mask.mask_mod(0, 0, queries, laid)
+    got = torch.zeros_like(seen)
+    query, key = visible.nonzero(as_tuple=True)
+    got[query, plan.key_index[key]] = True
+    assert torch.equal(got, seen)
+
+
 def test_implementation_comes_back_after_an_error():
     layer = Layer("sdpa")
     with pytest.raises(RuntimeError):
@@ -103,6 +173,8 @@ def test_implementation_comes_back_after_an_error():
 def test_unknown_choice_names_the_known_ones():
     with pytest.raises(ValueError, match=r"`attention` must be one of block_causal, .*got 'full'"):
         PackedAttention.for_clips(TOKENS, "full")
+    with pytest.raises(ValueError, match="got 'canvas'"):
+        PackedAttention.for_clips(TOKENS, "canvas")
 
 
 @pytest.mark.skipif(
@@ -120,5 +192,25 @@ def test_attention_on_cuda_is_that_of_the_full_mask(attention, implementation):
     with module.packed_attention(layer, PackedAttention.for_clips(TOKENS.cuda(), attention)):
         output = layer(query, key, value)
     scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~sees(attention).cuda(), -torch.inf)
+    expected = (scores.softmax(-1) @ value.float()).transpose(1, 2)
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs CUDA; flex attention takes a minute to compile on a CPU"
+)
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_attention_to_laid_keys_on_cuda_is_that_of_the_full_mask(implementation):
+    if implementation == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    plan, seen = laid_plan()
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, seen.shape[1], 64, dtype=torch.bfloat16, device="cuda")
+    query = query[:, :, 8:]
+    layer = Layer("sdpa")
+    layer.config._attn_implementation = implementation
+    with module.packed_attention(layer, plan.to(query.device)):
+        output = layer(query, key, value)
+    scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~seen.cuda(), -torch.inf)
     expected = (scores.softmax(-1) @ value.float()).transpose(1, 2)
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=2e-2)

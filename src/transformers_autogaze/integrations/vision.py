@@ -267,29 +267,21 @@ class GazeVisionModel(nn.Module):
         if cache is not None:
             cache.check(adapter, self.grid, gaze, attention)
         tokens = self._tokens(gaze)
-        frames = self._encoded_frames(pixel_values_videos, gaze)
         device = pixel_values_videos.device
+        hidden_states, patch_places, prefix_places, num_tokens = self._embed_sequence(
+            pixel_values_videos, gaze, tokens
+        )
+        num_prefix = prefix_places.shape[1]
 
-        with _weights_at_hand(adapter.embeddings):
-            patches = self._embed(frames, tokens)
-            prefix = adapter.prefix()
-            num_prefix = 0 if prefix is None else len(prefix)
-            patch_places, prefix_places, num_tokens = tokens.places(num_prefix)
-            hidden_states = patches
-            if num_prefix:
-                prefix = prefix.to(device, patches.dtype).repeat(len(prefix_places), 1)
-                order = torch.cat([patch_places, prefix_places.flatten()]).argsort()
-                hidden_states = torch.cat([patches, prefix])[order]
-            hidden_states = adapter.finish_embedding(hidden_states[None])
-
-        ids = torch.full((len(patch_places) + prefix_places.numel(),), -1, device=device)
+        ids = torch.full((hidden_states.shape[1],), -1, device=device)
         time = torch.zeros_like(ids)
         ids[patch_places], time[patch_places] = tokens.ids, tokens.frame + (0 if cache is None else cache.num_times)
         rotary = adapter.rotary(self.grid, ids, time, hidden_states.dtype)
+        canvas = None
         if attention == "canvas":
             plan, canvas = self._plan_canvas(tokens, patch_places, num_tokens, None if cache is None else cache.canvas)
         else:
-            plan, canvas = PackedAttention.for_clips(num_tokens, attention), None
+            plan = PackedAttention.for_clips(num_tokens, attention)
         states = [hidden_states]
         for number, layer in enumerate(adapter.layers):
             extend = None if cache is None else partial(cache.extend, number, canvas.tokens)
@@ -385,6 +377,23 @@ class GazeVisionModel(nn.Module):
         """Gives the frames that tokens are made of, `(batch, encoded, tubelet, channels, height, width)`."""
         tubelet = self.adapter.tubelet_size
         return video[:, :: gaze.frame_sampling_rate, None] if tubelet == 1 else video.unflatten(1, (-1, tubelet))
+
+    def _embed_sequence(
+        self, video: torch.Tensor, gaze: GazeOutput, tokens: _Tokens
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Makes what enters the first layer, `(1, tokens, hidden)`; then as `_Tokens.places` has it."""
+        adapter = self.adapter
+        with _weights_at_hand(adapter.embeddings):
+            patches = self._embed(self._encoded_frames(video, gaze), tokens)
+            prefix = adapter.prefix()
+            num_prefix = 0 if prefix is None else len(prefix)
+            patch_places, prefix_places, num_tokens = tokens.places(num_prefix)
+            hidden_states = patches
+            if num_prefix:
+                prefix = prefix.to(video.device, patches.dtype).repeat(len(prefix_places), 1)
+                order = torch.cat([patch_places, prefix_places.flatten()]).argsort()
+                hidden_states = torch.cat([patches, prefix])[order]
+            return adapter.finish_embedding(hidden_states[None]), patch_places, prefix_places, num_tokens
 
     def _embed(self, frames: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
         """Embeds the kept patches, `(tokens, hidden)`, with learned positions."""

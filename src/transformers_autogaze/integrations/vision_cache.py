@@ -113,11 +113,10 @@ class GazeVisionCache:
                     f"`cache` is of {self._batch_size} clips, but `gaze` is of {gaze.batch_size}; call `cache.reset()` "
                     "or use a new GazeVisionCache"
                 )
-        first_frame = getattr(gaze, "first_frame", None)
-        if first_frame is not None and first_frame != self.num_frames:
+        if gaze.first_frame not in (None, self.num_frames):
             raise ValueError(
-                f"`gaze` must follow the {self.num_frames} frames that `cache` has seen, got `first_frame` {first_frame}; "
-                "give the frames between, or begin both streams anew (`cache.reset()`)"
+                f"`gaze` must follow the {self.num_frames} frames that `cache` has seen, got `first_frame` "
+                f"{gaze.first_frame}; give the frames between, or begin both streams anew (`cache.reset()`)"
             )
 
     def extend(
