@@ -773,8 +773,9 @@ def test_the_example_runs_on_a_checkpoint_and_a_file(family, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *arguments])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     units, answer = capsys.readouterr().out.splitlines()
-    kept, total = map(int, re.fullmatch(r"(\d+) of (\d+) merge units", units).groups())
-    assert 0 < kept <= total and answer.split()[0].startswith("w")
+    pattern = r"GreedyGazeSelector: (\d+) of (\d+) merge units, (\d+) of (\d+) tokens"
+    kept, total, length, whole = map(int, re.fullmatch(pattern, units).groups())
+    assert kept == total // 4 and whole - length == total - kept and answer.split()[0].startswith("w")
 
 
 # Errors
