@@ -126,8 +126,9 @@ class VideoTokenPruningPipeline(Pipeline):
             videos:
                 A video as [`AutoGazeProcessor`] takes it: a path, a URL, bytes, a list of PIL images, an array or tensor
                 of frames; or a list, generator or `Dataset` of videos.
-            gazing_ratio, task_loss_requirement (*optional*):
-                How much to keep; see [`~GazeSelector.generate`]. A sequence names one value per frame of a clip.
+            gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip (*optional*):
+                How much to keep; see [`~GazeSelector.generate`]. A sequence names one value per frame of a clip. Without any of
+                them, the selector's configuration decides.
             target_scales, target_patch_size (*optional*):
                 Scales and patch size of the encoder that the gaze is for; see [`~GazeSelector.generate`]. The frames
                 are resized to the last scale.
@@ -175,6 +176,8 @@ class VideoTokenPruningPipeline(Pipeline):
         self,
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         target_scales: Sequence[int] | None = None,
         target_patch_size: int | None = None,
         num_frames: int | None = None,
@@ -186,6 +189,8 @@ class VideoTokenPruningPipeline(Pipeline):
         forward = {
             "gazing_ratio": gazing_ratio,
             "task_loss_requirement": task_loss_requirement,
+            "clip_ratio": clip_ratio,
+            "tokens_per_clip": tokens_per_clip,
             "target_scales": target_scales,
             "target_patch_size": target_patch_size,
             "return_patches": return_patches,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
-from .token_budgets_autogaze import read_token_budget
+from .token_budgets_autogaze import ClipBudget, StreamBudget, read_token_budget
 
 
 Number = float | int
@@ -245,11 +245,7 @@ class GazeSelector:
             else:
                 gazing_ratio, task_loss_requirement = self._draw_settings(num_frames, options.get("generator"))
         if token_budget is not None:
-            if not self.knows_gains:
-                raise ValueError(
-                    "`clip_ratio`, `tokens_per_clip` and `tokens_per_second` need a selector that knows what patches gain, "
-                    f"such as GreedyGazeSelector; {type(self).__name__} takes `gazing_ratio`, as one number or one per frame"
-                )
+            self.check_token_budget(token_budget)
             options["token_budget"] = token_budget
         budget = budget_each_frame(1 if gazing_ratio is None else gazing_ratio, num_frames, own.num_patches)
         threshold = None
@@ -260,6 +256,19 @@ class GazeSelector:
         frames = resize_frames(video, self.config.image_size)
         gaze = self._gaze(frames, budget, threshold, past_key_values, use_cache, **options)
         return gaze.replace(task_loss_requirement=threshold)
+
+    def check_token_budget(self, token_budget: ClipBudget | StreamBudget | None) -> None:
+        """
+        Checks that this selector can follow a budget over time.
+
+        Raises:
+            ValueError: if there is one and the selector does not know what patches gain.
+        """
+        if token_budget is not None and not self.knows_gains:
+            raise ValueError(
+                "`clip_ratio`, `tokens_per_clip` and `tokens_per_second` need a selector that knows what patches gain, such "
+                f"as GreedyGazeSelector; {type(self).__name__} takes `gazing_ratio`, as one number or one per frame"
+            )
 
     def _gaze(
         self,

@@ -177,9 +177,7 @@ class RateControl:
             budget foresees.
         """
         rate, window = self.budget
-        kept = self.recent.clone()
-        kept[:, self.num_frames % window] = 0  # The oldest frame leaves the stretch that ends now.
-        spent = kept.sum(1)
+        spent = self._spent()
         earlier = min(self.num_frames, window - 1)
         most = ((1 + _TOLERANCE) * rate * window - spent).floor().clamp(min=0)
         least = ((1 - _TOLERANCE) * rate * (earlier + 1) - spent).ceil().clamp(min=0)
@@ -187,6 +185,10 @@ class RateControl:
         foreseen = rate - (spent - rate * earlier) / (0.5 * window)
         foreseen = foreseen.clamp(0.5 * rate, 2 * rate).ceil().clamp(min=1)
         return torch.minimum(least, most).long(), most.long(), foreseen.long()
+
+    def _spent(self) -> torch.Tensor:
+        """Sums the tokens of the stretch that ends with the next frame, `(batch,)`; the oldest frame leaves it."""
+        return self.recent.sum(1) - self.recent[:, self.num_frames % self.budget.window]
 
     def count(self, gains: torch.Tensor, num_needed: torch.Tensor) -> torch.Tensor:
         """
@@ -214,7 +216,10 @@ class RateControl:
             self.log_gain = torch.where(
                 num_needed > 0, self.log_gain, self.log_gain.lerp(marginal, 1 / (_MEMORY * window))
             )
-        counts = torch.maximum(counts, num_needed).clamp(max=gains.shape[1])
+        # In the first stretch, what later frames will need must not be spent on the first ones.
+        seen = min(self.num_frames + 1, window)
+        early = (1 + _TOLERANCE) * rate * seen + _TOLERANCE * rate * window - self._spent()
+        counts = torch.maximum(torch.minimum(counts, early.floor().long()), num_needed)
         counts = torch.minimum(torch.maximum(counts, least), most).clamp(max=gains.shape[1])
         self.recent[:, self.num_frames % window] = counts.double()
         self.num_frames += 1

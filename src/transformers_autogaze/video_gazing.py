@@ -18,6 +18,7 @@ from huggingface_hub.utils import tqdm
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
+from .token_budgets_autogaze import read_token_budget
 from .video_decoding_autogaze import check_start_frame, sample_indices, stream_video
 from .video_frames_autogaze import is_video_source
 from .video_processing_autogaze import AutoGazeVideoProcessor
@@ -26,6 +27,9 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 Setting = float | Sequence[float] | None
 
 _CHUNK = 16  # frames, where the selector itself has no limit
+_WHOLE_CLIP = 64, 2**25  # frames, and pixels, of a video at most that is searched as a whole under a budget over time
+_SEARCHED = 2**22  # pixels of the frames of a whole grid that are gazed at together, one frame at least
+_FRAME_RATE = 30.0  # frames per second where nobody knows; it only sets how long a stretch of a stream is
 _TILINGS = ("whole", "grid", "native")
 
 
@@ -136,6 +140,9 @@ def stream_gaze(
     start_frame: int = 0,
     gazing_ratio: Setting = None,
     task_loss_requirement: Setting = None,
+    clip_ratio: float | None = None,
+    tokens_per_second: float | None = None,
+    frame_rate: float | None = None,
     progress: bool = False,
 ) -> Iterator[GazeChunk]:
     """
@@ -159,7 +166,9 @@ def stream_gaze(
             its aspect ratio: the published way. `"grid"` resizes it to a
             grid of at most `max_tiles` tiles of that size, near to its aspect ratio; see [`choose_tile_grid`].
             `"native"` does not resize: the frame is padded at the right and bottom to whole tiles, and patches that lie
-            outside it altogether are dropped; a budget or threshold is still that of the padded tile.
+            outside it altogether are dropped; a budget or threshold is still that of the padded tile. A selector that
+            takes any grid and has a single scale needs no tiles: it chooses among all patches of the resized frame, or
+            of the frame padded to whole patches, so budgets and thresholds are those of the frame.
         max_tiles (`int`, *optional*, defaults to 48): tiles of a frame at most, for `"grid"`.
         chunk_frames (`int`, *optional*): frames of a chunk; `config.max_num_frames` by default, or 16.
         max_batch_size (`int`, *optional*, defaults to 16): tiles that are gazed at together. Changes no result.
@@ -171,7 +180,17 @@ def stream_gaze(
         gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
             As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and every
             chunk takes it from its start.
+        clip_ratio (`float`, *optional*):
+            Share of a dense encoder's tokens to keep of the video, spent where they gain most. A video of up to 64 frames is
+            searched as a whole and keeps exactly that many; a longer one, or one of unknown length, is a stream of so
+            many tokens per second.
+        tokens_per_second (`float`, *optional*):
+            Tokens to keep per second; every stretch of ten seconds stays within a tenth of that.
+        frame_rate (`float`, *optional*):
+            Frames taken per second of the video, for `tokens_per_second`; a file tells it itself.
         progress (`bool`, *optional*, defaults to `False`): whether to show a bar.
+
+    Without any of these budgets and thresholds, the selector's configuration decides.
 
     Returns:
         `Iterator[GazeChunk]`. A gaze of more than one tile has its ids in ascending order, for tiles have no common
@@ -197,45 +216,40 @@ def stream_gaze(
     ```
     """
     config = selector.config
-    if tiles not in _TILINGS:
-        raise ValueError(f"`tiles` must be one of {', '.join(map(repr, _TILINGS))}, got {tiles!r}")
-    chunk_frames = (config.max_num_frames or _CHUNK) if chunk_frames is None else chunk_frames
-    for name, value in {
-        "max_tiles": max_tiles,
-        "chunk_frames": chunk_frames,
-        "max_batch_size": max_batch_size,
-    }.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-    rate = config.frame_sampling_rate
-    if chunk_frames % rate:
-        raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
-    settings = {"gazing_ratio": gazing_ratio, "task_loss_requirement": task_loss_requirement}
-    for name, setting in settings.items():
-        if setting is not None and np.ndim(setting) and np.shape(setting) != (chunk_frames // rate,):
-            raise ValueError(
-                f"`{name}` must be one number or one for each of the {chunk_frames // rate} frames of a chunk, got "
-                f"the shape {np.shape(setting)}"
-            )
-    # Checked here, or a bad number would show only when the first chunk has been decoded.
-    if gazing_ratio is not None:
-        budget_each_frame(gazing_ratio, chunk_frames // rate, config.grid.num_patches)
-    if task_loss_requirement is not None:
-        threshold_each_frame(task_loss_requirement, 1, chunk_frames // rate)
+    _check_layout(selector, tiles, max_tiles, chunk_frames, max_batch_size)
+    settings = {
+        "gazing_ratio": gazing_ratio,
+        "task_loss_requirement": task_loss_requirement,
+        "clip_ratio": clip_ratio,
+        "tokens_per_second": tokens_per_second,
+    }
+    if all(setting is None for setting in settings.values()):
+        settings["clip_ratio"] = getattr(config, "clip_ratio", None)
+    _check_settings(selector, settings, chunk_frames or config.max_num_frames or _CHUNK)
     processor = AutoGazeVideoProcessor() if processor is None else processor
-    indices, frames = _open_source(source, num_frames, fps, start_frame)
+    indices, frames, known_rate = _open_source(source, num_frames, fps, start_frame)
+    if tokens_per_second is not None and frame_rate is None and known_rate is None:
+        raise ValueError(
+            "`frame_rate` must be given with `tokens_per_second` where the source is no video file, got None"
+        )
     gazer = _TileGazer(selector, processor, tiles, max_tiles, max_batch_size, settings)
+    gazer.frame_rate = frame_rate or known_rate or _FRAME_RATE
+    total = None if indices is None else len(indices) - start_frame
+    # Only a selector whose stream may be of any length can take a whole video for one clip.
+    is_clip = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
+    if is_clip and total is not None and total <= _WHOLE_CLIP[0]:
+        chunk_frames = max(total, config.frame_sampling_rate)
+    chunk_frames = chunk_frames or config.max_num_frames or _CHUNK
 
     def chunks() -> Iterator[GazeChunk]:
         start = start_frame
-        total = None if indices is None else len(indices) - start_frame
         with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
             parts = _chunks_of(frames, chunk_frames, start)
             # A device and this machine work at the same time; a CPU has no time left over.
             for pixels in _ahead(parts) if gazer.device.type == "cuda" else parts:
                 stop = start + len(pixels)
                 numbers = list(range(start, stop)) if indices is None else list(indices[start:stop])
-                gaze, levels, extent = gazer.gaze(pixels)
+                gaze, levels, extent = gazer.gaze(pixels, is_whole=len(pixels) == total)
                 chunk = GazeChunk(gaze, start, stop, numbers, pixels, levels, extent)
                 bar.update(stop - start)
                 # What the caller lets go must be gone before the next chunk is decoded.
@@ -245,6 +259,41 @@ def stream_gaze(
                 start = stop
 
     return chunks()
+
+
+def _check_layout(
+    selector: GazeSelector, tiles: str, max_tiles: int, chunk_frames: int | None, max_batch_size: int
+) -> None:
+    if tiles not in _TILINGS:
+        raise ValueError(f"`tiles` must be one of {', '.join(map(repr, _TILINGS))}, got {tiles!r}")
+    rate = selector.config.frame_sampling_rate
+    for name, value in {
+        "max_tiles": max_tiles,
+        "chunk_frames": rate if chunk_frames is None else chunk_frames,
+        "max_batch_size": max_batch_size,
+    }.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+    if chunk_frames is not None and chunk_frames % rate:
+        raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
+
+
+def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_frames: int) -> None:
+    """Checks budgets and thresholds, or a bad number would show only when the first chunk has been decoded."""
+    num_frames, grid = chunk_frames // selector.config.frame_sampling_rate, selector.config.grid
+    for name in ("gazing_ratio", "task_loss_requirement"):
+        if settings[name] is not None and np.ndim(settings[name]) and np.shape(settings[name]) != (num_frames,):
+            raise ValueError(
+                f"`{name}` must be one number or one for each of the {num_frames} frames of a chunk, got "
+                f"the shape {np.shape(settings[name])}"
+            )
+    budgets = {name: setting for name, setting in settings.items() if name != "task_loss_requirement"}
+    rate = None if settings["tokens_per_second"] is None else _FRAME_RATE
+    selector.check_token_budget(read_token_budget(grid, num_frames, **budgets, frame_rate=rate))
+    if settings["gazing_ratio"] is not None:
+        budget_each_frame(settings["gazing_ratio"], num_frames, grid.num_patches)
+    if settings["task_loss_requirement"] is not None:
+        threshold_each_frame(settings["task_loss_requirement"], 1, num_frames)
 
 
 class _TileGazer:
@@ -266,12 +315,18 @@ class _TileGazer:
         self.device = torch.device(getattr(selector, "device", "cpu"))
         self.dtype = torch.promote_types(getattr(selector, "dtype", torch.float32), torch.float32)
         self.streams = selector.config.max_num_frames is None
+        self.needs_no_tiles = selector.takes_any_grid and len(selector.config.grid.grids) == 1 and tiles != "whole"
+        self.frame_rate = _FRAME_RATE
         self.size: tuple[int, int] | None = None
         self.states: dict[int, object] = {}
 
     @torch.no_grad()
-    def gaze(self, frames: np.ndarray) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
-        """Gazes at frames `(frames, height, width, 3)`; gives the gaze, the levels gazed at and the grid's extent."""
+    def gaze(self, frames: np.ndarray, is_whole: bool) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
+        """
+        Gazes at frames `(frames, height, width, 3)`, whether or not they are the whole video.
+
+        Gives the gaze, the levels gazed at and the grid's extent.
+        """
         if self.size is None:
             self._plan(frames.shape[1:3])
         levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
@@ -283,25 +338,48 @@ class _TileGazer:
             levels = self.processor.resize_levels(
                 levels, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
             )
+        settings, step = self._settings(levels, is_whole)
+        if self.rows * self.cols == 1:
+            steps = range(0, len(levels), step)
+            gazes = [self._gaze_tiles(levels[first : first + step], range(1), settings, first) for first in steps]
+            gaze = GazeOutput.concatenate(gazes)
+            return self._drop_outside(gaze.replace(cache=None)), levels, self.extent
+        return self._gaze_grid(levels, settings), levels, self.extent
+
+    def _gaze_grid(self, levels: torch.Tensor, settings: dict[str, Setting]) -> GazeOutput:
+        """Gazes at all tiles of frames and joins them."""
         own, count = self.selector.config.grid, self.rows * self.cols
         parts = [
-            self._gaze_tiles(levels, range(first, min(first + self.max_batch_size, count)))
+            self._gaze_tiles(levels, range(first, min(first + self.max_batch_size, count)), settings)
             for first in range(0, count, self.max_batch_size)
         ]
-        if count == 1:
-            return self._drop_outside(parts[0].replace(cache=None)), levels, self.extent
         masks = [torch.cat(scale) for scale in zip(*(part.gazing_mask for part in parts), strict=True)]
         masks = self.grid.stitch_tiles(masks, own)
         if self.inside is not None:
             masks = [mask & inside for mask, inside in zip(masks, self.inside, strict=True)]
         threshold = parts[0].task_loss_requirement
-        gaze = GazeOutput.from_masks(
+        return GazeOutput.from_masks(
             masks,
             self.grid,
             self.selector.config.frame_sampling_rate,
             task_loss_requirement=None if threshold is None else threshold[:1],
+            first_frame=parts[0].first_frame,
         )
-        return gaze, levels, self.extent
+
+    def _settings(self, levels: torch.Tensor, is_whole: bool) -> tuple[dict[str, Setting], int]:
+        """Gives the settings for the next frames, and how many frames are gazed at together."""
+        settings = dict(self.settings)
+        pixels = levels[0, 0].numel()
+        step = max(1, _SEARCHED // pixels) if self.needs_no_tiles else len(levels)
+        if settings["clip_ratio"] is not None:
+            if is_whole and len(levels) * pixels <= _WHOLE_CLIP[1]:
+                step = len(levels)
+            else:
+                share = settings.pop("clip_ratio") * self.selector.config.grid.num_patches_each_scale[-1]
+                settings["tokens_per_second"] = share * self.frame_rate
+        if settings["tokens_per_second"] is not None:
+            settings["frame_rate"] = self.frame_rate
+        return settings, step
 
     def _plan(self, size: tuple[int, int]) -> None:
         """Lays out the tiles for frames of a height and width."""
@@ -311,7 +389,15 @@ class _TileGazer:
         if self.tiles == "grid":
             tall, wide = self.tile_size
             self.rows, self.cols = choose_tile_grid(size[0] * wide, size[1] * tall, self.max_tiles)
-        elif self.tiles == "native":
+        if self.needs_no_tiles:
+            patch, wanted = own.patch_size, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
+            if self.tiles == "native":
+                wanted = self.extent = tuple(-(-side // patch) * patch for side in size)
+            self.rows, self.cols, self.tile_size = 1, 1, wanted
+            self.grid = GazeGrid([wanted], patch)
+            self.selector = self.selector.for_grid(self.grid)
+            return
+        if self.tiles == "native":
             self.rows, self.cols = (-(-whole // tile) for whole, tile in zip(size, self.tile_size, strict=True))
             self.extent = self.rows * self.tile_size[0], self.cols * self.tile_size[1]
         scales = [(self.rows * height, self.cols * width) for height, width in own.sizes]
@@ -321,8 +407,10 @@ class _TileGazer:
             inside = (boxes[:, 0] < size[1]) & (boxes[:, 1] < size[0])
             self.inside = self.grid.split_by_scale(inside)
 
-    def _gaze_tiles(self, levels: torch.Tensor, numbers: range) -> GazeOutput:
-        """Gazes at some tiles, counted row by row, of frames `(frames, 3, height, width)`."""
+    def _gaze_tiles(
+        self, levels: torch.Tensor, numbers: range, settings: dict[str, Setting], first_frame: int = 0
+    ) -> GazeOutput:
+        """Gazes at some tiles, counted row by row, of frames `(frames, 3, height, width)`, numbered in their chunk."""
         height, width = self.tile_size
         # Padding is zeros among normalised values, as that of `GazeGrid.cut_tiles`.
         video = torch.zeros(len(numbers), len(levels), 3, height, width, dtype=self.dtype, device=self.device)
@@ -330,10 +418,10 @@ class _TileGazer:
             top, left = number // self.cols * height, number % self.cols * width
             part = levels[..., top : top + height, left : left + width]
             tile[..., : part.shape[-2], : part.shape[-1]] = self.processor.to_pixel_values(part)
-        count = len(levels) // self.selector.config.frame_sampling_rate
+        start, count = (frames // self.selector.config.frame_sampling_rate for frames in (first_frame, len(levels)))
         settings = {
-            name: setting if setting is None or not np.ndim(setting) else setting[:count]
-            for name, setting in self.settings.items()
+            name: setting if setting is None or not np.ndim(setting) else setting[start : start + count]
+            for name, setting in settings.items()
         }
         if not self.streams:
             return self.selector.generate(video, **settings)
@@ -361,11 +449,13 @@ class _TileGazer:
 
 def _open_source(
     source: Any, num_frames: int | None, fps: float | None, start_frame: int
-) -> tuple[Sequence[int] | None, Iterator[Any]]:
-    """Gives the numbers of the frames to take, `None` if nobody knows how many there are, and those to gaze at."""
+) -> tuple[Sequence[int] | None, Iterator[Any], float | None]:
+    """Gives the numbers of the frames to take, those to gaze at, and how many come per second; `None` if nobody knows."""
     if is_video_source(source):
         metadata, frames = stream_video(source, num_frames, fps, start_frame)
-        return metadata.frames_indices, frames
+        indices = metadata.frames_indices
+        rate = None if not metadata.fps else metadata.fps * len(indices) / max(1, metadata.total_num_frames)
+        return indices, frames, rate
     if isinstance(source, (np.ndarray, torch.Tensor)):
         if source.ndim != 4 or source.shape[-1] != 3:
             raise ValueError(f"`source` must have the shape (frames, height, width, 3), got {tuple(source.shape)}")
@@ -383,13 +473,13 @@ def _open_source(
             raise ValueError("`source` must hold at least one frame, got none")
         indices = sample_indices(len(source), num_frames=num_frames)
         check_start_frame(start_frame, len(indices))
-        return indices, (source[index] for index in indices[start_frame:])
+        return indices, (source[index] for index in indices[start_frame:]), None
     if num_frames is not None:
         raise ValueError(
             f"`num_frames` needs a source whose length is known, got {num_frames} with {type(source).__name__}"
         )
     check_start_frame(start_frame)
-    return None, _skip(iter(source), start_frame)
+    return None, _skip(iter(source), start_frame), None
 
 
 def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
