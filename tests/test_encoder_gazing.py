@@ -93,6 +93,10 @@ def test_a_budget_for_the_clip_is_spent_over_all_chunks_and_tiles(tiles):
     still[4:] = clip(2, seed=1)  # only the last frames change
     gaze = gazer(chunk_frames=2, grid=GazeGrid([32], 8)).gaze([still], tiles=tiles, tokens_per_clip=budget)[0]
     counts = gaze.num_real_each_frame[0].tolist()
+    again = gazer(chunk_frames=2, grid=GazeGrid([32], 8)).gaze(
+        [still], tiles=tiles, tokens_per_clip=budget, task_loss_requirement=-1.0
+    )[0]
+    assert torch.equal(again.gazing_mask[0], gaze.gazing_mask[0])
     assert sum(counts) == budget and counts[1:4] == [0, 0, 0] and min(counts[0], counts[4]) > 5
 
 

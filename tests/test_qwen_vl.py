@@ -31,6 +31,7 @@ from transformers_autogaze import (
     gaze_video,
 )
 from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.integrations import qwen_vl_gazing
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
 from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
 from transformers_autogaze.integrations.qwen_vl_tower import encode_units
@@ -624,6 +625,28 @@ def test_the_selector_gazes_at_the_merge_units_of_the_frames_that_the_mllm_gets(
     with torch.no_grad():
         logits = model(**inputs, tokens_per_clip=7).logits
         assert torch.equal(logits, model(**inputs, gaze=gaze).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gazing_ratio": [0.5, 0.2, 0.9, 0.1, 0.3]},
+        {"gazing_ratio": 0.4},
+        {"task_loss_requirement": 1.2},
+        {"tokens_per_clip": 20, "task_loss_requirement": -1.0},  # a threshold that is never met
+    ],
+)
+def test_a_long_video_is_gazed_at_in_parts(settings, monkeypatch):
+    videos, processor, inputs = frames_and_inputs(tiny_mllm("qwen3_vl"), [[1, (5, 6, 10), 2]])
+    gazer = UnitGazer(GreedyGazeSelector(), processor, None, UnitSizes(merge_size=2, patch_size=4, frames=2))
+    call = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    whole = gazer.gaze(*call, **settings)[0]
+    monkeypatch.setattr(qwen_vl_gazing, "_SEARCHED", 2 * 2 * 24 * 40)  # two pairs of frames
+    parts = gazer.gaze(*call, **settings)[0]
+    assert torch.equal(parts.gazing_mask[0], whole.gazing_mask[0])
+    assert int(parts.num_real) == settings.get("tokens_per_clip", int(parts.num_real))
+    with pytest.raises(ValueError, match="`gazing_ratio` must be one number or one for each of"):
+        gazer.gaze(*call, gazing_ratio=[0.5] * 6)
 
 
 @pytest.mark.parametrize(

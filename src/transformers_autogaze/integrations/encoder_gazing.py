@@ -151,8 +151,8 @@ class EncoderFrameGazer:
         """Gazes at whole frames `(frames, channels, height, width)` of one shape; gives masks `(videos, frames, patches)`."""
         selector = self.selector if self.selector.config.grid == whole else self.selector.for_grid(whole)
         # A budget for the clip, which may be the configuration's own, needs all of it.
-        per_frame = "gazing_ratio" in settings or "task_loss_requirement" in settings
-        chunk_frames = self.chunk_frames if per_frame else len(videos[0])
+        is_per_frame = bool(settings) and settings.keys() <= set(_PER_FRAME)
+        chunk_frames = self.chunk_frames if is_per_frame else len(videos[0])
         parts = [
             self._gaze_batch(selector, videos[first : first + batch_size], whole, chunk_frames, settings)
             for first in range(0, len(videos), batch_size)

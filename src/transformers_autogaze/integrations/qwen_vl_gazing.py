@@ -20,7 +20,9 @@ from .qwen_vl_units import unfold_units
 
 
 _CLIP_BUDGETS = ("clip_ratio", "tokens_per_clip")
-_SETTINGS = ("gazing_ratio", "task_loss_requirement", *_CLIP_BUDGETS)
+_PER_FRAME = ("gazing_ratio", "task_loss_requirement")
+_SETTINGS = (*_PER_FRAME, *_CLIP_BUDGETS)
+_SEARCHED = 2**22  # pixels of the frames that are gazed at together, where budgets and thresholds are those of a frame
 
 
 class UnitSizes(NamedTuple):
@@ -128,7 +130,23 @@ class UnitGazer:
 
     @torch.no_grad()
     def _gaze_units(self, frames: np.ndarray, grid: GazeGrid, options: dict[str, Any]) -> GazeOutput:
-        """Gazes at the merge units of one video as one clip: a budget for the clip needs all of it."""
-        levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(getattr(self.selector, "device", "cpu"))
-        video = self.gaze_processor.to_pixel_values(levels)[None]
-        return self.selector.for_grid(grid).generate(video, tubelet_size=self.sizes.frames, **options)
+        """Gazes at the merge units of one video: all at once, or a budget per pair of frames in parts of one stream."""
+        selector, pair = self.selector.for_grid(grid), self.sizes.frames
+        num_pairs = len(frames) // pair
+        # A budget for the clip, which may be the configuration's own, needs all of it.
+        is_per_frame = bool(options) and options.keys() <= set(_PER_FRAME)
+        streams = is_per_frame and selector.config.max_num_frames is None
+        step = max(1, _SEARCHED // (pair * frames[0, :, :, 0].size)) if streams else num_pairs
+        gazes, state = [], None
+        for first in range(0, num_pairs, step):
+            levels = torch.from_numpy(frames[first * pair : (first + step) * pair]).permute(0, 3, 1, 2)
+            levels = levels.to(getattr(selector, "device", "cpu"))
+            settings = {
+                name: value[first : first + step] if np.shape(value) == (num_pairs,) else value
+                for name, value in options.items()
+            }
+            video = self.gaze_processor.to_pixel_values(levels)[None]
+            gaze = selector.generate(video, tubelet_size=pair, **settings, past_key_values=state, use_cache=streams)
+            state = gaze.cache
+            gazes.append(gaze)
+        return GazeOutput.concatenate(gazes).replace(cache=None)
