@@ -27,6 +27,7 @@ from .video_tokens import (
     batch_clips,
     batch_streams,
     check_gaze,
+    count_tokens,
     cut_clips,
     list_gazes,
     list_videos,
@@ -396,18 +397,14 @@ class GazeVideoLM(nn.Module):
         num_prefix = sum(token.numel() // self.vision.hidden_size for token in self.vision.adapter.prefix_tokens)
         num_prefix = max(num_prefix - (not adapter.keeps_cls), 0)
         rows, cols = adapter.pool_grid(*self.vision.adapter.native_grid)
+        separator = [self.separator] if isinstance(self.separator, str) else self.separator or []
+        layout = self.grid, self.chunk_frames, self.thumbnail_interval
         counts = []
         for one in gazes:
-            num_frames = one.num_frames * one.frame_sampling_rate
-            nothing = torch.empty(1).expand(num_frames, 1, *one.grid.tile_layout(self.grid))
-            parts: dict[tuple[int, ...], int] = {}
-            for clip in cut_clips(0, nothing, one, self.grid, self.chunk_frames, self.thumbnail_interval):
-                is_kept = torch.cat(clip.masks, dim=-1)
-                part = (clip.chunk,) if self.order == "time" else (clip.chunk, clip.tile)
-                parts[part] = parts.get(part, 0) + int(is_kept.sum() + num_prefix * is_kept.any(-1).sum())
-            separator = [self.separator] if isinstance(self.separator, str) else self.separator or []
-            read = sum(parts.values()) + max(len(parts) - 1, 0) * len(separator) + adapter.ends_with_newline
-            counts.append((read, num_frames * (rows * cols + num_prefix) + adapter.ends_with_newline))
+            parts = count_tokens(one, *layout, order=self.order, num_prefix=num_prefix)
+            read = sum(parts) + max(len(parts) - 1, 0) * len(separator)
+            whole = one.num_frames * one.frame_sampling_rate * (rows * cols + num_prefix)
+            counts.append((read + adapter.ends_with_newline, whole + adapter.ends_with_newline))
         return counts
 
     def embed_videos(self, pixel_values_videos: Videos, gaze: GazeOutput | Sequence[GazeOutput]) -> list[torch.Tensor]:

@@ -228,6 +228,32 @@ def order_tokens(places: TokenPlaces, order: str) -> tuple[torch.Tensor, list[tu
     return index, list(zip(parts[0].tolist(), counts.tolist(), strict=True))
 
 
+def count_tokens(
+    gaze: GazeOutput,
+    tile_grid: GazeGrid,
+    chunk_frames: int,
+    thumbnail_interval: int | None,
+    order: str,
+    num_prefix: int,
+) -> list[int]:
+    """
+    Counts the tokens that a video becomes, part by part as [`order_tokens`] parts them.
+
+    Args:
+        gaze, tile_grid, chunk_frames, thumbnail_interval: as in [`cut_clips`].
+        order (`str`): as in [`order_tokens`].
+        num_prefix (`int`): tokens that stand before the patches of every frame, or tile of it, that kept any.
+    """
+    frames = gaze.num_frames * gaze.frame_sampling_rate
+    no_pixels = torch.empty(1).expand(frames, 1, *gaze.grid.tile_layout(tile_grid))
+    parts: dict[tuple[int, ...], int] = {}
+    for clip in cut_clips(0, no_pixels, gaze, tile_grid, chunk_frames, thumbnail_interval):
+        is_kept = torch.cat(clip.masks, dim=-1)
+        part = (clip.chunk,) if order == "time" else (clip.chunk, clip.tile)
+        parts[part] = parts.get(part, 0) + int(is_kept.sum() + num_prefix * is_kept.any(-1).sum())
+    return list(parts.values())
+
+
 class SinusoidalTimeEmbedding(nn.Module):
     """
     Says when a frame was, by sines and cosines of its number.
