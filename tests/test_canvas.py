@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from test_vision import CONFIGS, OF_VIDEOS, SIZES, gradients, original, random_gaze, tower_of, video
-from torch import nn
 from transformers import AutoModel, SiglipVisionConfig
 
 from transformers_autogaze import GazeGrid, GazeOutput
@@ -395,15 +394,15 @@ def test_gazes_that_follow_each_other_are_taken():
 
 
 @torch.no_grad()
-def test_what_a_later_frame_paints_over_can_be_anything():
-    """NaN in what is not kept and, one layer deep, in what no longer is visible."""
+def test_what_later_frames_painted_over_cannot_matter():
+    """Pixels that are not kept and, one layer deep, pixels that are no longer visible."""
     model = GazeVisionModel(AutoModel.from_config(SiglipVisionConfig(**{**SIZES, "num_hidden_layers": 1}))).eval()
     masks = torch.zeros(1, 3, 16, dtype=torch.bool)
-    masks[0, 0, :], masks[0, 1, 5], masks[0, 2, 0] = True, True, True
+    masks[0, 0], masks[0, 1, 5], masks[0, 2, 0] = True, True, True
     gaze, frames = GazeOutput.from_masks([masks], model.grid), video(1, 3)
-    hidden = torch.ones(1, 3, 3, 64, 64, dtype=torch.bool)
-    shown = nn.functional.interpolate(masks.float().view(3, 1, 4, 4), scale_factor=16).bool()
-    hidden[0] = ~shown
-    hidden[0, 0, :, 16:32, 16:32] = hidden[0, 0, :, :16, :16] = True  # places 5 and 0 of the first frame
-    last = model(frames, gaze).last_hidden_state[-1]
-    assert torch.equal(model(frames.masked_fill(hidden, torch.nan), gaze).last_hidden_state[-1], last)
+    hidden = ~masks.view(3, 1, 4, 4).repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+    hidden[0, 0, 16:32, 16:32] = hidden[0, 0, :16, :16] = True  # places 5 and 0 of the first frame
+    outputs = [model(frames + change * hidden, gaze).last_hidden_state[-1] for change in (0, 100)]
+    assert torch.equal(*outputs)
+    visible = ~hidden.clone()
+    assert not torch.equal(model(frames + 100 * visible, gaze).last_hidden_state[-1], outputs[0])

@@ -1,7 +1,5 @@
 """Attention over packed clips: each choice sees exactly what it says, by whichever implementation."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -93,22 +91,26 @@ def test_attention_is_that_of_the_full_mask(attention, implementation):
     assert layer.config._attn_implementation == implementation
 
 
-def laid_plan(num_segments: int = 40, seed: int = 0) -> tuple[PackedAttention, torch.Tensor]:
+def laid_plan(num_groups: int = 1) -> tuple[PackedAttention, torch.Tensor]:
     """A plan whose segments see scattered keys, of the sequence and of eight tokens before it, and who sees whom."""
-    generator = torch.Generator().manual_seed(seed)
-    num_queries = torch.randint(1, 20, (num_segments,), generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    num_queries = torch.randint(1, 20, (40,), generator=generator)
     num_queries[::7] *= 6
-    sees = torch.rand(num_segments, 8 + int(num_queries.sum()), generator=generator) < 0.1
+    sees = torch.rand(40, 8 + int(num_queries.sum()), generator=generator) < 0.1
     sees[:, 0] = True
-    plan = PackedAttention(num_queries, sees.sum(1).cumsum(0) - sees.sum(1), sees.sum(1).cumsum(0))
-    return replace(plan, key_index=sees.nonzero()[:, 1]), sees.repeat_interleave(num_queries, dim=0)
+    sees[:5, 40:80] = True  # keys that lie close together
+    end = sees.sum(1).cumsum(0)
+    plan = PackedAttention(num_queries, end - sees.sum(1), end, key_index=sees.nonzero()[:, 1])
+    plan.group = None if num_groups == 1 else torch.arange(40) % num_groups
+    return plan, sees.repeat_interleave(num_queries, dim=0)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("most", [1, 64, 100_000])
-def test_attention_to_laid_keys_is_that_of_the_full_mask(most, implementation, monkeypatch):
-    monkeypatch.setitem(module._LAID_KEYS, "cpu", most)
-    plan, seen = laid_plan()
+@pytest.mark.parametrize("rows", [1, 30, 256])
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_attention_to_laid_keys_is_that_of_the_full_mask(num_groups, rows, implementation, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", rows)
+    plan, seen = laid_plan(num_groups)
     query, *keys = torch.randn(3, 1, 2, seen.shape[1], 8, dtype=torch.float64).unbind()
     query = query[:, :, 8:]
     layer = Layer(implementation)
@@ -122,20 +124,27 @@ def test_attention_to_laid_keys_is_that_of_the_full_mask(most, implementation, m
     torch.testing.assert_close(output, (scores.softmax(-1) @ keys[1]).transpose(1, 2), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("most", [1, 500, 100_000])
-def test_batches_hold_every_query_once_and_few_keys(most, monkeypatch):
-    monkeypatch.setitem(module._LAID_KEYS, "cpu", most)
-    plan, seen = laid_plan()
-    batches, rows = plan.batches
-    assert torch.equal(torch.cat([queries.flatten() for queries, *_ in batches])[rows], torch.arange(len(seen)))
-    for queries, keys, mask in batches:
-        assert keys.numel() <= most or len(keys) == 1
-        for segment, query in enumerate(queries[:, 0].tolist()):
-            real = slice(None) if mask is None else mask[segment, 0, 0]
-            assert keys[segment, real].tolist() == seen[query].nonzero().flatten().tolist()
-    # A segment is padded to less than twice its tokens.
-    assert sum(queries.numel() for queries, *_ in batches) < 2 * len(seen)
-    assert len(batches) == len(plan.num_queries) if most == 1 else len(batches) < len(plan.num_queries)
+@pytest.mark.parametrize("rows", [1, 30, 256])
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_shared_calls_hold_every_query_once_and_every_key_once(num_groups, rows, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", rows)
+    plan, seen = laid_plan(num_groups)
+    calls, order = plan.shared_calls
+    queries = torch.cat([torch.arange(len(seen))[call.queries] for call in calls])
+    assert torch.equal(queries if order is None else queries[order], torch.arange(len(seen)))
+    segment = torch.arange(40).repeat_interleave(plan.num_queries)
+    for call in calls:
+        members = segment[call.queries].unique()
+        assert plan.num_queries[members].sum() <= rows or len(members) == 1
+        assert plan.group is None or len(plan.group[members].unique()) == 1
+        keys = torch.arange(seen.shape[1])[call.keys]
+        got = torch.zeros_like(seen[call.queries])
+        got[:, keys] = True if call.mask is None else call.mask[0, 0]
+        assert torch.equal(got, seen[call.queries]) and len(keys.unique()) == len(keys)
+        assert len(keys) <= module._SPARE * seen[call.queries].any(0).sum()
+    # Neighbours do share, but for those that cannot.
+    assert len(calls) == 40 if rows == 1 else len(calls) < 40
+    assert rows == 256 or any(isinstance(call.keys, torch.Tensor) for call in calls)
 
 
 def test_flash_arguments_lay_out_scattered_keys():
@@ -209,8 +218,8 @@ def test_attention_to_laid_keys_on_cuda_is_that_of_the_full_mask(implementation)
     query = query[:, :, 8:]
     layer = Layer("sdpa")
     layer.config._attn_implementation = implementation
-    with module.packed_attention(layer, plan.to(query.device)):
-        output = layer(query, key, value)
+    with module.packed_attention(layer, plan.to(query.device), lambda *_: (key, value)):
+        output = layer(query, key[:, :, 8:], value[:, :, 8:])
     scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~seen.cuda(), -torch.inf)
     expected = (scores.softmax(-1) @ value.float()).transpose(1, 2)
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=2e-2)

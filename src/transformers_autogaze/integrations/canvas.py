@@ -124,7 +124,8 @@ def plan_canvas(
         pairs = torch.cat([seen, own]).unique()
         num_keys = torch.bincount(pairs // base, minlength=len(segment))
         key_ends = num_keys.cumsum(0)
-        plan = PackedAttention(num_queries, key_ends - num_keys, key_ends, key_index=pairs % base)
+        group = segment // num_tokens.shape[1]
+        plan = PackedAttention(num_queries, key_ends - num_keys, key_ends, key_index=pairs % base, group=group)
 
     tokens = end[end >= 0].unique()
     return plan, Canvas(torch.where(end < 0, -1, torch.searchsorted(tokens, end.contiguous())), tokens)

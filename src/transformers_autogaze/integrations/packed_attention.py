@@ -9,7 +9,7 @@ implementation that the tower was loaded with: sdpa, eager, flex or flash. This 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -23,7 +23,7 @@ ATTENTION_CHOICES = (*_OF_COUNTS, "canvas")
 
 _NAME = "autogaze_packed"
 _ROWS = 256  # fewer queries than this share a call, behind a mask
-_LAID_KEYS = {"cpu": 1024, "other": 32768}  # keys laid out for one call; a processor's caches hold few
+_SPARE = 1.25  # a stretch with as many keys as this for each one needed is taken as it is, behind a mask
 
 Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Puts keys and values from elsewhere before a layer's own, both `(1, heads, tokens, head_dim)`."""
@@ -44,6 +44,9 @@ class PackedAttention:
         key_index (`torch.LongTensor` of shape `(laid keys,)`, *optional*):
             A layout of keys for segments that see scattered ones: which token each laid key is. `first_key` and `end_key`
             then count laid keys. A token may be laid more than once.
+        group (`torch.LongTensor` of shape `(segments,)`, *optional*):
+            With `key_index`: segments of one group see much the same keys, so that they may share a call. By default all
+            are of one.
 
     Example:
 
@@ -62,6 +65,7 @@ class PackedAttention:
     end_key: torch.Tensor
     is_causal: bool = False
     key_index: torch.Tensor | None = None
+    group: torch.Tensor | None = None
 
     @classmethod
     def for_clips(cls, tokens_each_frame: torch.Tensor, attention: str) -> "PackedAttention":
@@ -134,32 +138,51 @@ class PackedAttention:
         return chunks
 
     @cached_property
-    def batches(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], torch.Tensor]:
+    def shared_calls(self) -> tuple[list["_SharedCall"], torch.Tensor | None]:
         """
-        The calls that compute it where keys are laid out: segments of about one size share a padded one.
+        The calls that compute it where keys are laid out: neighbours of a group share one, and each of its keys.
+
+        So neither are the keys of a long clip laid out at once, nor is a key copied for each segment that sees it.
 
         Returns:
-            `tuple`: for each call the queries `(segments, most queries)` and keys `(segments, most keys)`, as places in the
-            sequence, and a mask `(segments, 1, 1, most keys)` that hides padding, or `None`; and for each token the
-            row of its result in all calls' results, one behind the other.
+            `tuple`: the calls, and for each token of the sequence the row of its result in those of all calls, one behind
+            the other; `None` where they are in order.
         """
-        num_keys = self.end_key - self.first_key
-        first_query = self.num_queries.cumsum(0) - self.num_queries
-        # Sizes between two powers of two are padded to the largest of them.
-        size = torch.stack([self.num_queries, num_keys], dim=1)
-        _, kind = (size - 1).double().frexp().exponent.unique(dim=0, return_inverse=True)
-        most = _LAID_KEYS.get(self.num_queries.device.type, _LAID_KEYS["other"])
-        batches, rows, start = [], torch.empty_like(self.key_range[0]), 0
-        for number in range(int(kind.max()) + 1):
-            members = (kind == number).nonzero().squeeze(1)
-            for part in members.split(max(1, most // int(num_keys[members].max()))):
-                queries, is_query = _stretches(first_query[part], self.num_queries[part])
-                keys, is_key = _stretches(self.first_key[part], num_keys[part])
-                keys = keys if self.key_index is None else self.key_index[keys]
-                batches.append((queries, keys, None if is_key.all() else is_key[:, None, None]))
-                rows[queries[is_query]] = start + is_query.flatten().nonzero().squeeze(1)
-                start += is_query.numel()
-        return batches, rows
+        order = torch.arange(len(self.num_queries)) if self.group is None else self.group.argsort(stable=True).cpu()
+        group = torch.zeros_like(order) if self.group is None else self.group.cpu()[order]
+        members: list[list[int]] = []
+        rows, last = 0, None
+        for segment, size, number in zip(
+            order.tolist(), self.num_queries.cpu()[order].tolist(), group.tolist(), strict=True
+        ):
+            if number != last or rows + size > _ROWS:
+                members.append([])
+                rows, last = 0, number
+            members[-1].append(segment)
+            rows += size
+        device = self.num_queries.device
+        calls = [self._share(torch.tensor(segments, device=device)) for segments in members]
+        tokens = torch.arange(len(self.key_range[0]), device=device)
+        rows = torch.cat([tokens[call.queries] for call in calls]).argsort()
+        return calls, None if torch.equal(rows, tokens) else rows
+
+    def _share(self, segments: torch.Tensor) -> "_SharedCall":
+        """Makes the call of some segments, in ascending order."""
+        num_queries, num_keys = self.num_queries[segments], (self.end_key - self.first_key)[segments]
+        queries = _stretches(self.num_queries.cumsum(0)[segments] - num_queries, num_queries)
+        laid = self.key_index[_stretches(self.first_key[segments], num_keys)]
+        keys, place = laid.unique(return_inverse=True)
+        first, end = int(keys[0]), int(keys[-1]) + 1
+        if end - first <= _SPARE * len(keys):
+            keys, place = slice(first, end), laid - first
+        row = torch.arange(len(segments), device=segments.device).repeat_interleave(num_keys)
+        sees = torch.zeros(
+            len(segments), end - first if isinstance(keys, slice) else len(keys), device=segments.device
+        )
+        sees = sees.bool().index_put_((row, place), torch.tensor(True, device=segments.device))
+        if int(queries[-1]) - int(queries[0]) + 1 == len(queries):
+            queries = slice(int(queries[0]), int(queries[-1]) + 1)
+        return _SharedCall(queries, keys, None if sees.all() else sees, num_queries)
 
     def mask(self, queries: slice, keys: slice) -> torch.Tensor:
         """Gives a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key, laid if they are."""
@@ -190,9 +213,7 @@ class PackedAttention:
         num_keys = self.end_key - self.first_key
         index = None
         if self.key_index is not None or not torch.equal(num_keys, self.num_queries):
-            starts = num_keys.cumsum(0) - num_keys
-            index = torch.arange(int(num_keys.sum()), device=num_keys.device)
-            index = index + (self.first_key - starts).repeat_interleave(num_keys)
+            index = _stretches(self.first_key, num_keys)
             index = index if self.key_index is None else self.key_index[index]
         bounds = [nn.functional.pad(count.cumsum(0), (1, 0)).to(torch.int32) for count in (self.num_queries, num_keys)]
         return index, {
@@ -207,15 +228,29 @@ class PackedAttention:
         """Moves the plan to a device."""
         if self.num_queries.device == device:
             return self
-        parts = (part.to(device) for part in (self.num_queries, self.first_key, self.end_key))
-        return PackedAttention(*parts, self.is_causal, None if self.key_index is None else self.key_index.to(device))
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{key: part.to(device) for key, part in parts.items() if isinstance(part, torch.Tensor)})
 
 
-def _stretches(first: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers stretches of places, `(stretches, longest)`, padded by their first place, and tells what is no padding."""
-    step = torch.arange(int(count.max()), device=count.device)
-    is_real = step < count[:, None]
-    return first[:, None] + step * is_real, is_real
+@dataclass(eq=False)
+class _SharedCall:
+    """Segments that are computed in one call."""
+
+    queries: slice | torch.Tensor  # tokens of the sequence
+    keys: slice | torch.Tensor  # as well, each once
+    sees: torch.Tensor | None  # (segments, keys); `None` where all see all
+    num_queries: torch.Tensor  # (segments,)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """`torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key."""
+        return None if self.sees is None else self.sees.repeat_interleave(self.num_queries, dim=0)[None, None]
+
+
+def _stretches(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Numbers the places of stretches, one behind the other."""
+    place = torch.arange(int(count.sum()), device=count.device)
+    return place + (first - (count.cumsum(0) - count)).repeat_interleave(count)
 
 
 _running: ContextVar[tuple[PackedAttention, str, Extend | None]] = ContextVar(
@@ -312,13 +347,12 @@ def _packed_attention_forward(
     attend = _eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     outputs = []
     if plan.key_index is not None:
-        batches, rows = plan.batches
-        # Tokens first: so a token is gathered whole.
-        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        for queries, keys, mask in batches:
-            parts = (part[index].transpose(1, 2) for part, index in ((query, queries), (key, keys), (value, keys)))
-            outputs.append(attend(module, *parts, mask, is_causal=False, **options)[0].flatten(0, 1))
-        return torch.cat(outputs)[rows][None], None
+        calls, rows = plan.shared_calls
+        for call in calls:
+            parts = query[:, :, call.queries], key[:, :, call.keys], value[:, :, call.keys]
+            outputs.append(attend(module, *parts, call.mask, is_causal=False, **options)[0])
+        output = torch.cat(outputs, dim=1)
+        return output if rows is None else output[:, rows], None
     for queries, keys, has_mask in plan.chunks:
         parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
         mask = plan.mask(queries, keys) if has_mask else None
