@@ -4,10 +4,10 @@ How soon does a video MLLM answer when it sees the gazed patches only?
 Time from normalised frames to the first token of the answer, for a LLaVA-OneVision with a `SiglipVisionModel` of the base
 size (12 layers, 768 channels, patch 16, 224x224) and a Qwen2 as wide as that of 0.5B, with fewer layers and words, on 16
 frames of the demo clip. The dense model is called as transformers has it, which pools every frame to a quarter of its patches,
-and once more with pooling off. It runs in turn with `GazeVideoLM`, which has as many tokens as patches were kept, with the
-time for gazing apart and included: by the greedy selector, which keeps a share of the tower's own patches in the whole
-clip, and by the model of the published size, which keeps a share of the patches of its four scales in every frame. Random
-weights cost what trained ones do, for the number of patches is given. Prints a table and writes JSON.
+and once more with pooling off. It runs in turn with `GazeVideoLM`, with the time for gazing apart and included: by the greedy
+selector, which keeps a share of the pooled places in the whole clip, and by the model of the published size, which keeps a
+share of the patches of its four scales in every frame, each a token. Random weights cost what trained ones do, for the
+number of patches is given. Prints a table and writes JSON.
 
     python benchmarks/mllm.py --threads 2 --runs 5 -o mllm.json
 """

@@ -4,8 +4,8 @@ Asks LLaVA-OneVision about a video of which it sees the gazed patches only.
     python examples/llava_onevision_video_qa.py video.mp4 "What happens in this video?"
     python examples/llava_onevision_video_qa.py --tiny    # random weights and a drawn clip, to see it run
 
-The selector is the greedy one, on the tower's own patches: --ratio is the share of them that the language model reads.
---gaze-model names another; one of fixed scales, such as a published AutoGaze, keeps that share of its own patches in every
+The selector is the greedy one, on the places that LLaVA-OneVision pools patches to: --ratio is the share of them that the
+language model reads. --gaze-model names another; one of fixed scales, such as a published AutoGaze, keeps that share of its own patches in every
 frame.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--mllm", default="llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     parser.add_argument("--gaze-model", help="a folder or a repository of the Hub instead of the greedy selector")
     parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--ratio", type=float, default=0.125, help="share of the video's patches to keep")
+    parser.add_argument("--ratio", type=float, default=0.125, help="share of the video's tokens to keep")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--tiny", action="store_true", help="a tiny MLLM with random weights")
     options = parser.parse_args()

@@ -16,7 +16,7 @@ NEED_TRAINER = {"finetune.py", "finetune_tower.py", "grpo.py"}
 PRINTS = {
     "encode_with_siglip.py": "features: (",
     "finetune_tower.py": "train_loss",
-    "llava_onevision_video_qa.py": "GreedyGazeSelector: 393 tokens for the video, 785 without gazing",
+    "llava_onevision_video_qa.py": "GreedyGazeSelector: 99 tokens for the video, 785 without gazing",
     "qwen_vl_video_qa.py": "GreedyGazeSelector: 360 of 1440 merge units, 364 of 1444 tokens",
 }
 

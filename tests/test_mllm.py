@@ -54,8 +54,8 @@ TOWER = {**WORDS, "num_hidden_layers": 4, "hidden_size": 24, "image_size": 32, "
 VIP_LAYERS = "vision_feature_layer" if hasattr(VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
 
 
-def build(name: str, **changes):
-    """A tiny MLLM whose pooling, if it has any, can be left out."""
+def build(name: str, pools: bool = False, **changes):
+    """A tiny MLLM, with the pooling that it may have or without."""
     torch.manual_seed(0)
     parts = {"vision_config": CLIPVisionConfig(**TOWER), "text_config": LlamaConfig(**TEXT), **changes}
     tokens = {"image_token_index": IMAGE, "video_token_index": VIDEO}
@@ -65,12 +65,13 @@ def build(name: str, **changes):
         config = VipLlavaConfig(**parts, image_token_index=IMAGE, **{VIP_LAYERS: [-1, -2, 1]})
         model = VipLlavaForConditionalGeneration(config)
     elif name == "llava_next_video":
-        no_pooling = {"spatial_pool_mode": "average", "spatial_pool_stride": 1}
-        model = LlavaNextVideoForConditionalGeneration(LlavaNextVideoConfig(**parts, **tokens, **no_pooling))
+        pooling = {"spatial_pool_mode": "average", "spatial_pool_stride": 2 if pools else 1}
+        model = LlavaNextVideoForConditionalGeneration(LlavaNextVideoConfig(**parts, **tokens, **pooling))
     elif name == "llava_onevision":
         parts = {"vision_config": SiglipVisionConfig(**TOWER), "text_config": Qwen2Config(**TEXT), **changes}
         model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**parts, **tokens))
-        model.model.apply_pooling = lambda features: features
+        if not pools:
+            model.model.apply_pooling = lambda features: features
     else:
         model = VideoLlavaForConditionalGeneration(VideoLlavaConfig(**parts, **tokens))
     # Random weights of transformers' own size give logits that hardly differ.
@@ -109,12 +110,14 @@ def onevision() -> GazeVideoLM:
     return GazeVideoLM(build("llava_onevision"), selector, TOWER_PIXELS, scales=SCALES).eval()
 
 
-def original_inputs(model: GazeVideoLM, prompt: list[int], videos: list[torch.Tensor], with_cls: bool) -> dict:
+def original_inputs(
+    model: GazeVideoLM, prompt: list[int], videos: list[torch.Tensor], with_cls: bool, places: int = 16
+) -> dict:
     """Writes a prompt as the MLLM's own processor does, with all tokens of a video."""
     newline = model.mllm.config.model_type == "llava_onevision"
     ids, left = [], list(videos)
     for token in prompt:
-        ids += [token] * (len(left.pop(0)) * (16 + with_cls) + newline if token == model.placeholder_id else 1)
+        ids += [token] * (len(left.pop(0)) * (places + with_cls) + newline if token == model.placeholder_id else 1)
     pixels = {"pixel_values_videos": torch.stack(videos)}
     if model.placeholder_id == IMAGE:
         pixels = {"pixel_values": torch.cat(videos)}
@@ -139,21 +142,62 @@ def test_a_full_gaze_gives_the_original_logits(name, changes):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_by_default_a_tower_sees_its_own_patches_and_nothing_else(name):
-    # 36 pixels are four patches of 8, and four pixels that the tower never sees.
-    tower = {**TOWER, "image_size": 36}
+def test_by_default_everything_kept_is_what_the_mllm_itself_sees(name):
+    # 44 pixels are five patches of 8, and four pixels that the tower never sees; pooling makes three places of five.
+    side = 36 if name == "llava_next_video" else 44
+    tower = {**TOWER, "image_size": side}
     vision = SiglipVisionConfig(**tower) if name == "llava_onevision" else CLIPVisionConfig(**tower)
-    mllm = build(name, vision_config=vision)
+    mllm = build(name, pools=True, vision_config=vision)
     model = GazeVideoLM(mllm, GreedyGazeSelector(), TOWER_PIXELS, chunk_frames=2).eval()
-    assert model.grid == GazeGrid([32], 8) and model.vision.attention == "canvas"
-    video, prompt = clip(3, height=36, width=36), [5, 6, model.placeholder_id, 7]
-    original = original_inputs(model, prompt, [video], with_cls=name == "video_llava")
+    places = {"llava_onevision": GazeGrid([39], 13), "llava_next_video": GazeGrid([32], 16)}
+    assert model.grid == places.get(name, GazeGrid([40], 8)) and model.vision.attention == "canvas"
+    video, prompt = clip(3, height=side, width=side), torch.tensor([[5, 6, model.placeholder_id, 7]])
+    count = model.grid.num_patches
+    original = original_inputs(model, prompt[0].tolist(), [video], with_cls=name == "video_llava", places=count)
     with torch.no_grad():
         expected = mllm(**original).logits
-        logits = model(torch.tensor([prompt]), [video], gazing_ratio=1.0).logits
+        logits = model(prompt, [video], gazing_ratio=1.0).logits
         assert (logits - expected).abs().max() < 1e-4
-        video[..., 32:, :] = video[..., 32:] = 9.0
-        assert torch.equal(model(torch.tensor([prompt]), [video], clip_ratio=1.0).logits, logits)
+        video[..., side - 4 :, :] = video[..., side - 4 :] = 9.0
+        assert torch.equal(model(prompt, [video], clip_ratio=1.0).logits, logits)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    answer = model.generate(prompt, [video], gazing_ratio=1.0, **options)[:, 4:]
+    assert torch.equal(answer, mllm.generate(**original, **options)[:, original["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
+def test_a_kept_place_is_pooled_of_its_patches_alone(name):
+    mllm = build(name, pools=True)
+    model = GazeVideoLM(mllm, attention="frame").eval()
+    assert model.grid == GazeGrid([32], 16)
+    video, gaze = (
+        clip(3),
+        GazeOutput.from_masks([torch.tensor([[[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]]).bool()], model.grid),
+    )
+    patches = gaze.covered_cells(4, 4).flatten(2)  # of 16, those of the kept quarters
+    with torch.no_grad():
+        tokens = model.embed_videos([video], [gaze])[0][:3]
+        # What the MLLM makes of a frame whose other patches are no keys and are anything.
+        output = model.vision(
+            video[None], GazeOutput.from_masks([patches], model.vision.grid), output_hidden_states=True
+        )
+        states = torch.full((3, 16, TOWER["hidden_size"]), 9.0)
+        states[patches[0]] = torch.cat([output.hidden_states[layer] for layer in model.adapter.feature_layers], dim=-1)
+        if name == "llava_next_video":
+            expected = mllm.model.multi_modal_projector(mllm.model.vision_resampler(states))
+        else:
+            expected = mllm.model.apply_pooling(mllm.model.multi_modal_projector(states))
+    torch.testing.assert_close(tokens, expected[gaze.gazing_mask[0][0]], rtol=1e-4, atol=1e-5)
+
+
+def test_patches_stay_what_is_kept_where_pooling_is_no_mean():
+    mllm = build("llava_next_video")
+    mllm.config.spatial_pool_mode = "max"
+    assert (
+        GazeVideoLM(mllm).grid
+        == GazeVideoLM(build("llava_onevision", pools=True), scales=[32]).grid
+        == GazeGrid([32], 8)
+    )
 
 
 def test_selectors_of_fixed_scales_keep_them():
@@ -288,16 +332,22 @@ def test_a_budget_for_the_clip_is_kept_over_the_whole_video(settings, tiles):
 
 @pytest.mark.parametrize("name", ["llava_onevision", "video_llava"])
 def test_with_the_canvas_chunks_change_nothing(name):
-    mllm = build(name)
-    grid = GazeGrid([(32, 64)], 8)
+    mllm = build(name, pools=True)
+    whole = GazeVideoLM(mllm, chunk_frames=16).eval()
+    (side, _), (cells, _) = whole.grid.sizes[0], whole.grid.grids[0]
     generator = torch.Generator().manual_seed(0)
     videos = [clip(7, seed=1, width=64), clip(7, seed=2, width=64), clip(4, seed=3)]
-    masks = [torch.rand(1, len(video), 4, video.shape[-1] // 8, generator=generator) < 0.3 for video in videos]
-    masks[0][:, 2:5, :, 4:] = False  # nothing of a tile in whole chunks
-    masks[1][..., :4] = False  # nothing of a tile at all
-    grids = [grid, grid, GazeGrid([32], 8)]
-    gazes = [GazeOutput.from_masks([mask.flatten(2)], grid) for mask, grid in zip(masks, grids, strict=True)]
-    whole = GazeVideoLM(mllm, chunk_frames=16).eval()
+    tiles = [video.shape[-1] // 32 for video in videos]
+    masks = [
+        torch.rand(1, len(video), cells, count * cells, generator=generator) < 0.4
+        for video, count in zip(videos, tiles, strict=True)
+    ]
+    masks[0][:, 2:5, :, cells:] = False  # nothing of a tile in whole chunks
+    masks[1][..., :cells] = False  # nothing of a tile at all
+    gazes = [
+        GazeOutput.from_masks([mask.flatten(2)], GazeGrid([(side, count * side)], whole.grid.patch_size))
+        for mask, count in zip(masks, tiles, strict=True)
+    ]
     expected = whole.embed_videos(videos, gazes)
     frame = GazeVideoLM(mllm, attention="frame").eval().embed_videos(videos, gazes)
     assert not torch.allclose(expected[0], frame[0], atol=1e-3)
@@ -322,11 +372,11 @@ def test_with_the_canvas_chunks_change_nothing(name):
 @pytest.mark.parametrize("order", ["time", "tile"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_counted_as_the_language_model_sees_them(name, order):
-    mllm = build(name)
+    mllm = build(name, pools=True)
     layout = {"separator": [3, 4], "thumbnail_interval": 2, "order": order}
     for options in ({}, layout):
         model = GazeVideoLM(mllm, chunk_frames=2, **options).eval()
-        gazes = [random_gaze(GazeGrid([(32, 64)], 8), 5), random_gaze(model.grid, 3, seed=1)]
+        gazes = [random_gaze(GazeGrid([(32, 64)], model.grid.patch_size), 5), random_gaze(model.grid, 3, seed=1)]
         gazes[0].gazing_mask[0][:, 2:4] = False
         gazes[0] = GazeOutput.from_masks(gazes[0].gazing_mask, gazes[0].grid)
         videos = [clip(5, width=64), clip(3)]
@@ -335,19 +385,14 @@ def test_tokens_are_counted_as_the_language_model_sees_them(name, order):
         assert [read for read, _ in model.count_tokens(gazes)] == [len(part) for part in tokens]
 
 
-def test_the_tokens_of_the_whole_video_are_those_after_the_mllms_own_pooling():
-    gaze = GazeOutput.full(GazeGrid([32], 8), batch_size=2, num_frames=3)
+@pytest.mark.parametrize("scales", [None, [32]])
+def test_the_tokens_of_the_whole_video_are_those_after_the_mllms_own_pooling(scales):
     counts = {"llava": 16, "vipllava": 16, "video_llava": 17, "llava_next_video": 4, "llava_onevision": 4}
     for name, of_frame in counts.items():
-        mllm = build(name)
-        newline = name == "llava_onevision"
-        if name == "llava_next_video":
-            mllm.config.spatial_pool_stride = 2
-        model = GazeVideoLM(mllm)
-        full = 3 * (17 if name == "video_llava" else 16) + newline
-        assert model.count_tokens(gaze) == [(full, 3 * of_frame + newline)] * 2
-    pooled = type(mllm.model).apply_pooling(mllm.model, torch.randn(3, 16, 8))
-    assert pooled.shape[1] == counts["llava_onevision"]
+        model = GazeVideoLM(build(name, pools=True), scales=scales)
+        gaze, newline = GazeOutput.full(model.grid, batch_size=2, num_frames=3), name == "llava_onevision"
+        kept = of_frame if scales is None else 16 + (name == "video_llava")
+        assert model.count_tokens(gaze) == [(3 * kept + newline, 3 * of_frame + newline)] * 2
 
 
 @pytest.mark.parametrize(

@@ -445,11 +445,24 @@ def canvas_mask(units: list[tuple], side: int | None) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def flash_by_hand(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, is_causal, **kwargs
+):
+    """Attention of variable lengths as flash kernels take it, `(1, heads, tokens, head_dim)`, piece by piece."""
+    sizes = (ends.diff().tolist() for ends in (cu_seq_lens_q, cu_seq_lens_k, cu_seq_lens_k))
+    pieces = zip(
+        *(part.split(size, dim=2) for part, size in zip((query, key, value), sizes, strict=True)), strict=True
+    )
+    outputs = [nn.functional.scaled_dot_product_attention(*piece, scale=scaling) for piece in pieces]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_by_hand"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_unit_sees_its_frame_and_the_latest_units_kept_elsewhere(family, attention):
     mllm = tiny_mllm(family)
-    mllm.set_attn_implementation(attention)
+    AttentionInterface.register("flash_by_hand", flash_by_hand)
+    mllm.model.visual.config._attn_implementation = attention
     tower, inputs = mllm.model.visual, make_inputs(mllm, [[(4, 6, 10), (1, 4, 4), (3, 4, 8)]])
     places = [tuple(place) for place in torch.stack(locate_units(inputs["video_grid_thw"], 2)).T.tolist()]
     is_kept = torch.rand(len(places), generator=torch.Generator().manual_seed(0)) < 0.4

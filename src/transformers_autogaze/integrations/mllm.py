@@ -18,6 +18,8 @@ from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .encoder_gazing import EncoderFrameGazer, Setting
 from .mllm_adapters import MLLMAdapter, adapt_mllm
+from .mllm_encoding import ClipEncoder
+from .place_pooling import PlacePooling
 from .prompts import fill_placeholders, find_placeholders
 from .video_tokens import (
     ORDERS,
@@ -47,9 +49,12 @@ class GazeVideoLM(nn.Module):
 
     It gazes at videos, encodes the kept patches with the MLLM's own vision tower, projects them with its own projector,
     puts one embedding per patch where the prompt names the video, and calls the MLLM. Parts and weights are the MLLM's,
-    unchanged. Where an MLLM pools or resamples patches between tower and projector or behind it, this is left out: the
-    gaze has already chosen how many there are. [`~GazeVideoLM.count_tokens`] tells what the language model reads, and what
-    it would read of the whole video, pooling and all.
+    unchanged.
+
+    Where an MLLM pools the patches of a frame to fewer places, it is these places that are kept: the tower encodes the
+    patches that they are made of, and the MLLM's own pooling makes one embedding of them. At `scales` other than the
+    tower's own, and where the pooling is no weighted mean, patches stay what is kept, and none are pooled.
+    [`~GazeVideoLM.count_tokens`] tells what the language model reads, and what it would read of the whole video.
 
     `generate` answers, `forward` gives logits and, with labels, a loss to train with. What is said per frame counts frames
     that the selector gazes at.
@@ -69,8 +74,8 @@ class GazeVideoLM(nn.Module):
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             Whose normalisation the selector needs. The published one by default.
         scales (`Sequence[int]`, *optional*):
-            As in [`GazeVisionModel`]: by default the one scale that the tower was made for or, with a gaze model of fixed
-            scales, these, matched to the tower.
+            As in [`GazeVisionModel`]: by default the one scale that the tower was made for, pooled as the MLLM does, or,
+            with a gaze model of fixed scales, these, matched to the tower.
         attention (`str`, *optional*):
             As in [`GazeVisionModel`]: by default `"canvas"` at one scale and `"block_causal"` at several.
         chunk_frames (`int`, *optional*):
@@ -136,12 +141,19 @@ class GazeVideoLM(nn.Module):
         time_embedding: nn.Module | None = None,
     ):
         super().__init__()
-        tower = adapt_mllm(mllm).tower
+        adapter = adapt_mllm(mllm)
+        tower = adapter.tower
         if scales is None and gaze_model is not None and not gaze_model.takes_any_grid:
             scales = gaze_model.config.grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
         # The tower belongs to `mllm`. Registered here as well, its weights would be saved twice.
         self.__dict__["vision"] = GazeVisionModel(tower, scales=scales, attention=attention)
         self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
+        self._pooling = self._places = None
+        weights = adapter.pooling_weights() if scales is None else None
+        if weights is not None:
+            self._pooling, (height, _) = PlacePooling(weights), self.vision.grid.sizes[-1]
+            rows, cols = adapter.pool_grid(*self.vision.adapter.native_grid)
+            self._places = GazeGrid([(rows * (height // rows), cols * (height // rows))], height // rows)
 
         if chunk_frames is None:
             chunk_frames = (None if gaze_model is None else gaze_model.config.max_num_frames) or _CHUNK
@@ -172,8 +184,12 @@ class GazeVideoLM(nn.Module):
 
     @property
     def grid(self) -> GazeGrid:
-        """The scales and patch size of the tower, which gazes are made for."""
-        return self.vision.grid
+        """What gazes are made for: the patches of the tower, or the places that the MLLM pools them to."""
+        return self.vision.grid if self._places is None else self._places
+
+    @property
+    def _encoder(self) -> ClipEncoder:
+        return ClipEncoder(self.adapter, self.vision, self._pooling, self.time_embedding, self.chunk_frames)
 
     @property
     def placeholder_id(self) -> int:
@@ -377,7 +393,7 @@ class GazeVideoLM(nn.Module):
             raise ValueError("`gaze` must be given where the model was made without `gaze_model` and `processor`")
         videos = list_videos(pixel_values_videos)
         if tuple(tiles) == (1, 1):
-            videos = [self._crop(video) for video in videos]
+            videos = [self._encoder.crop(video) for video in videos]
         return self._gazer.gaze(
             videos, gazing_ratio, task_loss_requirement, tiles, clip_ratio=clip_ratio, tokens_per_clip=tokens_per_clip
         )
@@ -429,8 +445,9 @@ class GazeVideoLM(nn.Module):
         max_frames = getattr(self.time_embedding, "num_embeddings", None)
         for number, (video, one) in enumerate(zip(videos, gazes, strict=True)):
             check_gaze(number, video, one, self.grid, self.chunk_frames, max_frames)
+        encoder = self._encoder
         encoded = [
-            self._encode(clips, cache)
+            encoder.encode(clips, cache)
             for batches in self._cut(videos, gazes)
             for cache in [GazeVisionCache() if len(batches) > 1 else None]
             for clips in batches
@@ -471,40 +488,6 @@ class GazeVideoLM(nn.Module):
         if streams:
             return batch_streams(clips, self.max_batch_size)
         return ([batch] for batch in batch_clips(clips, self.max_batch_size))
-
-    def _crop(self, frames: torch.Tensor) -> torch.Tensor:
-        """Leaves out the last pixels of frames `(.., height, width)` of the tower's size, where the tower does."""
-        adapter, (height, width) = self.vision.adapter, self.grid.sizes[-1]
-        size = (adapter.image_size,) * 2 if isinstance(adapter.image_size, int) else tuple(adapter.image_size)
-        is_native = self.grid.grids[-1] == adapter.native_grid and tuple(frames.shape[-2:]) == size
-        return frames[..., :height, :width] if is_native else frames
-
-    def _encode(self, clips: list[VideoClip], cache: GazeVisionCache | None) -> tuple[torch.Tensor, TokenPlaces]:
-        """Encodes and projects the patches of clips of one shape; gives tokens `(tokens, hidden_size)`, unordered."""
-        adapter = self.adapter
-        frames = self._crop(torch.stack([clip.frames for clip in clips]))
-        if self.mllm.device.type != "meta":  # where accelerate brings in the weights of every module when it runs
-            frames = frames.to(self.mllm.device)
-        masks = [torch.stack(scale).to(frames.device) for scale in zip(*(clip.masks for clip in clips), strict=True)]
-        output = self.vision(frames, GazeOutput.from_masks(masks, self.grid), output_hidden_states=True, cache=cache)
-        states = torch.cat([output.hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
-        clip = torch.arange(len(clips), device=frames.device).repeat_interleave(output.lengths)
-        frame, ids = output.frame, output.ids
-        if output.prefix_hidden_states is not None:
-            prefix = torch.cat([output.prefix_hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
-            prefix = prefix[:, :, 0 if adapter.keeps_cls else 1 :]
-            is_shown, count = torch.cat(masks, dim=-1).any(-1), prefix.shape[2]
-            states = torch.cat([states, prefix[is_shown].flatten(0, 1)])
-            of_clip, of_frame = (place.repeat_interleave(count) for place in is_shown.nonzero(as_tuple=True))
-            clip, frame = torch.cat([clip, of_clip]), torch.cat([frame, of_frame])
-            before = torch.arange(-count, 0, device=ids.device)
-            ids = torch.cat([ids, before.repeat(len(of_clip) // max(count, 1))])
-        tokens = adapter.projector(states).to(frames.device)
-        number = torch.stack([clip.frame_numbers for clip in clips]).to(frames.device)[clip, frame]
-        if self.time_embedding is not None:
-            tokens = tokens + self.time_embedding(number).to(tokens)
-        video, tile = torch.tensor([(clip.video, clip.tile) for clip in clips], device=frames.device)[clip].unbind(1)
-        return tokens, TokenPlaces(video, number // self.chunk_frames, tile, number, ids)
 
     def _has_videos(self, input_ids: torch.Tensor, videos: Videos | None, options: dict[str, Any]) -> bool:
         """Tells whether there are videos to look at; checks that nothing else claims their placeholders."""
