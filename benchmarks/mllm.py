@@ -4,9 +4,10 @@ How soon does a video MLLM answer when it sees the gazed patches only?
 Time from normalised frames to the first token of the answer, for a LLaVA-OneVision with a `SiglipVisionModel` of the base
 size (12 layers, 768 channels, patch 16, 224x224) and a Qwen2 as wide as that of 0.5B, with fewer layers and words, on 16
 frames of the demo clip. The dense model is called as transformers has it, which pools every frame to a quarter of its patches,
-and once more with pooling off. It runs in turn with `GazeVideoLM`, which has as many tokens as patches were kept, with the
-time for gazing apart and included: by the model of the published size, and by the greedy selector. Random weights cost what
-trained ones do, for the number of patches is given. Prints a table and writes JSON.
+and once more with pooling off. It runs in turn with `GazeVideoLM`, with the time for gazing apart and included: by the greedy
+selector, which keeps a share of the pooled places in the whole clip, and by the model of the published size, which keeps a
+share of the patches of its four scales in every frame, each a token. Random weights cost what trained ones do, for the
+number of patches is given. Prints a table and writes JSON.
 
     python benchmarks/mllm.py --threads 2 --runs 5 -o mllm.json
 """
@@ -48,6 +49,7 @@ def main() -> None:
         "model": AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(options.device, mllm.dtype),
         "greedy": GreedyGazeSelector().to(options.device),
     }
+    budgets = {"model": "gazing_ratio", "greedy": "clip_ratio"}
     image_processor = SiglipImageProcessor(size={"height": 224, "width": 224})
     gazed = {name: GazeVideoLM(mllm, selector, image_processor) for name, selector in selectors.items()}
     frames = list(render_demo_clip(options.num_frames))
@@ -81,17 +83,15 @@ def main() -> None:
             length = run_dense(tokens_of_a_frame)
             note(name, now(options.device) - start, length)
         for ratio in options.ratios:
-            gazing = {}
             for selector, model in gazed.items():
                 start = now(options.device)
-                gaze = model.gaze(video, gazing_ratio=ratio)
-                gazing[selector] = now(options.device) - start
-            start = now(options.device)
-            model.generate(prompt, video, gaze=gaze, **first_token)
-            answering, length = now(options.device) - start, int(gaze[0].num_real) + 1 + WORDS
-            note(f"ratio {ratio:g}, gaze given", answering, length)
-            for selector, spent in gazing.items():
-                note(f"ratio {ratio:g}, gazing by {selector} included", spent + answering, length)
+                gaze = model.gaze(video, **{budgets[selector]: ratio})
+                spent = now(options.device) - start
+                start = now(options.device)
+                model.generate(prompt, video, gaze=gaze, **first_token)
+                answering, length = now(options.device) - start, model.count_tokens(gaze)[0][0] + WORDS
+                note(f"{selector}, {budgets[selector]} {ratio:g}, gaze given", answering, length)
+                note(f"{selector}, {budgets[selector]} {ratio:g}", spent + answering, length)
 
     whole = statistics.median(seconds["dense"])
     rows = []

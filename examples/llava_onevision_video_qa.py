@@ -4,7 +4,9 @@ Asks LLaVA-OneVision about a video of which it sees the gazed patches only.
     python examples/llava_onevision_video_qa.py video.mp4 "What happens in this video?"
     python examples/llava_onevision_video_qa.py --tiny    # random weights and a drawn clip, to see it run
 
-The selector is the greedy one that comes with the package; --gaze-model names another, such as a published AutoGaze.
+The selector is the greedy one, on the places that LLaVA-OneVision pools patches to: --ratio is the share of them that the
+language model reads. --gaze-model names another; one of fixed scales, such as a published AutoGaze, keeps that share of its own patches in every
+frame.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
-from transformers_autogaze import DEFAULT_SELECTOR, read_video
+from transformers_autogaze import GreedyGazeSelector, read_video
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.mllm import GazeVideoLM
 
@@ -28,9 +30,9 @@ def main() -> None:
     parser.add_argument("video", nargs="?", help="a path or an http(s) URL")
     parser.add_argument("question", nargs="?", default=QUESTION)
     parser.add_argument("--mllm", default="llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
-    parser.add_argument("--gaze-model", default=DEFAULT_SELECTOR)
+    parser.add_argument("--gaze-model", help="a folder or a repository of the Hub instead of the greedy selector")
     parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--task-loss-requirement", type=float, default=0.7, help="0.7 is 26 dB, 0 is 40 dB")
+    parser.add_argument("--ratio", type=float, default=0.125, help="share of the video's tokens to keep")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--tiny", action="store_true", help="a tiny MLLM with random weights")
     options = parser.parse_args()
@@ -39,16 +41,19 @@ def main() -> None:
 
     mllm, tokenizer = tiny_mllm() if options.tiny else load_mllm(options.mllm)
     mllm = mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    selector = transformers.AutoModel.from_pretrained(options.gaze_model).to(mllm.device)
+    load_selector = transformers.AutoModel.from_pretrained
+    selector = load_selector(options.gaze_model) if options.gaze_model else GreedyGazeSelector()
     side = mllm.config.vision_config.image_size
     image_processor = transformers.SiglipImageProcessor(size={"height": side, "width": side})
-    model = GazeVideoLM(mllm, selector, image_processor)
+    model = GazeVideoLM(mllm, selector.to(mllm.device), image_processor)
 
     frames = render_demo_clip(16) if options.video is None else read_video(options.video, options.num_frames)[0]
     video = image_processor(list(frames), return_tensors="pt")["pixel_values"][None]
     prompt = tokenizer(PROMPT.format(question=options.question), return_tensors="pt")["input_ids"].to(mllm.device)
-    gaze = model.gaze(video, task_loss_requirement=options.task_loss_requirement)
-    print(f"{int(gaze[0].num_real)} patches, {float(gaze[0].reduction_factor):.1f} times fewer than the tower's own")
+    settings = {"clip_ratio" if selector.takes_any_grid else "gazing_ratio": options.ratio}
+    gaze = model.gaze(video, **settings)
+    [(tokens, whole)] = model.count_tokens(gaze)
+    print(f"{type(selector).__name__}: {tokens} tokens for the video, {whole} without gazing")
     answer = model.generate(prompt, video, gaze=gaze, max_new_tokens=options.max_new_tokens, do_sample=False)
     print(tokenizer.decode(answer[0, prompt.shape[1] :], skip_special_tokens=True))
 

@@ -4,8 +4,9 @@ Asks Qwen2.5-VL or Qwen3-VL about a video of which it sees the gazed merge units
     python examples/qwen_vl_video_qa.py video.mp4 "What happens in this video?"
     python examples/qwen_vl_video_qa.py --tiny    # random weights and a drawn clip, to see it run
 
-The selector is the greedy one that comes with the package; --gaze-model names another, such as a published AutoGaze. The
-MLLM's own processor needs torchvision.
+The selector is the greedy one, on the merge units: --ratio is the share of them that the language model reads. One of fixed
+scales, such as a published AutoGaze (--gaze-model), keeps that share of its own patches in every frame, and far more
+units. The MLLM's own processor needs torchvision.
 """
 
 import argparse
@@ -14,10 +15,9 @@ import torch
 import transformers
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig
 
-from transformers_autogaze import DEFAULT_SELECTOR, read_video
+from transformers_autogaze import GreedyGazeSelector, read_video
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
-from transformers_autogaze.integrations.qwen_vl_units import kept_units
 
 
 def main() -> None:
@@ -25,24 +25,24 @@ def main() -> None:
     parser.add_argument("video", nargs="?", help="a path or an http(s) URL")
     parser.add_argument("question", nargs="?", default="What happens in this video?")
     parser.add_argument("--mllm", default="Qwen/Qwen2.5-VL-3B-Instruct")
-    parser.add_argument("--gaze-model", default=DEFAULT_SELECTOR)
+    parser.add_argument("--gaze-model", help="a folder or a repository of the Hub instead of the greedy selector")
     parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--task-loss-requirement", type=float, default=0.7, help="0.7 is 26 dB, 0 is 40 dB")
+    parser.add_argument("--ratio", type=float, default=0.25, help="share of the video's merge units to keep")
     parser.add_argument("--tiny", action="store_true", help="a tiny MLLM with random weights")
     options = parser.parse_args()
     if options.video is None and not options.tiny:
         parser.error("name a video, or --tiny")
     mllm, processor, inputs = make_tiny() if options.tiny else load(options)
     mllm, inputs = (part.to("cuda" if torch.cuda.is_available() else "cpu") for part in (mllm.eval(), inputs))
-    selector = transformers.AutoModel.from_pretrained(options.gaze_model).to(mllm.device)
-    model = GazeQwenVL(mllm, selector, processor)
-
-    video = inputs["pixel_values_videos"], inputs["video_grid_thw"]
-    gaze = model.gaze(*video, task_loss_requirement=options.task_loss_requirement)
-    times, rows, cols = inputs["video_grid_thw"][0].tolist()
-    kept = kept_units(gaze[0], units=(times, rows // 2, cols // 2))
-    print(f"{int(kept.sum())} of {kept.numel()} merge units")
-    answer = model.generate(**inputs, gaze=gaze, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+    name = options.gaze_model
+    selector = transformers.AutoModel.from_pretrained(name) if name else GreedyGazeSelector()
+    model = GazeQwenVL(mllm, selector.to(mllm.device), processor)
+    settings = {"clip_ratio" if selector.takes_any_grid else "gazing_ratio": options.ratio}
+    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], **settings)
+    [(kept, units)] = model.count_units(gaze, inputs["video_grid_thw"])
+    length = inputs["input_ids"].shape[1]
+    print(f"{type(selector).__name__}: {kept} of {units} merge units, {length - units + kept} of {length} tokens")
+    answer = model.generate(**inputs, gaze=gaze, max_new_tokens=64)[0, length:]
     print(answer.tolist() if options.tiny else processor.decode(answer, skip_special_tokens=True))
 
 

@@ -65,32 +65,50 @@ def test_for_the_model_every_chunk_is_a_clip_of_its_own():
 
 
 @pytest.mark.parametrize("selector", [None, autogaze])
-def test_videos_and_tiles_are_gazed_at_each_by_itself(selector):
-    make = (
-        (lambda size: gazer(max_batch_size=size))
-        if selector is None
-        else (lambda size: gazer(selector(), chunk_frames=2, max_batch_size=size))
-    )
+def test_videos_are_gazed_at_each_by_itself(selector):
+    def make(size: int) -> EncoderFrameGazer:
+        return gazer(selector and selector(), chunk_frames=2, max_batch_size=size)
+
     videos = [clip(3, 64, 96, seed=1), clip(2, 64, 96, seed=2), clip(3, 64, 96, seed=3)]
-    gazes = make(16).gaze(videos, gazing_ratio=0.3, tiles=(2, 3))
+    settings = {"gazing_ratio": 0.3, "tiles": (2, 3)}
+    gazes = make(16).gaze(videos, **settings)
     assert [gaze.num_frames for gaze in gazes] == [3, 2, 3] and gazes[0].scales == [(32, 48), (64, 96)]
-    for video, gaze, again in zip(videos, gazes, make(2).gaze(videos, gazing_ratio=0.3, tiles=(2, 3)), strict=True):
+    for video, gaze, again in zip(videos, gazes, make(2).gaze(videos, **settings), strict=True):
         assert torch.equal(gaze.gazing_pos, again.gazing_pos)
-        tiles = gaze.grid.split_tiles(gaze.gazing_mask, GRID)
-        corner = make(1).gaze([video[..., 32:, 64:]], gazing_ratio=0.3)[0]
-        assert all(torch.equal(tile[-1:], own) for tile, own in zip(tiles, corner.gazing_mask, strict=True))
+        assert torch.equal(gaze.gazing_pos, make(1).gaze([video], **settings)[0].gazing_pos)
 
 
-def test_it_gazes_for_an_encoder_of_other_scales():
-    # Two by two tiles of the selector in one view of the encoder, whose patches are as many pixels.
-    grid = GazeGrid([32, 64], 8)
-    gaze = gazer(grid=grid).gaze([clip(2, 64, 64)], gazing_ratio=0.25)[0]
-    assert gaze.grid == grid and gaze.num_real_each_frame.tolist() == [[20, 20]]
+def test_the_model_gazes_at_each_tile_by_itself():
+    own, video = gazer(autogaze(), chunk_frames=2), clip(3, 64, 96)
+    gaze = own.gaze([video], gazing_ratio=0.3, tiles=(2, 3))[0]
+    tiles = gaze.grid.split_tiles(gaze.gazing_mask, GRID)
+    corner = own.gaze([video[..., 32:, 64:]], gazing_ratio=0.3)[0]
+    assert all(torch.equal(tile[-1:], one) for tile, one in zip(tiles, corner.gazing_mask, strict=True))
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 2)])
+def test_a_budget_for_the_clip_is_spent_over_all_chunks_and_tiles(tiles):
+    still = clip(1).expand(6, -1, -1, -1).clone()
+    budget = 40 * tiles[0] * tiles[1]
+    still[4:] = clip(2, seed=1)  # only the last frames change
+    gaze = gazer(chunk_frames=2, grid=GazeGrid([32], 8)).gaze([still], tiles=tiles, tokens_per_clip=budget)[0]
+    counts = gaze.num_real_each_frame[0].tolist()
+    again = gazer(chunk_frames=2, grid=GazeGrid([32], 8)).gaze(
+        [still], tiles=tiles, tokens_per_clip=budget, task_loss_requirement=-1.0
+    )[0]
+    assert torch.equal(again.gazing_mask[0], gaze.gazing_mask[0])
+    assert sum(counts) == budget and counts[1:4] == [0, 0, 0] and min(counts[0], counts[4]) > 5
+
+
+def test_any_grid_is_gazed_at_by_a_selector_that_takes_it():
+    video, grid = clip(3, 40, 48), GazeGrid([(24, 48)], 8)
+    gaze = gazer(grid=grid).gaze([video], gazing_ratio=0.5)[0]
+    assert gaze.grid == grid and gaze.num_real_each_frame.tolist() == [[9, 9, 9]]
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"cannot gaze for GazeGrid\(scales=\[32\], patch_size=8\)"):
-        gazer(grid=GazeGrid([32], 8))
+        gazer(autogaze(), grid=GazeGrid([32], 8))
     with pytest.raises(ValueError, match="`processor` must be .* `image_mean`, .*, got dict"):
         gazer(processor={})
     with pytest.raises(

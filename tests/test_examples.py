@@ -13,7 +13,12 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lam
 # What a script is called with beside --tiny, and what it prints.
 ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
 NEED_TRAINER = {"finetune.py", "finetune_tower.py", "grpo.py"}
-PRINTS = {"encode_with_siglip.py": "features: (", "finetune_tower.py": "train_loss"}
+PRINTS = {
+    "encode_with_siglip.py": "features: (",
+    "finetune_tower.py": "train_loss",
+    "llava_onevision_video_qa.py": "GreedyGazeSelector: 99 tokens for the video, 785 without gazing",
+    "qwen_vl_video_qa.py": "GreedyGazeSelector: 360 of 1440 merge units, 364 of 1444 tokens",
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

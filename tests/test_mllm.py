@@ -54,8 +54,8 @@ TOWER = {**WORDS, "num_hidden_layers": 4, "hidden_size": 24, "image_size": 32, "
 VIP_LAYERS = "vision_feature_layer" if hasattr(VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
 
 
-def build(name: str, **changes):
-    """A tiny MLLM whose pooling, if it has any, can be left out."""
+def build(name: str, pools: bool = False, **changes):
+    """A tiny MLLM, with the pooling that it may have or without."""
     torch.manual_seed(0)
     parts = {"vision_config": CLIPVisionConfig(**TOWER), "text_config": LlamaConfig(**TEXT), **changes}
     tokens = {"image_token_index": IMAGE, "video_token_index": VIDEO}
@@ -65,12 +65,13 @@ def build(name: str, **changes):
         config = VipLlavaConfig(**parts, image_token_index=IMAGE, **{VIP_LAYERS: [-1, -2, 1]})
         model = VipLlavaForConditionalGeneration(config)
     elif name == "llava_next_video":
-        no_pooling = {"spatial_pool_mode": "average", "spatial_pool_stride": 1}
-        model = LlavaNextVideoForConditionalGeneration(LlavaNextVideoConfig(**parts, **tokens, **no_pooling))
+        pooling = {"spatial_pool_mode": "average", "spatial_pool_stride": 2 if pools else 1}
+        model = LlavaNextVideoForConditionalGeneration(LlavaNextVideoConfig(**parts, **tokens, **pooling))
     elif name == "llava_onevision":
-        parts.update(vision_config=SiglipVisionConfig(**TOWER), text_config=Qwen2Config(**TEXT))
+        parts = {"vision_config": SiglipVisionConfig(**TOWER), "text_config": Qwen2Config(**TEXT), **changes}
         model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**parts, **tokens))
-        model.model.apply_pooling = lambda features: features
+        if not pools:
+            model.model.apply_pooling = lambda features: features
     else:
         model = VideoLlavaForConditionalGeneration(VideoLlavaConfig(**parts, **tokens))
     # Random weights of transformers' own size give logits that hardly differ.
@@ -106,15 +107,17 @@ def clip(num_frames: int, seed: int = 0, height: int = 32, width: int = 32) -> t
 def onevision() -> GazeVideoLM:
     """Sees gazed patches of 4 and 16 a frame, chosen by a greedy selector."""
     selector = GreedyGazeSelector(GreedyGazeConfig(scales=SCALES, patch_size=8))
-    return GazeVideoLM(build("llava_onevision"), selector, TOWER_PIXELS).eval()
+    return GazeVideoLM(build("llava_onevision"), selector, TOWER_PIXELS, scales=SCALES).eval()
 
 
-def original_inputs(model: GazeVideoLM, prompt: list[int], videos: list[torch.Tensor], with_cls: bool) -> dict:
+def original_inputs(
+    model: GazeVideoLM, prompt: list[int], videos: list[torch.Tensor], with_cls: bool, places: int = 16
+) -> dict:
     """Writes a prompt as the MLLM's own processor does, with all tokens of a video."""
     newline = model.mllm.config.model_type == "llava_onevision"
     ids, left = [], list(videos)
     for token in prompt:
-        ids += [token] * (len(left.pop(0)) * (16 + with_cls) + newline if token == model.placeholder_id else 1)
+        ids += [token] * (len(left.pop(0)) * (places + with_cls) + newline if token == model.placeholder_id else 1)
     pixels = {"pixel_values_videos": torch.stack(videos)}
     if model.placeholder_id == IMAGE:
         pixels = {"pixel_values": torch.cat(videos)}
@@ -136,6 +139,72 @@ def test_a_full_gaze_gives_the_original_logits(name, changes):
     assert expected.std() > 0.1
     assert (as_processor_writes - expected).abs().max() < 1e-4
     assert torch.equal(one_placeholder, as_processor_writes)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_by_default_everything_kept_is_what_the_mllm_itself_sees(name):
+    # 44 pixels are five patches of 8, and four pixels that the tower never sees; pooling makes three places of five.
+    side = 36 if name == "llava_next_video" else 44
+    tower = {**TOWER, "image_size": side}
+    vision = SiglipVisionConfig(**tower) if name == "llava_onevision" else CLIPVisionConfig(**tower)
+    mllm = build(name, pools=True, vision_config=vision)
+    model = GazeVideoLM(mllm, GreedyGazeSelector(), TOWER_PIXELS, chunk_frames=2).eval()
+    places = {"llava_onevision": GazeGrid([39], 13), "llava_next_video": GazeGrid([32], 16)}
+    assert model.grid == places.get(name, GazeGrid([40], 8)) and model.vision.attention == "canvas"
+    video, prompt = clip(3, height=side, width=side), torch.tensor([[5, 6, model.placeholder_id, 7]])
+    count = model.grid.num_patches
+    original = original_inputs(model, prompt[0].tolist(), [video], with_cls=name == "video_llava", places=count)
+    with torch.no_grad():
+        expected = mllm(**original).logits
+        logits = model(prompt, [video], gazing_ratio=1.0).logits
+        assert (logits - expected).abs().max() < 1e-4
+        video[..., side - 4 :, :] = video[..., side - 4 :] = 9.0
+        assert torch.equal(model(prompt, [video], clip_ratio=1.0).logits, logits)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    answer = model.generate(prompt, [video], gazing_ratio=1.0, **options)[:, 4:]
+    assert torch.equal(answer, mllm.generate(**original, **options)[:, original["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
+def test_a_kept_place_is_pooled_of_its_patches_alone(name):
+    mllm = build(name, pools=True)
+    model = GazeVideoLM(mllm, attention="frame").eval()
+    assert model.grid == GazeGrid([32], 16)
+    video, gaze = (
+        clip(3),
+        GazeOutput.from_masks([torch.tensor([[[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]]).bool()], model.grid),
+    )
+    patches = gaze.covered_cells(4, 4).flatten(2)  # of 16, those of the kept quarters
+    with torch.no_grad():
+        tokens = model.embed_videos([video], [gaze])[0][:3]
+        # What the MLLM makes of a frame whose other patches are no keys and are anything.
+        output = model.vision(
+            video[None], GazeOutput.from_masks([patches], model.vision.grid), output_hidden_states=True
+        )
+        states = torch.full((3, 16, TOWER["hidden_size"]), 9.0)
+        states[patches[0]] = torch.cat([output.hidden_states[layer] for layer in model.adapter.feature_layers], dim=-1)
+        if name == "llava_next_video":
+            expected = mllm.model.multi_modal_projector(mllm.model.vision_resampler(states))
+        else:
+            expected = mllm.model.apply_pooling(mllm.model.multi_modal_projector(states))
+    torch.testing.assert_close(tokens, expected[gaze.gazing_mask[0][0]], rtol=1e-4, atol=1e-5)
+
+
+def test_patches_stay_what_is_kept_where_pooling_is_no_mean():
+    mllm = build("llava_next_video")
+    mllm.config.spatial_pool_mode = "max"
+    assert (
+        GazeVideoLM(mllm).grid
+        == GazeVideoLM(build("llava_onevision", pools=True), scales=[32]).grid
+        == GazeGrid([32], 8)
+    )
+
+
+def test_selectors_of_fixed_scales_keep_them():
+    selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
+    model = GazeVideoLM(build("llava"), selector, TOWER_PIXELS)
+    assert model.grid == GazeGrid(SCALES, 8) and model.vision.attention == "block_causal"
+    assert GazeVideoLM(build("llava"), attention="frame").vision.attention == "frame"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -208,7 +277,7 @@ def test_a_gaze_of_the_processors_frames_goes_in_as_well():
     processor.match_encoder(mllm.config)
     inputs = processor(videos=np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8), return_tensors="pt")
     gaze = selector.generate(inputs["pixel_values_videos"], gazing_ratio=0.1, **processor.gaze_kwargs)
-    model = GazeVideoLM(mllm, selector)
+    model = GazeVideoLM(mllm, scales=gaze.scales)
     assert model.grid == gaze.grid == GazeGrid([16, 32, 56, 112], 8)
     filled = model.prepare_inputs(torch.tensor([[5, IMAGE]]), inputs["encoder_pixel_values"], gaze=gaze)
     assert filled["inputs_embeds"].shape == (1, 1 + 2 * 26, HIDDEN)
@@ -236,6 +305,115 @@ def test_a_batch_of_unequal_videos_equals_each_alone(onevision, side):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
             answer = onevision.generate(prompt, **alone, **options)[:, prompt.shape[1] :]
             assert torch.equal(answers[row], answer[0])
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("settings", [{"clip_ratio": 0.2}, {"tokens_per_clip": 19}, {}])
+def test_a_budget_for_the_clip_is_kept_over_the_whole_video(settings, tiles):
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=[32], patch_size=8, clip_ratio=0.1))
+    videos = [clip(7, seed=1, height=64, width=96), clip(4, seed=2, height=64, width=96), clip(5, seed=3)]
+    videos = videos if tiles == (1, 1) else videos[:2]
+    masks = []
+    for chunk_frames in (2, 16):
+        model = GazeVideoLM(build("llava"), selector, TOWER_PIXELS, chunk_frames=chunk_frames).eval()
+        gazes = model.gaze(videos, tiles=tiles, **settings)
+        places = 16 * tiles[0] * tiles[1]
+        asked = [
+            settings.get("tokens_per_clip", int(settings.get("clip_ratio", 0.1) * len(video) * places + 1e-6))
+            for video in videos
+        ]
+        assert [int(gaze.num_real) for gaze in gazes] == asked
+        masks.append([gaze.gazing_mask[0] for gaze in gazes])
+        prompt = torch.tensor([[5, *[IMAGE, 6] * len(videos)]])
+        inputs = model.prepare_inputs(prompt, videos, tiles=tiles, **settings)
+        assert inputs["inputs_embeds"].shape[1] == sum(asked) + len(videos) + 1
+    assert all(torch.equal(*pair) for pair in zip(*masks, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "video_llava"])
+def test_with_the_canvas_chunks_change_nothing(name):
+    mllm = build(name, pools=True)
+    whole = GazeVideoLM(mllm, chunk_frames=16).eval()
+    (side, _), (cells, _) = whole.grid.sizes[0], whole.grid.grids[0]
+    generator = torch.Generator().manual_seed(0)
+    videos = [clip(7, seed=1, width=64), clip(7, seed=2, width=64), clip(4, seed=3)]
+    tiles = [video.shape[-1] // 32 for video in videos]
+    masks = [
+        torch.rand(1, len(video), cells, count * cells, generator=generator) < 0.4
+        for video, count in zip(videos, tiles, strict=True)
+    ]
+    masks[0][:, 2:5, :, cells:] = False  # nothing of a tile in whole chunks
+    masks[1][..., :cells] = False  # nothing of a tile at all
+    gazes = [
+        GazeOutput.from_masks([mask.flatten(2)], GazeGrid([(side, count * side)], whole.grid.patch_size))
+        for mask, count in zip(masks, tiles, strict=True)
+    ]
+    expected = whole.embed_videos(videos, gazes)
+    frame = GazeVideoLM(mllm, attention="frame").eval().embed_videos(videos, gazes)
+    assert not torch.allclose(expected[0], frame[0], atol=1e-3)
+    for chunk_frames, max_batch_size in [(1, 16), (2, 1), (3, 2), (16, 2)]:
+        model = GazeVideoLM(mllm, chunk_frames=chunk_frames, max_batch_size=max_batch_size).eval()
+        seen = []
+        model.vision.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[:2]))
+        with torch.no_grad():
+            streamed = model.embed_videos(videos, gazes)
+        assert max(clips for clips, _ in seen) <= max_batch_size
+        assert max(frames for _, frames in seen) == min(chunk_frames, 7)
+        for tokens in (streamed, model.embed_videos(videos, gazes)):
+            for ours, theirs in zip(tokens, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    tokens = GazeVideoLM(mllm, chunk_frames=2).train().embed_videos(videos, gazes)
+    with torch.no_grad():
+        assert len(GazeVideoLM(mllm, chunk_frames=2).train().embed_videos(videos, gazes)[0]) == len(tokens[0])
+    tokens[0].sum().backward()
+    mllm.eval()
+
+
+@pytest.mark.parametrize("order", ["time", "tile"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_counted_as_the_language_model_sees_them(name, order):
+    mllm = build(name, pools=True)
+    layout = {"separator": [3, 4], "thumbnail_interval": 2, "order": order}
+    for options in ({}, layout):
+        model = GazeVideoLM(mllm, chunk_frames=2, **options).eval()
+        gazes = [random_gaze(GazeGrid([(32, 64)], model.grid.patch_size), 5), random_gaze(model.grid, 3, seed=1)]
+        gazes[0].gazing_mask[0][:, 2:4] = False
+        gazes[0] = GazeOutput.from_masks(gazes[0].gazing_mask, gazes[0].grid)
+        videos = [clip(5, width=64), clip(3)]
+        with torch.no_grad():
+            tokens = model.embed_videos(videos, gazes)
+        assert [read for read, _ in model.count_tokens(gazes)] == [len(part) for part in tokens]
+
+
+@pytest.mark.parametrize("scales", [None, [32]])
+def test_the_tokens_of_the_whole_video_are_those_after_the_mllms_own_pooling(scales):
+    counts = {"llava": 16, "vipllava": 16, "video_llava": 17, "llava_next_video": 4, "llava_onevision": 4}
+    for name, of_frame in counts.items():
+        model = GazeVideoLM(build(name, pools=True), scales=scales)
+        gaze, newline = GazeOutput.full(model.grid, batch_size=2, num_frames=3), name == "llava_onevision"
+        kept = of_frame if scales is None else 16 + (name == "video_llava")
+        assert model.count_tokens(gaze) == [(3 * kept + newline, 3 * of_frame + newline)] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_ratio": 1.5}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"tokens_per_clip": 0}, "`tokens_per_clip` must be a whole number in 1"),
+        ({"tokens_per_clip": 5, "gazing_ratio": 0.1}, "only one of `gazing_ratio`, .*`tokens_per_clip`"),
+    ],
+)
+def test_budgets_that_cannot_be_are_named(onevision, settings, message):
+    for call in (onevision, onevision.generate):
+        with pytest.raises(ValueError, match=message):
+            call(torch.tensor([[5, VIDEO]]), [clip(2)], **settings)
+
+
+def test_a_selector_that_knows_no_gains_takes_no_budget_for_the_clip():
+    selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
+    model = GazeVideoLM(build("llava"), selector, TOWER_PIXELS)
+    with pytest.raises(ValueError, match="need a selector that knows what patches gain.* AutoGazeModel takes"):
+        model(torch.tensor([[5, IMAGE]]), [clip(2)], clip_ratio=0.1)
 
 
 def test_labels_give_the_loss_of_the_words_and_gradients_to_all_parts():
@@ -333,13 +511,13 @@ def test_tiles_and_thumbnails_come_in_the_order_asked_for(order):
     torch.testing.assert_close(tokens, torch.cat([*expected, newline]), rtol=1e-4, atol=1e-4)
 
 
-def test_the_frames_of_a_tile_are_gazed_at_by_themselves(onevision):
+def test_tiles_are_gazed_at_as_one_frame(onevision):
     video = clip(3, height=64, width=96)
     gaze = onevision.gaze([video], gazing_ratio=0.2, tiles=(2, 3))[0]
     assert gaze.scales == [(32, 48), (64, 96)] and gaze.num_real_each_frame.tolist() == [[24] * 3]
-    alone = onevision.gaze([video[..., 32:, 64:]], gazing_ratio=0.2)[0]
-    last = [mask[-1:] for mask in gaze.grid.split_tiles(gaze.gazing_mask, onevision.grid)]
-    assert all(torch.equal(own, part) for own, part in zip(alone.gazing_mask, last, strict=True))
+    pixels = onevision._gazer.to_gaze_values(video)[None]
+    expected = onevision.gaze_model.for_grid(gaze.grid).generate(pixels, gazing_ratio=0.2)
+    assert all(torch.equal(*pair) for pair in zip(gaze.gazing_mask, expected.gazing_mask, strict=True))
     assert len(onevision.embed_videos([video], [gaze])[0]) == 24 * 3 + 1
 
 

@@ -1,6 +1,7 @@
 import inspect
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,20 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from transformers_autogaze import AutoGazeVideoProcessor, GazeGrid, GazeOutput, GreedyGazeSelector, gaze_video
+from transformers_autogaze import (
+    AutoGazeConfig,
+    AutoGazeModel,
+    AutoGazeVideoProcessor,
+    GazeGrid,
+    GazeOutput,
+    GreedyGazeConfig,
+    GreedyGazeSelector,
+    gaze_video,
+)
 from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.integrations import qwen_vl_gazing
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
+from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
 from transformers_autogaze.integrations.qwen_vl_tower import encode_units
 from transformers_autogaze.integrations.qwen_vl_units import kept_units, locate_units, unfold_units
 from transformers_autogaze.video import write_video
@@ -412,11 +424,103 @@ def test_dropping_units_is_masking_their_patches_in_the_whole_tower(family):
         return sdpa_attention_forward(module, query, key, value, mask.expand(1, 1, query.shape[2], -1), **kwargs)
 
     AttentionInterface.register("attend_to_kept", attend_to_kept)
-    features, _ = encode_units(mllm.model.visual, inputs["pixel_values_videos"], grids, is_kept)
+    features, _ = encode_units(mllm.model.visual, inputs["pixel_values_videos"], grids, is_kept, "frame")
     mllm.model.visual.config._attn_implementation = "attend_to_kept"
     masked = whole_tower(mllm, inputs)[is_kept]
     assert len(calls) == 3 * len(masks)
     torch.testing.assert_close(features, masked, atol=1e-5, rtol=0)
+
+
+def canvas_mask(units: list[tuple], side: int | None) -> torch.Tensor:
+    """Gives `(units, units)`: whether a unit (video, time, row, col) sees another, inside windows of `side` or anywhere."""
+    mask = torch.zeros(len(units), len(units), dtype=torch.bool)
+    for number, (video, time, row, col) in enumerate(units):
+        latest = {}
+        for other in sorted(units):  # later ones lie over earlier ones
+            in_window = side is None or (other[2] // side, other[3] // side) == (row // side, col // side)
+            if other[0] == video and other[1] <= time and in_window:
+                latest[other[2:]] = other
+        for other in latest.values():
+            mask[number, units.index(other)] = True
+    return mask
+
+
+def flash_by_hand(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, is_causal, **kwargs
+):
+    """Attention of variable lengths as flash kernels take it, `(1, heads, tokens, head_dim)`, piece by piece."""
+    sizes = (ends.diff().tolist() for ends in (cu_seq_lens_q, cu_seq_lens_k, cu_seq_lens_k))
+    pieces = zip(
+        *(part.split(size, dim=2) for part, size in zip((query, key, value), sizes, strict=True)), strict=True
+    )
+    outputs = [nn.functional.scaled_dot_product_attention(*piece, scale=scaling) for piece in pieces]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_by_hand"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_unit_sees_its_frame_and_the_latest_units_kept_elsewhere(family, attention):
+    mllm = tiny_mllm(family)
+    AttentionInterface.register("flash_by_hand", flash_by_hand)
+    mllm.model.visual.config._attn_implementation = attention
+    tower, inputs = mllm.model.visual, make_inputs(mllm, [[(4, 6, 10), (1, 4, 4), (3, 4, 8)]])
+    places = [tuple(place) for place in torch.stack(locate_units(inputs["video_grid_thw"], 2)).T.tolist()]
+    is_kept = torch.rand(len(places), generator=torch.Generator().manual_seed(0)) < 0.4
+    call, seen = (inputs["pixel_values_videos"], inputs["video_grid_thw"]), []
+    features, deepstack = encode_units(tower, *call, is_kept)
+    handle = tower.blocks[0].register_forward_pre_hook(lambda *call: seen.append(call[1:]), with_kwargs=True)
+    with torch.no_grad():
+        tower(*call)
+    handle.remove()
+
+    # The tower's own order, window by window if it has any, and in it the patches of the units that are kept.
+    order, side = list(range(len(places))), None
+    if family == "qwen2_5_vl":
+        side = 2
+        order.sort(key=lambda unit: (*places[unit][:2], *(place // side for place in places[unit][2:]), unit))
+    rows = is_kept[order].repeat_interleave(4)
+    order = [unit for unit in order if is_kept[unit]]
+    (hidden_states, *_), options = seen[0]
+    hidden_states = hidden_states[rows]
+    positions = tuple(part[rows] for part in options["position_embeddings"])
+    masks = {
+        is_full: canvas_mask([places[unit] for unit in order], None if is_full else side)
+        .repeat_interleave(4, dim=0)
+        .repeat_interleave(4, dim=1)
+        for is_full in (True, False)
+    }
+    is_full, expected = True, []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, masks[is_full][None, None], **kwargs)
+
+    AttentionInterface.register("attend_to_canvas", attend)
+    tower.config._attn_implementation = "attend_to_canvas"
+    with torch.no_grad():
+        for number, block in enumerate(tower.blocks):
+            is_full = side is None or number in tower.fullatt_block_indexes
+            one_piece = torch.tensor([0, len(rows.nonzero())], dtype=torch.int32)
+            hidden_states = block(hidden_states, cu_seqlens=one_piece, position_embeddings=positions)
+            if number in getattr(tower, "deepstack_visual_indexes", ()):
+                expected.append(tower.deepstack_merger_list[len(expected)](hidden_states))
+        expected.insert(0, tower.merger(hidden_states))
+    for ours, theirs in zip([features, *deepstack], expected, strict=True):
+        torch.testing.assert_close(ours, theirs[torch.tensor(order).argsort()], atol=1e-5, rtol=0)
+
+
+def test_with_every_unit_kept_the_canvas_changes_no_bit(mllm):
+    inputs = make_inputs(mllm, [[1, (3, 6, 10), 2, (2, 4, 4)]])
+    with torch.no_grad():
+        canvas, frame = (
+            GazeQwenVL(mllm, attention=attention)(**inputs, gaze=full_gaze(inputs)).logits
+            for attention in ("canvas", "frame")
+        )
+        assert torch.equal(canvas, frame)
+        canvas, frame = (
+            GazeQwenVL(mllm, attention=attention)(**inputs, gaze=gazes_for(inputs)).logits
+            for attention in ("canvas", "frame")
+        )
+        assert not torch.allclose(canvas, frame, atol=1e-3)
 
 
 # Training
@@ -505,20 +609,147 @@ def test_units_unfold_to_the_frames_they_were_cut_from():
     assert torch.equal(unfold_units(fold_units(frames, 4), (2, 2, 6), merge_size=2, patch_size=4), frames)
 
 
-def test_the_gaze_model_looks_at_the_frames_that_the_mllm_gets(mllm):
-    torch.manual_seed(0)
-    levels = torch.randint(0, 256, (4, 1, 3, 3)).float().repeat_interleave(16, 1).repeat_interleave(8, 2)
-    levels[2:, :8, :8] = 255
+def frames_and_inputs(
+    mllm, rows: list[list], seed: int = 0
+) -> tuple[list[torch.Tensor], AutoGazeVideoProcessor, dict]:
+    """Makes videos `(frames, height, width, 3)` of levels, a processor and what it returns for prompts of them."""
+    generator = torch.Generator().manual_seed(seed)
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    inputs = make_inputs(mllm, [[1, (2, 4, 6), 2]])
-    inputs["pixel_values_videos"] = fold_units((levels / 255 - mean) / std, 4)
+    inputs = make_inputs(mllm, rows)
+    videos = [
+        torch.randint(0, 256, (2 * times, 4 * height, 4 * width, 3), generator=generator).float()
+        for times, height, width in inputs["video_grid_thw"].tolist()
+    ]
+    inputs["pixel_values_videos"] = torch.cat([fold_units((levels / 255 - mean) / std, 4) for levels in videos])
+    return videos, processor, inputs
+
+
+def test_the_selector_gazes_at_the_merge_units_of_the_frames_that_the_mllm_gets(mllm):
+    videos, processor, inputs = frames_and_inputs(mllm, [[1, (3, 4, 6), 2]])
     model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
-    settings = {"gazing_ratio": 0.2, "task_loss_requirement": 0.9}
-    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], **settings)[0]
-    assert torch.equal(gaze.gazing_pos, gaze_video(GreedyGazeSelector(), levels.byte(), **settings).gazing_pos)
+    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], tokens_per_clip=7)[0]
+    assert gaze.grid == GazeGrid([(16, 24)], 8) and gaze.frame_sampling_rate == 2
+    frames = AutoGazeVideoProcessor().to_pixel_values(videos[0].permute(0, 3, 1, 2))[None]
+    expected = GreedyGazeSelector().for_grid(gaze.grid).generate(frames, tokens_per_clip=7, tubelet_size=2)
+    assert torch.equal(gaze.gazing_pos, expected.gazing_pos)
+    kept = kept_units(gaze, (3, 2, 3))
+    assert torch.equal(kept.flatten(2), gaze.gazing_mask[0]) and kept.sum() == 7
     with torch.no_grad():
-        assert torch.equal(model(**inputs, **settings).logits, model(**inputs, gaze=gaze).logits)
+        logits = model(**inputs, tokens_per_clip=7).logits
+        assert torch.equal(logits, model(**inputs, gaze=gaze).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gazing_ratio": [0.5, 0.2, 0.9, 0.1, 0.3]},
+        {"gazing_ratio": 0.4},
+        {"task_loss_requirement": 1.2},
+        {"tokens_per_clip": 20, "task_loss_requirement": -1.0},  # a threshold that is never met
+    ],
+)
+def test_a_long_video_is_gazed_at_in_parts(settings, monkeypatch):
+    videos, processor, inputs = frames_and_inputs(tiny_mllm("qwen3_vl"), [[1, (5, 6, 10), 2]])
+    gazer = UnitGazer(GreedyGazeSelector(), processor, None, UnitSizes(merge_size=2, patch_size=4, frames=2))
+    call = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    whole = gazer.gaze(*call, **settings)[0]
+    monkeypatch.setattr(qwen_vl_gazing, "_SEARCHED", 2 * 2 * 24 * 40)  # two pairs of frames
+    parts = gazer.gaze(*call, **settings)[0]
+    assert torch.equal(parts.gazing_mask[0], whole.gazing_mask[0])
+    assert int(parts.num_real) == settings.get("tokens_per_clip", int(parts.num_real))
+    with pytest.raises(ValueError, match="`gazing_ratio` must be one number or one for each of"):
+        gazer.gaze(*call, gazing_ratio=[0.5] * 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"gazing_ratio": 0.25}, [2 * 3, 3 * 2]),  # of 15 and 8 units in each of 2 and 3 pairs of frames
+        ({"gazing_ratio": [0.1, 1.0]}, None),
+        ({"clip_ratio": 0.25}, [7, 6]),
+        ({"tokens_per_clip": 10}, [10, 10]),
+        ({}, [3, 2]),
+    ],
+)
+def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, settings, kept):
+    rows = [[1, (2, 6, 10), 3, 4, (3, 4, 8), 5]] if kept else [[1, (2, 6, 10), 3, 4, 5]]
+    kept = [1 + 15] if kept is None else kept
+    _, processor, inputs = frames_and_inputs(mllm, rows)
+    model = GazeQwenVL(mllm, GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, clip_ratio=0.1)), processor)
+    prompt = model.prepare_inputs(**inputs, **settings)
+    words = int((inputs["input_ids"] != VIDEO).sum())
+    assert prompt.attention_mask.sum().item() == prompt.input_ids.shape[1] == words + sum(kept)
+    gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], **settings)
+    units = (inputs["video_grid_thw"].prod(1) // 4).tolist()
+    assert model.count_units(gaze, inputs["video_grid_thw"]) == list(zip(kept, units, strict=True))
+    with torch.no_grad():
+        assert model(**inputs, **settings).logits.shape[1] == words + sum(kept)
+
+
+def test_a_ratio_of_one_gives_the_original_logits_and_answers(mllm):
+    _, processor, inputs = frames_and_inputs(mllm, UNEQUAL)
+    model, options = GazeQwenVL(mllm, GreedyGazeSelector(), processor), {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        expected = mllm(**as_original(mllm, inputs)).logits
+        real = inputs["attention_mask"].bool()
+        for settings in ({"gazing_ratio": 1.0}, {"clip_ratio": 1.0}):
+            logits = model(**inputs, **settings).logits
+            torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
+    generated = model.generate(**inputs, clip_ratio=1.0, **options)
+    assert torch.equal(generated, mllm.generate(**as_original(mllm, inputs), **options))
+
+
+def test_a_selector_of_fixed_scales_says_once_what_it_costs(mllm):
+    torch.manual_seed(0)
+    selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=4)).eval()
+    videos, processor, inputs = frames_and_inputs(mllm, [[1, (2, 6, 10), 3, (3, 4, 8)]])
+    model = GazeQwenVL(mllm, selector, processor)
+    call = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    with pytest.warns(
+        UserWarning, match=r"AutoGazeModel has fixed scales: it kept 10.0% of .* of 54 merge units"
+    ) as seen:
+        gaze = model.gaze(*call, gazing_ratio=0.1)
+    kept = sum(count for count, _ in model.count_units(gaze, inputs["video_grid_thw"]))
+    assert f"lie on {kept} of 54 merge units ({kept / 54:.1%})" in str(seen[0].message) and kept > 0.2 * 54
+    expected = [gaze_video(selector, levels.byte(), gazing_ratio=0.1) for levels in videos]
+    assert all(torch.equal(ours.gazing_pos, theirs.gazing_pos) for ours, theirs in zip(gaze, expected, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.gaze(*call, gazing_ratio=0.1)
+        GazeQwenVL(mllm, GreedyGazeSelector(), processor).gaze(*call, gazing_ratio=0.1)
+    for name in ("clip_ratio", "tokens_per_clip"):
+        with pytest.raises(
+            ValueError, match=f"`{name}` must not be given to AutoGazeModel, which has fixed scales, got 1"
+        ):
+            model.generate(**inputs, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_ratio": 1.5}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"clip_ratio": 0}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"tokens_per_clip": 31}, r"`tokens_per_clip` must be a whole number in 1\.\.30"),
+        ({"tokens_per_clip": 10, "clip_ratio": 0.1}, "only one of `gazing_ratio`, `clip_ratio`"),
+        ({"gazing_ratio": 0.1, "clip_ratio": 0.1}, "only one of `gazing_ratio`, `clip_ratio`"),
+        ({"gazing_ratio": -0.1}, "`gazing_ratio` must lie in 0..1"),
+    ],
+)
+def test_budgets_that_cannot_be_are_named_before_the_tower_runs(mllm, settings, message):
+    _, processor, inputs = frames_and_inputs(mllm, [[1, (2, 6, 10), 3]])
+    model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
+    handle = mllm.model.visual.patch_embed.register_forward_pre_hook(lambda *_: pytest.fail("the tower ran"))
+    try:
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                call(**inputs, **settings)
+    finally:
+        handle.remove()
+    with pytest.raises(
+        ValueError, match="`tiles` must not be given to GreedyGazeSelector, which gazes at merge units"
+    ):
+        model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], tiles="grid")
 
 
 def make_processor(family: str):
@@ -556,7 +787,8 @@ def test_outputs_of_the_original_processor_can_be_passed_on(family):
     )
     assert inputs["video_grid_thw"].tolist() == [[2, 4, 6], [2, 4, 6]]
     model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
-    frames = list(model._frames(inputs["pixel_values_videos"], inputs["video_grid_thw"]))
+    gazer = UnitGazer(model.gaze_model, model.processor, None, UnitSizes(2, side, 2))
+    frames = list(gazer.frames(inputs["pixel_values_videos"], inputs["video_grid_thw"]))
     assert torch.equal(torch.from_numpy(frames[0]), videos[0].permute(0, 2, 3, 1))
 
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -577,8 +809,9 @@ def test_the_example_runs_on_a_checkpoint_and_a_file(family, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *arguments])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     units, answer = capsys.readouterr().out.splitlines()
-    kept, total = map(int, re.fullmatch(r"(\d+) of (\d+) merge units", units).groups())
-    assert 0 < kept <= total and answer.split()[0].startswith("w")
+    pattern = r"GreedyGazeSelector: (\d+) of (\d+) merge units, (\d+) of (\d+) tokens"
+    kept, total, length, whole = map(int, re.fullmatch(pattern, units).groups())
+    assert kept == total // 4 and whole - length == total - kept and answer.split()[0].startswith("w")
 
 
 # Errors
@@ -621,5 +854,7 @@ def test_models_and_processors_of_other_kinds_are_named():
         ValueError, match="`mllm` must be a Qwen2_5_VL.* or Qwen3VL.*, got LlavaForConditionalGeneration"
     ):
         GazeQwenVL(llava)
+    with pytest.raises(ValueError, match="`attention` must be one of 'canvas', 'frame', got 'block_causal'"):
+        GazeQwenVL(tiny_mllm("qwen3_vl"), attention="block_causal")
     with pytest.raises(ValueError, match="`processor` must be the processor, .* got object"):
         GazeQwenVL(tiny_mllm("qwen3_vl"), GreedyGazeSelector(), object())

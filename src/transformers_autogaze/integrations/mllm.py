@@ -5,7 +5,7 @@ This module carries videos from frames to prompts. Choosing patches is a selecto
 [`GazeVisionModel`]'s, where an MLLM keeps its parts that of `mllm_adapters`, and answering the MLLM's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..gazing_autogaze import GazeOutput
-from ..grid_autogaze import PUBLISHED_GRID, GazeGrid
+from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .encoder_gazing import EncoderFrameGazer, Setting
 from .mllm_adapters import MLLMAdapter, adapt_mllm
+from .mllm_encoding import ClipEncoder
+from .place_pooling import PlacePooling
 from .prompts import fill_placeholders, find_placeholders
-from .video_tokens import ORDERS, TokenPlaces, VideoClip, batch_clips, cut_clips, order_tokens
+from .video_tokens import (
+    ORDERS,
+    TokenPlaces,
+    VideoClip,
+    Videos,
+    batch_clips,
+    batch_streams,
+    check_gaze,
+    count_tokens,
+    cut_clips,
+    list_gazes,
+    list_videos,
+    order_tokens,
+)
 from .vision import GazeVisionModel
+from .vision_cache import GazeVisionCache
 
-
-Videos = torch.Tensor | Sequence[torch.Tensor]
 
 _CHUNK = 16  # frames, where the selector itself has no limit
 _NEWLINE = "image_newline"
@@ -35,8 +49,12 @@ class GazeVideoLM(nn.Module):
 
     It gazes at videos, encodes the kept patches with the MLLM's own vision tower, projects them with its own projector,
     puts one embedding per patch where the prompt names the video, and calls the MLLM. Parts and weights are the MLLM's,
-    unchanged. Where an MLLM pools or resamples patches between tower and projector, this is left out: the gaze has
-    already chosen how many there are.
+    unchanged.
+
+    Where an MLLM pools the patches of a frame to fewer places, it is these places that are kept: the tower encodes the
+    patches that they are made of, and the MLLM's own pooling makes one embedding of them. At `scales` other than the
+    tower's own, and where the pooling is no weighted mean, patches stay what is kept, and none are pooled.
+    [`~GazeVideoLM.count_tokens`] tells what the language model reads, and what it would read of the whole video.
 
     `generate` answers, `forward` gives logits and, with labels, a loss to train with. What is said per frame counts frames
     that the selector gazes at.
@@ -48,7 +66,7 @@ class GazeVideoLM(nn.Module):
             `VipLlavaForConditionalGeneration`. The layers and, unless the MLLM always does the same with it, the CLS
             token of the features are those that its configuration names.
         gaze_model ([`GazeSelector`], *optional*):
-            What chooses patches, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. May be left out where every call
+            What chooses patches, such as [`GreedyGazeSelector`] or [`AutoGazeModel`]. May be left out where every call
             is given a `gaze`.
         processor (*optional*):
             The processor, video processor or image processor that normalised the frames for the MLLM, so that the
@@ -56,11 +74,14 @@ class GazeVideoLM(nn.Module):
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             Whose normalisation the selector needs. The published one by default.
         scales (`Sequence[int]`, *optional*):
-            As in [`GazeVisionModel`]; by default the gaze model's own, or the published selector's, matched to the tower.
-        attention (`str`, *optional*, defaults to `"block_causal"`):
-            As in [`GazeVisionModel`]; `"frame"` is how these towers were trained.
+            As in [`GazeVisionModel`]: by default the one scale that the tower was made for, pooled as the MLLM does, or,
+            with a gaze model of fixed scales, these, matched to the tower.
+        attention (`str`, *optional*):
+            As in [`GazeVisionModel`]: by default `"canvas"` at one scale and `"block_causal"` at several.
         chunk_frames (`int`, *optional*):
-            Frames that are gazed at and encoded as one clip. `gaze_model.config.max_num_frames` by default, or 16.
+            Frames that are gazed at and encoded at a time. `gaze_model.config.max_num_frames` by default, or 16. A gaze
+            model without a longest clip and `"canvas"` attention see the whole video all the same; for others each
+            chunk is a clip of its own.
         max_batch_size (`int`, *optional*, defaults to 16):
             Clips (a tile over a chunk) in the selector or the tower at a time. Bounds their memory; changes no result.
         order (`str`, *optional*, defaults to `"time"`):
@@ -83,7 +104,7 @@ class GazeVideoLM(nn.Module):
 
     ```python
     >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    >>> from transformers_autogaze import AutoGazeVideoProcessor, GreedyGazeConfig, GreedyGazeSelector
+    >>> from transformers_autogaze import AutoGazeVideoProcessor, GreedyGazeSelector
     >>> from transformers_autogaze.integrations.mllm import GazeVideoLM
 
     >>> tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -91,11 +112,12 @@ class GazeVideoLM(nn.Module):
     >>> text = LlamaConfig(**tiny, vocab_size=50)
     >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
     >>> mllm = LlavaForConditionalGeneration(config).eval()
-    >>> selector = GreedyGazeSelector(GreedyGazeConfig(scales=[16, 32], patch_size=8))
-    >>> model = GazeVideoLM(mllm, selector, processor=AutoGazeVideoProcessor())
+    >>> model = GazeVideoLM(mllm, GreedyGazeSelector(), processor=AutoGazeVideoProcessor())
 
     >>> prompt, video = torch.tensor([[1, 49, 5, 6]]), torch.randn(1, 4, 3, 32, 32)
-    >>> model(prompt, video, gazing_ratio=0.25).logits.shape  # 3 words and 4 frames of 5 patches each
+    >>> model(prompt, video, gazing_ratio=0.25).logits.shape  # 3 words and 4 frames of 4 patches each
+    torch.Size([1, 19, 50])
+    >>> model(prompt, video, tokens_per_clip=20).logits.shape  # 3 words and 20 patches, where they gain most
     torch.Size([1, 23, 50])
     >>> model.generate(prompt, video, gazing_ratio=0.25, max_new_tokens=2, do_sample=False).shape
     torch.Size([1, 6])
@@ -110,7 +132,7 @@ class GazeVideoLM(nn.Module):
         processor: Any = None,
         gaze_processor: AutoGazeVideoProcessor | None = None,
         scales: Sequence[int] | None = None,
-        attention: str = "block_causal",
+        attention: str | None = None,
         chunk_frames: int | None = None,
         max_batch_size: int = 16,
         order: str = "time",
@@ -119,13 +141,19 @@ class GazeVideoLM(nn.Module):
         time_embedding: nn.Module | None = None,
     ):
         super().__init__()
-        tower = adapt_mllm(mllm).tower
-        if scales is None:
-            grid = PUBLISHED_GRID if gaze_model is None else gaze_model.config.grid
-            scales = grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
+        adapter = adapt_mllm(mllm)
+        tower = adapter.tower
+        if scales is None and gaze_model is not None and not gaze_model.takes_any_grid:
+            scales = gaze_model.config.grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
         # The tower belongs to `mllm`. Registered here as well, its weights would be saved twice.
         self.__dict__["vision"] = GazeVisionModel(tower, scales=scales, attention=attention)
         self.mllm, self.gaze_model, self.time_embedding = mllm, gaze_model, time_embedding
+        self._pooling = self._places = None
+        weights = adapter.pooling_weights() if scales is None else None
+        if weights is not None:
+            self._pooling, (height, _) = PlacePooling(weights), self.vision.grid.sizes[-1]
+            rows, cols = adapter.pool_grid(*self.vision.adapter.native_grid)
+            self._places = GazeGrid([(rows * (height // rows), cols * (height // rows))], height // rows)
 
         if chunk_frames is None:
             chunk_frames = (None if gaze_model is None else gaze_model.config.max_num_frames) or _CHUNK
@@ -156,8 +184,12 @@ class GazeVideoLM(nn.Module):
 
     @property
     def grid(self) -> GazeGrid:
-        """The scales and patch size of the tower, which gazes are made for."""
-        return self.vision.grid
+        """What gazes are made for: the patches of the tower, or the places that the MLLM pools them to."""
+        return self.vision.grid if self._places is None else self._places
+
+    @property
+    def _encoder(self) -> ClipEncoder:
+        return ClipEncoder(self.adapter, self.vision, self._pooling, self.time_embedding, self.chunk_frames)
 
     @property
     def placeholder_id(self) -> int:
@@ -174,14 +206,17 @@ class GazeVideoLM(nn.Module):
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
         tiles: tuple[int, int] = (1, 1),
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """
         Calls the MLLM on prompts whose videos are gazed at.
 
         Args:
-            input_ids, pixel_values_videos, attention_mask, labels, gaze, gazing_ratio, task_loss_requirement, tiles:
+            input_ids, pixel_values_videos, attention_mask, labels, gaze:
                 As in [`~GazeVideoLM.prepare_inputs`]; without videos the MLLM is called as it is.
+            gazing_ratio, task_loss_requirement, tiles, clip_ratio, tokens_per_clip: as in [`~GazeVideoLM.gaze`].
             kwargs: further arguments of the MLLM, such as `pixel_values` of pictures in the same prompts.
 
         Returns:
@@ -204,6 +239,8 @@ class GazeVideoLM(nn.Module):
             task_loss_requirement,
             tiles,
             padding_side="left" if starts_padded else "right",
+            clip_ratio=clip_ratio,
+            tokens_per_clip=tokens_per_clip,
         )
         del inputs["input_ids"]
         return self.mllm(**inputs, **kwargs)
@@ -217,14 +254,17 @@ class GazeVideoLM(nn.Module):
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
         tiles: tuple[int, int] = (1, 1),
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """
         Answers prompts whose videos are gazed at, by the MLLM's own `generate`.
 
         Args:
-            input_ids, pixel_values_videos, attention_mask, gaze, gazing_ratio, task_loss_requirement, tiles:
+            input_ids, pixel_values_videos, attention_mask, gaze:
                 As in [`~GazeVideoLM.prepare_inputs`]; without videos the MLLM is called as it is.
+            gazing_ratio, task_loss_requirement, tiles, clip_ratio, tokens_per_clip: as in [`~GazeVideoLM.gaze`].
             kwargs: arguments of the MLLM's `generate`, such as `max_new_tokens`.
 
         Returns:
@@ -245,6 +285,8 @@ class GazeVideoLM(nn.Module):
             task_loss_requirement=task_loss_requirement,
             tiles=tiles,
             padding_side="left",
+            clip_ratio=clip_ratio,
+            tokens_per_clip=tokens_per_clip,
         )
         output = self.mllm.generate(**inputs, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -266,6 +308,8 @@ class GazeVideoLM(nn.Module):
         task_loss_requirement: Setting = None,
         tiles: tuple[int, int] = (1, 1),
         padding_side: str = "right",
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Puts the gazed patches of videos into prompts.
@@ -282,7 +326,8 @@ class GazeVideoLM(nn.Module):
             gaze ([`GazeOutput`] or a sequence of them, *optional*):
                 What to keep, over all videos, or one gaze per video: made for the scales and patch size of
                 [`~GazeVideoLM.grid`], or for whole tiles of it, which the frames are then cut into. Without it the
-                gaze model chooses, see [`~GazeVideoLM.gaze`], by `gazing_ratio`, `task_loss_requirement` and `tiles`.
+                gaze model chooses.
+            gazing_ratio, task_loss_requirement, tiles, clip_ratio, tokens_per_clip: as in [`~GazeVideoLM.gaze`].
             padding_side (`str`, *optional*, defaults to `"right"`): where prompts of unequal length are padded.
 
         Returns:
@@ -292,7 +337,7 @@ class GazeVideoLM(nn.Module):
         Raises:
             ValueError: if no prompt has a placeholder, there are not as many as videos, or a gaze or frames do not fit.
         """
-        videos = _list_videos(pixel_values_videos)
+        videos = list_videos(pixel_values_videos)
         count = sum(map(len, find_placeholders(input_ids, self.placeholder_id, attention_mask)))
         if count != len(videos):
             raise ValueError(
@@ -300,7 +345,7 @@ class GazeVideoLM(nn.Module):
                 f"several in a row, with other tokens between two videos; got {count or 'no'} video placeholders"
             )
         if gaze is None:
-            gaze = self.gaze(videos, gazing_ratio, task_loss_requirement, tiles)
+            gaze = self.gaze(videos, gazing_ratio, task_loss_requirement, tiles, clip_ratio, tokens_per_clip)
         # A placeholder need not be in the vocabulary, and is replaced anyway.
         words = input_ids.masked_fill(input_ids == self.placeholder_id, 0)
         return fill_placeholders(
@@ -320,17 +365,23 @@ class GazeVideoLM(nn.Module):
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
         tiles: tuple[int, int] = (1, 1),
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
     ) -> list[GazeOutput]:
         """
-        Gazes at videos, chunk by chunk.
+        Gazes at videos. Where no ratio, threshold or budget is given, the gaze model's configuration decides.
 
         Args:
             pixel_values_videos: as in [`~GazeVideoLM.prepare_inputs`].
             gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
-                As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and
-                every chunk takes it from its start.
+                As in [`~GazeSelector.generate`], for every frame or, with a gaze model of fixed scales, for every tile; a
+                sequence names one value per frame of a chunk, and every chunk takes it from its start.
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
-                Rows and columns of tiles to cut every frame into; each is resized to the tower's scales by itself.
+                Rows and columns of tiles to cut every frame into; each is as large as the tower's finest scale.
+            clip_ratio (`float`, *optional*):
+                Share of the patches of the finest scale, over the whole of each video, to keep where they gain most,
+                for gaze models that know gains.
+            tokens_per_clip (`int`, *optional*): the same as a number of patches.
 
         Returns:
             `list[GazeOutput]`, one per video, a batch of one over whole frames; ids ascend inside a frame.
@@ -340,7 +391,37 @@ class GazeVideoLM(nn.Module):
         """
         if self._gazer is None:
             raise ValueError("`gaze` must be given where the model was made without `gaze_model` and `processor`")
-        return self._gazer.gaze(_list_videos(pixel_values_videos), gazing_ratio, task_loss_requirement, tiles)
+        videos = list_videos(pixel_values_videos)
+        if tuple(tiles) == (1, 1):
+            videos = [self._encoder.crop(video) for video in videos]
+        return self._gazer.gaze(
+            videos, gazing_ratio, task_loss_requirement, tiles, clip_ratio=clip_ratio, tokens_per_clip=tokens_per_clip
+        )
+
+    def count_tokens(self, gaze: GazeOutput | Sequence[GazeOutput]) -> list[tuple[int, int]]:
+        """
+        Counts what the language model reads of videos, as it sees them.
+
+        Args:
+            gaze: as in [`~GazeVideoLM.prepare_inputs`].
+
+        Returns:
+            `list[tuple[int, int]]`, one per video: the tokens that the gaze makes of it, separators, thumbnails, CLS tokens
+            and new lines included, and those that the MLLM itself makes of all its frames, after its own pooling.
+        """
+        gazes, adapter = list_gazes(gaze), self.adapter
+        num_prefix = sum(token.numel() // self.vision.hidden_size for token in self.vision.adapter.prefix_tokens)
+        num_prefix = max(num_prefix - (not adapter.keeps_cls), 0)
+        rows, cols = adapter.pool_grid(*self.vision.adapter.native_grid)
+        separator = [self.separator] if isinstance(self.separator, str) else self.separator or []
+        layout = self.grid, self.chunk_frames, self.thumbnail_interval
+        counts = []
+        for one in gazes:
+            parts = count_tokens(one, *layout, order=self.order, num_prefix=num_prefix)
+            read = sum(parts) + max(len(parts) - 1, 0) * len(separator)
+            whole = one.num_frames * one.frame_sampling_rate * (rows * cols + num_prefix)
+            counts.append((read + adapter.ends_with_newline, whole + adapter.ends_with_newline))
+        return counts
 
     def embed_videos(self, pixel_values_videos: Videos, gaze: GazeOutput | Sequence[GazeOutput]) -> list[torch.Tensor]:
         """
@@ -357,18 +438,20 @@ class GazeVideoLM(nn.Module):
         Raises:
             ValueError: if a gaze is not for this tower or these frames.
         """
-        videos = _list_videos(pixel_values_videos)
-        gazes = [gaze.select(clip) for clip in range(gaze.batch_size)] if isinstance(gaze, GazeOutput) else list(gaze)
+        videos = list_videos(pixel_values_videos)
+        gazes = list_gazes(gaze)
         if len(gazes) != len(videos):
             raise ValueError(f"`gaze` must be one for each of the {len(videos)} videos, got {len(gazes)}")
+        max_frames = getattr(self.time_embedding, "num_embeddings", None)
         for number, (video, one) in enumerate(zip(videos, gazes, strict=True)):
-            self._check_gaze(number, video, one)
-        clips = (
-            clip
-            for number, (video, one) in enumerate(zip(videos, gazes, strict=True))
-            for clip in cut_clips(number, video, one, self.grid, self.chunk_frames, self.thumbnail_interval)
-        )
-        encoded = [self._encode(batch) for batch in batch_clips(clips, self.max_batch_size)]
+            check_gaze(number, video, one, self.grid, self.chunk_frames, max_frames)
+        encoder = self._encoder
+        encoded = [
+            encoder.encode(clips, cache)
+            for batches in self._cut(videos, gazes)
+            for cache in [GazeVisionCache() if len(batches) > 1 else None]
+            for clips in batches
+        ]
         pieces: list[list[torch.Tensor]] = [[] for _ in videos]
         if encoded:
             places = TokenPlaces(*(torch.cat(keys) for keys in zip(*(places for _, places in encoded), strict=True)))
@@ -383,32 +466,28 @@ class GazeVideoLM(nn.Module):
         nothing = torch.zeros(0, self.mllm.config.get_text_config().hidden_size)
         return [torch.cat([part.to(parts[0]) for part in parts]) if parts else nothing for parts in pieces]
 
-    def _encode(self, clips: list[VideoClip]) -> tuple[torch.Tensor, TokenPlaces]:
-        """Encodes and projects the patches of clips of one shape; gives tokens `(tokens, hidden_size)`, unordered."""
-        adapter = self.adapter
-        frames = torch.stack([clip.frames for clip in clips])
-        if self.mllm.device.type != "meta":  # where accelerate brings in the weights of every module when it runs
-            frames = frames.to(self.mllm.device)
-        masks = [torch.stack(scale).to(frames.device) for scale in zip(*(clip.masks for clip in clips), strict=True)]
-        output = self.vision(frames, GazeOutput.from_masks(masks, self.grid), output_hidden_states=True)
-        states = torch.cat([output.hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
-        clip = torch.arange(len(clips), device=frames.device).repeat_interleave(output.lengths)
-        frame, ids = output.frame, output.ids
-        if output.prefix_hidden_states is not None:
-            prefix = torch.cat([output.prefix_hidden_states[layer] for layer in adapter.feature_layers], dim=-1)
-            prefix = prefix[:, :, 0 if adapter.keeps_cls else 1 :]
-            is_shown, count = torch.cat(masks, dim=-1).any(-1), prefix.shape[2]
-            states = torch.cat([states, prefix[is_shown].flatten(0, 1)])
-            of_clip, of_frame = (place.repeat_interleave(count) for place in is_shown.nonzero(as_tuple=True))
-            clip, frame = torch.cat([clip, of_clip]), torch.cat([frame, of_frame])
-            before = torch.arange(-count, 0, device=ids.device)
-            ids = torch.cat([ids, before.repeat(len(of_clip) // max(count, 1))])
-        tokens = adapter.projector(states).to(frames.device)
-        number = torch.stack([clip.frame_numbers for clip in clips]).to(frames.device)[clip, frame]
-        if self.time_embedding is not None:
-            tokens = tokens + self.time_embedding(number).to(tokens)
-        video_chunk_tile = torch.tensor([clip[:3] for clip in clips], device=frames.device)[clip]
-        return tokens, TokenPlaces(*video_chunk_tile.unbind(1), number, ids)
+    def _cut(self, videos: list[torch.Tensor], gazes: list[GazeOutput]) -> Iterator[list[list[VideoClip]]]:
+        """Gives batches of clips of one shape; those of one list are chunks that follow each other in one stream."""
+        sees_canvas = self.vision.attention == "canvas"
+        # A stream carries no gradients, so a tower that may be training sees whole videos.
+        is_whole = sees_canvas and (torch.is_grad_enabled() or self.vision.vision_model.training)
+        streams = sees_canvas and not is_whole
+        clips = (
+            clip
+            for number, (video, gaze) in enumerate(zip(videos, gazes, strict=True))
+            for clip in cut_clips(
+                number,
+                video,
+                gaze,
+                self.grid,
+                len(video) if is_whole else self.chunk_frames,
+                self.thumbnail_interval,
+                keeps_empty=streams,
+            )
+        )
+        if streams:
+            return batch_streams(clips, self.max_batch_size)
+        return ([batch] for batch in batch_clips(clips, self.max_batch_size))
 
     def _has_videos(self, input_ids: torch.Tensor, videos: Videos | None, options: dict[str, Any]) -> bool:
         """Tells whether there are videos to look at; checks that nothing else claims their placeholders."""
@@ -426,35 +505,6 @@ class GazeVideoLM(nn.Module):
                 f"{self.placeholder_id}, for both"
             )
         return True
-
-    def _check_gaze(self, number: int, video: torch.Tensor, gaze: GazeOutput) -> None:
-        """Checks that a gaze is one for these frames and whole tiles of the tower's grid."""
-        rows, cols = (max(1, own // tile) for own, tile in zip(gaze.grid.grids[-1], self.grid.grids[-1], strict=True))
-        whole = GazeGrid([(rows * height, cols * width) for height, width in self.grid.sizes], self.grid.patch_size)
-        if gaze.grid != whole:
-            raise ValueError(
-                f"`gaze` of video {number} must be made for the tower's {self.grid}, or for whole tiles of it, got "
-                f"{gaze.grid}"
-            )
-        rate = gaze.frame_sampling_rate
-        if gaze.batch_size != 1 or gaze.num_frames * rate != len(video):
-            raise ValueError(
-                f"`gaze` of video {number} must be of its {len(video)} frames alone, got {gaze.batch_size} clips of "
-                f"{gaze.num_frames * rate}"
-            )
-        if video.shape[-2] % rows or video.shape[-1] % cols:
-            raise ValueError(
-                f"`gaze` of video {number} is for {rows}x{cols} tiles, which frames of {tuple(video.shape[-2:])} pixels "
-                "cannot be cut into"
-            )
-        known = getattr(self.time_embedding, "num_embeddings", len(video))
-        if len(video) > known:
-            raise ValueError(f"`time_embedding` knows {known} frames, but video {number} has {len(video)}")
-        if self.chunk_frames % rate:
-            raise ValueError(
-                f"`chunk_frames` must be a multiple of {rate}, the rate of `gaze` of video {number}, got "
-                f"{self.chunk_frames}"
-            )
 
     def _check_separator(self, separator: int | Sequence[int] | str | None) -> list[int] | str | None:
         if separator is None:
@@ -477,15 +527,3 @@ class GazeVideoLM(nn.Module):
             return self.adapter.newline[None]
         embed = self.mllm.get_input_embeddings()
         return embed(torch.tensor(self.separator, device=embed.weight.device))
-
-
-def _list_videos(videos: Videos) -> list[torch.Tensor]:
-    """Lists videos `(frames, channels, height, width)` and checks that they are such."""
-    for number, video in enumerate(videos):
-        if not isinstance(video, torch.Tensor) or video.ndim != 4 or not video.is_floating_point() or 0 in video.shape:
-            got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, torch.Tensor) else type(video).__name__
-            raise ValueError(
-                "`pixel_values_videos` must be normalised floats of shape (videos, frames, channels, height, width) or "
-                f"a list of (frames, channels, height, width), got {got} for video {number}"
-            )
-    return list(videos)

@@ -5,6 +5,8 @@ One small class per MLLM; a new one is one more, see docs/integrations.md. An ad
 weights and changes nothing. It knows nothing of gazes or prompts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +22,8 @@ class MLLMAdapter:
 
     model_type = "llava_next_video"
     """`model_type` of the MLLM's configuration."""
+    pools_features = True
+    """Whether it pools what goes into the projector, if it pools, or what comes out."""
 
     def __init__(self, mllm: PreTrainedModel):
         self.mllm = mllm
@@ -72,9 +76,32 @@ class MLLMAdapter:
         """Whether a new line follows every video."""
         return False
 
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Gives the rows and columns of tokens that the MLLM itself makes of a frame of `rows` and `cols` patches."""
+        stride = self.config.spatial_pool_stride
+        return rows // stride, cols // stride
+
+    def pooling_weights(self) -> torch.Tensor | None:
+        """Gives how much of each patch is in each of these tokens, `(tokens, patches)`; `None` if it is no such mean."""
+        if self.config.spatial_pool_mode != "average":
+            return None
+        return self._read_weights(self.mllm.model.vision_resampler)
+
+    def _read_weights(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Reads the weights off what pooling, of features `(frames, patches, channels)`, makes of one patch a channel."""
+        vision = self.config.vision_config
+        with torch.no_grad():
+            return pool(torch.eye((vision.image_size // vision.patch_size) ** 2)[None])[0]
+
 
 class LlavaAdapter(MLLMAdapter):
     model_type = "llava"
+
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols
+
+    def pooling_weights(self) -> None:
+        return None
 
     @property
     def placeholder_id(self) -> int:
@@ -84,11 +111,24 @@ class LlavaAdapter(MLLMAdapter):
 class LlavaOnevisionAdapter(MLLMAdapter):
     model_type = "llava_onevision"
     ends_with_newline = True
+    pools_features = False
+
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        return -(-rows // 2), -(-cols // 2)
+
+    def pooling_weights(self) -> torch.Tensor:
+        return self._read_weights(self.mllm.model.apply_pooling)
 
 
 class VideoLlavaAdapter(MLLMAdapter):
     model_type = "video_llava"
     keeps_cls = True  # of videos; the configuration speaks of pictures
+
+    def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols
+
+    def pooling_weights(self) -> None:
+        return None
 
     @property
     def tower(self) -> nn.Module:

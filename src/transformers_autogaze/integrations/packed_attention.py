@@ -281,6 +281,33 @@ def packed_attention(module: nn.Module, plan: PackedAttention, extend: Extend | 
         _running.reset(token)
 
 
+def run_checkpointed(
+    layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """
+    Runs a layer by a function that has a plan around it, with the layer's own gradient checkpointing if it is on.
+
+    A checkpointed layer is computed again in the backward pass, and the plan must hold then as well: so the layer is
+    checkpointed here, around the plan, and not inside itself.
+
+    Args:
+        layer (`nn.Module`): the layer.
+        run (`Callable`): calls it on hidden states, inside [`packed_attention`].
+        hidden_states (`torch.FloatTensor`): what it gets.
+    """
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return run(hidden_states)
+
+    def run_again(hidden_states: torch.Tensor) -> torch.Tensor:
+        layer.gradient_checkpointing = False
+        try:
+            return run(hidden_states)
+        finally:
+            layer.gradient_checkpointing = True
+
+    return layer._gradient_checkpointing_func(run_again, hidden_states)
+
+
 def _has_config(module: nn.Module) -> bool:
     return isinstance(getattr(module, "config", None), PreTrainedConfig)
 

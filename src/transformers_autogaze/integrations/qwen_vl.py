@@ -7,23 +7,22 @@ MLLM's own.
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
-from ..video_gazing import gaze_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .normalization import normalizing_part, undo_normalization
-from .qwen_vl_tower import encode_units
-from .qwen_vl_units import kept_units, unfold_units
+from .normalization import normalizing_part
+from .qwen_vl_gazing import UnitGazer, UnitSizes
+from .qwen_vl_prompts import GazedPrompt, in_place
+from .qwen_vl_tower import UNIT_ATTENTION_CHOICES, encode_units
+from .qwen_vl_units import kept_units
 
 
 Setting = float | Sequence[float] | None
@@ -34,44 +33,16 @@ _IGNORED = -100  # what a label is where nothing is to be learned
 _PROCESSOR_KEYS = ("video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
-@dataclass(frozen=True)
-class GazedPrompt:
-    """
-    Prompts without the tokens of dropped units, and where the others are.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens that are left; any where it is padded.
-        attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 where a prompt is padded.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): what the language model gets.
-        position_ids (`torch.LongTensor` of shape `(3, batch, length)`):
-            Time, height and width of every token in the whole prompt, as the MLLM itself counts them.
-        next_position (`torch.LongTensor` of shape `(batch,)`): where an answer goes on.
-        visual_index (`torch.LongTensor` of shape `(batch, length)`):
-            The row of `deepstack` that belongs to a token, -1 for words.
-        deepstack (`list[torch.FloatTensor]` of shape `(visual tokens, hidden_size)`):
-            What the first layers of the language model add (Qwen3-VL); empty for Qwen2.5-VL.
-        labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): the labels that are left.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    inputs_embeds: torch.Tensor
-    position_ids: torch.Tensor
-    next_position: torch.Tensor
-    visual_index: torch.Tensor
-    deepstack: list[torch.Tensor]
-    labels: torch.Tensor | None = None
-
-
 class GazeQwenVL(nn.Module):
     """
     A Qwen2.5-VL or Qwen3-VL that sees the gazed merge units of videos only.
 
-    The towers of these MLLMs make one token of every merge unit: 2x2 patches over a pair of frames. A unit is kept when a
-    kept patch of the gaze, of any scale, shares an area with it in one of its frames (see [`kept_units`]). The others are
-    dropped before the tower, and their tokens from the prompt. What is left keeps the rotary position, the window and
-    the place in time, height and width that it has in the whole video, and an answer goes on at the position at which it
-    would go on after the whole prompt. Parts and weights are the MLLM's, unchanged.
+    The towers of these MLLMs make one token of every merge unit: 2x2 patches over a pair of frames. A selector that takes any
+    grid gazes at these units themselves, so a ratio is the share of them that the language model reads. Of a gaze on
+    another grid a unit is kept when a kept patch, of any scale, shares an area with it in one of its frames (see
+    [`kept_units`]). The other units are dropped before the tower, and their tokens from the prompt. What is left keeps the
+    rotary position, the window and the place in time, height and width that it has in the whole video, and an answer
+    goes on at the position at which it would go on after the whole prompt. Parts and weights are the MLLM's, unchanged.
 
     `generate` answers, `forward` gives logits and, with labels, a loss to train with. Both take what the MLLM's own
     processor returns.
@@ -80,16 +51,21 @@ class GazeQwenVL(nn.Module):
         mllm ([`~transformers.PreTrainedModel`]):
             A `Qwen2_5_VLForConditionalGeneration` or `Qwen3VLForConditionalGeneration`.
         gaze_model ([`GazeSelector`], *optional*):
-            What chooses patches, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. May be left out where every call
-            is given a `gaze`.
+            What chooses, such as [`GreedyGazeSelector`]; one with fixed scales, such as [`AutoGazeModel`], keeps far more
+            units than its ratio says. May be left out where every call is given a `gaze`.
         processor (*optional*):
             The processor, video processor or image processor that normalised the frames for the MLLM, so that the
             selector can look at them as well. As with `gaze_model`.
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             How the selector's frames are preprocessed. The published way by default.
+        attention (`str`, *optional*, defaults to `"canvas"`):
+            What a kept unit sees in the tower beside its own pair of frames: `"canvas"`, at every place that this pair did
+            not keep, the latest unit that was kept there, in the layers with windows inside its window; `"frame"`,
+            nothing. With every unit kept both are the tower's own attention.
 
     Raises:
-        ValueError: if the MLLM is of no such kind, or the processor does not say how it normalises.
+        ValueError: if the MLLM is of no such kind, `attention` is none of these, or the processor does not say how it
+            normalises.
 
     Example:
 
@@ -127,6 +103,7 @@ class GazeQwenVL(nn.Module):
         gaze_model: GazeSelector | None = None,
         processor: Any = None,
         gaze_processor: AutoGazeVideoProcessor | None = None,
+        attention: str = "canvas",
     ):
         super().__init__()
         if not isinstance(mllm, _MODELS):
@@ -134,9 +111,14 @@ class GazeQwenVL(nn.Module):
                 f"`mllm` must be a {' or '.join(model.__name__ for model in _MODELS)}, got {type(mllm).__name__}; "
                 "GazeVideoLM takes the LLaVA family"
             )
-        self.mllm, self.gaze_model = mllm, gaze_model
+        if attention not in UNIT_ATTENTION_CHOICES:
+            raise ValueError(
+                f"`attention` must be one of {', '.join(map(repr, UNIT_ATTENTION_CHOICES))}, got {attention!r}"
+            )
+        self.mllm, self.gaze_model, self.attention = mllm, gaze_model, attention
         self.processor = None if processor is None else normalizing_part(processor)
         self.gaze_processor = gaze_processor
+        self._has_warned = False
 
     def forward(
         self,
@@ -147,14 +129,17 @@ class GazeQwenVL(nn.Module):
         gaze: GazeOutput | Sequence[GazeOutput] | None = None,
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """
         Calls the MLLM on prompts whose videos are gazed at.
 
         Args:
-            input_ids, pixel_values_videos, attention_mask, labels, gaze, gazing_ratio, task_loss_requirement:
+            input_ids, pixel_values_videos, attention_mask, labels, gaze:
                 As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
+            gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             kwargs: the other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM.
 
         Returns:
@@ -175,10 +160,12 @@ class GazeQwenVL(nn.Module):
             gaze,
             gazing_ratio,
             task_loss_requirement,
+            clip_ratio=clip_ratio,
+            tokens_per_clip=tokens_per_clip,
             padding_side="left" if attention_mask is not None and not bool(attention_mask[:, 0].all()) else "right",
             **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
         )
-        with self._in_place(prompt):
+        with in_place(self.mllm, prompt):
             return self.mllm(
                 inputs_embeds=prompt.inputs_embeds,
                 attention_mask=prompt.attention_mask,
@@ -196,14 +183,17 @@ class GazeQwenVL(nn.Module):
         gaze: GazeOutput | Sequence[GazeOutput] | None = None,
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """
         Answers prompts whose videos are gazed at, by the MLLM's own `generate`.
 
         Args:
-            input_ids, pixel_values_videos, attention_mask, gaze, gazing_ratio, task_loss_requirement:
+            input_ids, pixel_values_videos, attention_mask, gaze:
                 As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
+            gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             kwargs:
                 The other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM's
                 `generate`, such as `max_new_tokens`.
@@ -225,10 +215,12 @@ class GazeQwenVL(nn.Module):
             gaze=gaze,
             gazing_ratio=gazing_ratio,
             task_loss_requirement=task_loss_requirement,
+            clip_ratio=clip_ratio,
+            tokens_per_clip=tokens_per_clip,
             padding_side="left",
             **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
         )
-        with self._in_place(prompt):
+        with in_place(self.mllm, prompt):
             output = self.mllm.generate(
                 input_ids=prompt.input_ids,
                 attention_mask=prompt.attention_mask,
@@ -254,6 +246,8 @@ class GazeQwenVL(nn.Module):
         task_loss_requirement: Setting = None,
         padding_side: str = "right",
         *,
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         video_grid_thw: torch.Tensor,
         second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -272,7 +266,8 @@ class GazeQwenVL(nn.Module):
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to learn, -100 elsewhere.
             gaze ([`GazeOutput`] or a sequence of them, *optional*):
                 What to keep, over all videos, or one gaze per video, on any grid over the whole frame. Without it the
-                gaze model chooses, see [`~GazeQwenVL.gaze`], by `gazing_ratio` and `task_loss_requirement`.
+                gaze model chooses.
+            gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             padding_side (`str`, *optional*, defaults to `"right"`): where prompts of unequal length are padded.
             video_grid_thw (`torch.LongTensor` of shape `(videos, 3)`):
                 Patches of each video in time, from top to bottom and from left to right.
@@ -298,7 +293,8 @@ class GazeQwenVL(nn.Module):
         self._check_placeholders("image", is_image, "pixel_values", pixel_values, image_grid_thw)
 
         if gaze is None:
-            gaze = self.gaze(pixel_values_videos, video_grid_thw, gazing_ratio, task_loss_requirement)
+            settings = (gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip)
+            gaze = self.gaze(pixel_values_videos, video_grid_thw, *settings)
         is_kept = torch.cat([kept.flatten() for kept in self._kept_units(gaze, video_grid_thw)]).to(device)
         is_left = attention_mask.bool().masked_scatter(is_video, is_kept)
         # Pictures come first, and are kept whole.
@@ -311,6 +307,7 @@ class GazeQwenVL(nn.Module):
             torch.cat([pixels for pixels in (pixel_values, pixel_values_videos) if pixels is not None]),
             torch.cat([grids for grids in (image_grid_thw, video_grid_thw) if grids is not None]),
             is_encoded,
+            self.attention,
         )
         visual_index = torch.full_like(input_ids, -1)
         visual_index[is_image] = torch.arange(pictures, device=device)
@@ -358,43 +355,72 @@ class GazeQwenVL(nn.Module):
         video_grid_thw: torch.Tensor,
         gazing_ratio: Setting = None,
         task_loss_requirement: Setting = None,
+        clip_ratio: float | None = None,
+        tokens_per_clip: int | None = None,
         **options: Any,
     ) -> list[GazeOutput]:
         """
         Gazes at the frames that the patches of videos were cut from.
 
+        Where neither ratio, threshold nor budget is given, the selector's configuration decides.
+
         Args:
             pixel_values_videos, video_grid_thw: as in [`~GazeQwenVL.prepare_inputs`].
-            gazing_ratio, task_loss_requirement, options: as in [`gaze_video`].
+            gazing_ratio (`float` or sequence of `float`, *optional*):
+                Share of the merge units to keep in every pair of frames, one at least; with a selector of fixed scales
+                the share of its patches to keep in every frame.
+            task_loss_requirement (`float` or sequence of `float`, *optional*):
+                Loss at which a pair of frames, or a frame, is good enough, see [`~GazeSelector.generate`].
+            clip_ratio (`float`, *optional*): share of all merge units of each video to keep, where they gain most.
+            tokens_per_clip (`int`, *optional*): the same as a number of units.
+            options: for a selector of fixed scales, other arguments of [`gaze_video`].
 
         Returns:
-            `list[GazeOutput]`, one per video, a batch of one over whole frames.
+            `list[GazeOutput]`, one per video, a batch of one over whole frames. With a selector that takes any grid, its
+            patches are the merge units and its frames the pairs of frames.
 
         Raises:
-            ValueError: if there is no gaze model or processor, or as in [`gaze_video`].
+            ValueError: if there is no gaze model or processor, a selector of fixed scales is given a budget for the clip, or
+                as in [`~GazeSelector.generate`].
         """
         if self.gaze_model is None or self.processor is None:
             raise ValueError("`gaze` must be given where the model was made without `gaze_model` and `processor`")
-        return [
-            gaze_video(
-                self.gaze_model,
-                frames,
-                self.gaze_processor,
-                gazing_ratio=gazing_ratio,
-                task_loss_requirement=task_loss_requirement,
-                **options,
+        vision = self.mllm.config.vision_config
+        sizes = UnitSizes(vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size)
+        gaze = UnitGazer(self.gaze_model, self.processor, self.gaze_processor, sizes).gaze(
+            pixel_values_videos,
+            video_grid_thw,
+            gazing_ratio=gazing_ratio,
+            task_loss_requirement=task_loss_requirement,
+            clip_ratio=clip_ratio,
+            tokens_per_clip=tokens_per_clip,
+            **options,
+        )
+        if not self.gaze_model.takes_any_grid and not self._has_warned:
+            self._has_warned = True
+            kept, total = map(sum, zip(*self.count_units(gaze, video_grid_thw), strict=True))
+            share = sum(float(one.kept_ratio) for one in gaze) / len(gaze)
+            warnings.warn(
+                f"{type(self.gaze_model).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on "
+                f"{kept} of {total} merge units ({kept / total:.1%}), and the language model reads all of these; a "
+                "selector that takes any grid, such as GreedyGazeSelector, keeps the share of units it is asked for",
+                stacklevel=2,
             )
-            for frames in self._frames(pixel_values_videos, video_grid_thw)
-        ]
+        return gaze
 
-    def _frames(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Iterator[np.ndarray]:
-        """Puts patches together again, to frames `(frames, height, width, 3)` of levels 0..255, video by video."""
-        tower = self.mllm.model.visual
-        counts = video_grid_thw.prod(1).tolist()
-        for grid, patches in zip(video_grid_thw.tolist(), pixel_values_videos.split(counts), strict=True):
-            levels = unfold_units(patches.float(), grid, tower.spatial_merge_size, tower.patch_size)
-            levels = undo_normalization(levels.movedim(-1, -3), self.processor).movedim(-3, -1)
-            yield levels.round().clamp(0, 255).byte().cpu().numpy()
+    def count_units(
+        self, gaze: GazeOutput | Sequence[GazeOutput], video_grid_thw: torch.Tensor
+    ) -> list[tuple[int, int]]:
+        """
+        Counts what the language model reads of videos, a token per merge unit.
+
+        Args:
+            gaze, video_grid_thw: as in [`~GazeQwenVL.prepare_inputs`].
+
+        Returns:
+            `list[tuple[int, int]]`, one per video: merge units that the gaze keeps, and all that the video has.
+        """
+        return [(int(kept.sum()), kept.numel()) for kept in self._kept_units(gaze, video_grid_thw)]
 
     def _kept_units(
         self, gaze: GazeOutput | Sequence[GazeOutput], video_grid_thw: torch.Tensor
@@ -418,45 +444,6 @@ class GazeQwenVL(nn.Module):
         get_rope_index = self.mllm.model.get_rope_index
         known = inspect.signature(get_rope_index).parameters
         return get_rope_index(**{key: value for key, value in inputs.items() if key in known})[0]
-
-    @contextmanager
-    def _in_place(self, prompt: GazedPrompt) -> Iterator[None]:
-        """
-        Gives tokens their true positions, and the language model its deepstack features, while the MLLM is called.
-
-        The MLLM itself takes the prompt for text, and counts its tokens one by one.
-        """
-        model, length = self.mllm.model, prompt.input_ids.shape[1]
-
-        def at_language_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            # Releases of the library before 5.24 call the cache `past_key_values`.
-            embeds, cache = kwargs["inputs_embeds"], kwargs.get("cache", kwargs.get("past_key_values"))
-            times = len(embeds) // len(prompt.input_ids)  # beams, or several answers to a prompt
-            start = 0 if cache is None else int(cache.get_seq_length())
-            slots = torch.arange(start, start + embeds.shape[1], device=prompt.position_ids.device)
-            in_prompt = prompt.position_ids[:, :, slots.clamp(max=length - 1)]
-            in_answer = prompt.next_position[:, None] + slots - length
-            positions = torch.where(slots < length, in_prompt, in_answer).repeat_interleave(times, dim=1)
-            counted = kwargs.get("position_ids")
-            if (
-                counted is not None and counted.ndim == 3 and len(counted) == 4
-            ):  # the first row is what attention masks are made from
-                positions = torch.cat([counted[:1], positions.to(counted)])
-            kwargs["position_ids"] = positions.to(embeds.device)
-            index = prompt.visual_index[:, start : start + embeds.shape[1]].repeat_interleave(times, dim=0)
-            if prompt.deepstack and bool((index >= 0).any()):
-                shown = index[index >= 0]
-                kwargs["visual_pos_masks"] = (index >= 0).to(embeds.device)
-                kwargs["deepstack_visual_embeds"] = [layer[shown.to(layer.device)] for layer in prompt.deepstack]
-            return args, kwargs
-
-        handle = model.language_model.register_forward_pre_hook(at_language_model, with_kwargs=True)
-        rope_deltas, model.rope_deltas = model.rope_deltas, None
-        try:
-            yield
-        finally:
-            handle.remove()
-            model.rope_deltas = rope_deltas
 
     def _check_placeholders(
         self, kind: str, is_here: torch.Tensor, name: str, pixels: torch.Tensor | None, grid: torch.Tensor | None

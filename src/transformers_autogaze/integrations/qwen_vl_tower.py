@@ -9,18 +9,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .canvas import plan_canvas
+from .packed_attention import PackedAttention, packed_attention, run_checkpointed
 from .qwen_vl_units import UnitPlaces, locate_units
 
 
+UNIT_ATTENTION_CHOICES = ("canvas", "frame")
+
+
 def encode_units(
-    tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor, is_kept: torch.Tensor
+    tower: nn.Module,
+    pixel_values: torch.Tensor,
+    grid_thw: torch.Tensor,
+    is_kept: torch.Tensor,
+    attention: str = "canvas",
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
     Runs the tower on the kept merge units alone.
 
     Every unit keeps the rotary positions, the learned position (Qwen3-VL) and the window (Qwen2.5-VL) that it has in the
     whole video. As in the tower, a unit attends to those of its own pair of frames, or of its window there; what was not
-    kept is embedded nowhere. With all units kept, this is what the tower itself gives.
+    kept is embedded nowhere. With all units kept, this is what the tower itself gives, to the bit.
 
     Args:
         tower (`nn.Module`): a `Qwen2_5_VisionTransformerPretrainedModel` or a `Qwen3VLVisionModel`.
@@ -28,6 +37,9 @@ def encode_units(
             All patches of all videos, as the processor gives them.
         grid_thw (`torch.LongTensor` of shape `(videos, 3)`): as in [`locate_units`].
         is_kept (`torch.BoolTensor` of shape `(units,)`): which units to encode, at least one.
+        attention (`str`, *optional*, defaults to `"canvas"`):
+            `"canvas"`: where its pair of frames kept nothing, a unit sees the latest unit kept there before, of the frame
+            or of its window; `"frame"`: it does not.
 
     Returns:
         `tuple`: `torch.FloatTensor` of shape `(kept, out_hidden_size)`, in the order of their tokens, and a `list` of as
@@ -36,7 +48,7 @@ def encode_units(
     merge, device = tower.spatial_merge_size, pixel_values.device
     is_kept = is_kept.to(device)
     places = UnitPlaces(*(of_unit[is_kept] for of_unit in locate_units(grid_thw.to(device), merge)))
-    order, frame_ends, window_ends = _sort_by_window(tower, places)
+    order, window = _sort_by_window(tower, places)
     units = is_kept.nonzero().flatten()[order]
     patches = pixel_values.unflatten(0, (-1, merge * merge))[units].flatten(0, 1)
 
@@ -45,6 +57,8 @@ def encode_units(
     hidden_states = tower.patch_embed(patches if weight.is_meta else patches.to(weight.device))
     device = hidden_states.device
     places = UnitPlaces(*(of_unit[order].to(device) for of_unit in places))
+    frames = _plan(places, [], attention, merge * merge)
+    windows = _plan(places, [of_unit[order].to(device) for of_unit in window], attention, merge * merge)
     # The patches of a unit, row by row: (units, merge * merge).
     inside = torch.arange(merge * merge, device=device)
     rows = (places.row[:, None] * merge + inside // merge).flatten()
@@ -59,8 +73,7 @@ def encode_units(
     deepstack = []
     for number, block in enumerate(tower.blocks):
         sees_frame = number in getattr(tower, "fullatt_block_indexes", (number,))
-        ends = (frame_ends if sees_frame else window_ends).to(device) * merge * merge
-        hidden_states = block(hidden_states, cu_seqlens=ends, position_embeddings=position_embeddings)
+        hidden_states = _run_block(block, hidden_states, frames if sees_frame else windows, position_embeddings)
         if number in getattr(tower, "deepstack_visual_indexes", ()):
             merger = tower.deepstack_merger_list[list(tower.deepstack_visual_indexes).index(number)]
             deepstack.append(merger(hidden_states))  # in the order of tokens, for there are no windows here
@@ -68,23 +81,71 @@ def encode_units(
     return features[torch.argsort(order).to(features.device)], deepstack
 
 
-def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gives the order of units in which windows lie together, and where frames and windows end in it."""
-    frames = torch.stack([places.video, places.time])
+def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gives the order of units in which windows lie together, and row and column of their windows, if there are any."""
     order = torch.arange(len(places.video), device=places.video.device)
     if not hasattr(tower, "window_size"):
-        return order, _segment_ends(frames), _segment_ends(frames)
+        return order, []
     side = tower.window_size // tower.spatial_merge_size // tower.patch_size
-    windows = torch.cat([frames, torch.stack([places.row // side, places.col // side])])
-    for key in reversed(windows):
+    window = [places.row // side, places.col // side]
+    for key in (*reversed(window), places.time, places.video):
         order = order[torch.argsort(key[order], stable=True)]
-    return order, _segment_ends(frames[:, order]), _segment_ends(windows[:, order])
+    return order, window
 
 
-def _segment_ends(keys: torch.Tensor) -> torch.Tensor:
-    """Gives 0 and the ends of the runs of equal columns in `(keys, units)`, as attention over packed sequences wants."""
-    counts = torch.unique_consecutive(keys, dim=1, return_counts=True)[1]
-    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+def _plan(places: UnitPlaces, window: list[torch.Tensor], attention: str, patches_of_unit: int) -> PackedAttention:
+    """Plans which patches see which, for units in the order in which frames, or their windows, lie together."""
+    # A group is what shares a canvas: a video, or one window of it. Its units of one time are a segment of the sequence.
+    group = _number_rows([places.video, *window])
+    num_groups, num_times = int(group.max()) + 1, int(places.time.max()) + 1
+    segment, counts = torch.unique_consecutive(group * num_times + places.time, return_counts=True)
+    ends = counts.cumsum(0)
+    plan = PackedAttention(counts, ends - counts, ends)
+    if attention == "canvas":
+        first_token, num_tokens = counts.new_zeros(2, num_groups * num_times)
+        first_token[segment], num_tokens[segment] = ends - counts, counts
+        # The places of a group count from its first; those of which nothing is ever kept need no number.
+        place = _number_rows([group, places.row, places.col])
+        first_place = place.new_full((num_groups,), len(place)).scatter_reduce(0, group, place, "amin")
+        place = place - first_place[group]
+        token_at = place.new_full((num_groups, num_times, int(place.max()) + 1), -1)
+        token_at[group, places.time, place] = torch.arange(len(place), device=place.device)
+        shape = num_groups, num_times
+        plan, _ = plan_canvas(token_at, first_token.view(shape), num_tokens.view(shape))
+    inside = torch.arange(patches_of_unit, device=group.device)
+    return PackedAttention(
+        plan.num_queries * patches_of_unit,
+        plan.first_key * patches_of_unit,
+        plan.end_key * patches_of_unit,
+        key_index=None if plan.key_index is None else (plan.key_index[:, None] * patches_of_unit + inside).flatten(),
+    )
+
+
+def _number_rows(keys: list[torch.Tensor]) -> torch.Tensor:
+    """Numbers what has several keys, each `(units,)`, in their order; equal keys get equal numbers."""
+    number = keys[0]
+    for key in keys[1:]:
+        number = number * (key.max() + 1) + key
+    return number.unique(return_inverse=True)[1]
+
+
+def _run_block(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    plan: PackedAttention,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Runs one block of the tower on patches `(patches, hidden)`."""
+    ends = F.pad(plan.end_key, (1, 0)).to(torch.int32)
+    if plan.key_index is None:  # as the tower itself attends
+        return block(hidden_states, cu_seqlens=ends, position_embeddings=position_embeddings)
+    one_piece = ends.new_tensor([0, len(hidden_states)])  # for the plan to cut
+
+    def run(hidden_states: torch.Tensor) -> torch.Tensor:
+        with packed_attention(block, plan):
+            return block(hidden_states, cu_seqlens=one_piece, position_embeddings=position_embeddings)
+
+    return run_checkpointed(block, run, hidden_states)
 
 
 def _learned_positions(

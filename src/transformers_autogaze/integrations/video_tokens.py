@@ -5,7 +5,7 @@ This module cuts a video and its gaze into clips that a vision tower encodes one
 thumbnails of whole frames) and puts the tokens that come out in order. It knows nothing of towers or language models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 
+
+Videos = torch.Tensor | Sequence[torch.Tensor]
 
 ORDERS = ("time", "tile")
 _THUMBNAIL = -1  # stands where others have the number of their tile
@@ -55,6 +57,70 @@ class TokenPlaces(NamedTuple):
     id: torch.Tensor
 
 
+def list_videos(videos: Videos) -> list[torch.Tensor]:
+    """Lists videos `(frames, channels, height, width)` and checks that they are such."""
+    for number, video in enumerate(videos):
+        if not isinstance(video, torch.Tensor) or video.ndim != 4 or not video.is_floating_point() or 0 in video.shape:
+            got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, torch.Tensor) else type(video).__name__
+            raise ValueError(
+                "`pixel_values_videos` must be normalised floats of shape (videos, frames, channels, height, width) or "
+                f"a list of (frames, channels, height, width), got {got} for video {number}"
+            )
+    return list(videos)
+
+
+def list_gazes(gaze: GazeOutput | Sequence[GazeOutput]) -> list[GazeOutput]:
+    """Lists gazes, one per video."""
+    return [gaze.select(clip) for clip in range(gaze.batch_size)] if isinstance(gaze, GazeOutput) else list(gaze)
+
+
+def check_gaze(
+    number: int,
+    video: torch.Tensor,
+    gaze: GazeOutput,
+    tile_grid: GazeGrid,
+    chunk_frames: int,
+    max_frames: int | None = None,
+) -> None:
+    """
+    Checks that a gaze is one for these frames and whole tiles of a tower's grid.
+
+    Args:
+        number (`int`): which video this is, for the message.
+        video (`torch.FloatTensor` of shape `(frames, channels, height, width)`): its frames.
+        gaze ([`GazeOutput`]): what to keep of it.
+        tile_grid ([`GazeGrid`]): the patches of one tile.
+        chunk_frames (`int`): frames of a chunk.
+        max_frames (`int`, *optional*): frames that the time embedding knows.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    rows, cols = (max(1, own // tile) for own, tile in zip(gaze.grid.grids[-1], tile_grid.grids[-1], strict=True))
+    whole = GazeGrid([(rows * height, cols * width) for height, width in tile_grid.sizes], tile_grid.patch_size)
+    if gaze.grid != whole:
+        raise ValueError(
+            f"`gaze` of video {number} must be made for the tower's {tile_grid}, or for whole tiles of it, got {gaze.grid}"
+        )
+    rate = gaze.frame_sampling_rate
+    if gaze.batch_size != 1 or gaze.num_frames * rate != len(video):
+        raise ValueError(
+            f"`gaze` of video {number} must be of its {len(video)} frames alone, got {gaze.batch_size} clips of "
+            f"{gaze.num_frames * rate}"
+        )
+    if video.shape[-2] % rows or video.shape[-1] % cols:
+        raise ValueError(
+            f"`gaze` of video {number} is for {rows}x{cols} tiles, which frames of {tuple(video.shape[-2:])} pixels "
+            "cannot be cut into"
+        )
+    if max_frames is not None and len(video) > max_frames:
+        raise ValueError(f"`time_embedding` knows {max_frames} frames, but video {number} has {len(video)}")
+    if chunk_frames % rate:
+        raise ValueError(
+            f"`chunk_frames` must be a multiple of {rate}, the rate of `gaze` of video {number}, got {chunk_frames}"
+        )
+
+
 def cut_tiles(video: torch.Tensor, rows: int, cols: int) -> list[torch.Tensor]:
     """Cuts frames `(frames, channels, height, width)` into tiles of one size, row by row, without copying."""
     return [tile for band in video.chunk(rows, dim=-2) for tile in band.chunk(cols, dim=-1)]
@@ -67,9 +133,10 @@ def cut_clips(
     tile_grid: GazeGrid,
     chunk_frames: int,
     thumbnail_interval: int | None = None,
+    keeps_empty: bool = False,
 ) -> Iterator[VideoClip]:
     """
-    Cuts a video and its gaze into clips; tiles of which nothing was kept are left out.
+    Cuts a video and its gaze into clips.
 
     Args:
         number (`int`): which video this is.
@@ -79,6 +146,7 @@ def cut_clips(
         chunk_frames (`int`): frames of a chunk, a multiple of the gaze's `frame_sampling_rate`.
         thumbnail_interval (`int`, *optional*):
             Every how many gazed frames the whole frame goes in as well, with all patches of its finest scale.
+        keeps_empty (`bool`, *optional*, defaults to `False`): whether tiles of which nothing was kept are there, too.
     """
     rate = gaze.frame_sampling_rate
     tile_masks = gaze.grid.split_tiles(gaze.gazing_mask, tile_grid)
@@ -97,7 +165,7 @@ def cut_clips(
         pixels = slice(int(numbers[0]), int(numbers[-1]) + 1, rate)
         for tile, frames in enumerate(tiles):
             masks = [mask[tile, gazed] for mask in tile_masks]
-            if any(bool(mask.any()) for mask in masks):
+            if keeps_empty or any(bool(mask.any()) for mask in masks):
                 yield VideoClip(number, chunk, tile, numbers, frames[pixels], masks)
 
 
@@ -109,6 +177,30 @@ def batch_clips(clips: Iterator[VideoClip], max_batch_size: int) -> Iterator[lis
     for group in alike.values():
         for first in range(0, len(group), max_batch_size):
             yield group[first : first + max_batch_size]
+
+
+def batch_streams(clips: Iterator[VideoClip], max_batch_size: int) -> Iterator[list[list[VideoClip]]]:
+    """
+    Groups the tiles of videos whose frames and chunks are alike, at most `max_batch_size` at a time.
+
+    Args:
+        clips (`Iterator[VideoClip]`): those of all chunks of each tile, in order of time, the empty ones, too.
+        max_batch_size (`int`): tiles of a group.
+
+    Returns:
+        For each group its chunks in order of time, each a list of the same tiles. Tiles of which nothing was ever kept are
+        left out.
+    """
+    streams: dict[tuple[int, int], list[VideoClip]] = {}
+    for clip in clips:
+        streams.setdefault((clip.video, clip.tile), []).append(clip)
+    alike: dict[tuple[tuple[int, ...], ...], list[list[VideoClip]]] = {}
+    for stream in streams.values():
+        if any(bool(mask.any()) for clip in stream for mask in clip.masks):
+            alike.setdefault(tuple(tuple(clip.frames.shape) for clip in stream), []).append(stream)
+    for group in alike.values():
+        for first in range(0, len(group), max_batch_size):
+            yield [list(chunk) for chunk in zip(*group[first : first + max_batch_size], strict=True)]
 
 
 def order_tokens(places: TokenPlaces, order: str) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -134,6 +226,32 @@ def order_tokens(places: TokenPlaces, order: str) -> tuple[torch.Tensor, list[tu
         index = index[torch.argsort(key[index], stable=True)]
     parts, counts = torch.unique_consecutive(torch.stack(part)[:, index], dim=1, return_counts=True)
     return index, list(zip(parts[0].tolist(), counts.tolist(), strict=True))
+
+
+def count_tokens(
+    gaze: GazeOutput,
+    tile_grid: GazeGrid,
+    chunk_frames: int,
+    thumbnail_interval: int | None,
+    order: str,
+    num_prefix: int,
+) -> list[int]:
+    """
+    Counts the tokens that a video becomes, part by part as [`order_tokens`] parts them.
+
+    Args:
+        gaze, tile_grid, chunk_frames, thumbnail_interval: as in [`cut_clips`].
+        order (`str`): as in [`order_tokens`].
+        num_prefix (`int`): tokens that stand before the patches of every frame, or tile of it, that kept any.
+    """
+    frames = gaze.num_frames * gaze.frame_sampling_rate
+    no_pixels = torch.empty(1).expand(frames, 1, *gaze.grid.tile_layout(tile_grid))
+    parts: dict[tuple[int, ...], int] = {}
+    for clip in cut_clips(0, no_pixels, gaze, tile_grid, chunk_frames, thumbnail_interval):
+        is_kept = torch.cat(clip.masks, dim=-1)
+        part = (clip.chunk,) if order == "time" else (clip.chunk, clip.tile)
+        parts[part] = parts.get(part, 0) + int(is_kept.sum() + num_prefix * is_kept.any(-1).sum())
+    return list(parts.values())
 
 
 class SinusoidalTimeEmbedding(nn.Module):

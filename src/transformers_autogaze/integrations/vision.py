@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from .canvas import Canvas, plan_canvas, tokens_at_places
-from .packed_attention import ATTENTION_CHOICES, Extend, PackedAttention, packed_attention
+from .packed_attention import ATTENTION_CHOICES, Extend, PackedAttention, packed_attention, run_checkpointed
 from .vision_adapters import ADAPTERS, VisionAdapter, find_tower
 from .vision_cache import GazeVisionCache
 
@@ -429,19 +429,7 @@ class GazeVisionModel(nn.Module):
             with packed_attention(layer, plan, extend):
                 return adapter.run_layer(layer, hidden_states, rotary)
 
-        if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
-            return run(hidden_states)
-
-        # The layer is computed again in the backward pass, and the plan must hold then as well: it is checkpointed here,
-        # around the plan, and not inside itself.
-        def run_again(hidden_states: torch.Tensor) -> torch.Tensor:
-            layer.gradient_checkpointing = False
-            try:
-                return run(hidden_states)
-            finally:
-                layer.gradient_checkpointing = True
-
-        return layer._gradient_checkpointing_func(run_again, hidden_states)
+        return run_checkpointed(layer, run, hidden_states)
 
 
 def _check_attention(attention: str) -> None:
