@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import AutoModel
 
+from . import AUTOGAZE_SELECTOR
 from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
 from .evaluation.encoder_selector import EncoderClipSelector
 from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, encoder_normalization, read_clips
@@ -51,7 +52,6 @@ _ON_FEATURES = {
     "selector": list(LABELS),
 }
 """Options of one of the two evaluations alone, with their defaults."""
-_AUTOGAZE = Path(__file__).parent / "pretrained" / "autogaze"
 
 
 def add_commands(commands: Any) -> None:
@@ -242,7 +242,7 @@ def _clip_selectors(
 ) -> dict[str, ClipSelector]:
     """Makes the selectors that were asked for and that the size allows, in the order of `LABELS`."""
     made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
-    for name, at in (("model", folder), ("autogaze", _AUTOGAZE)):
+    for name, at in (("model", folder), ("autogaze", AUTOGAZE_SELECTOR)):
         if at is not None and name in options.selector:
             model, processor = _load_model(at)
             if (grid := scales_of_encoder(size, patch_size, model.config.grid)) is not None:
