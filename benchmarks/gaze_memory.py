@@ -23,7 +23,7 @@ import torch
 from measurement import machine
 from transformers import AutoModel
 
-from transformers_autogaze import DEFAULT_SELECTOR, write_video
+from transformers_autogaze import AUTOGAZE_SELECTOR, write_video
 from transformers_autogaze.cli import main as autogaze
 from transformers_autogaze.demo import render_demo_clip
 
@@ -43,7 +43,7 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
+        "--model", default=str(AUTOGAZE_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("gaze_memory.json"))

@@ -23,7 +23,7 @@ import torch
 from measurement import machine
 from transformers import AutoModel
 
-from transformers_autogaze import DEFAULT_SELECTOR, GazeOutput, GazeSelector, stream_gaze, stream_video, write_video
+from transformers_autogaze import AUTOGAZE_SELECTOR, GazeOutput, GazeSelector, stream_gaze, stream_video, write_video
 from transformers_autogaze.demo import render_demo_clip
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", type=Path, help="a video (default: a rendered 1080p clip)")
     parser.add_argument(
-        "--model", default=str(DEFAULT_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
+        "--model", default=str(AUTOGAZE_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
     )
     parser.add_argument("--gazing-ratio", type=float, default=0.1)
     parser.add_argument("--frames", type=int, default=64, help="frames to take, from the beginning")

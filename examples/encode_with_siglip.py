@@ -4,8 +4,8 @@ Encodes a video with a SigLIP tower that sees the gazed patches only.
     python examples/encode_with_siglip.py video.mp4
     python examples/encode_with_siglip.py --tiny    # random weights and a drawn clip, to see it run
 
-Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the greedy one that comes with the package;
---gaze-model names another, such as a published AutoGaze.
+Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the greedy one on the tower's own patches, which keeps a
+quarter of the clip's tokens where most changes; --gaze-model names another, such as a published AutoGaze.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tower", default="google/siglip2-base-patch16-224")
     parser.add_argument("--gaze-model", default=DEFAULT_SELECTOR)
     parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--task-loss-requirement", type=float, default=0.7, help="0.7 is 26 dB, 0 is 40 dB")
+    parser.add_argument("--clip-ratio", type=float, help="share of the tokens to keep (default: the selector's own)")
     parser.add_argument("--tiny", action="store_true", help="a tiny tower with random weights")
     options = parser.parse_args()
     if options.video is None and not options.tiny:
@@ -48,11 +48,7 @@ def main() -> None:
 
     video = render_demo_clip(options.num_frames) if options.video is None else options.video
     inputs = processor(videos=video, num_frames=options.num_frames, return_tensors="pt").to(device)
-    gaze = selector.generate(
-        inputs["pixel_values_videos"],
-        task_loss_requirement=options.task_loss_requirement,
-        **processor.gaze_kwargs,
-    )
+    gaze = selector.generate(inputs["pixel_values_videos"], clip_ratio=options.clip_ratio, **processor.gaze_kwargs)
     with torch.no_grad():
         output = tower(inputs["encoder_pixel_values"], gaze)
 

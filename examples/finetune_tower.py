@@ -22,14 +22,13 @@ from transformers_autogaze.integrations import GazeVisionModel
 class GazedClassifier(nn.Module):
     """Classifies a clip by the mean of its kept patches' features."""
 
-    def __init__(self, tower: GazeVisionModel, num_classes: int, gaze_kwargs: dict):
+    def __init__(self, tower: GazeVisionModel, selector: nn.Module, num_classes: int, gaze_kwargs: dict):
         super().__init__()
         self.tower, self.head = tower, nn.Linear(tower.hidden_size, num_classes)
-        self.selector = transformers.AutoModel.from_pretrained(DEFAULT_SELECTOR).requires_grad_(False)
-        self.gaze_kwargs = gaze_kwargs
+        self.selector, self.gaze_kwargs = selector.requires_grad_(False), gaze_kwargs
 
     def forward(self, pixel_values_videos, encoder_pixel_values, labels):
-        gaze = self.selector.generate(pixel_values_videos, gazing_ratio=0.1, **self.gaze_kwargs)
+        gaze = self.selector.generate(pixel_values_videos, clip_ratio=0.25, **self.gaze_kwargs)
         features = self.tower(encoder_pixel_values, gaze).split()
         logits = self.head(torch.stack([feature.mean(0) for feature in features]))
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
@@ -59,7 +58,8 @@ def main() -> None:
         videos = [(str(path), label) for label, folder in enumerate(classes) for path in sorted(folder.iterdir())]
         learning_rate, num_classes = 2e-5, len(classes)
     processor = AutoGazeProcessor(encoder_processor=image_processor)
-    tower = GazeVisionModel(vision_model, processor.match_encoder(vision_model.config).scales)
+    selector = transformers.AutoModel.from_pretrained(DEFAULT_SELECTOR)
+    tower = GazeVisionModel(vision_model, processor.match_encoder(vision_model.config, selector.config.grid).scales)
 
     def collate(examples: list[tuple]) -> dict[str, torch.Tensor]:
         clips, labels = zip(*examples, strict=True)
@@ -69,7 +69,7 @@ def main() -> None:
     arguments = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": learning_rate}
     arguments = {**arguments, "remove_unused_columns": False, "report_to": "none", "logging_steps": 1}
     arguments = transformers.TrainingArguments(options.output, **arguments)
-    model = GazedClassifier(tower, num_classes, processor.gaze_kwargs)
+    model = GazedClassifier(tower, selector, num_classes, processor.gaze_kwargs)
     transformers.Trainer(model, arguments, train_dataset=videos, data_collator=collate).train()
     tower.vision_model.save_pretrained(options.output)
 

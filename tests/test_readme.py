@@ -29,7 +29,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     SiglipImageProcessor().save_pretrained(encoder)
     names: dict[str, object] = {}
     for block in blocks:
-        # The two on gazes for others go on with the model of their own sizes, not with the small published one.
+        # The two on AutoGaze's streams and other encoders go on with the model of their own sizes, not the small published one.
         if "GazeCache" in block:
             names["model"], names["processor"] = names["own_model"], names["own_processor"]
         block = block.replace("google/siglip2-base-patch16-224", str(encoder))
@@ -38,4 +38,4 @@ def test_the_examples_run(tmp_path, monkeypatch):
             names["own_model"], names["own_processor"] = names["model"], names["processor"]
     assert names["cache"].num_frames == 16
     assert names["patches"].shape[2:] == (3, 14, 14)
-    assert names["features"].last_hidden_state.shape == (16 * 26, 16)
+    assert names["features"].last_hidden_state.shape == (16 * 196 // 8, 16)

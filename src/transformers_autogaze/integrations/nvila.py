@@ -68,7 +68,7 @@ def attach(processor: Any, gaze_model: GazeSelector) -> None:
     ... }
     >>> info = processor._get_gazing_info_from_videos(videos_inputs)
     >>> info["gazing_pos_tiles"][0].shape, info["num_gazing_each_frame_tiles"][0].tolist()
-    (torch.Size([3, 272]), [[212, 60], [212, 60], [212, 60]])
+    (torch.Size([3, 275]), [[212, 63], [212, 63], [212, 63]])
     >>> info["gazing_pos_thumbnails"][0].shape
     torch.Size([1, 1060])
 
