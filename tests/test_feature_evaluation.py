@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from transformers import AutoModel, BertConfig, BertModel, Dinov2Config, SiglipVisionConfig, VideoMAEConfig
 
-from transformers_autogaze import AutoGazeVideoProcessor, GazeGrid, GazeOutput, write_video
+from transformers_autogaze import (
+    AutoGazeVideoProcessor,
+    FeatureGazeConfig,
+    FeatureGazeModel,
+    GazeGrid,
+    GazeOutput,
+    write_video,
+)
 from transformers_autogaze.cli import main
 from transformers_autogaze.evaluation.encoder_selector import EncoderClipSelector
 from transformers_autogaze.evaluation.feature_clips import FeatureClip, encoder_normalization, read_clips
@@ -403,6 +410,28 @@ def test_the_command_measures_a_model_beside_the_rules(encoder, clip, tiny, tmp_
     ways = {tuple(row[2:4]) for row in results["rows"]}
     assert {("model", EVENLY), ("model", OVER_TIME), ("greedy-finest", OVER_TIME), ("evs", OVER_TIME)} <= ways
     assert not {way for way, _ in ways} & {"autogaze", "greedy", "encoder"}  # their scales need 14 patches a side
+
+
+def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_knows(encoder, clip, tmp_path):
+    sizes = {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "feature_size": 6}
+    arguments = ["--num-frames", "4", "--device", "cpu", "--budget", "1/4", "--attention", "frame"]
+    for factors, expected in (([1], {"model"}), ([1 / 7, 2 / 7, 1 / 2, 1], {"model", "model-scales"})):
+        folder = tmp_path / f"{len(factors)}"
+        FeatureGazeModel(FeatureGazeConfig(scale_factors=factors, **sizes)).save_pretrained(folder)
+        command = [
+            "evaluate",
+            "--encoder",
+            str(encoder),
+            str(folder),
+            str(clip),
+            "-o",
+            str(tmp_path / f"{folder}-out"),
+        ]
+        selectors = ["--selector", "model", "model-scales", "--sampling", "spread"]
+        assert main([*command, *arguments, *selectors]) == 0
+        rows = json.loads((tmp_path / f"{folder}-out" / "results.json").read_text())["rows"]
+        assert {tuple(row[2:4]) for row in rows} == {(name, way) for name in expected for way in (EVENLY, OVER_TIME)}
+        assert all(row[6] == 4 * 196 // 4 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,8 @@ class FeatureGazeBlock(nn.Module):
             return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
         # In parts that stay in a processor's cache; new memory for all at once takes longer than the arithmetic.
         total = hidden.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        parts = (tensor.view(-1, tensor.shape[-1]).split(_PART) for tensor in (total, update.contiguous()))
+        count = -(-total[..., 0].numel() // _PART)
+        parts = (tensor.view(-1, tensor.shape[-1]).chunk(count) for tensor in (total, update.contiguous()))
         for sums, part in zip(*parts, strict=True):
             sums.addmm_(F.gelu(self.up(part)), self.down.weight.t())
         return total.permute(0, 3, 1, 2)
