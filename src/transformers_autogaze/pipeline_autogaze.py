@@ -104,7 +104,7 @@ class VideoTokenPruningPipeline(Pipeline):
     >>> prune = pipeline("video-token-pruning", device="cpu")
     >>> result = prune(np.zeros((8, 64, 96, 3), dtype=np.uint8), gazing_ratio=0.1)
     >>> result["statistics"]["num_patches"], sorted(result["records"][0])
-    (208, ['box', 'frame', 'id', 'order', 'scale'])
+    (152, ['box', 'frame', 'id', 'order', 'scale'])
 
     ```
     """
