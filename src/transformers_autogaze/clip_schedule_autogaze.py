@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 
 _WINDOW = 64  # frames that are scheduled together; what they end with goes on into the next ones
@@ -18,10 +19,10 @@ _VALUES = 2**24  # of the patches that are compared at a time, in float64
 
 
 class _Window(NamedTuple):
-    """Some consecutive frames: their patches, `(batch, places, frames, values)`, and errors between them."""
+    """Some consecutive frames: their patches, `(batch, places, frames, values)`, and what it costs to show one in others."""
 
     patches: torch.Tensor
-    errors: torch.Tensor  # (batch, places, frames, frames): of a later frame where an earlier one is shown
+    costs: torch.Tensor  # (batch, places, frames, frames + 1); see `_sum_errors`
 
 
 class ClipSchedule:
@@ -57,7 +58,9 @@ class ClipSchedule:
         self.windows = []
         for first in range(0, len(patches), _WINDOW):
             window = torch.stack(patches[first : first + _WINDOW], dim=2)
-            self.windows.append(_Window(window, self._compare(window, window)))
+            start = torch.arange(window.shape[2], device=window.device)
+            self.windows.append(_Window(window, _sum_errors(self._compare(window, window), start)))
+        self._first_costs = self._costs(self.windows[0], shown, extra)
 
     def gains(self, price: torch.Tensor) -> torch.Tensor:
         """
@@ -73,47 +76,62 @@ class ClipSchedule:
         """
         price = torch.where(price > 0, price, -1)  # For nothing at all, what takes away nothing is kept as well.
         shown, extra, gains = self.shown, self.extra, []
-        for window in self.windows:
-            before = self._compare(shown[:, :, None], window.patches) + extra[:, :, None, None]
-            # Row 0 is what lies there before, row i what frame i - 1 shows; a row holds the errors of the frames that follow.
-            errors = torch.cat([before, window.errors], dim=2)
-            of_window, last = _shortest_path(errors, price[:, None])
+        for number, window in enumerate(self.windows):
+            costs = self._costs(window, shown, extra) if number else self._first_costs
+            of_window, last = _shortest_path(costs, price[:, None])
             gains.append(of_window.transpose(1, 2))
+            if number == len(self.windows) - 1:
+                break
             is_kept = last > 0
             index = (last - 1).clamp(min=0)[:, :, None, None].expand(-1, -1, 1, shown.shape[2])
             shown = torch.where(is_kept[..., None], window.patches.gather(2, index)[:, :, 0], shown)
             extra = extra.masked_fill(is_kept, 0)
         return torch.cat(gains, dim=1)
 
+    def _costs(self, window: _Window, shown: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+        """Puts before a window's costs those of what lies there before: `(batch, places, 1 + frames, frames + 1)`."""
+        before = self._compare(shown[:, :, None], window.patches) + extra[:, :, None, None]
+        return torch.cat(
+            [_sum_errors(before, torch.zeros(1, dtype=torch.long, device=before.device)), window.costs], dim=2
+        )
+
     def _compare(self, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Gives squared errors between patches `(batch, places, frames, values)`, in units: `(.., sources, targets)`."""
         step = max(1, _VALUES // targets[:, 0].numel())
         parts = []
         for first in range(0, targets.shape[1], step):
-            source, target = (of_all[:, first : first + step].double() for of_all in (sources, targets))
-            # Around their mean, so that large equal parts cost no digits.
-            mean = target.mean(2, keepdim=True)
-            source, target = source - mean, target - mean
-            lengths = source.square().sum(-1)[..., None] + target.square().sum(-1)[..., None, :]
-            parts.append((lengths - 2 * source @ target.transpose(2, 3)).clamp_(min=0))
-        return torch.cat(parts, dim=1).div_(self.unit).round_()
+            target = targets[:, first : first + step].double()
+            source = target if sources is targets else sources[:, first : first + step].double()
+            # In float64, equal lengths cost no digits that count.
+            lengths = (
+                torch.linalg.vecdot(source, source)[..., None] + torch.linalg.vecdot(target, target)[..., None, :]
+            )
+            parts.append(torch.baddbmm(lengths.flatten(0, 1), source.flatten(0, 1), target.flatten(0, 1).mT, alpha=-2))
+        errors = torch.cat([part.view(len(targets), -1, *part.shape[1:]) for part in parts], dim=1)
+        return errors.clamp_(min=0).div_(self.unit).round_()
 
 
-def _shortest_path(errors: torch.Tensor, price: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sum_errors(errors: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """
+    Sums errors `(.., rows, frames)` over the frames before each, from the one on in which a row is kept.
+
+    Gives `(.., rows, frames + 1)`; before a row's start it is negative, and not used.
+    """
+    cost = F.pad(errors.cumsum(-1), (1, 0))
+    return cost - cost.gather(-1, start[:, None].expand(*cost.shape[:-1], 1))
+
+
+def _shortest_path(cost: torch.Tensor, price: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Finds the cheapest schedule of every place.
 
-    Takes errors `(batch, places, 1 + frames, frames)`, whose row 0 is shown first, and prices `(batch, 1)`. Gives gains of kept
-    tokens `(batch, places, frames)`, `-inf` for others, and the row that is shown last `(batch, places)`.
+    Takes costs `(batch, places, 1 + frames, frames + 1)`, whose row 0 is shown first and row i is frame i - 1, and prices
+    `(batch, 1)`. Gives gains of kept tokens `(batch, places, frames)`, `-inf` for others, and the row that is shown last,
+    `(batch, places)`.
     """
-    num_frames = errors.shape[3]
-    # cost[.., i, e]: what row i leaves in the frames before e, from the frame on in which it is kept.
-    cost = torch.cat([errors.new_zeros(*errors.shape[:3], 1), errors.tril(num_frames).cumsum(3)], dim=3)
-    row = torch.arange(num_frames + 1, device=errors.device)
-    starts = (row - 1).clamp(min=0)
-    cost = cost - cost.gather(3, starts[:, None].expand(*cost.shape[:3], 1))
-    total = errors.new_zeros(*errors.shape[:2], num_frames + 1)
-    previous = torch.zeros(total.shape, dtype=torch.long, device=errors.device)
+    num_frames = cost.shape[3] - 1
+    total = cost.new_zeros(*cost.shape[:2], num_frames + 1)
+    previous = torch.zeros(total.shape, dtype=torch.long, device=cost.device)
     for number in range(1, num_frames + 1):
         least, previous[..., number] = (total[..., :number] + cost[..., :number, number - 1]).min(-1)
         total[..., number] = least + price
