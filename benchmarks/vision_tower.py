@@ -3,8 +3,9 @@ How much faster is a vision tower that sees the gazed patches only, and what is 
 
 Runs a `SiglipVisionModel` of the base size (12 layers, 768 channels, patch 16) on 16 frames of 224x224: dense, gazed at
 213 patches (198 of the 265 of the first frame, then one a frame) and at other shares of the patches, and together
-with a selector, all in turn. Random weights and frames cost what trained weights and real frames do where the number of
-patches is given. Then clips of several lengths (`--lengths`) that keep a twelfth of the finest patches, the first frame
+with a selector, all in turn; last, a twelfth of the finest patches as greedy search chooses them over time, attention to the
+canvas. Random weights and frames cost what trained weights and real frames do where the number of patches is given; over
+time, the drawn clip of the demo is searched. Then clips of several lengths (`--lengths`) that keep a twelfth of the finest patches, the first frame
 whole and the rest spread over the later frames: attention to the canvas against that to all earlier frames. Prints tables
 and writes JSON.
 
@@ -22,7 +23,16 @@ import torch
 from measurement import DTYPES, machine, now
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeGrid, GazeOutput, GreedyGazeSelector
+from transformers_autogaze import (
+    AutoGazeConfig,
+    AutoGazeModel,
+    AutoGazeVideoProcessor,
+    GazeGrid,
+    GazeOutput,
+    GreedyGazeConfig,
+    GreedyGazeSelector,
+)
+from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.grid_autogaze import PUBLISHED_GRID
 from transformers_autogaze.integrations import GazeVisionModel
 
@@ -71,6 +81,18 @@ def main() -> None:
                 lambda ratio=ratio, selector=selector: gazed(clip, selector.generate(clip, gazing_ratio=ratio)),
                 int(gaze.num_real),
             )
+
+    finest, own_scale = GreedyGazeSelector(GreedyGazeConfig(scales=[224])).to(options.device), GazeVisionModel(tower)
+    drawn = AutoGazeVideoProcessor()(list(render_demo_clip(FRAMES, 224, 224)), return_tensors="pt")[
+        "pixel_values_videos"
+    ]
+    drawn, over_time = drawn.to(**place), FRAMES * 196 // 12
+    gaze = finest.generate(drawn, tokens_per_clip=over_time)
+    cases["canvas, 1/12 over time"] = (lambda: own_scale(drawn, gaze), over_time)
+    cases["greedy over time and canvas, 1/12"] = (
+        lambda: own_scale(drawn, finest.generate(drawn, tokens_per_clip=over_time)),
+        over_time,
+    )
 
     seconds = run_in_turn({name: case for name, (case, _) in cases.items()}, options.runs, options.device)
     dense = statistics.median(seconds["dense"])

@@ -6,8 +6,9 @@ from conftest import FIXTURES
 from transformers import AutoConfig
 
 import transformers_autogaze
-from transformers_autogaze import AutoGazeConfig
+from transformers_autogaze import AutoGazeConfig, GreedyGazeConfig
 from transformers_autogaze.configuration_autogaze import CODE_FILES
+from transformers_autogaze.reconstruction.video_mae import GazeVideoMAEConfig
 
 
 def test_the_published_layout_is_read():
@@ -71,3 +72,17 @@ def test_an_installed_package_needs_no_remote_pipeline():
 def test_bad_parts_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         AutoGazeConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (AutoGazeConfig, {"scales": [32, 64], "image_size": 64}),
+        (GreedyGazeConfig, {"scales": [16, 32, 64]}),
+        (GreedyGazeConfig, {"clip_ratio": 0.5}),
+        (GazeVideoMAEConfig, {"hidden_size": 32}),
+    ],
+)
+def test_configurations_are_equal_when_they_say_the_same(kind, change):
+    assert kind() == kind() and kind(**change) == kind(**change)
+    assert kind() != kind(**change) and kind() != object()

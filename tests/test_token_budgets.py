@@ -1,5 +1,7 @@
 """Budgets over time: tokens of a clip, or of a second of a stream, go where they gain most."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers_autogaze import (
     gaze_video,
     stream_gaze,
 )
+from transformers_autogaze.clip_schedule_autogaze import ClipSchedule
 from transformers_autogaze.token_budgets_autogaze import RateControl, StreamBudget
 
 
@@ -54,23 +57,54 @@ def test_the_first_frame_and_a_cut_get_what_they_need_and_stillness_nothing(vide
     assert coarse.coverage(64, 64)[0, 0].all()  # no place of the first frame is left without a token
 
 
-def test_one_scale_keeps_just_what_differs_enough_from_what_was_kept(video):
-    """By hand: a place is kept when its squared error against the last frame that kept it reaches the marginal gain."""
-    selector = GreedyGazeSelector(ONE_SCALE)
-    gaze = selector.generate(video, tokens_per_clip=40)
-    pixels = selector.to_pixels(video)
-    patches = pixels.unflatten(4, (4, 16)).unflatten(3, (4, 16)).permute(0, 1, 3, 5, 2, 4, 6).reshape(2, 6, 16, -1)
-    mask = gaze.gazing_mask[0]
-    for clip in range(2):
-        assert mask[clip, 0].all()
-        shown, kept, dropped = patches[clip, 0].clone(), [], []
-        for t in range(1, 6):
-            errors = (patches[clip, t].double() - shown.double()).square().sum(1)
-            kept += errors[mask[clip, t]].tolist()
-            dropped += errors[~mask[clip, t]].tolist()
-            shown[mask[clip, t]] = patches[clip, t][mask[clip, t]]
-        # What was left out of the last pass for want of tokens gained little more than the least that was kept.
-        assert min(kept) * 1.2 >= max(dropped)
+def schedule_of(places: torch.Tensor, extra: float = 0.0) -> ClipSchedule:
+    """Schedules places `(places, 1 + frames, values)`, the first of which lies there before."""
+    shown, *frames = places.unbind(1)
+    extra = torch.full((1, len(places)), extra, dtype=torch.float64)
+    return ClipSchedule([frame[None] for frame in frames], shown[None], extra, unit=2.0**-28)
+
+
+@pytest.mark.parametrize("extra", [0.0, 5.0 * 2**28])
+@pytest.mark.parametrize("price", [0.1, 0.7, 3.0])
+def test_a_schedule_is_the_cheapest_of_all(price, extra):
+    places = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(3)).cumsum(1) * 0.5
+    gains = schedule_of(places, extra).gains(torch.tensor([price * 2.0**28], dtype=torch.float64))[0]
+    assert gains.shape == (7, 6)
+
+    def error_of(place: torch.Tensor, kept: tuple[bool, ...]) -> float:
+        shown, error, empty = place[0], 0.0, extra / 2**28
+        for frame, is_kept in zip(place[1:], kept, strict=True):
+            shown, empty = (frame, 0.0) if is_kept else (shown, empty)
+            error += float((frame - shown).square().sum()) + empty
+        return error
+
+    for place, found in zip(places.double(), gains.T, strict=True):
+        kept = tuple((found > -torch.inf).tolist())
+        costs = {way: error_of(place, way) + price * sum(way) for way in product([False, True], repeat=7)}
+        assert costs[kept] == pytest.approx(min(costs.values()), abs=1e-6)
+        for frame in (frame for frame in range(7) if kept[frame]):
+            without = (*kept[:frame], False, *kept[frame + 1 :])
+            gain = float(found[frame]) / 2**28
+            assert gain == pytest.approx(error_of(place, without) - error_of(place, kept), abs=1e-6) and gain >= price
+
+
+def test_a_long_clip_is_scheduled_in_windows_that_go_on_with_each_other(monkeypatch):
+    """What the last window kept still lies there in the next one."""
+    places = torch.zeros(1, 10, 1)
+    places[:, 3:] = 1.0  # changes in the third frame, for good
+    price = torch.tensor([0.5 * 2.0**28], dtype=torch.float64)
+    whole = schedule_of(places).gains(price) > -torch.inf
+    monkeypatch.setattr("transformers_autogaze.clip_schedule_autogaze._WINDOW", 2)
+    in_windows = schedule_of(places).gains(price) > -torch.inf
+    assert whole[0, :, 0].nonzero().tolist() == [[2]] and torch.equal(whole, in_windows)
+
+
+def test_a_change_that_lasts_is_worth_more_than_one_that_is_gone_again():
+    frames = torch.zeros(1, 8, 3, 32, 32)
+    frames[:, 2:, :, :16, :16] = 0.8  # a place changes a little, and stays so
+    frames[:, 4, :, 16:, 16:] = 1.5  # another one a lot, for one frame
+    gaze = GreedyGazeSelector(GreedyGazeConfig(scales=[32])).generate(frames, tokens_per_clip=5)
+    assert gaze.gazing_mask[0][0].nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [2, 0]]
 
 
 def test_more_of_a_frame_is_spent_where_more_changes(selector, video):
@@ -96,8 +130,7 @@ def test_a_threshold_ends_frames_before_the_budget_does(video):
 def test_frames_of_a_tubelet_are_kept_together(selector, video):
     gaze = selector.generate(video, clip_ratio=0.5, tubelet_size=2)
     assert gaze.num_frames == 3 and gaze.frame_sampling_rate == 2 and gaze.num_real.tolist() == [24, 24]
-    # The pair over the cut changes in its second frame alone, the last pair in both: it gains more.
-    assert gaze.num_real_each_frame[0, 2] > gaze.num_real_each_frame[0, 1]
+    # The pair over the cut differs from the first in its second frame, and from the last in its first.
     assert (selector.generate(video, clip_ratio=0.9, tubelet_size=2).num_real_each_frame > 0).all()
     even = selector.generate(video, gazing_ratio=0.25, tubelet_size=2)
     assert (even.num_real_each_frame == selector.config.grid.num_patches // 4).all()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .cells_autogaze import CellTables, PatchSearch
 from .cells_autogaze import layer_of_patch as find_layers
+from .clip_schedule_autogaze import ClipSchedule
 from .grid_autogaze import GazeGrid
 from .token_budgets_autogaze import RateControl
 
@@ -179,9 +180,11 @@ class CanvasSearch:
         """
         Spends the tokens of whole clips where they gain most.
 
-        One marginal gain holds for a clip: every frame keeps, one by one, the patch that gains most, as long as each
-        gains at least that much. Passes over the clip find the marginal gain that the tokens buy; the few patches that
-        the last pass chose too many, those of least gain, are left out.
+        One marginal gain holds for a clip. With a single scale, a place is kept when the error that this takes away, from
+        its frame and those that follow until it is kept again, is at least that much, as a [`ClipSchedule`] has it. With
+        several scales, or a threshold, every frame keeps, one by one, the patch that gains most in it, as long as each gains at
+        least that much. Passes over the clip find the marginal gain that the tokens buy; the few patches that the last pass
+        chose too many, those of least gain, are left out.
 
         Args:
             frames (`torch.FloatTensor` of shape `(batch, frames, ..)`): clips as `_render` takes them.
@@ -256,10 +259,17 @@ class CanvasSearch:
         count_low, count_high, is_done = torch.zeros_like(low), torch.zeros_like(low), low > 0
         wanted = num_tokens.double().cpu()
         guess = self._guess_marginal_gain(frames, num_tokens).log2().cpu()
+        is_scheduled = len(self.grid.grids) == 1 and max_error is None
+        schedule = self._schedule(frames, canvas) if is_scheduled else None
         for number in range(_MAX_PASSES + 1):
             if number == _MAX_PASSES:
                 guess = low  # of a clip in which too little changes, all patches
-            choices = self._pass(frames, guess.exp2().to(frames.device), max_error, canvas)
+            min_gain = guess.exp2().to(frames.device)
+            if schedule is None:
+                choices = self._pass(frames, min_gain, max_error, canvas)
+            else:
+                gains = schedule.gains(min_gain)
+                choices = _Choices(gains, gains.argsort(dim=2, descending=True, stable=True).argsort(dim=2))
             count = choices.count().double().cpu()
             enough = (count >= wanted) | (number == _MAX_PASSES)
             # A clip that is done stays as it is, whatever others of its batch still need.
@@ -276,6 +286,19 @@ class CanvasSearch:
                 break
             guess = _next_guess(low, high, count_low, count_high, wanted)
         return best
+
+    def _schedule(self, frames: torch.Tensor, canvas: Canvas) -> ClipSchedule:
+        """Compares what all frames show at each place, at the finest scale."""
+        layers = [self._render(frame)[-1] for frame in frames.unbind(1)]
+        extra = canvas.is_empty.flatten(1) * self._empty_cell_error(layers[0], self.empty_error)
+        return ClipSchedule([self._places(layer) for layer in layers], self._places(canvas.image), extra, ERROR_UNIT)
+
+    def _places(self, image: torch.Tensor) -> torch.Tensor:
+        """Cuts an image `(batch, channels, height, width)` into the places of the finest scale: `(batch, places, values)`."""
+        rows, cols = self.grid.grids[-1]
+        return (
+            image.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        )
 
     def _guess_marginal_gain(self, frames: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
         """Guesses from what changes between neighbouring frames, at the finest scale; `(batch,)`, in error units."""
@@ -295,8 +318,6 @@ class CanvasSearch:
         self, frames: torch.Tensor, min_gain: torch.Tensor, max_error: torch.Tensor | None, canvas: Canvas
     ) -> _Choices:
         """Lets every frame keep what gains at least `min_gain`, `(batch,)` in error units."""
-        if len(self.grid.grids) == 1 and max_error is None:
-            return self._pass_one_scale(frames, min_gain, canvas)
         shape = (*frames.shape[:2], self.grid.num_patches)
         all_gains = torch.full(shape, -math.inf, dtype=torch.float64, device=frames.device)
         order = torch.zeros(shape, dtype=torch.long, device=frames.device)
@@ -312,19 +333,6 @@ class CanvasSearch:
             order[:, t].scatter_(1, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
             canvas = self._lay_chosen(canvas, layers, ids.where(is_kept, -1))
         return _Choices(all_gains, order)
-
-    def _pass_one_scale(self, frames: torch.Tensor, min_gain: torch.Tensor, canvas: Canvas) -> _Choices:
-        """Does what `_pass` does where no patch overlaps another: what a patch gains is the error at its place."""
-        gains = []
-        for t in range(frames.shape[1]):
-            layers = self._render(frames[:, t].contiguous())
-            errors = self._errors_on(canvas, layers)[:, 0]
-            is_kept = errors >= min_gain[:, None, None]
-            gains.append(errors.masked_fill(~is_kept, -math.inf).flatten(1))
-            image = self._lay(canvas.image, layers, [is_kept.flatten(1)])
-            canvas = Canvas(image, canvas.is_empty & ~is_kept)
-        gains = torch.stack(gains, dim=1)
-        return _Choices(gains, gains.argsort(dim=2, descending=True, stable=True).argsort(dim=2))
 
     def _keep_best(self, choices: _Choices, num_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps of what each clip chose the `num_tokens` of most gain; gives ids in order of choice, and counts."""

@@ -51,6 +51,7 @@ _ON_FEATURES = {
     "budget": list(BUDGETS),
     "attention": list(ATTENTIONS),
     "selector": list(LABELS),
+    "dtype": "float32",
 }
 """Options of one of the two evaluations alone, with their defaults."""
 
@@ -123,6 +124,9 @@ def _add_feature_options(group: Any) -> None:
     )
     group.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="attentions of the encoder (default: all)")
     group.add_argument("--selector", nargs="+", choices=LABELS, help="what to measure (default: all)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="precision that the encoder computes in (default: float32)"
+    )
 
 
 def _budget(text: str) -> float:
@@ -191,7 +195,7 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     taken = {"num_frames": options.num_frames, "max_clips": options.max_clips}
     check_matplotlib()
     num_clips = count_clips(videos, options.sampling, **taken)
-    tower, processor = _load_encoder(options.encoder)
+    tower, processor = _load_encoder(options.encoder, getattr(torch, options.dtype))
     grid = finest_grid(tower, options.size)
     size, _ = grid.sizes[-1]
     settings = {
@@ -202,6 +206,7 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
         "frames_of_a_clip": options.num_frames,
         "clips_of_a_video": options.max_clips,
         "device": options.device,
+        "dtype": options.dtype,
         "threads": torch.get_num_threads(),
     }
     results = FeatureResults(options.output / "results.json", settings)
@@ -229,10 +234,10 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     print("written: " + ", ".join(map(str, written)))
 
 
-def _load_encoder(folder: str) -> tuple[torch.nn.Module, AutoGazeVideoProcessor]:
+def _load_encoder(folder: str, dtype: torch.dtype) -> tuple[torch.nn.Module, AutoGazeVideoProcessor]:
     """Loads an encoder and what normalises its frames."""
     try:
-        tower = GazeVisionModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        tower = GazeVisionModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     except OSError as error:
         raise ValueError(f"`--encoder` must be a model's folder or Hub repository, got {folder!r}: {error}") from error
     return tower.vision_model, encoder_normalization(folder, tower.config.model_type)

@@ -27,6 +27,7 @@ CODE_FILES = tuple(
         "canvas_search",
         "canvas_selection",
         "cells",
+        "clip_schedule",
         "composite",
         "configuration",
         "cuda_graphs",
@@ -55,6 +56,11 @@ CODE_FILES = tuple(
 _PIPELINE = {"impl": "pipeline_autogaze.VideoTokenPruningPipeline", "pt": ["AutoModel"], "type": "multimodal"}
 
 
+def have_equal_content(config: PreTrainedConfig, other: object) -> bool:
+    """Compares configurations by what they say. Newer releases of the library make classes that compare no fields of ours."""
+    return type(config) is type(other) and config.to_dict() == other.to_dict()
+
+
 class GazeSelectorConfig(PreTrainedConfig):
     """
     What the configurations of all selectors have in common: the patches, and checkpoints that carry their own code.
@@ -71,6 +77,8 @@ class GazeSelectorConfig(PreTrainedConfig):
     Raises:
         ValueError: if a scale, the factor or a standard deviation is out of range.
     """
+
+    __eq__ = have_equal_content
 
     def __init__(
         self,
@@ -156,6 +164,7 @@ class AutoGazeVisionConfig(PreTrainedConfig):
 
     model_type = "autogaze_vision"
     base_config_key = "vision_config"
+    __eq__ = have_equal_content
 
     def __init__(
         self,
@@ -210,6 +219,7 @@ class AutoGazeDecoderConfig(LlamaConfig):
 
     model_type = "autogaze_decoder"
     base_config_key = "decoder_config"
+    __eq__ = have_equal_content
 
     def __init__(self, num_multi_token_pred: int = 10, **kwargs):
         if not isinstance(num_multi_token_pred, int) or num_multi_token_pred < 1:
@@ -299,6 +309,7 @@ class AutoGazeConfig(GazeSelectorConfig):
 
     model_type = "autogaze"
     sub_configs = {"vision_config": AutoGazeVisionConfig, "decoder_config": AutoGazeDecoderConfig}
+    __eq__ = have_equal_content
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from .canvas_search_autogaze import Canvas, FrameSearchOutput
 from .canvas_selection_autogaze import CanvasGazeCache, CanvasGazeSelector
 from .cells_autogaze import CellTables  # noqa: F401
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
-from .configuration_autogaze import GazeSelectorConfig
+from .configuration_autogaze import GazeSelectorConfig, have_equal_content
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401 (see modeling_autogaze)
 from .grid_autogaze import GazeGrid
@@ -50,6 +50,7 @@ class GreedyGazeConfig(GazeSelectorConfig):
     num_channels = 3
     frame_sampling_rate = 1
     max_num_frames = None  # A stream of any length is one clip.
+    __eq__ = have_equal_content
 
     def __init__(
         self,

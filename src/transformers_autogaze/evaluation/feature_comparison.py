@@ -206,7 +206,8 @@ class FeatureComparison:
 
     def _encode(self, clip: EncodedClip, gaze: GazeOutput, attention: str) -> torch.Tensor:
         tower = self._towers[gaze.grid]
-        return tower(clip.encoder_values[None], gaze, attention=attention).last_hidden_state
+        features = tower(clip.encoder_values[None], gaze, attention=attention).last_hidden_state
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def finest_grid(tower: nn.Module, size: int | None = None) -> GazeGrid:

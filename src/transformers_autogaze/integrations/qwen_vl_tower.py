@@ -118,6 +118,7 @@ def _plan(places: UnitPlaces, window: list[torch.Tensor], attention: str, patche
         plan.first_key * patches_of_unit,
         plan.end_key * patches_of_unit,
         key_index=None if plan.key_index is None else (plan.key_index[:, None] * patches_of_unit + inside).flatten(),
+        group=plan.group,
     )
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import eager_attention_forward
 
 from ..composite_autogaze import ReconstructionOutput, check_reconstruction_inputs
+from ..configuration_autogaze import have_equal_content
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from .losses import L1Loss
@@ -57,6 +58,7 @@ class GazeVideoMAEConfig(PreTrainedConfig):
     """
 
     model_type = "autogaze_video_mae"
+    __eq__ = have_equal_content
 
     def __init__(
         self,
