@@ -1,0 +1,317 @@
+"""
+A small convolutional network that foresees what an encoder would make of every place of a frame, and its configuration.
+
+This module owns the network: frames in, a short vector for every place and scale out. What vectors are good for is the
+matter of `feature_gaze_autogaze`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .configuration_autogaze import GazeSelectorConfig
+from .grid_autogaze import GazeGrid
+
+
+STRIDE = 16
+"""Height and width in pixels of what the network makes one place of."""
+_STEM = 4  # stride of the first stage
+_KERNEL = 7
+_STRIP_PLACES = 2**14  # that the early stages see at once; more of them go through in strips
+
+
+class FeatureGazeConfig(GazeSelectorConfig):
+    """
+    Configuration of a [`FeatureGazeModel`].
+
+    Args:
+        scales (`Sequence[int | tuple[int, int]]`, *optional*, defaults to `[224]`):
+            Sizes in pixels at which patches are chosen, coarse to fine; each must be one of `scale_factors` of the last.
+        patch_size (`int`, *optional*, defaults to 16):
+            Height and width of a patch in pixels, at every scale.
+        scale_factors (`Sequence[float]`, *optional*, defaults to `[1]`):
+            Sizes of the scales that the network knows, relative to the finest, coarse to fine; the last is 1.
+        hidden_sizes (`Sequence[int]`, *optional*, defaults to `[48, 96, 224]`):
+            Channels of the network at a quarter, an eighth and a sixteenth of the frame's size.
+        depths (`Sequence[int]`, *optional*, defaults to `[1, 2, 6]`): blocks there.
+        feature_size (`int`, *optional*, defaults to 96): numbers in the vector of a place.
+        feature_variance (`float`, *optional*, defaults to 1.0):
+            Mean squared length of the vectors that the finest scale was taught, whose mean is 0.
+        unexplained_variance (`float`, *optional*, defaults to 0.0):
+            Share of it that the network cannot foresee, 0..1. A place where nothing was ever kept loses this as well as
+            the length of its vector.
+        loss_knots (`Sequence[tuple[float, float]]`, *optional*, defaults to `[(0, 0), (1, 1)]`):
+            Pairs of predicted and measured loss, both ascending, between which `task_loss_requirement` is read linearly.
+        clip_ratio (`float`, *optional*, defaults to 0.25):
+            Share of a dense encoder's tokens to keep in a clip where `generate` is given neither a budget nor a threshold;
+            with `None`, the two below decide.
+        gazing_ratio (`float`, *optional*, defaults to 1.0): share of patches to keep of a frame at most then.
+        task_loss_requirement (`float`, *optional*, defaults to 0.1): share of the variance that a frame may lose then.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of new weights.
+        kwargs: further arguments of [`GazeSelectorConfig`], such as `image_mean` and `image_std`.
+
+    Raises:
+        ValueError: if a number is out of range, or a scale is none of `scale_factors`.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import FeatureGazeConfig
+
+    >>> FeatureGazeConfig(scales=[112, 224], scale_factors=[0.25, 0.5, 1]).grid.grids
+    ((7, 7), (14, 14))
+
+    ```
+    """
+
+    model_type = "autogaze_features"
+    num_channels = 3
+    frame_sampling_rate = 1
+    max_num_frames = None  # A stream of any length is one clip.
+
+    def __init__(
+        self,
+        scales: Sequence[int | tuple[int, int]] = (224,),
+        patch_size: int = 16,
+        scale_factors: Sequence[float] = (1.0,),
+        hidden_sizes: Sequence[int] = (48, 96, 224),
+        depths: Sequence[int] = (1, 2, 6),
+        feature_size: int = 96,
+        feature_variance: float = 1.0,
+        unexplained_variance: float = 0.0,
+        loss_knots: Sequence[Sequence[float]] = ((0.0, 0.0), (1.0, 1.0)),
+        clip_ratio: float | None = 0.25,
+        gazing_ratio: float = 1.0,
+        task_loss_requirement: float = 0.1,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        for name, sizes in {"hidden_sizes": hidden_sizes, "depths": depths}.items():
+            if len(sizes) != 3 or any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ValueError(f"`{name}` must be three positive whole numbers, one per stage, got {list(sizes)}")
+        if not isinstance(feature_size, int) or feature_size < 1:
+            raise ValueError(f"`feature_size` must be a positive whole number, got {feature_size!r}")
+        factors = [float(factor) for factor in scale_factors]
+        if not factors or factors[0] <= 0 or factors[-1] != 1 or factors != sorted(set(factors)):
+            raise ValueError(f"`scale_factors` must ascend from above 0 to 1, got {list(scale_factors)}")
+        if not 0 < feature_variance < math.inf:
+            raise ValueError(f"`feature_variance` must be a number above 0, got {feature_variance}")
+        for name, share in {
+            "unexplained_variance": unexplained_variance,
+            "gazing_ratio": gazing_ratio,
+            "task_loss_requirement": task_loss_requirement,
+        }.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"`{name}` must lie in 0..1, got {share}")
+        if clip_ratio is not None and not 0 < clip_ratio <= 1:
+            raise ValueError(f"`clip_ratio` must be above 0 and at most 1, got {clip_ratio}")
+        self.scale_factors = factors
+        self.hidden_sizes, self.depths = list(hidden_sizes), list(depths)
+        self.feature_size = feature_size
+        self.feature_variance = feature_variance
+        self.unexplained_variance = unexplained_variance
+        self.loss_knots = _checked_knots(loss_knots)
+        self.clip_ratio = clip_ratio
+        self.gazing_ratio = gazing_ratio
+        self.task_loss_requirement = task_loss_requirement
+        self.initializer_range = initializer_range
+        super().__init__(scales, patch_size, **kwargs)
+        self.known_scales(self.grid)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that frames are resized to."""
+        return self.grid.sizes[-1]
+
+    def known_scales(self, grid: GazeGrid) -> list[int]:
+        """
+        Finds the scales of a grid among those that the network knows.
+
+        Args:
+            grid ([`GazeGrid`]): any grid.
+
+        Returns:
+            `list[int]`: for each scale of it the index in `scale_factors`.
+
+        Raises:
+            ValueError: if it has another scale.
+        """
+        indices = []
+        for size in grid.sizes:
+            shares = [part / whole for part, whole in zip(size, grid.sizes[-1], strict=True)]
+            found = [
+                index
+                for index, factor in enumerate(self.scale_factors)
+                if all(math.isclose(share, factor, rel_tol=1e-3) for share in shares)
+            ]
+            if not found:
+                raise ValueError(
+                    f"`scales` must be {[round(factor, 4) for factor in self.scale_factors]} of the finest, which are the "
+                    f"`scale_factors` that this network was made for, got {size} with {grid.sizes[-1]}"
+                )
+            indices.append(found[0])
+        return indices
+
+
+def _checked_knots(knots: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Checks pairs of predicted and measured loss."""
+    pairs = [[float(value) for value in knot] for knot in knots]
+    ascends = all(low[0] < high[0] and low[1] < high[1] for low, high in zip(pairs, pairs[1:], strict=False))
+    if len(pairs) < 2 or any(len(pair) != 2 or min(pair) < 0 for pair in pairs) or not ascends:
+        raise ValueError(
+            "`loss_knots` must be two or more pairs of predicted and measured loss, at least 0 and ascending, got "
+            f"{[list(knot) for knot in knots]}"
+        )
+    return pairs
+
+
+class FeatureGazeBlock(nn.Module):
+    """A depthwise convolution and a perceptron at every place, added to what comes in."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(size, size, _KERNEL, padding=_KERNEL // 2, groups=size)
+        self.norm = nn.LayerNorm(size, eps=1e-6)
+        self.up = nn.Linear(size, 4 * size)
+        self.down = nn.Linear(4 * size, size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Takes and gives `(frames, channels, rows, columns)`, channels last in memory."""
+        update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
+        return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
+
+
+class FeatureGazeNorm(nn.LayerNorm):
+    """Normalises the channels of `(frames, channels, rows, columns)`."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FeatureGazeContext(nn.Module):
+    """Tells every place the mean over its frame."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(size, eps=1e-6)
+        self.project = nn.Linear(size, size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Takes and gives `(frames, channels, rows, columns)`."""
+        return hidden + self.project(self.norm(hidden.mean((2, 3))))[:, :, None, None]
+
+
+class FeatureGazeNetwork(PreTrainedModel):
+    """
+    Foresees the features that an encoder would give to every place of a frame, seen at every scale.
+
+    Stages of ConvNeXt-like blocks at a quarter, an eighth and a sixteenth of the frame's size; half way through the last, the
+    mean over the frame is added to every place. It is fully convolutional, so frames may have any size.
+
+    Args:
+        config ([`FeatureGazeConfig`]): sizes of the stages, of the vectors, and the scales.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import FeatureGazeConfig
+    >>> from transformers_autogaze.feature_network_autogaze import FeatureGazeNetwork
+
+    >>> network = FeatureGazeNetwork(FeatureGazeConfig(scale_factors=[0.5, 1], feature_size=8)).eval()
+    >>> network(torch.zeros(2, 3, 64, 96)).shape
+    torch.Size([2, 2, 8, 4, 6])
+
+    ```
+    """
+
+    config_class = FeatureGazeConfig
+    base_model_prefix = "network"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: FeatureGazeConfig):
+        super().__init__(config)
+        first, second, last = config.hidden_sizes
+        self.stem = nn.Sequential(nn.Conv2d(3, first, _STEM, _STEM), FeatureGazeNorm(first, eps=1e-6))
+        self.early = nn.Sequential(
+            *(FeatureGazeBlock(first) for _ in range(config.depths[0])),
+            FeatureGazeNorm(first, eps=1e-6),
+            nn.Conv2d(first, second, 2, 2),
+            *(FeatureGazeBlock(second) for _ in range(config.depths[1])),
+            FeatureGazeNorm(second, eps=1e-6),
+            nn.Conv2d(second, last, 2, 2),
+        )
+        blocks = [FeatureGazeBlock(last) for _ in range(config.depths[2])]
+        blocks.insert(len(blocks) // 2, FeatureGazeContext(last))
+        self.late = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(last, eps=1e-6)
+        self.head = nn.Linear(last, len(config.scale_factors) * config.feature_size)
+        # Rows of places by which a strip must overlap the next: as far as its blocks see.
+        reach = (_KERNEL // 2) * (_STEM * config.depths[0] + 2 * _STEM * config.depths[1])
+        self.overlap = -(-reach // STRIDE)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @staticmethod
+    def normalize(pixels: torch.Tensor) -> torch.Tensor:
+        """Turns pixels in 0..1, `(.., 3, height, width)`, into what `forward` takes: ImageNet's mean and deviation."""
+        mean, std = (
+            pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        return (pixels - mean) / std
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Looks at frames.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(frames, 3, 16 * rows, 16 * columns)`):
+                Frames as `normalize` gives them.
+
+        Returns:
+            `torch.FloatTensor` of shape `(frames, scales, feature_size, rows, columns)`: a vector for every place of the
+            finest scale, for every one of `config.scale_factors`.
+
+        Raises:
+            ValueError: if height or width is no multiple of 16.
+        """
+        rows, cols = (side // STRIDE for side in pixel_values.shape[-2:])
+        if (
+            pixel_values.ndim != 4
+            or tuple(pixel_values.shape[1:]) != (3, rows * STRIDE, cols * STRIDE)
+            or not rows * cols
+        ):
+            raise ValueError(
+                f"`pixel_values` must be of shape (frames, 3, {STRIDE} * rows, {STRIDE} * columns), got "
+                f"{tuple(pixel_values.shape)}"
+            )
+        pixel_values = pixel_values.to(memory_format=torch.channels_last)
+        hidden = self.late(self._look_early(pixel_values, rows, cols))
+        vectors = self.head(self.norm(hidden.permute(0, 2, 3, 1)))
+        return vectors.unflatten(-1, (len(self.config.scale_factors), -1)).permute(0, 3, 4, 1, 2)
+
+    def _look_early(self, pixel_values: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+        """Takes frames to one place each 16 pixels; large ones in strips, as the early stages need much memory."""
+        height = max(1, _STRIP_PLACES // cols)
+        if rows <= height or torch.is_grad_enabled():
+            return self.early(self.stem(pixel_values))
+        strips = []
+        for top in range(0, rows, height):
+            start, stop = max(0, top - self.overlap), min(rows, top + height + self.overlap)
+            strip = self.early(self.stem(pixel_values[:, :, start * STRIDE : stop * STRIDE]))
+            strips.append(strip[:, :, top - start : min(rows, top + height) - start])
+        return torch.cat(strips, dim=2).to(memory_format=torch.channels_last)
