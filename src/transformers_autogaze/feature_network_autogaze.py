@@ -171,12 +171,22 @@ def _checked_knots(knots: Sequence[Sequence[float]]) -> list[list[float]]:
     return pairs
 
 
+class FeatureGazeDepthwise(nn.Conv2d):
+    """A depthwise convolution, which learns three times faster in float32 than in bfloat16 on a CPU."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(hidden)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(hidden.float())
+
+
 class FeatureGazeBlock(nn.Module):
     """A depthwise convolution and a perceptron at every place, added to what comes in."""
 
     def __init__(self, size: int):
         super().__init__()
-        self.depthwise = nn.Conv2d(size, size, _KERNEL, padding=_KERNEL // 2, groups=size)
+        self.depthwise = FeatureGazeDepthwise(size, size, _KERNEL, padding=_KERNEL // 2, groups=size)
         self.norm = nn.LayerNorm(size, eps=1e-6)
         self.up = nn.Linear(size, 4 * size)
         self.down = nn.Linear(4 * size, size)

@@ -53,11 +53,11 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
 
     Args:
         inputs (`Sequence` of `str` or `os.PathLike`):
-            Files, patterns such as `"clips/*.mp4"`, and folders, searched with the folders in them for files that end in
-            one of `VIDEO_SUFFIXES` or `PICTURE_SUFFIXES`.
+            Files, folders, patterns of them such as `"clips/*.mp4"`; folders are searched with those in them for files that end
+            in one of `VIDEO_SUFFIXES` or `PICTURE_SUFFIXES`.
 
     Returns:
-        `list[Source]`: in the order of their paths for each input, none of them twice.
+        `list[Source]`: in the order of their paths for each input, no file twice.
 
     Raises:
         ValueError: if there is no file of a name, or an input holds nothing that can be read.
@@ -68,8 +68,10 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
         paths = _paths(os.fspath(item))
         known = {}
         for path in paths:
+            # One file under several names would be trained on and held out at once.
+            file = os.path.realpath(path)
             try:
-                known[path] = found.get(path) or _open(path)
+                known[file] = found.get(file) or _open(path)
             except (ValueError, OSError) as error:
                 broken.append(f"{path}: {error}")
         if not known:
@@ -106,7 +108,7 @@ def cut_pairs(
         ValueError: if the file cannot be read to the end.
     """
     draw = np.random.default_rng(list(seed))
-    frames = _read(source)
+    frames = read_source(source)
     for _ in range(count):
         first = second = int(draw.integers(len(frames)))
         if source.is_video and len(frames) > 1:
@@ -127,10 +129,10 @@ def _paths(item: str) -> list[str]:
         return sorted(str(path) for path in Path(item).rglob("*") if path.suffix.lower() in suffixes)
     if os.path.exists(item):
         return [item]
-    paths = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
-    if not paths:
-        raise ValueError(f"`inputs`: there is no file, folder or pattern of files {item!r}")
-    return paths
+    matches = sorted(glob.glob(item))
+    if not matches:
+        raise ValueError(f"`inputs`: there is no file, folder or pattern of them {item!r}")
+    return [path for match in matches for path in _paths(match)]
 
 
 def _open(path: str) -> Source:
@@ -141,7 +143,7 @@ def _open(path: str) -> Source:
     return Source(path, False, 1)
 
 
-def _read(source: Source) -> torch.Tensor:
+def read_source(source: Source) -> torch.Tensor:
     """Reads frames spread over a video, or a picture: `(frames, 3, height, width)`, channels last in memory."""
     if source.is_video:
         frames = read_video(source.path, num_frames=min(source.num_frames, _MAX_FRAMES))[0]

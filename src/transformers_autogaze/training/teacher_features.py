@@ -27,7 +27,7 @@ from .crops import Source, cut_pairs
 
 
 _FORMAT = 1
-_FIRST_PAIRS = 2  # of every source, that components are found on
+_FIRST_SOURCES, _FIRST_PAIRS = 48, 4  # that components are found on: files at most, and pairs of each
 _BATCH = 8  # crops that the encoder sees together
 
 
@@ -213,7 +213,10 @@ class TeacherFeatures:
         finest = teacher.grid.grids[-1]
         self.size = (finest[0] * STRIDE, finest[1] * STRIDE)
         """Height and width in pixels of the crops that are kept, those that the network sees."""
-        self._num_first = [min(2 * count, 2 * _FIRST_PAIRS) for count in num_pairs]
+        every = -(-len(self.sources) // _FIRST_SOURCES)
+        self._num_first = [
+            2 * min(count, _FIRST_PAIRS) if index % every == 0 else 0 for index, count in enumerate(num_pairs)
+        ]
         arrays = {
             "levels": ((len(self), *self.size, 3), np.uint8),
             "features": ((len(self), teacher.grid.num_patches, num_components), np.float16),
