@@ -25,11 +25,15 @@ CODE_FILES = tuple(
     f"{name}_autogaze.py"
     for name in (
         "canvas_search",
+        "canvas_selection",
         "cells",
         "composite",
         "configuration",
         "cuda_graphs",
         "decode_steps",
+        "feature_gaze",
+        "feature_network",
+        "feature_search",
         "fused_decoder",
         "gazing",
         "generation",

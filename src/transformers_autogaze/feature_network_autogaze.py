@@ -23,6 +23,7 @@ STRIDE = 16
 """Height and width in pixels of what the network makes one place of."""
 _STEM = 4  # stride of the first stage
 _KERNEL = 7
+_PART = 1024  # places that a perceptron sees at once on a CPU
 _STRIP_PLACES = 2**14  # that the early stages see at once; more of them go through in strips
 
 
@@ -182,19 +183,30 @@ class FeatureGazeDepthwise(nn.Conv2d):
 
 
 class FeatureGazeBlock(nn.Module):
-    """A depthwise convolution and a perceptron at every place, added to what comes in."""
+    """
+    A depthwise convolution and a perceptron at every place, added to what comes in.
+
+    The perceptron has no biases: that of the normalisation before it does for the first, and those that follow for the second.
+    """
 
     def __init__(self, size: int):
         super().__init__()
         self.depthwise = FeatureGazeDepthwise(size, size, _KERNEL, padding=_KERNEL // 2, groups=size)
         self.norm = nn.LayerNorm(size, eps=1e-6)
-        self.up = nn.Linear(size, 4 * size)
-        self.down = nn.Linear(4 * size, size)
+        self.up = nn.Linear(size, 4 * size, bias=False)
+        self.down = nn.Linear(4 * size, size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Takes and gives `(frames, channels, rows, columns)`, channels last in memory."""
         update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
-        return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
+        if torch.is_grad_enabled() or hidden.is_cuda:
+            return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
+        # In parts that stay in a processor's cache; new memory for all at once takes longer than the arithmetic.
+        total = hidden.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        parts = (tensor.view(-1, tensor.shape[-1]).split(_PART) for tensor in (total, update.contiguous()))
+        for sums, part in zip(*parts, strict=True):
+            sums.addmm_(F.gelu(self.up(part)), self.down.weight.t())
+        return total.permute(0, 3, 1, 2)
 
 
 class FeatureGazeNorm(nn.LayerNorm):
@@ -271,7 +283,8 @@ class FeatureGazeNetwork(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -280,21 +293,23 @@ class FeatureGazeNetwork(PreTrainedModel):
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         """Turns pixels in 0..1, `(.., 3, height, width)`, into what `forward` takes: ImageNet's mean and deviation."""
         mean, std = (
-            pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
-        return (pixels - mean) / std
+        factor, offset = ((part[:, None, None]).to(pixels) for part in (1 / std, -mean / std))
+        return (pixels * factor).add_(offset)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, scales: Sequence[int] | None = None) -> torch.Tensor:
         """
         Looks at frames.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(frames, 3, 16 * rows, 16 * columns)`):
                 Frames as `normalize` gives them.
+            scales (`Sequence[int]`, *optional*): indices in `config.scale_factors` of the scales to give; all by default.
 
         Returns:
             `torch.FloatTensor` of shape `(frames, scales, feature_size, rows, columns)`: a vector for every place of the
-            finest scale, for every one of `config.scale_factors`.
+            finest scale and each of the scales.
 
         Raises:
             ValueError: if height or width is no multiple of 16.
@@ -311,8 +326,14 @@ class FeatureGazeNetwork(PreTrainedModel):
             )
         pixel_values = pixel_values.to(memory_format=torch.channels_last)
         hidden = self.late(self._look_early(pixel_values, rows, cols))
-        vectors = self.head(self.norm(hidden.permute(0, 2, 3, 1)))
-        return vectors.unflatten(-1, (len(self.config.scale_factors), -1)).permute(0, 3, 4, 1, 2)
+        hidden = self.norm(hidden.permute(0, 2, 3, 1))
+        weight, bias = (
+            part.unflatten(0, (-1, self.config.feature_size)) for part in (self.head.weight, self.head.bias)
+        )
+        if scales is not None:
+            weight, bias = weight[list(scales)], bias[list(scales)]
+        vectors = F.linear(hidden, weight.flatten(0, 1), bias.flatten())
+        return vectors.unflatten(-1, (len(weight), -1)).permute(0, 3, 4, 1, 2)
 
     def _look_early(self, pixel_values: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
         """Takes frames to one place each 16 pixels; large ones in strips, as the early stages need much memory."""
