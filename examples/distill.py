@@ -33,7 +33,9 @@ def main() -> None:
         )
         Dinov2Model(config).save_pretrained(options.encoder or "encoder")
         options.encoder = options.encoder or "encoder"
-        options.inputs = [write_video(f"clip{seed}.mp4", render_demo_clip(8, 64, 96, seed), fps=8) for seed in range(3)]
+        options.inputs = [
+            write_video(f"clip{seed}.mp4", render_demo_clip(8, 64, 96, seed), fps=8) for seed in range(3)
+        ]
         arguments |= {"scales": [2, 4], "num_components": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1]}
         arguments |= {"crops_per_video": 8, "max_steps": 3, "logging_steps": 1}
 

@@ -199,7 +199,7 @@ class FeatureGazeBlock(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Takes and gives `(frames, channels, rows, columns)`, channels last in memory."""
         update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
-        if torch.is_grad_enabled() or hidden.is_cuda:
+        if torch.is_grad_enabled() or hidden.is_cuda or torch.is_autocast_enabled("cpu"):
             return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
         # In parts that stay in a processor's cache; new memory for all at once takes longer than the arithmetic.
         total = hidden.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)

@@ -67,9 +67,7 @@ def measure_foresight(network: FeatureGazeNetwork, pairs: Dataset, batch_size: i
     return Foresight(r2.tolist(), float(1 - sums[2, -1] / sums[3, -1].clamp(min=1e-12)))
 
 
-def calibrate(
-    network: FeatureGazeNetwork, features: TeacherFeatures, sources: Sequence[Source]
-) -> list[list[float]]:
+def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: Sequence[Source]) -> list[list[float]]:
     """
     Finds which share of an encoder's feature variance is lost where a network foretells a loss.
 
@@ -93,7 +91,8 @@ def calibrate(
     losses = []
     for levels in _clips(sources, features.seed):
         small, large = (
-            (resize_pixels(levels, size) * 255).round().to(torch.uint8) for size in (tower.grid.sizes[-1], features.size)
+            (resize_pixels(levels, size) * 255).round().to(torch.uint8)
+            for size in (tower.grid.sizes[-1], features.size)
         )
         frames = teacher.processor.to_pixel_values(small.to(teacher.device))
         with torch.no_grad():

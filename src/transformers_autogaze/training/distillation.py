@@ -149,9 +149,7 @@ class CropPairDataset(Dataset):
         self.weights = features.components.weights(whitening)
         grid = features.teacher.grid
         self._patch_at = grid.patches_at(*grid.grids[-1])
-        self._first = [
-            row for source in sources for row in range(*features.first_row[source : source + 2], 2)
-        ]
+        self._first = [row for source in sources for row in range(*features.first_row[source : source + 2], 2)]
 
     def __len__(self) -> int:
         return len(self._first)

@@ -9,7 +9,6 @@ import torch
 from .distillation import DistillationArguments
 
 
-
 _TEXT = """---
 library_name: transformers
 pipeline_tag: video-classification

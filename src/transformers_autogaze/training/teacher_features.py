@@ -356,9 +356,7 @@ def check_scales(scales: Sequence[int]) -> None:
         )
 
 
-def teacher_vectors(
-    features: torch.Tensor, weights: torch.Tensor, patch_at: torch.Tensor
-) -> torch.Tensor:
+def teacher_vectors(features: torch.Tensor, weights: torch.Tensor, patch_at: torch.Tensor) -> torch.Tensor:
     """
     Makes the vectors that a network is to foresee.
 
@@ -388,5 +386,3 @@ def _check_same(path: Path, settings: dict[str, Any]) -> None:
                 f"`cache_dir` {str(path.parent)!r} holds features of another run: {name} is {said[1]} there and {said[0]} "
                 "here; name another folder, or delete this one"
             )
-
-
