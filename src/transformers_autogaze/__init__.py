@@ -14,6 +14,8 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_autogaze import PIPELINE_TASK, AutoGazeConfig
+from .feature_gaze_autogaze import FeatureGazeCache, FeatureGazeModel
+from .feature_network_autogaze import FeatureGazeConfig
 from .gazing_autogaze import GazeOutput
 from .generation_autogaze import GazeCache
 from .greedy_autogaze import GreedyGazeCache, GreedyGazeConfig, GreedyGazeSelector
@@ -35,7 +37,11 @@ GREEDY_SELECTOR = _PRETRAINED / "greedy"
 AUTOGAZE_SELECTOR = _PRETRAINED / "autogaze"
 """Folder of the AutoGaze weights that come with the package."""
 
-for _config, _model in ((AutoGazeConfig, AutoGazeModel), (GreedyGazeConfig, GreedyGazeSelector)):
+for _config, _model in (
+    (AutoGazeConfig, AutoGazeModel),
+    (FeatureGazeConfig, FeatureGazeModel),
+    (GreedyGazeConfig, GreedyGazeSelector),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoProcessor.register(_config, AutoGazeProcessor, exist_ok=True)
@@ -84,6 +90,9 @@ __all__ = [
     "AutoGazeModel",
     "AutoGazeProcessor",
     "AutoGazeVideoProcessor",
+    "FeatureGazeCache",
+    "FeatureGazeConfig",
+    "FeatureGazeModel",
     "GazeCache",
     "GazeGrid",
     "GazeOutput",

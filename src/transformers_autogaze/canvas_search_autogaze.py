@@ -56,6 +56,22 @@ class CanvasSearchOutput(NamedTuple):
     canvas: Canvas
 
 
+class FrameSearchOutput(NamedTuple):
+    """
+    What a search under a budget for every frame found; `K` is the largest budget.
+
+    Args:
+        ids, counts, canvas: as in [`CanvasSearchOutput`].
+        errors (`torch.DoubleTensor` of shape `(batch, frames, K)`):
+            Squared error of the frame after each choice, summed over all values; after the last it stays what it was.
+    """
+
+    ids: torch.LongTensor
+    errors: torch.Tensor
+    counts: torch.LongTensor
+    canvas: Canvas
+
+
 class _Choices(NamedTuple):
     """What a pass over clips chose, patch by patch: `(batch, frames, patches)`."""
 
@@ -81,7 +97,12 @@ class CanvasSearch:
     """
 
     empty_error = 1.0
-    """Squared error per value that a place counts with on which nothing was ever kept; no error is larger."""
+    """
+    Squared error per value that a place counts with, beside that of the canvas, on which nothing was ever kept, where
+    budgets over time are spent; no error is larger.
+    """
+    empty_loss = 1.0
+    """The same where frames are held to a budget or an error of their own."""
 
     def __init__(self, grid: GazeGrid):
         self.grid = grid
@@ -98,6 +119,54 @@ class CanvasSearch:
     def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
         """Draws a frame `(batch, ..)` from all patches of each scale: `(batch, channels, height, width)`, coarse to fine."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def search_frames(
+        self,
+        frames: torch.Tensor,
+        budgets: Sequence[int] | torch.Tensor,
+        max_error: torch.Tensor | None = None,
+        canvas: Canvas | None = None,
+    ) -> FrameSearchOutput:
+        """
+        Chooses patches of every frame greedily: next is always the one that lowers the error of its frame most.
+
+        Equal gains go to the lowest id. With a budget to use up, the search goes on when nothing helps any more.
+
+        Args:
+            frames, canvas: as in [`~CanvasSearch.search_clip`].
+            budgets (`Sequence[int]` or `torch.LongTensor` of shape `(frames,)`): patches to choose in each frame.
+            max_error (`torch.DoubleTensor` of shape `(batch, frames)`, *optional*):
+                A frame is done as soon as one patch is chosen and its squared error, summed over all values, is at most
+                this. If not given, every frame uses up its budget.
+
+        Returns:
+            [`FrameSearchOutput`]
+        """
+        canvas = self.start_canvas(frames) if canvas is None else canvas
+        budgets = torch.as_tensor(budgets).tolist()
+        shape = (*frames.shape[:2], max(1, *budgets))
+        ids = torch.full(shape, -1, device=frames.device)
+        errors_left = torch.zeros(shape, dtype=torch.float64, device=frames.device)
+        counts = torch.tensor(budgets, device=frames.device).repeat(len(frames), 1)
+        # Many small operations, a tenth quicker without autograd's notes. What leaves must be free of the mode.
+        with torch.autocast(frames.device.type, enabled=False), torch.inference_mode():
+            for t, budget in enumerate(budgets):
+                layers = self._render(frames[:, t].contiguous())
+                errors = self._errors_on(canvas, layers, self.empty_loss)
+                limit = None if max_error is None else max_error[:, t].to(errors) / ERROR_UNIT
+                chosen, totals = self._search(self._search_tables(layers[-1]), errors, max(1, budget), limit)
+                steps = chosen.shape[1]
+                if limit is not None:
+                    counts[:, t] = ((totals > limit[:, None]).sum(1) + 1).clamp(max=min(steps, budget))
+                step = torch.arange(steps, device=frames.device)
+                chosen = chosen.where(step < counts[:, t, None], -1)
+                ids[:, t, :steps] = chosen
+                # After its last choice a clip's error stays what it was.
+                totals = totals.gather(1, torch.minimum(step, (counts[:, t, None] - 1).clamp(min=0)))
+                errors_left[:, t] = F.pad(totals, (0, shape[2] - steps), mode="replicate") * ERROR_UNIT
+                canvas = self._lay_chosen(canvas, layers, chosen)
+        return FrameSearchOutput(ids, errors_left, counts, Canvas(*(part.clone() for part in canvas)))
 
     @torch.no_grad()
     def search_clip(
@@ -162,10 +231,10 @@ class CanvasSearch:
                 gain = None if control.log_gain is None else control.log_gain.exp2()
                 most = max(1, min(self.grid.num_patches, int(most.max())))
                 ids, gains, totals = self._choose(errors, self._search_tables(layers[-1]), most, gain, needed)
-                num_needed = (gains >= self._empty_cell_error(layers[-1])).sum(1)
+                num_needed = (gains >= self._empty_cell_error(layers[-1], self.empty_error)).sum(1)
                 count = control.count(gains, num_needed)
                 if limit is not None:
-                    done = torch.cat([errors[:, :1].flatten(1).sum(1, keepdim=True), totals], dim=1) <= limit[:, None]
+                    done = self._errors_left(canvas, layers[-1], errors, ids, totals) <= limit[:, None]
                     count = torch.where(done.any(1), torch.minimum(count, done.int().argmax(1)), count)
                 chosen = ids.where(torch.arange(ids.shape[1], device=ids.device) < count[:, None], -1)
                 canvas = self._lay_chosen(canvas, layers, chosen)
@@ -236,8 +305,7 @@ class CanvasSearch:
             is_kept = gains >= min_gain[:, None]
             if max_error is not None:
                 limit = max_error[:, t].to(errors) / ERROR_UNIT
-                before = torch.cat([errors[:, :1].flatten(1).sum(1, keepdim=True), totals[:, :-1]], dim=1)
-                is_kept &= before > limit[:, None]
+                is_kept &= self._errors_left(canvas, layers[-1], errors, ids, totals)[:, :-1] > limit[:, None]
             all_gains[:, t].scatter_(1, ids, gains.masked_fill(~is_kept, -math.inf))
             order[:, t].scatter_(1, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
             canvas = self._lay_chosen(canvas, layers, ids.where(is_kept, -1))
@@ -275,15 +343,48 @@ class CanvasSearch:
         gains = torch.cat([start[:, None], totals[:, :-1]], dim=1) - totals
         return ids, gains.cummin(1).values, totals
 
-    def _errors_on(self, canvas: Canvas, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _errors_on(
+        self, canvas: Canvas, layers: Sequence[torch.Tensor], empty_error: float | None = None
+    ) -> torch.Tensor:
         """Gives the errors of cells with the canvas and with each scale but the finest, `(batch, scales, *cells)`."""
         errors = self._errors_of_layers(layers[-1], (canvas.image, *layers[:-1]))
-        errors[:, 0] += canvas.is_empty * self._empty_cell_error(layers[-1])
+        empty_error = self.empty_error if empty_error is None else empty_error
+        errors[:, 0] += canvas.is_empty * self._empty_cell_error(layers[-1], empty_error)
         return errors
 
-    def _empty_cell_error(self, layer: torch.Tensor) -> float:
-        """Error that a cell counts with where nothing was ever kept, in error units."""
-        return layer[0].numel() / math.prod(self.cells) * self.empty_error / ERROR_UNIT
+    def _empty_cell_error(self, layer: torch.Tensor, empty_error: float) -> float:
+        """Error that a cell counts with where nothing was ever kept, in whole error units."""
+        return round(layer[0].numel() / math.prod(self.cells) * empty_error / ERROR_UNIT)
+
+    def _errors_left(
+        self, canvas: Canvas, layer: torch.Tensor, errors: torch.Tensor, ids: torch.Tensor, totals: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Tells what error a frame has before any choice and after each, `(batch, 1 + steps)`, empty places counted with
+        `empty_loss`; `ids`, `totals` and `errors` are those of a search that counted them with `empty_error`.
+        """
+        totals = torch.cat([errors[:, :1].flatten(1).sum(1, keepdim=True), totals], dim=1)
+        if self.empty_loss == self.empty_error:
+            return totals
+        # The step that covers a cell first; one more than there are where none does.
+        steps, last = ids.shape[1], self.grid.num_patches
+        step_of_patch = torch.full((len(ids), last + 1), steps, device=ids.device)
+        order = torch.arange(steps, device=ids.device).expand_as(ids)
+        step_of_patch = step_of_patch.scatter_reduce(1, ids.where(ids >= 0, last), order, "amin")[:, :-1]
+        parts = zip(self.grid.split_by_scale(step_of_patch), self.grid.grids, strict=True)
+        first = torch.stack([self._spread(part, grid) for part, grid in parts]).amin(0)
+        covered = totals.new_zeros(len(ids), steps + 1)
+        covered.scatter_add_(1, first.flatten(1), canvas.is_empty.flatten(1).to(covered))
+        num_empty = covered.flip(1).cumsum(1).flip(1)
+        excess = self._empty_cell_error(layer, self.empty_error) - self._empty_cell_error(layer, self.empty_loss)
+        return totals - num_empty * excess
+
+    def _spread(self, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Spreads what the patches of a scale have, `(batch, rows * columns)`, over the cells that they cover."""
+        rows, cols = grid
+        values = values.view(-1, rows, 1, cols, 1)
+        values = values.expand(-1, -1, self.cells[0] // rows, -1, self.cells[1] // cols)
+        return values.reshape(len(values), *self.cells)
 
     def _errors_of_layers(self, frame: torch.Tensor, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """Sums squared errors over cells and channels: float64 `(batch, layers, *cells)`, whole multiples of the unit."""
@@ -304,10 +405,8 @@ class CanvasSearch:
     def _lay_chosen(self, canvas: Canvas, layers: Sequence[torch.Tensor], ids: torch.Tensor) -> Canvas:
         """Lays chosen patches, `(batch, K)` and -1 for none, over a canvas."""
         masks, is_covered = self._masks_of(ids), torch.zeros_like(canvas.is_empty)
-        for mask, (rows, cols) in zip(masks, self.grid.grids, strict=True):
-            mask = mask.view(-1, rows, 1, cols, 1)
-            mask = mask.expand(-1, -1, self.cells[0] // rows, -1, self.cells[1] // cols)
-            is_covered |= mask.reshape(is_covered.shape)
+        for mask, grid in zip(masks, self.grid.grids, strict=True):
+            is_covered |= self._spread(mask, grid)
         return Canvas(self._lay(canvas.image, layers, masks), canvas.is_empty & ~is_covered)
 
     def _lay(self, image: torch.Tensor, layers: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -302,30 +302,12 @@ class CompositeReconstruction(CanvasSearch):
         if max_error is not None and max_error.isnan().any():
             raise ValueError(f"`max_error` must be numbers, `-inf` for no threshold, got {max_error.tolist()}")
 
-        longest = int(budgets.max())
-        error_unit = ERROR_UNIT / pixels[0, 0].numel()  # of the mean over a frame
-        ids = torch.full((batch, num_frames, longest), -1, device=pixels.device)
-        mse = pixels.new_empty(batch, num_frames, longest)
-        counts = budgets.to(pixels.device).repeat(batch, 1)
-        # Many small operations, a tenth quicker without autograd's notes. What leaves must be free of the mode.
-        with torch.autocast(pixels.device.type, enabled=False), torch.inference_mode():
-            for t, budget in enumerate(budgets.tolist()):
-                frame = pixels[:, t].contiguous()
-                layers = self._render(frame)
-                errors = self._errors_of_layers(frame, (current, *layers[:-1]))
-                limit = None if max_error is None else max_error[:, t].to(errors) / error_unit
-                chosen, totals = self._search(self._search_tables(frame), errors, budget, limit)
-                steps = chosen.shape[1]
-                if limit is not None:
-                    counts[:, t] = ((totals > limit[:, None]).sum(1) + 1).clamp(max=steps)
-                step = torch.arange(steps, device=pixels.device)
-                chosen = chosen.where(step < counts[:, t, None], -1)
-                ids[:, t, :steps] = chosen
-                # After its last choice a clip's error stays what it was.
-                totals = totals.gather(1, torch.minimum(step, counts[:, t, None] - 1))
-                mse[:, t] = F.pad(totals, (0, longest - steps), mode="replicate") * error_unit
-                current = self._lay(current, layers, self._masks_of(chosen))
-        return GreedySearchOutput(ids, mse, counts, current.clone())
+        limit = None if max_error is None else max_error.double() * pixels[0, 0].numel()
+        # A budget of its own is all that a frame has, so places where nothing was kept are as good as the others.
+        nowhere = torch.zeros(batch, *self.cells, dtype=torch.bool, device=pixels.device)
+        found = self.search_frames(pixels, budgets, limit, Canvas(current, nowhere))
+        mse = (found.errors / pixels[0, 0].numel()).to(pixels.dtype)
+        return GreedySearchOutput(found.ids, mse, found.counts, found.canvas.image)
 
     @torch.no_grad()
     def measure(self, pixels: torch.Tensor, gaze: GazeOutput, previous: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,15 +13,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .canvas_search_autogaze import Canvas
+from .canvas_search_autogaze import Canvas, FrameSearchOutput
+from .canvas_selection_autogaze import CanvasGazeCache, CanvasGazeSelector
 from .cells_autogaze import CellTables  # noqa: F401
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
 from .configuration_autogaze import GazeSelectorConfig
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
-from .gazing_autogaze import GazeOutput
-from .grid_autogaze import GazeGrid  # noqa: F401 (see modeling_autogaze)
-from .selection_autogaze import GazeSelector, frames_to_pixels, pixel_scale_and_offset
-from .token_budgets_autogaze import ClipBudget, RateControl, StreamBudget
+from .gazing_autogaze import GazeOutput  # noqa: F401 (see modeling_autogaze)
+from .grid_autogaze import GazeGrid
+from .selection_autogaze import frames_to_pixels, pixel_scale_and_offset
+from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
 class GreedyGazeConfig(GazeSelectorConfig):
@@ -76,20 +77,8 @@ class GreedyGazeConfig(GazeSelectorConfig):
         return self.grid.sizes[-1]
 
 
-class GreedyGazeCache:
-    """What the greedy selector remembers of a stream: the canvas, and the account of a budget over time."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything, to start with new clips."""
-        self.canvas: Canvas | None = None
-        """What was kept of the last frame and those before, pixels in 0..1; `None` before the first frame."""
-        self.rate_control: RateControl | None = None
-        """Follows `tokens_per_second`."""
-        self.num_frames: int = 0
-        """Frames of gaze seen so far."""
+class GreedyGazeCache(CanvasGazeCache):
+    """What the greedy selector remembers of a stream: the canvas in pixels 0..1, and the account of a budget over time."""
 
     @property
     def reconstruction(self) -> torch.Tensor | None:
@@ -97,7 +86,7 @@ class GreedyGazeCache:
         return None if self.canvas is None else self.canvas.image
 
 
-class GreedyGazeSelector(GazeSelector, PreTrainedModel):
+class GreedyGazeSelector(CanvasGazeSelector, PreTrainedModel):
     """
     Keeps, one by one, the patch that lowers the reconstruction error of its frame most.
 
@@ -125,8 +114,7 @@ class GreedyGazeSelector(GazeSelector, PreTrainedModel):
     config_class = GreedyGazeConfig
     main_input_name = "pixel_values_videos"
     input_modalities = ("video",)
-    knows_gains = True
-    takes_any_grid = True
+    cache_class = GreedyGazeCache
 
     def __init__(self, config: GreedyGazeConfig | None = None):
         config = GreedyGazeConfig() if config is None else config
@@ -134,8 +122,12 @@ class GreedyGazeSelector(GazeSelector, PreTrainedModel):
         scale, offset = pixel_scale_and_offset(config)
         self.register_buffer("pixel_scale", scale, persistent=False)
         self.register_buffer("pixel_offset", offset, persistent=False)
-        self.composite = CompositeReconstruction(config.grid)
-        self._for_grid: dict[GazeGrid, GreedyGazeSelector] = {}
+        self.set_search(config.grid)
+
+    @property
+    def composite(self) -> CompositeReconstruction:
+        """The closed-form reconstruction, which is also the search."""
+        return self.search
 
     @property
     def device(self) -> torch.device:
@@ -184,112 +176,25 @@ class GreedyGazeSelector(GazeSelector, PreTrainedModel):
         """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1."""
         return frames_to_pixels(frames, self.pixel_scale, self.pixel_offset)
 
-    def for_grid(self, grid: GazeGrid) -> "GreedyGazeSelector":
-        """
-        Gives the same selector for another grid.
+    def make_search(self, grid: GazeGrid) -> CompositeReconstruction:
+        return CompositeReconstruction(grid)
 
-        Args:
-            grid ([`GazeGrid`]): any scales and patch size; frames are resized to the finest scale.
-
-        Returns:
-            [`GreedyGazeSelector`] on this one's device.
-
-        Raises:
-            ValueError: if the blocks of the scales do not meet at whole pixels of the finest scale.
-
-        Example:
-
-        ```python
-        >>> from transformers_autogaze import GazeGrid, GreedyGazeSelector
-
-        >>> GreedyGazeSelector().for_grid(GazeGrid([(252, 448)], patch_size=28)).config.scales
-        [(252, 448)]
-
-        ```
-        """
-        if grid == self.config.grid:
-            return self
-        if grid not in self._for_grid:
-            config = type(self.config)(
-                **{**self.config.to_diff_dict(), "scales": grid.scales, "patch_size": grid.patch_size}
-            )
-            self._for_grid[grid] = type(self)(config).eval()
-        return self._for_grid[grid].to(self.device)
-
-    def _gaze(
-        self,
-        frames: torch.Tensor,
-        budget: torch.Tensor,
-        threshold: torch.Tensor | None,
-        past_key_values: GreedyGazeCache | None,
-        use_cache: bool,
-        token_budget: ClipBudget | StreamBudget | None = None,
-        tubelet_size: int = 1,
-    ) -> GazeOutput:
-        cache = GreedyGazeCache() if past_key_values is None else past_key_values
-        pixels = self.to_pixels(frames)
+    def look(self, frames: torch.Tensor, tubelet_size: int) -> torch.Tensor:
         # The frames of a tubelet are kept or dropped together, as if they were channels of one.
-        pixels = pixels.unflatten(1, (-1, tubelet_size)).flatten(2, 3)
-        self._check_cache(cache, pixels)
-        max_error = None if threshold is None else task_loss_to_mse(threshold)
-        losses = None
-        if token_budget is None:
-            found = self.composite.search(pixels, budget, max_error, cache.reconstruction)
-            ids, counts = found.ids, found.counts
-            losses = mse_to_task_loss(found.mse)
-            nowhere = torch.zeros(len(ids), *self.composite.cells, dtype=torch.bool, device=ids.device)
-            cache.canvas = Canvas(found.reconstruction, nowhere)
-        else:
-            if max_error is not None:
-                max_error = max_error.double() * pixels[0, 0].numel()
-            if isinstance(token_budget, ClipBudget):
-                num_tokens = torch.full((len(pixels),), token_budget.num_tokens)
-                found = self.composite.search_clip(pixels, num_tokens, max_error, cache.canvas)
-            else:
-                if cache.rate_control is None or cache.rate_control.budget != token_budget:
-                    cache.rate_control = RateControl(token_budget, len(pixels), pixels.device)
-                found = self.composite.search_stream(pixels, cache.rate_control, max_error, cache.canvas)
-            ids, counts, cache.canvas = found
-        first_frame = cache.num_frames if past_key_values is not None or use_cache else None
-        cache.num_frames += pixels.shape[1]
+        return self.to_pixels(frames).unflatten(1, (-1, tubelet_size)).flatten(2, 3)
 
-        grid, device = self.config.grid, frames.device
-        num_slots = counts.amax(0)
-        place = torch.arange(ids.shape[2], device=device)
-        is_slot = place < num_slots[:, None]
-        is_padding = place >= counts[..., None]
-        first = torch.arange(pixels.shape[1], device=device)[:, None] * grid.num_patches
-        ids = ids.masked_fill(is_padding, grid.num_patches) + first
-        return GazeOutput.from_ids(
-            ids[:, is_slot],
-            is_padding[:, is_slot],
-            num_slots,
-            grid,
-            tubelet_size,
-            task_loss_prediction=None if losses is None else losses[:, is_slot],
-            clip_num_gazing_each_frame=counts,
-            first_frame=first_frame,
-            cache=cache if use_cache else None,
-        )
+    def loss_to_mse(self, loss: torch.Tensor) -> torch.Tensor:
+        return task_loss_to_mse(loss)
 
-    def _check_cache(self, cache: GreedyGazeCache, pixels: torch.Tensor) -> None:
-        if not isinstance(cache, GreedyGazeCache):
-            raise ValueError(f"`past_key_values` must be a GreedyGazeCache, got {type(cache).__name__}")
-        if cache.canvas is None:
-            return
-        if len(cache.canvas.image) != len(pixels):
-            raise ValueError(
-                f"`past_key_values` holds {len(cache.canvas.image)} clips, but {len(pixels)} are given now (tiles "
-                "count); pass the frames of the same clips, or a new GreedyGazeCache"
-            )
-        if cache.canvas.image.shape != pixels[:, 0].shape:
-            raise ValueError(
-                f"`past_key_values` holds frames of shape {tuple(cache.canvas.image.shape[1:])}, but those given now have "
-                f"{tuple(pixels.shape[2:])}; a stream keeps its grid and its `tubelet_size`"
-            )
+    def mse_to_loss(self, mse: torch.Tensor) -> torch.Tensor:
+        return mse_to_task_loss(mse)
 
-    def _draw_settings(self, num_frames: int, generator: torch.Generator | None) -> tuple[float, float]:
-        return self.config.gazing_ratio, self.config.task_loss_requirement
+    def _search_frames(
+        self, seen: torch.Tensor, budget: torch.Tensor, max_error: torch.Tensor | None, start: Canvas
+    ) -> FrameSearchOutput:
+        # A frame with a budget of its own starts from mid-grey, where nothing was kept, as from anything else.
+        start = start._replace(is_empty=torch.zeros_like(start.is_empty))
+        return super()._search_frames(seen, budget, max_error, start)
 
 
 GreedyGazeConfig.register_for_auto_class()

@@ -141,7 +141,9 @@ class GazeSelector:
             task_loss_requirement (`float`, sequence of `float` or `torch.Tensor`, *optional*):
                 Loss at which a frame is good enough: one number, one per frame `(frames,)`, one per clip `(batch,)`,
                 or `(batch, frames)`. Given alone, a frame may keep all its patches. With neither, the configuration
-                decides.
+                decides. What a loss is depends on the selector: for [`GreedyGazeSelector`] and [`AutoGazeModel`] it is
+                `(40 - PSNR) / 20` of pixels, for [`FeatureGazeModel`] the share of the encoder's feature variance that the
+                frame loses, 0..1, as foreseen.
             target_scales (`Sequence[int]`, *optional*):
                 Scales of the encoder that the gaze is for; the frames must be of the last one's size. A selector that takes
                 any grid chooses among their patches. Others need as many scales as their own, and cut the frames into
@@ -251,6 +253,7 @@ class GazeSelector:
         threshold = None
         if task_loss_requirement is not None:
             threshold = threshold_each_frame(task_loss_requirement, len(video) // tiles, num_frames)
+            self.check_task_loss_requirement(threshold)
             precise = torch.promote_types(video.dtype, torch.float32)
             threshold = threshold.repeat_interleave(tiles, dim=0).to(video.device, precise)
         frames = resize_frames(video, self.config.image_size)
@@ -269,6 +272,14 @@ class GazeSelector:
                 "`clip_ratio`, `tokens_per_clip` and `tokens_per_second` need a selector that knows what patches gain, such "
                 f"as GreedyGazeSelector; {type(self).__name__} takes `gazing_ratio`, as one number or one per frame"
             )
+
+    def check_task_loss_requirement(self, threshold: torch.Tensor) -> None:
+        """
+        Checks thresholds of any shape against the range of this selector's losses; by default, any number is one.
+
+        Raises:
+            ValueError: if one is out of range.
+        """
 
     def _gaze(
         self,

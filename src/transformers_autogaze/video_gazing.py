@@ -293,7 +293,7 @@ def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_
     if settings["gazing_ratio"] is not None:
         budget_each_frame(settings["gazing_ratio"], num_frames, grid.num_patches)
     if settings["task_loss_requirement"] is not None:
-        threshold_each_frame(settings["task_loss_requirement"], 1, num_frames)
+        selector.check_task_loss_requirement(threshold_each_frame(settings["task_loss_requirement"], 1, num_frames))
 
 
 class _TileGazer:

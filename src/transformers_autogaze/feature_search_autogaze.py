@@ -1,0 +1,58 @@
+"""
+The search on a canvas of features: kept patches show vectors instead of pixels.
+
+This module owns how vectors of places are laid on a canvas; where they come from is the caller's matter.
+"""
+
+import torch
+
+from .canvas_search_autogaze import Canvas, CanvasSearch
+from .grid_autogaze import GazeGrid
+
+
+class FeatureSearch(CanvasSearch):
+    """
+    Chooses patches by the squared distance of vectors, one for every place.
+
+    Clips are `(batch, frames, scales, channels, rows, columns)`: what a place is worth when it is seen at each scale,
+    coarse to fine, by places of the finest scale or by cells. Vectors are to have their mean removed, which is what the
+    canvas shows at first, and to lie in -0.5..0.5.
+
+    Args:
+        grid ([`GazeGrid`]): scales and patches.
+        empty_loss (`float`, *optional*, defaults to 0.0):
+            Squared error per value that a place counts with beside its distance to the mean, where nothing was ever kept
+            and frames are held to a budget or an error of their own.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.feature_search_autogaze import FeatureSearch
+
+    >>> vectors = torch.zeros(1, 2, 1, 4, 2, 2)
+    >>> vectors[0, 1, 0, :, 1, 0] = 0.5  # the third place changes in the second frame
+    >>> FeatureSearch(GazeGrid([32])).search_clip(vectors, torch.tensor([5])).ids.tolist()
+    [[[0, 1, 2, 3], [2, -1, -1, -1]]]
+
+    ```
+    """
+
+    def __init__(self, grid: GazeGrid, empty_loss: float = 0.0):
+        super().__init__(grid)
+        self.empty_loss = empty_loss
+
+    def start_canvas(self, frames: torch.Tensor) -> Canvas:
+        """Gives a canvas that shows the mean feature, on which nothing was kept yet."""
+        return Canvas(
+            frames.new_zeros(len(frames), frames.shape[3], *self.cells),
+            torch.ones(len(frames), *self.cells, dtype=torch.bool, device=frames.device),
+        )
+
+    def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
+        """Spreads vectors `(batch, scales, channels, rows, columns)` over the cells."""
+        for axis, cells in ((3, self.cells[0]), (4, self.cells[1])):
+            if frame.shape[axis] != cells:
+                frame = frame.repeat_interleave(cells // frame.shape[axis], dim=axis)
+        return list(frame.unbind(1))
