@@ -95,7 +95,7 @@ def test_a_selector_of_any_encoder_gazes(request, files, tmp_path, family):
     model = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     processor = AutoGazeProcessor.from_pretrained(tmp_path / "out")
     gaze = model.generate(**processor(videos=str(files / "clip0.mp4"), return_tensors="pt"), clip_ratio=0.5)
-    assert int(gaze.num_real.sum()) == 6 * 196 // 2
+    assert int(gaze.num_real.sum()) == 6 * 16 // 2
     config = model.config
     assert config.scale_factors == [0.5, 1.0] and config.feature_size == 8 and 0 < config.unexplained_variance <= 1
     for of_knots in zip(*config.loss_knots, strict=True):

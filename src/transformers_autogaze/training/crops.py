@@ -27,6 +27,7 @@ _REACH = 0.25  # frames between the two crops of a pair, as a share of those
 _SHIFT = 0.12  # by which the second crop of a picture lies elsewhere at most, as a share of its sides
 _ZOOM = 1.1  # by which it is smaller or larger at most
 _ASPECT = 4 / 3  # by which a crop is taller or wider than its frame at most
+_LARGE = 1024  # pixels of the shorter side of a picture, of twice which it is halved
 _LEAST_AREA = 0.06  # of a frame that a crop takes, however large the frame is
 
 
@@ -149,7 +150,8 @@ def read_source(source: Source) -> torch.Tensor:
         frames = read_video(source.path, num_frames=min(source.num_frames, _MAX_FRAMES))[0]
     else:
         with Image.open(source.path) as picture:
-            frames = np.asarray(picture.convert("RGB"))[None]
+            shrink = max(1, min(picture.size) // _LARGE)
+            frames = np.asarray(picture.convert("RGB").reduce(shrink))[None]
     return torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
 
 

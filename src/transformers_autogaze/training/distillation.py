@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from ..feature_network_autogaze import FeatureGazeConfig, FeatureGazeNetwork
+from ..feature_network_autogaze import STRIDE, FeatureGazeConfig, FeatureGazeNetwork
 from .augmentation import vary_light
 from .teacher_features import TeacherFeatures, check_scales, teacher_vectors
 from .trainer import NotingTrainer
@@ -127,6 +127,7 @@ class DistillationArguments(TrainingArguments):
     def network_config(self) -> FeatureGazeConfig:
         """Makes the configuration of the network to train."""
         return FeatureGazeConfig(
+            scales=[STRIDE * self.scales[-1]],
             scale_factors=[scale / self.scales[-1] for scale in self.scales],
             hidden_sizes=self.hidden_sizes,
             depths=self.depths,
