@@ -97,12 +97,13 @@ def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: S
         frames = teacher.processor.to_pixel_values(small.to(teacher.device))
         with torch.no_grad():
             vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
+        with torch.no_grad(), teacher.autocast():
             dense = dense_features(tower, frames)
             for predicted in _PREDICTED:
                 kept = keep_to_threshold(vectors, predicted, network.config.unexplained_variance)
                 gaze = GazeOutput.from_masks([kept[None].to(teacher.device)], tower.grid)
                 laid = lay_features(tower(frames[None], gaze).last_hidden_state.float(), gaze, mean)
-                losses.append(float((laid - dense).square().sum(-1).mean()) / total)
+                losses.append(float((laid.float() - dense.float()).square().sum(-1).mean()) / total)
     measured = np.array(losses).reshape(-1, len(_PREDICTED)).mean(0)
     return ascending_knots(_PREDICTED, measured.tolist())
 

@@ -82,22 +82,18 @@ def distill(
     network = FeatureGazeNetwork(args.network_config())
     trainer = DistillationTrainer(network, args, train_dataset=datasets[0], eval_dataset=datasets[1])
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    args_seconds = {"teacher_seconds": teacher_seconds, "train_seconds": trained.metrics["train_runtime"]}
+    seconds = {"teacher_seconds": teacher_seconds, "train_seconds": trained.metrics["train_runtime"]}
     network = trainer.accelerator.unwrap_model(trainer.model)
     # Half precision is what will be loaded, so that is what is measured.
     network.half().float()
-    foresight = measure_foresight(network, datasets[1])
-    network.config.unexplained_variance = round(min(1.0, max(0.0, 1 - foresight.r2[-1])), 5)
-    network.config.loss_knots = calibrate(network, features, [sources[i] for i in sorted(held_out)])
-    model = FeatureGazeModel(network.config).eval()
-    model.network.load_state_dict(network.state_dict())
-    model.half()
     if trainer.is_world_process_zero():
-        model.save_pretrained(args.output_dir)
-        AutoGazeProcessor().save_pretrained(args.output_dir)
+        foresight = measure_foresight(network, datasets[1])
+        network.config.unexplained_variance = round(min(1.0, max(0.0, 1 - foresight.r2[-1])), 5)
+        network.config.loss_knots = calibrate(network, features, [sources[i] for i in sorted(held_out)])
         facts = _facts(features, sources, held_out, datasets, network, foresight)
-        write_card(args, facts | args_seconds | {"steps": trained.global_step}, credits)
-    return model
+        _save(network, args, facts | seconds | {"steps": trained.global_step}, credits)
+    features.wait()
+    return FeatureGazeModel.from_pretrained(args.output_dir).eval()
 
 
 def choose_held_out(sources: Sequence[Source], share: float, seed: int = 0) -> set[int]:
@@ -155,6 +151,17 @@ def _prepare_features(
         (number, count),
         wait,
     )
+
+
+def _save(
+    network: FeatureGazeNetwork, args: DistillationArguments, facts: dict[str, Any], credits: str | None
+) -> None:
+    """Writes the selector in float16, its processor and its card."""
+    model = FeatureGazeModel(network.config)
+    model.network.load_state_dict(network.state_dict())
+    model.half().save_pretrained(args.output_dir)
+    AutoGazeProcessor().save_pretrained(args.output_dir)
+    write_card(args, facts, credits)
 
 
 def _facts(

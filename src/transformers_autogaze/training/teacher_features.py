@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +92,7 @@ class FeatureTeacher:
             `torch.FloatTensor` of shape `(frames, patches, hidden)`: features of the patches of all scales, by id.
         """
         frames = self.processor.to_pixel_values(levels.to(self.device))[None]
-        is_mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if is_mixed else nullcontext():
+        with self.autocast():
             features = [
                 self.tower(frames, GazeOutput.full(self.grid, 1, len(levels), scale), attention="frame")
                 .last_hidden_state.float()
@@ -101,6 +100,11 @@ class FeatureTeacher:
                 for scale in range(len(self.grid.grids))
             ]
         return torch.cat(features, dim=1)
+
+    def autocast(self) -> AbstractContextManager:
+        """Gives the context in which the encoder computes in `dtype`."""
+        is_mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if is_mixed else nullcontext()
 
     def fingerprint(self) -> str:
         """Gives a number that is another one for another encoder, configuration or weights."""
@@ -206,7 +210,7 @@ class TeacherFeatures:
             )
         self.teacher, self.sources, self.seed = teacher, list(sources), seed
         self.folder = None if folder is None else Path(folder)
-        self.part, self._wait = part, wait
+        self.part, self.wait = part, wait
         self.num_components = num_components
         self.first_row = np.concatenate([[0], np.cumsum([2 * count for count in num_pairs])]).tolist()
         """`list[int]`: the first row of each source, and the number of rows at the end."""
@@ -264,10 +268,10 @@ class TeacherFeatures:
                     self._flush()
                     self.done[stage, index] = 1
                     self._flush()
-                self._wait()
+                self.wait()
                 if stage == 0:
                     self._find_components()
-        self._wait()
+        self.wait()
         return self
 
     def _rows(self, stage: int, index: int) -> range:
@@ -315,7 +319,7 @@ class TeacherFeatures:
             if path is not None:
                 self._flush()
                 save_file(self.components._asdict(), path)
-        self._wait()
+        self.wait()
         if path is not None:
             self.components = Components(**load_file(path))
 
@@ -335,7 +339,7 @@ class TeacherFeatures:
                 for name, (shape, kind) in arrays.items():
                     np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, shape).flush()
                 path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        self._wait()
+        self.wait()
         self.levels, self.features, self.first_features, self.done = (
             np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in arrays
         )
