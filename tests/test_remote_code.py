@@ -11,7 +11,13 @@ import torch
 from conftest import FIXTURES
 from test_modeling import small_config
 
-from transformers_autogaze import AutoGazeModel, AutoGazeProcessor, GreedyGazeSelector
+from transformers_autogaze import (
+    AutoGazeModel,
+    AutoGazeProcessor,
+    FeatureGazeConfig,
+    FeatureGazeModel,
+    GreedyGazeSelector,
+)
 from transformers_autogaze.pipeline_autogaze import VideoTokenPruningPipeline
 
 
@@ -62,7 +68,7 @@ def run_without_the_package(folder: Path, tmp_path: Path) -> dict[str, np.ndarra
     return np.load(output)
 
 
-@pytest.mark.parametrize("kind", ["model", "published", "greedy", "pipeline"])
+@pytest.mark.parametrize("kind", ["model", "published", "greedy", "features", "pipeline"])
 def test_a_saved_folder_gazes_alike_without_the_package(tmp_path, kind):
     folder = tmp_path / "checkpoint"
     torch.manual_seed(0)
@@ -70,6 +76,7 @@ def test_a_saved_folder_gazes_alike_without_the_package(tmp_path, kind):
         "model": lambda: AutoGazeModel(small_config()),
         "published": lambda: AutoGazeModel.from_pretrained(FIXTURES / "tiny-1"),
         "greedy": GreedyGazeSelector,
+        "features": lambda: FeatureGazeModel(FeatureGazeConfig(depths=[1, 1, 1], feature_variance=8.0)),
         "pipeline": lambda: AutoGazeModel(small_config()),
     }[kind]().eval()
     processor = AutoGazeProcessor()

@@ -295,6 +295,8 @@ class CanvasSearch:
         self, frames: torch.Tensor, min_gain: torch.Tensor, max_error: torch.Tensor | None, canvas: Canvas
     ) -> _Choices:
         """Lets every frame keep what gains at least `min_gain`, `(batch,)` in error units."""
+        if len(self.grid.grids) == 1 and max_error is None:
+            return self._pass_one_scale(frames, min_gain, canvas)
         shape = (*frames.shape[:2], self.grid.num_patches)
         all_gains = torch.full(shape, -math.inf, dtype=torch.float64, device=frames.device)
         order = torch.zeros(shape, dtype=torch.long, device=frames.device)
@@ -310,6 +312,19 @@ class CanvasSearch:
             order[:, t].scatter_(1, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
             canvas = self._lay_chosen(canvas, layers, ids.where(is_kept, -1))
         return _Choices(all_gains, order)
+
+    def _pass_one_scale(self, frames: torch.Tensor, min_gain: torch.Tensor, canvas: Canvas) -> _Choices:
+        """Does what `_pass` does where no patch overlaps another: what a patch gains is the error at its place."""
+        gains = []
+        for t in range(frames.shape[1]):
+            layers = self._render(frames[:, t].contiguous())
+            errors = self._errors_on(canvas, layers)[:, 0]
+            is_kept = errors >= min_gain[:, None, None]
+            gains.append(errors.masked_fill(~is_kept, -math.inf).flatten(1))
+            image = self._lay(canvas.image, layers, [is_kept.flatten(1)])
+            canvas = Canvas(image, canvas.is_empty & ~is_kept)
+        gains = torch.stack(gains, dim=1)
+        return _Choices(gains, gains.argsort(dim=2, descending=True, stable=True).argsort(dim=2))
 
     def _keep_best(self, choices: _Choices, num_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps of what each clip chose the `num_tokens` of most gain; gives ids in order of choice, and counts."""
@@ -392,7 +407,9 @@ class CanvasSearch:
         errors = []
         for layer in layers:
             squares = F.mse_loss(layer, frame, reduction="none")
-            sums = F.avg_pool2d(squares, cell, divisor_override=1).sum(1)
+            if cell != (1, 1):
+                squares = F.avg_pool2d(squares, cell, divisor_override=1)
+            sums = squares.sum(1)
             errors.append(sums.double().div_(ERROR_UNIT).round_())
         return torch.stack(errors, dim=1)
 

@@ -37,6 +37,7 @@ from .evaluation.feature_selectors import (
 from .evaluation.plots import check_matplotlib
 from .evaluation.report import markdown_tables, write_report
 from .evaluation.selectors import baseline_selectors
+from .grid_autogaze import GazeGrid
 from .integrations.vision import GazeVisionModel
 from .processing_autogaze import AutoGazeProcessor
 from .selection_autogaze import GazeSelector
@@ -242,13 +243,36 @@ def _clip_selectors(
 ) -> dict[str, ClipSelector]:
     """Makes the selectors that were asked for and that the size allows, in the order of `LABELS`."""
     made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
-    for name, at in (("model", folder), ("autogaze", AUTOGAZE_SELECTOR)):
-        if at is not None and name in options.selector:
-            model, processor = _load_model(at)
-            if (grid := scales_of_encoder(size, patch_size, model.config.grid)) is not None:
-                made[name] = PixelClipSelector(model.to(options.device), grid, processor, published_way=True)
+    if folder is not None and {"model", "model-scales"} & {*options.selector}:
+        made |= _model_clip_selectors(*_load_model(folder), size, patch_size, options.device)
+    if "autogaze" in options.selector:
+        found = _model_clip_selectors(*_load_model(AUTOGAZE_SELECTOR), size, patch_size, options.device)
+        made |= {"autogaze": found["model"]} if "model" in found else {}
     if "encoder" in options.selector and (grid := scales_of_encoder(size, patch_size)) is not None:
         made["encoder"] = EncoderClipSelector(GazeVisionModel(tower, grid.scales))
     if "encoder-finest" in options.selector:
         made["encoder-finest"] = EncoderClipSelector(GazeVisionModel(tower, [size]))
     return {name: made[name] for name in LABELS if name in made and name in options.selector}
+
+
+def _model_clip_selectors(
+    model: GazeSelector, processor: AutoGazeVideoProcessor, size: int, patch_size: int, device: str
+) -> dict[str, ClipSelector]:
+    """
+    Makes what a model is measured as: `"model"` on its own scales or, where it takes any grid, on the finest alone; such a
+    one also as `"model-scales"` on the published scales. What the size or the model does not allow is left out.
+    """
+    model, own = model.to(device), model.config.grid
+    grids = {"model": scales_of_encoder(size, patch_size, own)}
+    if model.takes_any_grid:
+        grids = {"model": GazeGrid([size], patch_size), "model-scales": scales_of_encoder(size, patch_size)}
+    made: dict[str, ClipSelector] = {}
+    for name, grid in grids.items():
+        if grid is None:
+            continue
+        try:
+            model.for_grid(grid if model.takes_any_grid else own)
+        except ValueError:
+            continue  # A model that knows other scales.
+        made[name] = PixelClipSelector(model, grid, processor, published_way=not model.takes_any_grid)
+    return made

@@ -38,7 +38,7 @@ class FeatureGazeConfig(GazeSelectorConfig):
             Height and width of a patch in pixels, at every scale.
         scale_factors (`Sequence[float]`, *optional*, defaults to `[1]`):
             Sizes of the scales that the network knows, relative to the finest, coarse to fine; the last is 1.
-        hidden_sizes (`Sequence[int]`, *optional*, defaults to `[48, 96, 224]`):
+        hidden_sizes (`Sequence[int]`, *optional*, defaults to `[48, 96, 192]`):
             Channels of the network at a quarter, an eighth and a sixteenth of the frame's size.
         depths (`Sequence[int]`, *optional*, defaults to `[1, 2, 6]`): blocks there.
         feature_size (`int`, *optional*, defaults to 96): numbers in the vector of a place.
@@ -81,7 +81,7 @@ class FeatureGazeConfig(GazeSelectorConfig):
         scales: Sequence[int | tuple[int, int]] = (224,),
         patch_size: int = 16,
         scale_factors: Sequence[float] = (1.0,),
-        hidden_sizes: Sequence[int] = (48, 96, 224),
+        hidden_sizes: Sequence[int] = (48, 96, 192),
         depths: Sequence[int] = (1, 2, 6),
         feature_size: int = 96,
         feature_variance: float = 1.0,

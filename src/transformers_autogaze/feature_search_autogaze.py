@@ -52,7 +52,10 @@ class FeatureSearch(CanvasSearch):
 
     def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
         """Spreads vectors `(batch, scales, channels, rows, columns)` over the cells."""
-        for axis, cells in ((3, self.cells[0]), (4, self.cells[1])):
-            if frame.shape[axis] != cells:
-                frame = frame.repeat_interleave(cells // frame.shape[axis], dim=axis)
+        batch, scales, channels, rows, cols = frame.shape
+        if (rows, cols) != self.cells:
+            frame = frame[:, :, :, :, None, :, None].expand(
+                -1, -1, -1, -1, self.cells[0] // rows, -1, self.cells[1] // cols
+            )
+            frame = frame.reshape(batch, scales, channels, *self.cells)
         return list(frame.unbind(1))

@@ -4,7 +4,8 @@ The AutoGaze model: vision stem, connector and gaze decoder (SPEC, "The model").
 This module owns the network and scoring a given gaze (`forward`); how patches are chosen is in `generation_autogaze`.
 
 Remote code: older versions of transformers fetch only the modules that an entry point imports itself, so the entry points
-(configuration, modeling, greedy, processing, video_processing, pipeline) import all that they need, some for that alone.
+(configuration, modeling, feature_network, feature_gaze, greedy, processing, video_processing, pipeline) import all that they
+need, some for that alone.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers import LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .composite_autogaze import CompositeReconstruction  # noqa: F401
 from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
@@ -29,6 +31,7 @@ from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .measured_stopping_autogaze import FrameMeter  # noqa: F401
 from .selection_autogaze import draw_settings, resize_frames
+from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
 @dataclass

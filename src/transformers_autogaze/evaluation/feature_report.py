@@ -18,6 +18,7 @@ from .report import markdown_table
 
 LABELS = {
     "model": "the model",
+    "model-scales": "the model, four scales",
     "autogaze": "AutoGaze, four scales",
     "greedy": "greedy, four scales",
     "greedy-finest": "pixel difference, finest scale",
