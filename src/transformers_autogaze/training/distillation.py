@@ -122,6 +122,8 @@ class DistillationArguments(TrainingArguments):
         if not self.cache_size_gb > 0:
             raise ValueError(f"`cache_size_gb` must be above 0, got {self.cache_size_gb}")
         self.network_config()
+        # Mixed precision on a CPU asks for it by name.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
     def network_config(self) -> FeatureGazeConfig:
