@@ -7,7 +7,14 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint clean
+# Where the encoder and the videos lie that the default weights are made of, and what else they need.
+SHARED ?= ../shared
+PICTURES ?= outputs/pictures
+WEIGHTS ?= outputs/weights
+STEPS ?= 2000
+PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
+
+.PHONY: demo test lint weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -23,6 +30,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $(INSTALLED)
+
+# The default weights; pictures are packages of Debian. A run that broke off goes on with RESUME=outputs/weights/checkpoint-500.
+weights: $(INSTALLED) $(PICTURES)/unpacked
+	$(VENV)/bin/autogaze distill $(SHARED)/encoders/dinov2-small $(SHARED)/videos/train $(PICTURES)/*/usr -o $(WEIGHTS) \
+		--crops-per-video 80 --crops-per-picture 20 --max-steps $(STEPS) --bf16 --logging-steps 20 --report-to none \
+		--cache-dir $(WEIGHTS)/cache --credits docs/weights_credits.md $(if $(RESUME),--resume-from-checkpoint $(RESUME))
+
+$(PICTURES)/unpacked:
+	mkdir -p $(PICTURES)
+	cd $(PICTURES) && apt-get download $(PACKAGES) && for package in *.deb; do dpkg -x $$package $${package%%_*}; done
+	find $(PICTURES) -name 'screenshot.*' -delete
+	touch $@
 
 clean:
 	rm -rf $(VENV) outputs

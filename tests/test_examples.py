@@ -12,7 +12,7 @@ from transformers.utils import is_accelerate_available
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lambda path: path.name)
 # What a script is called with beside --tiny, and what it prints.
 ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
-NEED_TRAINER = {"finetune.py", "finetune_tower.py", "grpo.py"}
+NEED_TRAINER = {"distill.py", "finetune.py", "finetune_tower.py", "grpo.py"}
 PRINTS = {
     "encode_with_siglip.py": "features: (",
     "finetune_tower.py": "train_loss",

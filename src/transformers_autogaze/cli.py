@@ -31,6 +31,7 @@ from . import (
     CompositeReconstruction,
     GazeOutput,
     GazeSelector,
+    cli_distillation,
     cli_evaluation,
     cli_training,
 )
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", parents=[output], help="prune a clip that is rendered on the spot")
     demo.set_defaults(run=_demo)
 
-    for module in (cli_training, cli_evaluation):
+    for module in (cli_training, cli_distillation, cli_evaluation):
         module.add_commands(commands)
     return parser
 

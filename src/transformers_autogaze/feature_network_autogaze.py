@@ -174,6 +174,16 @@ def _checked_knots(knots: Sequence[Sequence[float]]) -> list[list[float]]:
     return pairs
 
 
+class FeatureGazeDepthwise(nn.Conv2d):
+    """A depthwise convolution, which learns three times faster in float32 than in bfloat16 on a CPU."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(hidden)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(hidden.float())
+
+
 class FeatureGazeBlock(nn.Module):
     """
     A depthwise convolution and a perceptron at every place, added to what comes in.
@@ -183,7 +193,7 @@ class FeatureGazeBlock(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.depthwise = nn.Conv2d(size, size, _KERNEL, padding=_KERNEL // 2, groups=size)
+        self.depthwise = FeatureGazeDepthwise(size, size, _KERNEL, padding=_KERNEL // 2, groups=size)
         self.norm = nn.LayerNorm(size, eps=1e-6)
         self.up = nn.Linear(size, 4 * size, bias=False)
         self.down = nn.Linear(4 * size, size, bias=False)
@@ -191,7 +201,7 @@ class FeatureGazeBlock(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Takes and gives `(frames, channels, rows, columns)`, channels last in memory."""
         update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
-        if torch.is_grad_enabled() or hidden.is_cuda:
+        if torch.is_grad_enabled() or hidden.is_cuda or torch.is_autocast_enabled("cpu"):
             return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
         # In parts that stay in a processor's cache; new memory for all at once takes longer than the arithmetic.
         total = hidden.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,9 @@
-"""Training: labels and clips, stage 1 on labels (`ntp`), stage 2 on the model's own gazes (`grpo`)."""
+"""Training: distillation from an encoder (`distill`); labels and clips, stage 1 on labels (`ntp`), stage 2 on own gazes (`grpo`)."""
 
 from .augmentation import ClipAugmentation
 from .data import BudgetSchedule, GazeClipDataset, GazeCollator
+from .distill import distill
+from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer
 from .grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
 from .history import teach_history
 from .initialization import initialize_gaze_model
@@ -18,10 +20,14 @@ __all__ = [
     "BudgetSchedule",
     "ClipAugmentation",
     "ClipLabels",
+    "CropPairDataset",
+    "DistillationArguments",
+    "DistillationTrainer",
     "GazeClipDataset",
     "GazeCollator",
     "GreedyLabeller",
     "VideoCollection",
+    "distill",
     "initialize_gaze_model",
     "label_videos",
     "read_labels",

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 # Weights of red, green and blue in how bright a pixel looks (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
+# By how much light varies at most: gamma as a logarithm, saturation, contrast and colours as factors, others in pixels.
+_GAMMA, _SATURATION, _CONTRAST, _GAINS, _BRIGHTNESS, _NOISE = 0.6, 0.6, 0.4, 0.15, 0.15, 0.06
 
 
 @dataclass
@@ -142,6 +144,37 @@ def pan_and_zoom(
     grid = F.affine_grid(theta, [num_frames, 3, *size], align_corners=False)
     source = resize_pixels(picture[None], tuple(fitting)).expand(num_frames, -1, -1, -1)
     return F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(0, 1)
+
+
+def vary_light(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    Shows pictures in another light: other gamma, brightness, contrast, saturation and colour, and with noise.
+
+    Each varies by itself, some hardly and some a lot; of the pairs `2 i` and `2 i + 1`, every other one varies alike but for
+    its noise.
+
+    Args:
+        pixels (`torch.FloatTensor` of shape `(pictures, 3, height, width)`): pixels in 0..1.
+        generator (`torch.Generator`): where random numbers come from, on the CPU.
+
+    Returns:
+        `torch.FloatTensor` of the same shape: pixels in 0..1.
+    """
+    draws = torch.rand(len(pixels), 9, generator=generator)
+    twice = 2 * (torch.arange(0, len(pixels) // 2, 2))
+    draws[twice + 1] = draws[twice]
+    draws = draws.to(pixels.device)[..., None, None, None]
+    strength = draws[:, 0]
+    gamma, brightness, contrast, saturation = (2 * draws[:, number] - 1 for number in (1, 2, 3, 4))
+    gains = torch.cat([2 * draws[:, number] - 1 for number in (5, 6, 7)], dim=1)
+    noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
+    pixels = pixels.clamp(min=1e-3) ** (strength * gamma * _GAMMA).exp()
+    grey = (pixels * pixels.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+    pixels = torch.lerp(grey, pixels, 1 + strength * saturation * _SATURATION)
+    mean = grey.mean((2, 3), keepdim=True)
+    pixels = (pixels - mean) * (1 + strength * contrast * _CONTRAST) + mean + strength * brightness * _BRIGHTNESS
+    pixels = pixels * (1 + strength * gains * _GAINS)
+    return pixels.add_(noise * (strength * draws[:, 8] * _NOISE)).clamp_(0, 1)
 
 
 def resize_pixels(levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

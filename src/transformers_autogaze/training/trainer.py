@@ -1,8 +1,8 @@
 """
-What the trainers of both stages share.
+What the trainers share.
 
-This module owns the way between [`~transformers.Trainer`] and clips: their processor, new ones in every epoch, random
-numbers that survive a restart, and averages in the logs. It knows nothing of losses.
+This module owns random numbers that survive a restart and averages in the logs, for every trainer, and for those on clips
+their processor and new ones in every epoch. It knows nothing of losses.
 """
 
 from collections import defaultdict
@@ -21,30 +21,16 @@ from .data import ClipSampler, GazeClipDataset, GazeCollator
 CAUTION_HELP = "How much more a predicted loss counts that is too low, in shares of the weight; 0.5 is evenly."
 
 
-class GazeClipTrainer(Trainer):
+class NotingTrainer(Trainer):
     """
-    A [`~transformers.Trainer`] for an [`AutoGazeModel`] and clips; what it learns from them, subclasses say.
+    A [`~transformers.Trainer`] with random numbers that survive a restart, and averages in the logs.
 
     Args:
-        model ([`AutoGazeModel`]): the model to train.
-        args ([`~transformers.TrainingArguments`]): the arguments.
-        processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
-            What makes the pixel values; its video processor is saved with the model. The published preprocessing by
-            default.
-        kwargs: the other arguments of [`~transformers.Trainer`].
+        args, kwargs: the arguments of [`~transformers.Trainer`].
     """
 
-    def __init__(
-        self,
-        model: AutoGazeModel,
-        args: TrainingArguments,
-        processing_class: AutoGazeProcessor | AutoGazeVideoProcessor | None = None,
-        **kwargs,
-    ):
-        # The trainer takes a whole processor for one with a tokenizer.
-        processing_class = getattr(processing_class, "video_processor", processing_class) or AutoGazeVideoProcessor()
-        kwargs.setdefault("data_collator", GazeCollator(model.config))
-        super().__init__(model, args, processing_class=processing_class, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self._measured: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._generator_step: int | None = None
 
@@ -85,6 +71,32 @@ class GazeClipTrainer(Trainer):
             logs = {**logs, **dict(zip(self._measured, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))}
             self._measured.clear()
         super().log(logs, start_time)
+
+
+class GazeClipTrainer(NotingTrainer):
+    """
+    A [`~transformers.Trainer`] for an [`AutoGazeModel`] and clips; what it learns from them, subclasses say.
+
+    Args:
+        model ([`AutoGazeModel`]): the model to train.
+        args ([`~transformers.TrainingArguments`]): the arguments.
+        processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
+            What makes the pixel values; its video processor is saved with the model. The published preprocessing by
+            default.
+        kwargs: the other arguments of [`~transformers.Trainer`].
+    """
+
+    def __init__(
+        self,
+        model: AutoGazeModel,
+        args: TrainingArguments,
+        processing_class: AutoGazeProcessor | AutoGazeVideoProcessor | None = None,
+        **kwargs,
+    ):
+        # The trainer takes a whole processor for one with a tokenizer.
+        processing_class = getattr(processing_class, "video_processor", processing_class) or AutoGazeVideoProcessor()
+        kwargs.setdefault("data_collator", GazeCollator(model.config))
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

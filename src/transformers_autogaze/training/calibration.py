@@ -1,0 +1,196 @@
+"""
+Calibration of a distilled network: what its distances foretell of what an encoder loses, measured on whole clips.
+
+This module owns the measure of foreseen vectors and the way from distances to losses. It knows nothing of training.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..evaluation.features import dense_features, lay_features
+from ..feature_network_autogaze import FeatureGazeNetwork
+from ..gazing_autogaze import GazeOutput
+from ..integrations.vision import GazeVisionModel
+from ..video_decoding_autogaze import read_video
+from .augmentation import pan_and_zoom, resize_pixels
+from .crops import Source, read_source
+from .teacher_features import TeacherFeatures
+
+
+_FRAMES = 16  # of a clip
+_MAX_CLIPS = 12
+_PREDICTED = (0.01, 0.02, 0.04, 0.08, 0.14, 0.22, 0.34, 0.5, 0.7)  # losses that thresholds are tried at
+
+
+class Foresight(NamedTuple):
+    """
+    How well vectors are foreseen.
+
+    Args:
+        r2 (`list[float]`): share of the variance that is foreseen, at each scale, coarse to fine.
+        change_r2 (`float`): the same, of what changes between the crops of a pair at the finest scale.
+    """
+
+    r2: list[float]
+    change_r2: float
+
+
+@torch.no_grad()
+def measure_foresight(network: FeatureGazeNetwork, pairs: Dataset, batch_size: int = 8) -> Foresight:
+    """
+    Measures a network on crops.
+
+    Args:
+        network ([`FeatureGazeNetwork`]): the network.
+        pairs (`Dataset`): a [`CropPairDataset`] of files that were not trained on.
+        batch_size (`int`, *optional*, defaults to 8): pairs to look at together.
+
+    Returns:
+        [`Foresight`]
+    """
+    network.eval()
+    sums = torch.zeros(4, len(network.config.scale_factors), dtype=torch.float64)
+    for first in range(0, len(pairs), batch_size):
+        items = [pairs[index] for index in range(first, min(first + batch_size, len(pairs)))]
+        vectors = torch.stack([item["vectors"] for item in items])
+        levels = torch.stack([item["levels"] for item in items]).flatten(0, 1).permute(0, 3, 1, 2)
+        foreseen = look(network, levels).unflatten(0, (-1, 2)).cpu()
+        of_change = vectors[:, 0] - vectors[:, 1]
+        parts = (vectors - foreseen, vectors), (of_change - (foreseen[:, 0] - foreseen[:, 1]), of_change)
+        for row, part in enumerate(value for pair in parts for value in pair):
+            sums[row] += part.double().square().transpose(0, -4).flatten(1).sum(1)
+    r2 = 1 - sums[0] / sums[1].clamp(min=1e-12)
+    return Foresight(r2.tolist(), float(1 - sums[2, -1] / sums[3, -1].clamp(min=1e-12)))
+
+
+def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: Sequence[Source]) -> list[list[float]]:
+    """
+    Finds which share of an encoder's feature variance is lost where a network foretells a loss.
+
+    Clips are gazed at with thresholds on the foretold loss, finest scale only; the encoder sees what was kept
+    (`attention="canvas"`), and its features, laid on a map, are compared with those of whole frames.
+
+    Args:
+        network ([`FeatureGazeNetwork`]): the network, whose `config.unexplained_variance` is known.
+        features ([`TeacherFeatures`]): the encoder and its components.
+        sources (`Sequence[Source]`): files that were not trained on. Videos give a clip of frames spread over them and
+            one of frames next to each other; without videos, a camera moves over the pictures.
+
+    Returns:
+        `list[list[float]]`: pairs of foretold and measured loss, ascending, from `[0, 0]` on; `config.loss_knots`.
+    """
+    network.eval()
+    teacher = features.teacher
+    tower = GazeVisionModel(teacher.tower.vision_model, [teacher.grid.sizes[-1]], attention="canvas").eval()
+    total = float(features.components.variances.sum())
+    mean = features.components.mean.to(teacher.device)
+    losses = []
+    for levels in _clips(sources, features.seed):
+        small, large = (
+            (resize_pixels(levels, size) * 255).round().to(torch.uint8)
+            for size in (tower.grid.sizes[-1], features.size)
+        )
+        frames = teacher.processor.to_pixel_values(small.to(teacher.device))
+        with torch.no_grad():
+            vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
+        with torch.no_grad(), teacher.autocast():
+            dense = dense_features(tower, frames)
+            for predicted in _PREDICTED:
+                kept = keep_to_threshold(vectors, predicted, network.config.unexplained_variance)
+                gaze = GazeOutput.from_masks([kept[None].to(teacher.device)], tower.grid)
+                laid = lay_features(tower(frames[None], gaze).last_hidden_state.float(), gaze, mean)
+                losses.append(float((laid.float() - dense.float()).square().sum(-1).mean()) / total)
+    measured = np.array(losses).reshape(-1, len(_PREDICTED)).mean(0)
+    return ascending_knots(_PREDICTED, measured.tolist())
+
+
+def keep_to_threshold(vectors: torch.Tensor, max_loss: float, unexplained: float) -> torch.Tensor:
+    """
+    Keeps the fewest places of each frame with which its foretold loss is at most a threshold.
+
+    Args:
+        vectors (`torch.FloatTensor` of shape `(frames, places, feature_size)`): vectors of a clip.
+        max_loss (`float`): mean squared distance of a frame's vectors to those that stand at their places.
+        unexplained (`float`): what a place counts where nothing was kept, beside the length of its vector.
+
+    Returns:
+        `torch.BoolTensor` of shape `(frames, places)`: true where a place is kept.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.training.calibration import keep_to_threshold
+
+    >>> keep_to_threshold(torch.tensor([[[1.0], [2.0]], [[2.0], [2.1]]]), 0.5, 0.0).tolist()
+    [[False, True], [True, False]]
+
+    ```
+    """
+    standing = torch.zeros_like(vectors[0])
+    empty = torch.full_like(standing[:, 0], unexplained)
+    kept = []
+    for frame in vectors:
+        errors = (frame - standing).square().sum(-1) + empty
+        largest, order = errors.sort(descending=True)
+        left = largest.flip(0).cumsum(0).flip(0)  # where this place and all after it are not kept
+        keeps = torch.zeros_like(order, dtype=torch.bool)
+        keeps[order] = left > max_loss * len(errors)
+        kept.append(keeps)
+        standing = torch.where(keeps[:, None], frame, standing)
+        empty = empty.masked_fill(keeps, 0)
+    return torch.stack(kept)
+
+
+def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> list[list[float]]:
+    """
+    Makes pairs that ascend strictly, from zero on: where measured losses fall, neighbours are averaged.
+
+    Args:
+        predicted, measured (`Sequence[float]`): losses, the predicted ones ascending.
+
+    Returns:
+        `list[list[float]]`: pairs.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.training.calibration import ascending_knots
+
+    >>> ascending_knots([0.1, 0.2, 0.3], [0.2, 0.1, 0.4])
+    [[0.0, 0.0], [0.15, 0.15], [0.3, 0.4]]
+
+    ```
+    """
+    groups: list[tuple[float, float, int]] = []
+    for x, y in zip(predicted, measured, strict=True):
+        groups.append((x, y, 1))
+        while len(groups) > 1 and groups[-1][1] / groups[-1][2] <= groups[-2][1] / groups[-2][2]:
+            last, before = groups.pop(), groups.pop()
+            groups.append(tuple(a + b for a, b in zip(last, before, strict=True)))
+    pairs = [[round(x / n, 5), round(y / n, 5)] for x, y, n in groups]
+    return [[0.0, 0.0], *(pair for pair in pairs if min(pair) > 0)]
+
+
+def look(network: FeatureGazeNetwork, levels: torch.Tensor) -> torch.Tensor:
+    """Lets a network look at frames `(frames, 3, height, width)` in levels 0..255."""
+    pixels = levels.to(network.device).float() / 255
+    return network(FeatureGazeNetwork.normalize(pixels)).float()
+
+
+def _clips(sources: Sequence[Source], seed: int) -> Iterator[torch.Tensor]:
+    """Gives clips `(frames, 3, height, width)` in levels 0..255."""
+    videos = [source for source in sources if source.is_video and source.num_frames > 1]
+    for source in videos[: _MAX_CLIPS // 2]:
+        count = min(_FRAMES, source.num_frames)
+        yield torch.from_numpy(read_video(source.path, num_frames=count)[0]).permute(0, 3, 1, 2)
+        first = read_video(source.path)[0][:count]
+        yield torch.from_numpy(first).permute(0, 3, 1, 2)
+    if not videos:
+        generator = torch.Generator().manual_seed(seed)
+        for source in sources[:_MAX_CLIPS]:
+            frames = pan_and_zoom(read_source(source)[0], _FRAMES, (512, 512), generator)
+            yield (frames * 255).round().to(torch.uint8)

@@ -1,0 +1,234 @@
+"""
+Distillation: a small network learns what an encoder makes of every place of a frame, for [`FeatureGazeModel`].
+
+This module owns the arguments, the loss and the trainer. Crops come from `crops`, what is to be foreseen from
+`teacher_features`; the whole way from files to a checkpoint is `distill`'s.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from ..feature_network_autogaze import STRIDE, FeatureGazeConfig, FeatureGazeNetwork
+from .augmentation import vary_light
+from .teacher_features import TeacherFeatures, check_scales, teacher_vectors
+from .trainer import NotingTrainer
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """
+    Arguments of [`DistillationTrainer`]: those of [`~transformers.TrainingArguments`] and its own.
+
+    Args:
+        scales (`list[int]`, *optional*, defaults to `[2, 4, 7, 14]`):
+            Rows and columns of patches of each scale that the network is to know, coarse to fine; crops have as many
+            patches as the last says.
+        num_components (`int`, *optional*, defaults to 96): numbers in the vector of a place.
+        whitening (`float`, *optional*, defaults to 0.5):
+            Power of its deviation, 0..1, that each component is divided by: the higher, the more weak ones count.
+        hidden_sizes (`list[int]`, *optional*, defaults to `[48, 96, 224]`), depths (`list[int]`, *optional*, defaults to
+            `[1, 2, 6]`): size of the network; see [`FeatureGazeConfig`].
+        coarse_loss_weight (`float`, *optional*, defaults to 0.25):
+            Weight of the error of each scale but the finest, at least 0; that of the finest is 1.
+        change_loss_weight (`float`, *optional*, defaults to 0.5):
+            Weight of the error of what changes from one crop of a pair to the other, at least 0.
+        crops_per_video (`int`, *optional*, defaults to 96), crops_per_picture (`int`, *optional*, defaults to 16):
+            Crops of each file, even numbers of at least 2.
+        eval_share (`float`, *optional*, defaults to 0.1):
+            Share of the files, above 0 and below 1, that are not trained on but measured and calibrated on; at least one.
+        cache_dir (`str`, *optional*):
+            Folder for crops and the encoder's features, to go on with when a run broke off, or to train on again. In
+            memory by default.
+        cache_size_gb (`float`, *optional*, defaults to 8.0): what they may take there, in 1e9 bytes.
+        learning_rate (`float`, *optional*, defaults to 2e-3), per_device_train_batch_size (`int`, *optional*, defaults to
+            12, counted in pairs of crops), lr_scheduler_type (*optional*, defaults to `"cosine"`), warmup_steps (`float`,
+            *optional*, defaults to 50), weight_decay (`float`, *optional*, defaults to 0.05), remove_unused_columns
+            (`bool`, *optional*, defaults to `False`), label_names (`list[str]`, *optional*, defaults to `["vectors"]`):
+            as in [`~transformers.TrainingArguments`].
+
+    Raises:
+        ValueError: if one of them is out of range.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.training.distillation import DistillationArguments
+
+    >>> DistillationArguments("gaze", scales=[14, 7])
+    Traceback (most recent call last):
+    ValueError: `scales` must be rows of patches of each scale, whole numbers from coarse to fine such as 2 4 7 14, got [14, 7]
+
+    ```
+    """
+
+    output_dir: str | None = HfArg(aliases=["-o", "--output"], default=None, help="Folder to write to.")
+    scales: list[int] = field(
+        default_factory=lambda: [2, 4, 7, 14], metadata={"help": "Rows of patches of each scale, coarse to fine."}
+    )
+    num_components: int = field(default=96, metadata={"help": "Numbers in the vector of a place."})
+    whitening: float = field(
+        default=0.5, metadata={"help": "Power of its deviation that each component is divided by, 0..1."}
+    )
+    hidden_sizes: list[int] = field(
+        default_factory=lambda: [48, 96, 224], metadata={"help": "Channels of the network's three stages."}
+    )
+    depths: list[int] = field(default_factory=lambda: [1, 2, 6], metadata={"help": "Blocks of the three stages."})
+    coarse_loss_weight: float = field(
+        default=0.25, metadata={"help": "Weight of the error of each scale but the finest."}
+    )
+    change_loss_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the error of what changes between the two crops of a pair."}
+    )
+    crops_per_video: int = field(default=96, metadata={"help": "Crops of each video."})
+    crops_per_picture: int = field(default=16, metadata={"help": "Crops of each picture."})
+    eval_share: float = field(
+        default=0.1, metadata={"help": "Share of the files that are measured and calibrated on instead."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder to keep crops and features in; in memory if not given."}
+    )
+    cache_size_gb: float = field(default=8.0, metadata={"help": "What crops and features may take, in 1e9 bytes."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate."})
+    per_device_train_batch_size: int = field(default=12, metadata={"help": "Pairs of crops in a batch."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=50, metadata={"help": "Steps, or share of them, in which it rises."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to drop what the model's forward does not take."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["vectors"], metadata={"help": "What of an item is to be foreseen."}
+    )
+
+    def __post_init__(self):
+        check_scales(self.scales)
+        for name in ("coarse_loss_weight", "change_loss_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.whitening <= 1:
+            raise ValueError(f"`whitening` must lie in 0..1, got {self.whitening}")
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"`eval_share` must lie above 0 and below 1, got {self.eval_share}")
+        for name in ("crops_per_video", "crops_per_picture"):
+            if getattr(self, name) < 2 or getattr(self, name) % 2:
+                raise ValueError(f"`{name}` must be an even number of at least 2, got {getattr(self, name)}")
+        if not self.cache_size_gb > 0:
+            raise ValueError(f"`cache_size_gb` must be above 0, got {self.cache_size_gb}")
+        self.network_config()
+        # Mixed precision on a CPU asks for it by name.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+    def network_config(self) -> FeatureGazeConfig:
+        """Makes the configuration of the network to train."""
+        return FeatureGazeConfig(
+            scales=[STRIDE * self.scales[-1]],
+            scale_factors=[scale / self.scales[-1] for scale in self.scales],
+            hidden_sizes=self.hidden_sizes,
+            depths=self.depths,
+            feature_size=self.num_components,
+        )
+
+
+class CropPairDataset(Dataset):
+    """
+    Pairs of crops with the vectors that are to be foreseen.
+
+    Args:
+        features ([`TeacherFeatures`]): the crops and features of all files, filled.
+        sources (`Sequence[int]`): numbers of the files to take crops of.
+        whitening (`float`, *optional*, defaults to 0.5): see [`DistillationArguments`].
+    """
+
+    def __init__(self, features: TeacherFeatures, sources: Sequence[int], whitening: float = 0.5):
+        self.features = features
+        self.weights = features.components.weights(whitening)
+        grid = features.teacher.grid
+        self._patch_at = grid.patches_at(*grid.grids[-1])
+        self._first = [row for source in sources for row in range(*features.first_row[source : source + 2], 2)]
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """
+        Gives one pair.
+
+        Returns:
+            `dict` with `levels`, a `torch.ByteTensor` of shape `(2, height, width, 3)`, and `vectors`, a
+            `torch.FloatTensor` of shape `(2, scales, feature_size, rows, columns)`.
+        """
+        rows = slice(self._first[index], self._first[index] + 2)
+        levels, features = (
+            torch.from_numpy(array[rows].copy()) for array in (self.features.levels, self.features.features)
+        )
+        return {"levels": levels, "vectors": teacher_vectors(features, self.weights, self._patch_at)}
+
+
+class DistillationTrainer(NotingTrainer):
+    """
+    Trains a [`FeatureGazeNetwork`] to foresee an encoder's features.
+
+    The network sees each crop in another light than the encoder saw it: it has to learn what an encoder ignores. The loss
+    is the squared distance of its vectors from the encoder's, and the same of what changes between the two crops of a pair,
+    as selectors look at what changed at a place. A loss of 1 is that of the mean feature.
+
+    Everything else is [`~transformers.Trainer`]'s. Logged, averaged since the last time: `finest_loss`, of the finest scale,
+    and `change_loss`. Random draws follow from `seed`, the step and the process alone.
+
+    Args:
+        model ([`FeatureGazeNetwork`]): the network to train.
+        args ([`DistillationArguments`]): the arguments.
+        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets are [`CropPairDataset`]s, or others with such
+            items.
+
+    Raises:
+        ValueError: if the arguments are not [`DistillationArguments`].
+    """
+
+    args: DistillationArguments
+
+    def __init__(self, model: FeatureGazeNetwork, args: DistillationArguments, **kwargs):
+        if not isinstance(args, DistillationArguments):
+            raise ValueError(f"`args` must be DistillationArguments, got {type(args).__name__}")
+        super().__init__(model, args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """
+        Gives the loss of a batch.
+
+        Args:
+            model (`nn.Module`): the network, as the trainer has wrapped it.
+            inputs (`Mapping`): items of a [`CropPairDataset`], stacked.
+            return_outputs (`bool`, *optional*, defaults to `False`): whether to return the vectors as well.
+            num_items_in_batch (*optional*): not used; batches are averaged.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`, or a `tuple` of it and the foreseen vectors.
+        """
+        levels = inputs["levels"].flatten(0, 1).permute(0, 3, 1, 2)
+        pixels = levels.float().div_(255)
+        if model.training:
+            pixels = vary_light(pixels, self.step_generator())
+        vectors = model(FeatureGazeNetwork.normalize(pixels)).float()
+        errors = vectors.unflatten(0, (-1, 2)) - inputs["vectors"]
+        of_scales = errors.square().sum(3).mean((0, 1, 3, 4))
+        change = (errors[:, 0, -1] - errors[:, 1, -1]).square().sum(1).mean() / 2
+        args = self.args
+        self.note("finest_loss", of_scales[-1])
+        self.note("change_loss", change)
+        loss = of_scales[-1] + args.coarse_loss_weight * of_scales[:-1].sum() + args.change_loss_weight * change
+        return (loss, vectors) if return_outputs else loss
