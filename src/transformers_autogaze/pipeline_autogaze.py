@@ -23,7 +23,10 @@ from .processing_autogaze import AutoGazeProcessor
 from .selection_autogaze import GazeSelector, resize_frames
 from .video_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
 from .video_frames_autogaze import flatten_videos
+from .video_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
 from .video_processing_autogaze import AutoGazeVideoProcessor  # noqa: F401 (see modeling_autogaze)
+from .video_sampling_autogaze import sample_indices  # noqa: F401 (see modeling_autogaze)
+from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
 
 Setting = float | Sequence[float] | None

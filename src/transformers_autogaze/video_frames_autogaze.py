@@ -14,16 +14,50 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_utils import ChannelDimension
+from transformers.video_utils import VideoMetadata
+
+from .video_sources_autogaze import encoded_video, is_picture_list
 
 
 def is_video_source(value: Any) -> bool:
     """Tells whether `value` is something that [`read_video`] opens, rather than frames."""
-    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
+    if isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read"):
+        return True
+    return is_picture_list(value) or encoded_video(value) is not None
+
+
+def with_metadata(value: Any) -> tuple[Any, Any] | None:
+    """Gives frames and what is known of them, as `load_video` of transformers returns them; `None` of anything else."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or getattr(value[0], "ndim", 0) != 4:
+        return None
+    frames, known = value
+    if isinstance(known, (VideoMetadata, dict)) or known is None:
+        return frames, known
+    # So `load_video` answers frames that it was given.
+    return (frames, None) if isinstance(known, list) and all(item is None for item in known) else None
+
+
+def frames_of_decoder(decoder: Any, indices: Sequence[int]) -> Any:
+    """Takes frames of a decoder of torchcodec or decord, as an array or a tensor."""
+    frames = decoder.get_frames_at(list(indices)).data if hasattr(decoder, "get_frames_at") else None
+    frames = decoder.get_batch(list(indices)) if frames is None else frames
+    return frames.asnumpy() if hasattr(frames, "asnumpy") else frames
+
+
+def rate_of_decoder(decoder: Any) -> float | None:
+    """Gives the frames per second that a decoder of torchcodec or decord tells."""
+    known = getattr(decoder, "metadata", None)
+    return decoder.get_avg_fps() if hasattr(decoder, "get_avg_fps") else getattr(known, "average_fps", None)
+
+
+def is_decoder(value: Any) -> bool:
+    """Tells whether `value` is a decoder of torchcodec or decord."""
+    return hasattr(value, "__len__") and (hasattr(value, "get_frames_at") or hasattr(value, "get_batch"))
 
 
 def flatten_videos(videos: Any) -> list[Any]:
     """Lists the videos of any nesting: sources, four-dimensional arrays and lists of frames."""
-    if is_video_source(videos):
+    if is_video_source(videos) or is_decoder(videos) or with_metadata(videos) is not None:
         return [videos]
     if isinstance(videos, Image.Image):
         return [[videos]]
@@ -37,7 +71,7 @@ def flatten_videos(videos: Any) -> list[Any]:
         raise ValueError("`videos` must hold at least one video of at least one frame, got an empty list")
     shape = getattr(videos, "shape", None)
     raise ValueError(
-        "`videos` must be a path, an http(s) URL, bytes, a list of frames, an array or tensor of 3 to 5 dimensions, "
+        "`videos` must be a path, an http(s) URL, bytes, a list of frames or of pictures' paths, an array or tensor of 3 to 5 dimensions, "
         f"or a list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
     )
 
