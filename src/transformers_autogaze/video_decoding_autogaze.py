@@ -35,8 +35,8 @@ _SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
 # Fewer frames than these are rather decoded than jumped over: the decoder has several in the works, and a jump throws
 # them away.
 _LEAST_JUMP = 16
-# Pixels from the last keyframe to the end that are decoded at most to see whether the end is sound.
-_LARGEST_TAIL = 2**24
+# Pixels that are decoded at most only to see whether they can be: those of a whole video, or from its last keyframe on.
+_LARGEST_CHECK = 2**24
 _Source = str | os.PathLike | bytes | BinaryIO | Sequence[str | os.PathLike]
 
 
@@ -47,7 +47,9 @@ def read_video(
     Decodes a video, or evenly chosen frames of it, on all cores.
 
     Only chosen frames are converted and kept. The frames are counted in the stream itself, not taken from the
-    container's header, which may be wrong or silent. A frame that the file says to show rotated is rotated.
+    container's header, which may be wrong or silent, and so are their times: where they come unevenly, `fps` takes those
+    on show at each `i / fps` seconds. A frame that the file says to show rotated or mirrored is. Of several video streams
+    the one is taken that FFmpeg's command line takes: the largest, or one marked as default that is not far smaller.
 
     Where a keyframe lies between chosen frames, decoding goes on from there (MP4, MOV, WebM and Matroska with H.264,
     HEVC, VP9 or AV1); the frames are those that decoding everything gives. Damage in what is left out goes unseen then.
@@ -56,16 +58,23 @@ def read_video(
     be more (MP4 and AVI say how many frames they hold; WebM and MPEG-TS don't, so one that is cut off reads as a short
     video). Sampling then goes over the frames that could be decoded.
 
+    Only formats that hold what they show are opened. Those that name other files or addresses (playlists such as HLS and
+    DASH, ffconcat, SDP) are refused, whatever the file is called. Of a URL or another source that cannot be rewound at
+    most 1 GiB is read; the environment variable `AUTOGAZE_MAX_DOWNLOAD_BYTES` sets another bound.
+
     Args:
-        source (`str`, `os.PathLike`, `bytes` or file object):
-            Path of a video, its http(s) URL, its contents, or a binary file object, which is read from its beginning
-            and stays open.
-        num_frames (`int`, *optional*): how many frames to take, evenly over the video; see [`sample_indices`].
+        source (`str`, `os.PathLike`, `bytes`, file object, `dict` or `list`):
+            Path of a video, its http(s), file or data URL, its contents, or a binary file object, which is read from its
+            beginning and stays open; a row of a `datasets` Video column, `{"path": .., "bytes": ..}` or decoded; or a list
+            of pictures' paths, which are one video without a rate.
+        num_frames (`int`, *optional*):
+            How many frames to take, evenly over the video; see [`~video_sampling_autogaze.sample_indices`].
         fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
 
     Returns:
         `tuple` of the frames, a `np.ndarray` of shape `(frames, height, width, 3)` and type uint8 (RGB), and their
-        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of those chosen.
+        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of those chosen. Where
+        frames come unevenly, it has their `frame_times` in seconds, too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -123,8 +132,9 @@ def stream_video(
 
     Returns:
         `tuple` of the `VideoMetadata`, whose `frames_indices` are those of all chosen frames, and an iterator of frames
-        from `start_frame` on, `np.ndarray` of shape `(height, width, 3)` and type uint8 (RGB). Frames are chosen by the
-        number that the stream is to hold; where fewer can be decoded, the iterator ends early with a warning.
+        from `start_frame` on, `np.ndarray` of shape `(height, width, 3)` and type uint8 (RGB). The frames of a file that
+        looks damaged, or whose first or last frames don't decode, are counted by decoding it once before. Where damage
+        shows only on the way, the iterator ends early with a warning.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -274,9 +284,10 @@ def _probe(source: VideoSource) -> _Track:
 def _checked_probe(source: VideoSource, is_sampled: bool) -> _Track:
     """Counts the frames of a video and notes their times, by decoding them where its packets may not tell."""
     track = _probe(source)
-    # Without marks the end is only found by decoding all, which is not worth it where a long video is taken whole.
-    tells = track.marks is not None or (not is_sampled and track.timeline.count * track.pixels > _LARGEST_TAIL)
-    if track.is_whole and tells and _ends_decode(source, track):
+    # Little is decoded twice without much ado. Without marks the end is only found by decoding all, which is not worth it
+    # where a long video is taken whole.
+    is_long = track.timeline.count * track.pixels > _LARGEST_CHECK
+    if track.is_whole and is_long and (track.marks or not is_sampled) and _ends_decode(source, track):
         return track
     stamps = [frame.pts for frame in _frames(source, track.threads)]
     while len(stamps) != track.timeline.count:
@@ -296,7 +307,7 @@ def _ends_decode(source: VideoSource, track: _Track) -> bool:
             return True
         times, key = track.marks.times, track.marks.keys[-1]
         tail = times[bisect_left(times, key) :]
-        if len(tail) * track.pixels > _LARGEST_TAIL:
+        if len(tail) * track.pixels > _LARGEST_CHECK:
             return True
         try:
             container.seek(key, stream=stream)

@@ -1,13 +1,13 @@
 """
 Videos handed over as they are: the many forms in which frames come, brought to one.
 
-This module owns arrays, tensors and pictures and where their channels lie; what comes out are whole levels 0..255. Files
-are `video_decoding_autogaze`'s matter.
+This module owns arrays, tensors, pictures and others' decoders, and where channels lie; what comes out are whole levels
+0..255. Files are `video_decoding_autogaze`'s matter.
 """
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,36 @@ def rate_of_decoder(decoder: Any) -> float | None:
 def is_decoder(value: Any) -> bool:
     """Tells whether `value` is a decoder of torchcodec or decord."""
     return hasattr(value, "__len__") and (hasattr(value, "get_frames_at") or hasattr(value, "get_batch"))
+
+
+class _DecoderFrames:
+    """Frames `(height, width, 3)` of a decoder, each decoded when it is asked for."""
+
+    def __init__(self, decoder: Any):
+        self.decoder = decoder
+
+    def __len__(self) -> int:
+        return len(self.decoder)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Any:
+        return _channels_last(frames_of_decoder(self.decoder, [index]))[0]
+
+
+def unwrap_frames(source: Any) -> tuple[Any, float | None]:
+    """Takes frames `(height, width, 3)` out of a decoder, or of what `load_video` returns, and their rate."""
+    if (pair := with_metadata(source)) is not None:
+        frames, known = _channels_last(pair[0]), dict(pair[1] or {})
+        rate, total = known.get("fps"), known.get("total_num_frames") or len(frames)
+        return frames, rate * len(frames) / total if rate else None
+    return (_DecoderFrames(source), rate_of_decoder(source)) if is_decoder(source) else (source, None)
+
+
+def _channels_last(frames: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    is_first = frames.shape[1] == 3 and frames.shape[-1] != 3
+    return torch.as_tensor(frames).permute(0, 2, 3, 1) if is_first else frames
 
 
 def flatten_videos(videos: Any) -> list[Any]:

@@ -314,9 +314,9 @@ def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, in
         target = wanted["height"], wanted["width"]
     elif wanted.keys() == {"shortest_edge"} and name == "size":
         edge, shorter = wanted["shortest_edge"], min(height, width)
-        is_number = isinstance(edge, Integral)
-        sides = [edge * side // shorter for side in (height, width)] if is_number else [edge]
-        target = tuple(min(side, _LONGEST * edge) for side in sides) if is_number else (None,)
+        target = (None,)
+        if isinstance(edge, Integral):
+            target = tuple(min(edge * side // shorter, _LONGEST * edge) for side in (height, width))
     else:
         target = (None,)
     if any(not isinstance(side, Integral) or side < 1 for side in target):

@@ -132,13 +132,13 @@ class Timeline(NamedTuple):
         """
         Chooses frames as [`sample_indices`] does.
 
-        Where their times are uneven, `fps` takes the frame on show at each `i / fps` seconds, one that is on show at
-        several of them once.
+        Where their times are uneven, `fps` takes the frames on show at each `i / fps` seconds, for as many as FFmpeg gives
+        (`seconds * fps`, rounded), and one that is on show at several of them once.
         """
         check_sampling(num_frames, fps)
         if self.times is None or fps is None:
             return sample_indices(self.count, self.fps, num_frames, fps)
-        moments = np.arange(max(1, int(self.duration * fps + 1e-6))) / fps
+        moments = np.arange(max(1, int(self.duration * fps + 0.5))) / fps
         return np.unique(np.searchsorted(self.times, moments + _ROUNDING, side="right") - 1).tolist()
 
     def metadata(self, frame: np.ndarray, indices: list[int]) -> VideoMetadata:
