@@ -5,6 +5,7 @@ This module finds a video's bytes and opens them with PyAV, and nothing else tha
 are not followed. It knows nothing of frames to choose or how they are shown.
 """
 
+import errno
 import inspect
 import os
 import re
@@ -283,7 +284,7 @@ def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
         return av.open(target, options=options, metadata_errors="ignore")
     except FFmpegError as error:
         # So FFmpeg calls a format that is not among those to open.
-        is_refused = isinstance(error, av.error.ArgumentError)
+        is_refused = error.errno == errno.EINVAL
         note = "; playlists and other lists of files are not followed" if is_refused else ""
         raise ValueError(
             f"`source` {name} is no video that FFmpeg can open, or it is incomplete ({error.strerror}{note}); give a "
