@@ -192,6 +192,17 @@ def test_bad_input_is_named(prune, bad, arguments, message):
         prune(bad, **arguments)
 
 
+def test_a_bad_video_does_not_end_the_others(prune, video):
+    with pytest.warns(UserWarning, match="a video is left out: .*none.mp4"):
+        first, bad, last = prune([video, "none.mp4", video], batch_size=2)
+    assert sorted(bad) == ["error"] and "none.mp4" in bad["error"]
+    assert torch.equal(first["gaze"].gazing_pos, last["gaze"].gazing_pos)
+    with pytest.warns(UserWarning):
+        assert ["error" in item for item in prune(iter([b"", video]))] == [True, False]
+    with pytest.raises(ValueError, match="give one of `num_frames` and `fps`"):
+        prune([video, video], num_frames=2, fps=2)
+
+
 def test_unknown_arguments_are_refused(prune, video):
     with pytest.raises(TypeError, match="gazing_rate"):
         prune(video, gazing_rate=0.1)

@@ -4,6 +4,7 @@ import io
 import threading
 import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -15,6 +16,9 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from transformers_autogaze import video_decoding_autogaze
 from transformers_autogaze.video import write_video
 from transformers_autogaze.video_decoding_autogaze import read_video, sample_indices, stream_video
+
+
+CASES = Path(__file__).parent / "fixtures" / "videos"
 
 
 def grey_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -280,6 +284,60 @@ def test_file_cut_off_after_its_index_gives_what_is_there_and_one_warning(tmp_pa
     with pytest.warns(UserWarning):
         frames, metadata = read_video(part, num_frames=3)
     assert metadata.frames_indices == [0, count // 3, 2 * count // 3] and len(frames) == 3
+
+
+def test_a_cut_fragment_gives_what_ffmpeg_gives():
+    with pytest.warns(UserWarning) as caught:
+        frames, metadata = read_video(CASES / "ftrunc_25.mp4")
+    assert [str(w.message).split(": ")[1] for w in caught] == ["12 of its 50 frames could be decoded"]
+    # The means of the frames that FFmpeg decodes.
+    expected = [123.3, 123.4, 123.7, 123.8, 124.0, 124.2, 124.2, 124.3, 124.2, 124.2, 124.3, 124.3]
+    assert np.allclose(frames.mean((1, 2, 3)), expected, atol=0.1)
+    assert metadata.total_num_frames == 12 and metadata.frames_indices == list(range(12))
+    with pytest.warns(UserWarning) as caught:
+        again, stream = stream_video(CASES / "ftrunc_25.mp4")
+        assert np.array_equal(np.stack(list(stream)), frames) and again == metadata
+    assert len(caught) == 1
+
+
+def moving(count: int) -> list[np.ndarray]:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    return [np.roll(noise, 3 * index, axis=1) for index in range(count)]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "flv", "ts"])
+@pytest.mark.parametrize("gop", [12, 250])
+@pytest.mark.parametrize("damaged", [slice(0, 20), slice(80, 95), slice(40, 50)], ids=["start", "end", "middle"])
+def test_damaged_files_are_sampled_and_streamed_alike(tmp_path, ending, gop, damaged):
+    """Zeros in place of packets: their number stays, but they are no frames."""
+    path = tmp_path / f"clip.{ending}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": str(gop), "bf": "2"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in moving(95):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame)):
+                container.mux(packet)
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    contents = bytearray(path.read_bytes())
+    for place, size in packets[damaged]:
+        contents[place + 8 : place + size - 8] = bytes(max(0, size - 16))
+        contents[place : place + 4] = bytes(4) if ending == "mp4" else contents[place : place + 4]
+    for options in ({}, {"num_frames": 7}, {"fps": 5}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if damaged.start == 0 and gop == 250:
+                with pytest.raises(ValueError, match="no frame that can be decoded"):
+                    read_video(bytes(contents), **options)
+                continue
+            frames, metadata = read_video(bytes(contents), **options)
+            assert metadata.frames_indices[-1] < metadata.total_num_frames and len(frames) == len(
+                metadata.frames_indices
+            )
+            streamed, stream = stream_video(bytes(contents), **options)
+            rest = np.stack(list(stream))
+        assert streamed == metadata and np.array_equal(rest, frames)
 
 
 def test_frames_that_an_edit_cuts_off_are_neither_counted_nor_missed(tmp_path):

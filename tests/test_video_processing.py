@@ -258,6 +258,14 @@ def test_thin_frames_work(processor):
     assert levels(processor, noise(6, 6, 3)).shape == (1, 3, 224, 224), "one frame alone"
 
 
+@pytest.mark.parametrize(
+    "height, width, expected", [(2, 1000, (224, 3584)), (900, 1, (3584, 224)), (20, 300, (224, 3360))]
+)
+def test_extreme_shapes_stay_small(processor, height, width, expected):
+    video = noise(2, height, width, 3)
+    assert levels(processor, video, input_data_format="channels_last").shape[2:] == expected
+
+
 def test_ambiguous_channels_are_announced_and_can_be_settled(plain):
     video = noise(2, 3, 5, 3)
     with pytest.warns(UserWarning, match="taken as channels_last; `input_data_format` settles it"):

@@ -22,6 +22,7 @@ from huggingface_hub.utils import tqdm
 from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.utils import logging
+from transformers.video_utils import VideoMetadata
 
 from . import (
     AUTOGAZE_SELECTOR,
@@ -155,6 +156,8 @@ def _prune(options: argparse.Namespace) -> None:
     metadata, frames = stream_video(options.video, num_frames=options.frames, fps=options.fps)
     count = len(metadata.frames_indices)
     rate = (metadata.fps or 30) * count / metadata.total_num_frames
+    # Times of their own only where the frames come unevenly.
+    times = getattr(metadata, "frame_times", None)
     chunks = stream_gaze(
         selector,
         _SizedFrames(frames, count),
@@ -187,14 +190,14 @@ def _prune(options: argparse.Namespace) -> None:
                     yield from joined
                     del joined
 
-        write_video(options.output / "overlay.mp4", overlay(), fps=rate)
+        write_video(options.output / "overlay.mp4", overlay(), fps=rate, times=times)
         seconds = time.perf_counter() - start
         statistics = summary.statistics()
         gaze = {
             "video": options.video,
             "selector": _selector_name(options),
             "tiles": options.tiles,
-            "frame_indices": [int(index) for index in metadata.frames_indices],
+            **_numbers_of_frames(metadata, statistics["num_frames"]),
             **settings,
             "statistics": statistics,
         }
@@ -220,6 +223,14 @@ def _settings(options: argparse.Namespace, selector: GazeSelector) -> dict[str, 
         return asked
     share = getattr(selector.config, "clip_ratio", None)
     return {"gazing_ratio": 0.75, "task_loss_requirement": 0.7} if share is None else {"clip_ratio": share}
+
+
+def _numbers_of_frames(metadata: VideoMetadata, count: int) -> dict[str, list]:
+    """Gives which frames of the video were taken, and when they are shown in seconds; of a damaged one those that came."""
+    numbers: dict[str, list] = {"frame_indices": [int(index) for index in metadata.frames_indices[:count]]}
+    if metadata.fps:
+        numbers["frame_times"] = [round(time, 6) for time in metadata.timestamps[:count]]
+    return numbers
 
 
 class _SizedFrames:

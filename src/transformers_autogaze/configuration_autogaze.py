@@ -49,7 +49,10 @@ CODE_FILES = tuple(
         "token_budgets",
         "video_decoding",
         "video_frames",
+        "video_orientation",
         "video_processing",
+        "video_sampling",
+        "video_sources",
     )
 )
 """The modules that travel with a checkpoint."""

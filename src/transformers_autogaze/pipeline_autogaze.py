@@ -5,6 +5,7 @@ This module joins a processor and a selector; it decodes, chooses and draws noth
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,10 @@ from .selection_autogaze import GazeSelector, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 from .video_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
 from .video_frames_autogaze import flatten_videos
+from .video_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
 from .video_processing_autogaze import AutoGazeVideoProcessor  # noqa: F401 (see modeling_autogaze)
+from .video_sampling_autogaze import check_sampling
+from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
 
 Setting = float | Sequence[float] | None
@@ -143,7 +147,8 @@ class VideoTokenPruningPipeline(Pipeline):
             num_workers (`int`, *optional*, defaults to 0): processes that decode ahead.
 
         Returns:
-            `dict` for one video, a list of them for a list, an iterator for a generator or `Dataset`. Its keys:
+            `dict` for one video, a list of them for a list, an iterator for a generator or `Dataset`. Of several videos,
+            one that cannot be read gives a warning and `{"error": message}` in its place. Its keys:
 
             - `gaze` ([`GazeOutput`]): the gaze, a batch of one;
             - `records` (`list[dict]`): every kept patch with its frame, scale, box and order, in the frames' own size;
@@ -153,7 +158,7 @@ class VideoTokenPruningPipeline(Pipeline):
               in the size of the finest scale.
 
         Raises:
-            ValueError: if a video cannot be read or an argument is out of range.
+            ValueError: if the one video cannot be read or an argument is out of range.
         """
         if isinstance(videos, Dataset):
             return super().__call__(videos, **kwargs)
@@ -163,6 +168,13 @@ class VideoTokenPruningPipeline(Pipeline):
         results = super().__call__(listed, **kwargs)
         is_list = isinstance(videos, (list, tuple)) and listed[0] is not videos
         return results if is_list or getattr(videos, "ndim", 0) == 5 else results[0]
+
+    def _attempt(self, video: Any, **params) -> dict[str, Any]:
+        """Prepares one video, or tells why it cannot be read."""
+        try:
+            return self.preprocess(video, **params)
+        except (OSError, ValueError) as error:
+            return {"error": error}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
@@ -207,12 +219,20 @@ class VideoTokenPruningPipeline(Pipeline):
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, Any]]:
         """Prunes videos one after the other, neighbours of equal shape together; the base class batches text and images."""
+        check_sampling(preprocess_params.get("num_frames"), preprocess_params.get("fps"))
         if isinstance(inputs, Iterator):
-            prepared, num_workers = PipelineIterator(inputs, self.preprocess, preprocess_params), min(num_workers, 1)
+            prepared, num_workers = PipelineIterator(inputs, self._attempt, preprocess_params), min(num_workers, 1)
         else:
-            prepared = PipelineDataset(inputs, self.preprocess, preprocess_params)
+            prepared = PipelineDataset(inputs, self._attempt, preprocess_params)
+        is_single = hasattr(inputs, "__len__") and len(inputs) == 1
         loader = DataLoader(prepared, num_workers=num_workers, batch_size=1, collate_fn=no_collate_fn)
         for batch in _batches_of_equal_shape(loader, batch_size):
+            if (error := batch[0].get("error")) is not None:
+                if is_single:
+                    raise error
+                warnings.warn(f"a video is left out: {error}", stacklevel=2)
+                yield {"error": str(error)}
+                continue
             videos = torch.cat([item["pixel_values_videos"] for item in batch])
             outputs = self.forward({"pixel_values_videos": videos}, **forward_params)
             gaze = GazeOutput(**outputs["gaze"])
@@ -281,10 +301,16 @@ class VideoTokenPruningPipeline(Pipeline):
 def _batches_of_equal_shape(items: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     for item in items:
-        shape = item["pixel_values_videos"].shape
-        if batch and (len(batch) == batch_size or batch[0]["pixel_values_videos"].shape != shape):
+        if batch and (len(batch) == batch_size or _shape_of(batch[0]) != _shape_of(item)):
             yield batch
             batch = []
-        batch.append(item)
+        if "error" in item:
+            yield [item]
+        else:
+            batch.append(item)
     if batch:
         yield batch
+
+
+def _shape_of(item: dict[str, Any]) -> tuple[int, ...] | None:
+    return None if "error" in item else tuple(item["pixel_values_videos"].shape)

@@ -24,7 +24,10 @@ from .grid_autogaze import PUBLISHED_GRID, GazeGrid
 # from a folder; what those import in turn would be missing.
 from .video_decoding_autogaze import read_video  # noqa: F401
 from .video_frames_autogaze import flatten_videos  # noqa: F401
+from .video_orientation_autogaze import to_rgb  # noqa: F401
 from .video_processing_autogaze import AutoGazeVideoProcessor, AutoGazeVideosKwargs
+from .video_sampling_autogaze import sample_indices  # noqa: F401
+from .video_sources_autogaze import resolve_source  # noqa: F401
 
 
 _ENCODER_FOLDER = "encoder_processor"

@@ -1,16 +1,23 @@
 """Videos out: frames into a file, with PyAV. Reading is `video_decoding_autogaze`; nothing here knows of gazes."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
 
-def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float = 30) -> Path:
+_TICKS = 90_000  # units of a second that frames' own times are written in, as MPEG-TS has them
+
+
+def write_video(
+    path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float = 30, times: Sequence[float] | None = None
+) -> Path:
     """
     Writes frames to an H.264 video that every player shows (yuv420p), one frame in memory at a time.
 
@@ -23,13 +30,15 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         frames (`Iterable[np.ndarray]` of shape `(height, width, 3)` and type uint8): RGB frames of one size, consumed
             one by one, so a generator keeps memory flat.
         fps (`float`, *optional*, defaults to 30): frames per second.
+        times (`Sequence[float]`, *optional*):
+            Seconds at which each frame is shown, ascending, where they come unevenly; `fps` is their mean rate then.
 
     Returns:
         `Path`: the file written.
 
     Raises:
-        ValueError: if there is no frame, a frame has another shape or type, `fps` is not positive or the container is
-            unknown. No half-written file is left behind.
+        ValueError: if there is no frame, a frame has another shape or type, `fps` is not positive, `times` are not
+            ascending or fewer than the frames, or the container is unknown. No half-written file is left behind.
 
     Example:
 
@@ -44,6 +53,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     path = Path(path)
     if isinstance(fps, bool) or not 0 < fps < float("inf"):
         raise ValueError(f"`fps` must be above 0 frames per second, got {fps!r}")
+    if times is not None and not all(a < b for a, b in zip(times, times[1:], strict=False)):
+        raise ValueError("`times` must ascend from frame to frame")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path` must lie in a folder that exists, but there is no {str(path.parent)!r}")
     frames = iter(frames)
@@ -52,7 +63,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         raise ValueError("`frames` must hold at least one frame, got none")
     _check_frame(first, 0, None)
     try:
-        container = av.open(str(path), mode="w")
+        # A colon in a name would be the end of a protocol's.
+        container = av.open(f"file:{path}", mode="w")
     except (FFmpegError, ValueError) as error:
         raise ValueError(
             f"`path` must be a file that can be written and end as in clip.mp4, got {str(path)!r}"
@@ -66,17 +78,29 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
             # Says how RGB was turned into YUV (BT.601), or players would guess by the frame's size.
             stream.codec_context.colorspace = 6
             stream.options = {"crf": "18"}
-            index, frame = 0, first
-            while frame is not None:
-                _check_frame(frame, index, first.shape)
-                padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
-                index, frame = index + 1, next(frames, None)
+            _encode(container, stream, chain([first], frames), first.shape, times)
             container.mux(stream.encode())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def _encode(
+    container: Any, stream: Any, frames: Iterable[np.ndarray], shape: tuple[int, ...], times: Sequence[float] | None
+) -> None:
+    tick, (height, width) = Fraction(1, _TICKS), shape[:2]
+    if times is not None:
+        stream.codec_context.time_base = tick
+    for index, frame in enumerate(frames):
+        _check_frame(frame, index, shape)
+        padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(padded, format="rgb24")
+        if times is not None:
+            if index == len(times):
+                raise ValueError(f"`times` must name one time for each frame, got {len(times)}")
+            picture.pts, picture.time_base = round((times[index] - times[0]) * _TICKS), tick
+        container.mux(stream.encode(picture))
 
 
 def _check_frame(frame: np.ndarray, index: int, shape: tuple[int, ...] | None):

@@ -1,33 +1,31 @@
 """
 Videos in: RGB frames out of a file, a URL, bytes or a file object, with PyAV.
 
-This module owns decoding and the choice of frames. It knows nothing of preprocessing, patches or models: what comes out
-are whole levels 0..255 at the size they were filmed.
+This module owns decoding: all frames, chosen ones, or one after the other. Where videos come from, which frames to choose
+and how they are turned is the matter of `video_sources_`, `video_sampling_` and `video_orientation_autogaze`. It knows
+nothing of preprocessing, patches or models: what comes out are whole levels 0..255 at the size they were filmed.
 """
 
 import os
-import re
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException
-from io import BytesIO, TextIOBase
+from fractions import Fraction
 from itertools import chain
-from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.request import Request, urlopen
 
-import av
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from transformers.video_utils import VideoMetadata
 
+from .video_orientation_autogaze import shown_size
+from .video_orientation_autogaze import to_rgb as _to_rgb
+from .video_sampling_autogaze import Timeline, check_sampling, check_start_frame, measure_timeline
+from .video_sampling_autogaze import sample_indices as sample_indices
+from .video_sources_autogaze import VideoSource, is_picture_list, open_video, read_pictures, resolve_source
 
-# FFmpeg's flag of a stream that is a still picture, such as the cover of a song.
-_COVER_PICTURE = 0x400
+
 # FFmpeg's number of a picture that is coded without looking at others.
 _INTRA_PICTURE = 1
 # Containers that hold one frame in each packet, and codecs that give one frame for each: only there do time stamps tell
@@ -37,73 +35,21 @@ _SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
 # Fewer frames than these are rather decoded than jumped over: the decoder has several in the works, and a jump throws
 # them away.
 _LEAST_JUMP = 16
-
-
-def sample_indices(
-    total_num_frames: int,
-    video_fps: float | None = None,
-    num_frames: int | None = None,
-    fps: float | None = None,
-) -> list[int]:
-    """
-    Chooses frames evenly over a video, as the video processors of transformers do.
-
-    Frame `i` of `n` is `floor(i * total_num_frames / n)`; with `fps`, `n = max(1, floor(seconds * fps))`.
-
-    Args:
-        total_num_frames (`int`): frames of the video, at least 1.
-        video_fps (`float`, *optional*): frames per second of the video; needed with `fps`.
-        num_frames (`int`, *optional*): how many frames to choose. Excludes `fps`.
-        fps (`float`, *optional*):
-            How many frames to choose per second of video, at most the video's own rate (one percent of slack lets 30
-            stand for 29.97). Excludes `num_frames`. With neither, all frames are chosen.
-
-    Returns:
-        `list[int]`: indices in ascending order, none of them twice.
-
-    Raises:
-        ValueError: if both are given, or if one asks for more than the video has.
-
-    Example:
-
-    ```python
-    >>> from transformers_autogaze.video_decoding_autogaze import sample_indices
-
-    >>> sample_indices(64, num_frames=4)
-    [0, 16, 32, 48]
-    >>> sample_indices(64, video_fps=30, fps=2)
-    [0, 16, 32, 48]
-
-    ```
-    """
-    _check_sampling(num_frames, fps)
-    if total_num_frames < 1:
-        raise ValueError("the video must have at least one frame, got none")
-    if fps is not None:
-        if not video_fps:
-            raise ValueError(
-                f"`fps` is {fps}, but how many frames per second the video itself has is unknown; give `num_frames`, "
-                "or `video_metadata` with `fps` if the video is an array"
-            )
-        if fps > 1.01 * video_fps:
-            raise ValueError(f"`fps` must be at most {video_fps:g}, the video's own frames per second, got {fps}")
-        # The small term keeps 2 s at 4.1 fps from becoming 8 frames where the product falls just below a whole number.
-        num_frames = min(max(1, int(total_num_frames / video_fps * fps + 1e-6)), total_num_frames)
-    if num_frames is None:
-        return list(range(total_num_frames))
-    if num_frames > total_num_frames:
-        raise ValueError(f"`num_frames` must be at most {total_num_frames}, the video's frames, got {num_frames}")
-    return [index * total_num_frames // num_frames for index in range(num_frames)]
+# Pixels that are decoded at most only to see whether they can be: those of a whole video, or from its last keyframe on.
+_LARGEST_CHECK = 2**24
+_Source = str | os.PathLike | bytes | BinaryIO | Sequence[str | os.PathLike]
 
 
 def read_video(
-    source: str | os.PathLike | bytes | BinaryIO, num_frames: int | None = None, fps: float | None = None
+    source: _Source, num_frames: int | None = None, fps: float | None = None
 ) -> tuple[np.ndarray, VideoMetadata]:
     """
     Decodes a video, or evenly chosen frames of it, on all cores.
 
     Only chosen frames are converted and kept. The frames are counted in the stream itself, not taken from the
-    container's header, which may be wrong or silent. A frame that the file says to show rotated is rotated.
+    container's header, which may be wrong or silent, and so are their times: where they come unevenly, `fps` takes those
+    on show at each `i / fps` seconds. A frame that the file says to show rotated or mirrored is. Of several video streams
+    the one is taken that FFmpeg's command line takes: the largest, or one marked as default that is not far smaller.
 
     Where a keyframe lies between chosen frames, decoding goes on from there (MP4, MOV, WebM and Matroska with H.264,
     HEVC, VP9 or AV1); the frames are those that decoding everything gives. Damage in what is left out goes unseen then.
@@ -112,16 +58,23 @@ def read_video(
     be more (MP4 and AVI say how many frames they hold; WebM and MPEG-TS don't, so one that is cut off reads as a short
     video). Sampling then goes over the frames that could be decoded.
 
+    Only formats that hold what they show are opened. Those that name other files or addresses (playlists such as HLS and
+    DASH, ffconcat, SDP) are refused, whatever the file is called. Of a URL or another source that cannot be rewound at
+    most 1 GiB is read; the environment variable `AUTOGAZE_MAX_DOWNLOAD_BYTES` sets another bound.
+
     Args:
-        source (`str`, `os.PathLike`, `bytes` or file object):
-            Path of a video, its http(s) URL, its contents, or a binary file object, which is read from its beginning
-            and stays open.
-        num_frames (`int`, *optional*): how many frames to take, evenly over the video; see [`sample_indices`].
+        source (`str`, `os.PathLike`, `bytes`, file object, `dict` or `list`):
+            Path of a video, its http(s), file or data URL, its contents, or a binary file object, which is read from its
+            beginning and stays open; a row of a `datasets` Video column, `{"path": .., "bytes": ..}` or decoded; or a list
+            of pictures' paths, which are one video without a rate.
+        num_frames (`int`, *optional*):
+            How many frames to take, evenly over the video; see [`~video_sampling_autogaze.sample_indices`].
         fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
 
     Returns:
         `tuple` of the frames, a `np.ndarray` of shape `(frames, height, width, 3)` and type uint8 (RGB), and their
-        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of those chosen.
+        `VideoMetadata` with the frames, rate, size and duration of the whole video and the indices of those chosen. Where
+        frames come unevenly, it has their `frame_times` in seconds, too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -141,32 +94,34 @@ def read_video(
 
     ```
     """
-    _check_sampling(num_frames, fps)
-    source, name = _resolve(source)
-    counted, promised, video_fps, marks = _probe(source, name)
-    indices = _indices_of(name, counted, video_fps, num_frames, fps)
-    if counted >= promised and _pays_to_jump(indices, marks):
+    check_sampling(num_frames, fps)
+    if is_picture_list(source):
+        indices, timeline = _choose_pictures(source, num_frames, fps)
+        frames = np.stack(list(read_pictures(source, indices)))
+        return frames, timeline.metadata(frames[0], indices)
+    source = resolve_source(source)
+    track = _probe(source)
+    indices = _indices_of(source, track.timeline, num_frames, fps)
+    if track.is_whole and _pays_to_jump(indices, track.marks) and _ends_decode(source, track):
         try:
-            frames = _gather(_jump(source, name, indices, marks), len(indices))
-            return frames, _metadata(counted, video_fps, frames[0], indices)
+            frames = _gather(_jump(source, indices, track.marks), len(indices))
+            return frames, track.timeline.metadata(frames[0], indices)
         except _LostError:
             pass
-    frames, total = _decode(source, name, indices)
-    if total and total != counted:
+    frames, stamps = _decode(source, indices, track.threads)
+    while len(stamps) != track.timeline.count:
         # Not every packet became one frame, so the choice was made out of a wrong number.
-        indices = _indices_of(name, total, video_fps, num_frames, fps)
-        frames, _ = _decode(source, name, indices)
+        track = track.counted(stamps)
+        indices = _indices_of(source, track.timeline, num_frames, fps)
+        frames, stamps = _decode(source, indices, track.threads)
     if frames is None:
-        raise ValueError(f"`source` {name} holds no frame that can be decoded; give a complete video file")
-    _warn_of_damage(name, total, promised)
-    return frames, _metadata(total, video_fps, frames[0], indices[: len(frames)])
+        raise _no_frame(source)
+    _warn_of_damage(source, track)
+    return frames, track.timeline.metadata(frames[0], indices)
 
 
 def stream_video(
-    source: str | os.PathLike | bytes | BinaryIO,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    start_frame: int = 0,
+    source: _Source, num_frames: int | None = None, fps: float | None = None, start_frame: int = 0
 ) -> tuple[VideoMetadata, Iterator[np.ndarray]]:
     """
     Decodes a video like [`read_video`], but frame by frame as they are asked for, so memory stays flat.
@@ -177,132 +132,72 @@ def stream_video(
 
     Returns:
         `tuple` of the `VideoMetadata`, whose `frames_indices` are those of all chosen frames, and an iterator of frames
-        from `start_frame` on, `np.ndarray` of shape `(height, width, 3)` and type uint8 (RGB). Frames are chosen by the
-        number that the stream is to hold; where fewer can be decoded, the iterator ends early with a warning.
+        from `start_frame` on, `np.ndarray` of shape `(height, width, 3)` and type uint8 (RGB). The frames of a file that
+        looks damaged, or whose first or last frames don't decode, are counted by decoding it once before. Where damage
+        shows only on the way, the iterator ends early with a warning.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: as [`read_video`]; a change of size only when it is reached. Also if `start_frame` lies beyond the
             end.
     """
-    _check_sampling(num_frames, fps)
-    source, name = _resolve(source)
-    counted, promised, video_fps, marks = _probe(source, name)
-    indices = _indices_of(name, counted, video_fps, num_frames, fps)
-    check_start_frame(start_frame, len(indices))
-    wanted = indices[start_frame:]
-
-    def chosen() -> Iterator[np.ndarray]:
-        reformatter, taken, count = VideoReformatter(), 0, 0
-        if not wanted:
-            return
-        if _pays_to_jump(wanted, marks):
-            try:
-                for frame in _jump(source, name, wanted, marks):
-                    yield _to_rgb(frame, reformatter)
-                    taken += 1
-                return
-            except _LostError:
-                pass  # What is missing is counted off from the beginning.
-        for frame in _frames(source, name):
-            if count == wanted[taken]:
-                yield _to_rgb(frame, reformatter)
-                taken += 1
-            count += 1
-            if taken == len(wanted):
-                return
-        _warn_of_damage(name, count, promised)
-
-    frames = chosen()
+    check_sampling(num_frames, fps)
+    if is_picture_list(source):
+        indices, timeline = _choose_pictures(source, num_frames, fps)
+        check_start_frame(start_frame, len(indices))
+        frames = read_pictures(source, indices[start_frame:])
+    else:
+        source = resolve_source(source)
+        is_sampled = num_frames is not None or fps is not None
+        # Going on in the middle of all frames, nobody asks for the end.
+        track = _checked_probe(source, is_sampled) if is_sampled or not start_frame else _probe(source)
+        timeline = track.timeline
+        indices = _indices_of(source, timeline, num_frames, fps)
+        check_start_frame(start_frame, len(indices))
+        frames = _stream(source, indices[start_frame:], track)
     first = next(frames, None)
     if first is None:
-        raise ValueError(f"`source` {name} holds no frame that can be decoded; give a complete video file")
-    return _metadata(counted, video_fps, first, indices), chain([first], frames)
+        raise _no_frame(source)
+    return timeline.metadata(first, indices), chain([first], frames)
 
 
-def check_start_frame(start_frame: int, count: int | None = None):
-    """Checks that a stream of `count` frames (`None` if nobody knows) can begin at `start_frame`."""
-    if isinstance(start_frame, bool) or not isinstance(start_frame, Integral) or start_frame < 0:
-        raise ValueError(f"`start_frame` must be a whole number of at least 0, got {start_frame!r}")
-    if start_frame and count is not None and start_frame >= count:
-        raise ValueError(f"`start_frame` must be below {count}, the number of frames taken, got {start_frame}")
+def _stream(source: VideoSource, wanted: list[int], track: "_Track") -> Iterator[np.ndarray]:
+    """Yields chosen frames as they are asked for, as far as they can be decoded."""
+    reformatter, taken, count = VideoReformatter(), 0, 0
+    if track.is_whole and _pays_to_jump(wanted, track.marks):
+        try:
+            for frame in _jump(source, wanted, track.marks):
+                yield _to_rgb(frame, reformatter)
+                taken += 1
+            return
+        except _LostError:
+            pass  # What is missing is counted off from the beginning.
+    for frame in _frames(source, track.threads) if wanted else ():
+        if count == wanted[taken]:
+            yield _to_rgb(frame, reformatter)
+            taken += 1
+        count += 1
+        if taken == len(wanted):
+            return
+    _warn_of_damage(source, track, count)
 
 
-def _check_sampling(num_frames: int | None, fps: float | None):
-    if num_frames is not None and fps is not None:
-        raise ValueError(f"give one of `num_frames` and `fps`, not both; got {num_frames} and {fps}")
-    if num_frames is not None and (
-        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
-    ):
-        raise ValueError(f"`num_frames` must be a whole number of at least 1, got {num_frames!r}")
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < float("inf")):
-        raise ValueError(f"`fps` must be above 0 frames per second, got {fps!r}")
+def _choose_pictures(
+    paths: Sequence[str | os.PathLike], num_frames: int | None, fps: float | None
+) -> tuple[list[int], Timeline]:
+    timeline = Timeline(len(paths))
+    return _indices_of(VideoSource("", f"list of {len(paths)} pictures"), timeline, num_frames, fps), timeline
 
 
-def _resolve(source: Any) -> tuple[str | BinaryIO, str]:
-    """Turns a source into something that can be opened twice, and its name for messages."""
-    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
-        return _download(source), source
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if not path.exists():
-            raise FileNotFoundError(f"`source` must be a video file or an http(s) URL, but there is no {str(path)!r}")
-        if not path.is_file():
-            raise ValueError(f"`source` must be a video file, but {str(path)!r} is a folder or a device")
-        return str(path), repr(str(path))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return BytesIO(source), f"of {len(source)} bytes"
-    if hasattr(source, "read") and not isinstance(source, TextIOBase):
-        name = f"file object {getattr(source, 'name', type(source).__name__)!r}"
-        return source if hasattr(source, "seekable") and source.seekable() else BytesIO(source.read()), name
-    raise ValueError(f"`source` must be a path, an http(s) URL, bytes or a binary file object, got {type(source)}")
+def _no_frame(source: VideoSource) -> ValueError:
+    return ValueError(f"`source` {source.name} holds no frame that can be decoded; give a complete video file")
 
 
-def _download(url: str) -> BytesIO:
-    # Not left to FFmpeg, which does not check certificates by default.
+def _indices_of(source: VideoSource, timeline: Timeline, num_frames: int | None, fps: float | None) -> list[int]:
     try:
-        with urlopen(Request(url, headers={"User-Agent": "transformers-autogaze"}), timeout=60) as response:
-            return BytesIO(response.read())
-    except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"`source` {url!r} could not be downloaded: {error}") from error
-
-
-@contextmanager
-def _open(source: str | BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
-    """Opens a source and finds its video stream."""
-    if not isinstance(source, str):
-        source.seek(0)
-    try:
-        container = av.open(source, metadata_errors="ignore")
-    except FFmpegError as error:
-        raise ValueError(
-            f"`source` {name} is no video that FFmpeg can open, or it is incomplete ({error.strerror}); give a "
-            "complete video file such as MP4, WebM or AVI"
-        ) from error
-    with container:
-        streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & _COVER_PICTURE]
-        # FFmpeg draws text files as a terminal would.
-        if not streams or container.format.name == "tty":
-            found = (
-                sorted({stream.type for stream in container.streams}) if container.format.name != "tty" else ["text"]
-            )
-            raise ValueError(
-                f"`source` {name} has no video stream, only {' and '.join(found) or 'nothing'}; give a video file "
-                "such as MP4, WebM or AVI"
-            )
-        streams[0].thread_type = "AUTO"
-        yield container, streams[0]
-
-
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Yields the packets of a stream as far as the file is sound; then `None`, which empties the decoder."""
-    try:
-        for packet in container.demux(stream):
-            if packet.size:
-                yield packet
-    except FFmpegError:
-        pass
-    yield None
+        return timeline.choose(num_frames, fps) if timeline.count else []
+    except ValueError as error:
+        raise ValueError(f"`source` {source.name}: {error}") from error
 
 
 class _Marks(NamedTuple):
@@ -319,34 +214,123 @@ class _Marks(NamedTuple):
         return (self.keys[place], bisect_left(self.times, self.keys[place])) if place >= 0 else (self.times[0], 0)
 
 
+class _Track(NamedTuple):
+    """What is known of a video stream before its frames are taken."""
+
+    timeline: Timeline
+    promised: int
+    """Frames that there should be."""
+    marks: _Marks | None
+    """`None` where time stamps cannot be relied on."""
+    is_whole: bool
+    """Whether nothing speaks of damage so far."""
+    pixels: int
+    """Of a frame."""
+    start: int | None
+    """When the first frame is to come."""
+    tick: Fraction | None
+    rates: list[Fraction | None]
+    threads: str = "AUTO"
+
+    def counted(self, stamps: list[int | None]) -> "_Track":
+        """The same, with the time stamps of the frames that were decoded in place of those of packets."""
+        timeline = measure_timeline(stamps, self.tick, self.rates)
+        # Threads lose frames beside those that are damaged; without them every run gives the same.
+        return self._replace(timeline=timeline, marks=None, is_whole=False, threads="SLICE")
+
+
 class _LostError(Exception):
     """A frame did not come where its time stamp says."""
 
 
-def _probe(source: str | BinaryIO, name: str) -> tuple[int, int, float | None, _Marks | None]:
-    """
-    Counts the packets to show, the frames there should be, and the frames per second, without decoding.
-
-    Also gives the time stamps, or `None` where they cannot be relied on.
-    """
-    with _open(source, name) as (container, stream):
+def _probe(source: VideoSource) -> _Track:
+    """Counts the packets to show and notes their times, without decoding."""
+    with open_video(source) as (container, stream):
         is_seekable = container.format.name.startswith(_SEEKABLE_FORMATS) and _codec_of(stream) in _SEEKABLE_CODECS
-        shown, hidden, times, keys = 0, 0, [], []
+        hidden, stamps, keys, is_whole, latest, last = 0, [], [], True, None, None
+        width = _length_bytes(stream)
         for packet in _packets(container, stream):
             if packet is None:
                 continue
-            shown, hidden = shown + (not packet.is_discard), hidden + packet.is_discard
-            if is_seekable and (is_seekable := packet.pts is not None):
-                if packet.is_keyframe:
-                    keys.append(packet.pts)
-                if not packet.is_discard:
-                    times.append(packet.pts)
-        rate = stream.average_rate or stream.guessed_rate
-        times.sort()
-        is_seekable = is_seekable and all(a < b for a, b in zip(times, times[1:], strict=False))
-        marks = _Marks(times, sorted(keys)) if is_seekable and len(keys) > 1 else None
-        # Packets before a cut in an edited MP4 are decoded but not shown.
-        return shown, max(shown, stream.frames - hidden), float(rate) if rate else None, marks
+            is_whole = is_whole and not packet.is_corrupt and (not width or _is_built_well(packet, width))
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append(packet.pts)
+            if packet.is_discard:
+                # Packets before a cut in an edited MP4 are decoded but not shown.
+                hidden += 1
+                continue
+            stamps.append(packet.pts)
+            if packet.pts is not None and (latest is None or packet.pts > latest):
+                latest, last = packet.pts, packet.duration
+        rates, context = [stream.average_rate, stream.guessed_rate], stream.codec_context
+        promised = max(len(stamps), stream.frames - hidden)
+        timeline = measure_timeline(stamps, stream.time_base, rates, last)
+        times = sorted(stamps) if None not in stamps else []
+        is_seekable = (
+            is_seekable and bool(times and keys) and all(a < b for a, b in zip(times, times[1:], strict=False))
+        )
+        return _Track(
+            timeline,
+            promised,
+            marks=_Marks(times, sorted(keys)) if is_seekable else None,
+            is_whole=is_whole and len(stamps) == promised,
+            pixels=context.width * context.height,
+            start=times[0] if times else None,
+            tick=stream.time_base,
+            rates=rates,
+        )
+
+
+def _checked_probe(source: VideoSource, is_sampled: bool) -> _Track:
+    """Counts the frames of a video and notes their times, by decoding them where its packets may not tell."""
+    track = _probe(source)
+    # Little is decoded twice without much ado. Without marks the end is only found by decoding all, which is not worth it
+    # where a long video is taken whole.
+    is_long = track.timeline.count * track.pixels > _LARGEST_CHECK
+    if track.is_whole and is_long and (track.marks or not is_sampled) and _ends_decode(source, track):
+        return track
+    stamps = [frame.pts for frame in _frames(source, track.threads)]
+    while len(stamps) != track.timeline.count:
+        track = track.counted(stamps)
+        stamps = [frame.pts for frame in _frames(source, track.threads)]
+    _warn_of_damage(source, track)
+    return track._replace(promised=track.timeline.count)
+
+
+def _ends_decode(source: VideoSource, track: _Track) -> bool:
+    """Tells whether the first frame of a video and those from its last keyframe on come where they should."""
+    with open_video(source) as (container, stream):
+        first = next(_decoded(container, stream), None)
+        if first is None or first.pts != track.start:
+            return False
+        if track.marks is None:
+            return True
+        times, key = track.marks.times, track.marks.keys[-1]
+        tail = times[bisect_left(times, key) :]
+        if len(tail) * track.pixels > _LARGEST_CHECK:
+            return True
+        try:
+            container.seek(key, stream=stream)
+        except FFmpegError:
+            return False
+        return [frame.pts for frame in _decoded(container, stream) if frame.pts is None or frame.pts >= key] == tail
+
+
+def _length_bytes(stream: Any) -> int:
+    """Gives how many bytes tell the length of each part of an H.264 or HEVC packet; 0 where they do not."""
+    header, place = stream.codec_context.extradata or b"", {"h264": 4, "hevc": 21}.get(_codec_of(stream))
+    return (header[place] & 3) + 1 if place and len(header) > place and header[0] == 1 else 0
+
+
+def _is_built_well(packet: Any, width: int) -> bool:
+    """Tells whether the parts of an H.264 or HEVC packet fill it; what was overwritten hardly ever does."""
+    data, start = memoryview(packet), 0
+    while start + width < len(data):
+        length = int.from_bytes(data[start : start + width], "big")
+        if not length or data[start + width] & 0x80:
+            return False
+        start += width + length
+    return start == len(data)
 
 
 def _codec_of(stream: Any) -> str:
@@ -355,25 +339,15 @@ def _codec_of(stream: Any) -> str:
     return getattr(context.codec, "canonical_name", context.name)
 
 
-def _indices_of(
-    name: str, total: int, video_fps: float | None, num_frames: int | None, fps: float | None
-) -> list[int]:
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Yields the packets of a stream as far as the file is sound; then `None`, which empties the decoder."""
     try:
-        return sample_indices(total, video_fps, num_frames, fps) if total else []
-    except ValueError as error:
-        raise ValueError(f"`source` {name}: {error}") from error
-
-
-def _metadata(total: int, video_fps: float | None, frame: np.ndarray, indices: list[int]) -> VideoMetadata:
-    return VideoMetadata(
-        total_num_frames=total,
-        fps=video_fps,
-        width=frame.shape[1],
-        height=frame.shape[0],
-        duration=total / video_fps if video_fps else None,
-        video_backend="pyav",
-        frames_indices=indices,
-    )
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+    except FFmpegError:
+        pass
+    yield None
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
@@ -386,17 +360,18 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         yield from decoded
 
 
-def _frames(source: str | BinaryIO, name: str) -> Iterator[Any]:
+def _frames(source: VideoSource, threads: str) -> Iterator[Any]:
     """Decodes a video as far as it is sound; all frames have one size."""
     size = None
-    with _open(source, name) as (container, stream):
+    with open_video(source, threads) as (container, stream):
         for count, frame in enumerate(_decoded(container, stream)):
-            if size is not None and size != (frame.width, frame.height):
+            own = shown_size(frame)
+            if size not in (None, own):
                 raise ValueError(
-                    f"`source` {name}: frame {count} is {frame.width}x{frame.height} pixels, those before are "
+                    f"`source` {source.name}: frame {count} is {own[0]}x{own[1]} pixels, those before are "
                     f"{size[0]}x{size[1]}; give a video whose frames have one size"
                 )
-            size = (frame.width, frame.height)
+            size = own
             yield frame
 
 
@@ -410,7 +385,7 @@ def _pays_to_jump(indices: Sequence[int], marks: _Marks | None) -> bool:
     )
 
 
-def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Marks) -> Iterator[Any]:
+def _jump(source: VideoSource, indices: Sequence[int], marks: _Marks) -> Iterator[Any]:
     """
     Decodes chosen frames only, from the keyframe before each where that is shorter than going on.
 
@@ -418,7 +393,7 @@ def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Mar
     was not really one, ends this with `_LostError` before a wrong frame is given, and so does a change of size.
     """
     size, count, key = None, 0, None
-    with _open(source, name) as (container, stream):
+    with open_video(source) as (container, stream):
         frames = _decoded(container, stream)
         for index in indices:
             time, first = marks.key_before(index)
@@ -432,14 +407,14 @@ def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Mar
             for frame in frames:
                 if frame.pts is None or frame.pts > marks.times[index]:
                     raise _LostError
-                if size not in (None, (frame.width, frame.height)):
+                if size not in (None, shown_size(frame)):
                     raise _LostError
                 if key is not None and frame.pts >= key:
                     # A stream that refreshes bit by bit calls frames keys that are no whole picture by themselves.
                     if frame.pts > key or int(frame.pict_type) != _INTRA_PICTURE:
                         raise _LostError
                     key = None
-                size = (frame.width, frame.height)
+                size = shown_size(frame)
                 if frame.pts == marks.times[index]:
                     break
             else:
@@ -448,30 +423,20 @@ def _jump(source: str | BinaryIO, name: str, indices: Sequence[int], marks: _Mar
             count = index + 1
 
 
-def _to_rgb(frame: Any, reformatter: VideoReformatter) -> np.ndarray:
-    frame, shape = reformatter.reformat(frame, format="rgb24"), (frame.height, frame.width, 3)
-    # A view of FFmpeg's picture, whose rows may have spare bytes at their ends; copying it costs as much as resizing.
-    plane = frame.planes[0]
-    pixels = np.ndarray(shape, np.uint8, buffer=plane, strides=(plane.line_size, 3, 1))
-    # Older PyAV does not tell the rotation.
-    return np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
-
-
-def _decode(source: str | BinaryIO, name: str, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
-    """Decodes all frames and converts those at `indices`; also returns how many frames there were."""
-    total = 0
+def _decode(source: VideoSource, indices: Sequence[int], threads: str) -> tuple[np.ndarray | None, list[int | None]]:
+    """Decodes all frames and converts those at `indices`; also gives the time stamp of each that there was."""
+    stamps: list[int | None] = []
 
     def chosen() -> Iterator[Any]:
-        nonlocal total
         wanted = iter(indices)
         index = next(wanted, None)
-        for frame in _frames(source, name):
-            if total == index:
+        for frame in _frames(source, threads):
+            if len(stamps) == index:
                 yield frame
                 index = next(wanted, None)
-            total += 1
+            stamps.append(frame.pts)
 
-    return _gather(chosen(), len(indices)), total
+    return _gather(chosen(), len(indices)), stamps
 
 
 def _gather(frames: Iterator[Any], count: int) -> np.ndarray | None:
@@ -485,10 +450,11 @@ def _gather(frames: Iterator[Any], count: int) -> np.ndarray | None:
     return pixels if pixels is None else pixels[:taken]
 
 
-def _warn_of_damage(name: str, total: int, promised: int):
-    if total < promised:
+def _warn_of_damage(source: VideoSource, track: _Track, count: int | None = None):
+    count = track.timeline.count if count is None else count
+    if count < track.promised:
         warnings.warn(
-            f"{name} is damaged or cut off: {total} of its {promised} frames could be decoded",
+            f"{source.name} is damaged or cut off: {count} of its {track.promised} frames could be decoded",
             UserWarning,
             stacklevel=3,
         )

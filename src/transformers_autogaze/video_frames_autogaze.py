@@ -1,29 +1,93 @@
 """
 Videos handed over as they are: the many forms in which frames come, brought to one.
 
-This module owns arrays, tensors and pictures and where their channels lie; what comes out are whole levels 0..255. Files
-are `video_decoding_autogaze`'s matter.
+This module owns arrays, tensors, pictures and others' decoders, and where channels lie; what comes out are whole levels
+0..255. Files are `video_decoding_autogaze`'s matter.
 """
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_utils import ChannelDimension
+from transformers.video_utils import VideoMetadata
+
+from .video_sources_autogaze import encoded_video, is_picture_list
 
 
 def is_video_source(value: Any) -> bool:
     """Tells whether `value` is something that [`read_video`] opens, rather than frames."""
-    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
+    if isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read"):
+        return True
+    return is_picture_list(value) or encoded_video(value) is not None
+
+
+def with_metadata(value: Any) -> tuple[Any, Any] | None:
+    """Gives frames and what is known of them, as `load_video` of transformers returns them; `None` of anything else."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or getattr(value[0], "ndim", 0) != 4:
+        return None
+    frames, known = value
+    if isinstance(known, (VideoMetadata, dict)) or known is None:
+        return frames, known
+    # So `load_video` answers frames that it was given.
+    return (frames, None) if isinstance(known, list) and all(item is None for item in known) else None
+
+
+def frames_of_decoder(decoder: Any, indices: Sequence[int]) -> Any:
+    """Takes frames of a decoder of torchcodec or decord, as an array or a tensor."""
+    frames = decoder.get_frames_at(list(indices)).data if hasattr(decoder, "get_frames_at") else None
+    frames = decoder.get_batch(list(indices)) if frames is None else frames
+    return frames.asnumpy() if hasattr(frames, "asnumpy") else frames
+
+
+def rate_of_decoder(decoder: Any) -> float | None:
+    """Gives the frames per second that a decoder of torchcodec or decord tells."""
+    known = getattr(decoder, "metadata", None)
+    return decoder.get_avg_fps() if hasattr(decoder, "get_avg_fps") else getattr(known, "average_fps", None)
+
+
+def is_decoder(value: Any) -> bool:
+    """Tells whether `value` is a decoder of torchcodec or decord."""
+    return hasattr(value, "__len__") and (hasattr(value, "get_frames_at") or hasattr(value, "get_batch"))
+
+
+class _DecoderFrames:
+    """Frames `(height, width, 3)` of a decoder, each decoded when it is asked for."""
+
+    def __init__(self, decoder: Any):
+        self.decoder = decoder
+
+    def __len__(self) -> int:
+        return len(self.decoder)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Any:
+        return _channels_last(frames_of_decoder(self.decoder, [index]))[0]
+
+
+def unwrap_frames(source: Any) -> tuple[Any, float | None]:
+    """Takes frames `(height, width, 3)` out of a decoder, or of what `load_video` returns, and their rate."""
+    if (pair := with_metadata(source)) is not None:
+        frames, known = _channels_last(pair[0]), dict(pair[1] or {})
+        rate, total = known.get("fps"), known.get("total_num_frames") or len(frames)
+        return frames, rate * len(frames) / total if rate else None
+    return (_DecoderFrames(source), rate_of_decoder(source)) if is_decoder(source) else (source, None)
+
+
+def _channels_last(frames: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    is_first = frames.shape[1] == 3 and frames.shape[-1] != 3
+    return torch.as_tensor(frames).permute(0, 2, 3, 1) if is_first else frames
 
 
 def flatten_videos(videos: Any) -> list[Any]:
     """Lists the videos of any nesting: sources, four-dimensional arrays and lists of frames."""
-    if is_video_source(videos):
+    if is_video_source(videos) or is_decoder(videos) or with_metadata(videos) is not None:
         return [videos]
     if isinstance(videos, Image.Image):
         return [[videos]]
@@ -37,7 +101,7 @@ def flatten_videos(videos: Any) -> list[Any]:
         raise ValueError("`videos` must hold at least one video of at least one frame, got an empty list")
     shape = getattr(videos, "shape", None)
     raise ValueError(
-        "`videos` must be a path, an http(s) URL, bytes, a list of frames, an array or tensor of 3 to 5 dimensions, "
+        "`videos` must be a path, an http(s) URL, bytes, a list of frames or of pictures' paths, an array or tensor of 3 to 5 dimensions, "
         f"or a list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
     )
 

@@ -19,9 +19,10 @@ from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
 from .token_budgets_autogaze import read_token_budget
-from .video_decoding_autogaze import check_start_frame, sample_indices, stream_video
-from .video_frames_autogaze import is_video_source
+from .video_decoding_autogaze import stream_video
+from .video_frames_autogaze import is_video_source, unwrap_frames
 from .video_processing_autogaze import AutoGazeVideoProcessor
+from .video_sampling_autogaze import check_start_frame, sample_indices
 
 
 Setting = float | Sequence[float] | None
@@ -156,7 +157,8 @@ def stream_gaze(
             What chooses, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. Where `config.max_num_frames` names a
             length, every chunk is a clip of its own; where it is `None`, the chunks are one stream.
         source:
-            A video as [`read_video`] opens it: a path, a URL, bytes or a file object; or frames: an array or tensor of
+            A video as [`read_video`] opens it: a path, a URL, bytes or a file object; a decoder of torchcodec or decord;
+            frames and their metadata as `load_video` returns them; or frames: an array or tensor of
             shape `(frames, height, width, 3)` and type uint8, or any iterable of frames `(height, width, 3)`, which is
             read no further than the chunk that is asked for.
         processor ([`AutoGazeVideoProcessor`], *optional*):
@@ -456,6 +458,7 @@ def _open_source(
         indices = metadata.frames_indices
         rate = None if not metadata.fps else metadata.fps * len(indices) / max(1, metadata.total_num_frames)
         return indices, frames, rate
+    source, rate = unwrap_frames(source)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         if source.ndim != 4 or source.shape[-1] != 3:
             raise ValueError(f"`source` must have the shape (frames, height, width, 3), got {tuple(source.shape)}")
@@ -464,16 +467,17 @@ def _open_source(
             "`source` must be a path, an http(s) URL, bytes, a binary file object, an array or tensor of shape (frames, "
             f"height, width, 3) or an iterable of frames, got {type(source)}"
         )
-    if fps is not None:
+    if fps is not None and rate is None:
         raise ValueError(
             f"`fps` needs a video file, which tells its own rate, got {fps} with frames; give `num_frames`"
         )
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         if len(source) == 0:
             raise ValueError("`source` must hold at least one frame, got none")
-        indices = sample_indices(len(source), num_frames=num_frames)
+        indices = sample_indices(len(source), rate, num_frames, fps)
         check_start_frame(start_frame, len(indices))
-        return indices, (source[index] for index in indices[start_frame:]), None
+        rate = None if rate is None else rate * len(indices) / len(source)
+        return indices, (source[index] for index in indices[start_frame:]), rate
     if num_frames is not None:
         raise ValueError(
             f"`num_frames` needs a source whose length is known, got {num_frames} with {type(source).__name__}"

@@ -14,13 +14,25 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding_autogaze import read_video, sample_indices
-from .video_frames_autogaze import flatten_videos, is_video_source, to_clip
+from .video_decoding_autogaze import read_video
+from .video_frames_autogaze import (
+    flatten_videos,
+    frames_of_decoder,
+    is_decoder,
+    is_video_source,
+    rate_of_decoder,
+    to_clip,
+    with_metadata,
+)
+from .video_sampling_autogaze import sample_indices
 
 
 # PIL's numbers for the filters that torch has with antialiasing, too.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 _FRAMES_AT_ONCE = 8  # resized together where that is done in floats
+_LONGEST = (
+    16  # times the shorter side that the longer one becomes at most, or frames of few rows would fill the memory
+)
 
 
 class AutoGazeVideosKwargs(VideosKwargs, total=False):
@@ -53,7 +65,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         do_resize (`bool`, *optional*, defaults to `True`): whether to resize.
         size (`int | dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
             Size in pixels to resize to: `{"height": .., "width": ..}`, or `{"shortest_edge": ..}` (or just a number)
-            for the shorter side, the longer one following in proportion, rounded down.
+            for the shorter side, the longer one following in proportion, rounded down, up to 16 times the shorter one.
         resample (`int`, *optional*, defaults to 2): PIL's number of the filter: 2 is bilinear, 3 bicubic.
         do_center_crop (`bool`, *optional*, defaults to `False`): whether to cut out the middle after resizing.
         crop_size (`int | dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
@@ -112,8 +124,9 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         Args:
             videos:
                 One video or a list of them, nested as may be. A video is a path, an http(s) URL, bytes or a file
-                object (see [`~video_decoding_autogaze.read_video`]); a list of PIL images or of arrays or tensors of
-                one frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames,
+                object, a row of a `datasets` Video column or a list of pictures' paths (see
+                [`~video_decoding_autogaze.read_video`]); a decoder of torchcodec or decord; frames and their metadata
+                as `load_video` returns them; a list of PIL images or of arrays or tensors of one frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames,
                 channels, height, width)`, five-dimensional for a batch. Channels are 3 for RGB, 1 for grey or 4 for
                 RGBA, whose transparency is dropped. Integers are levels 0..255. Floats are 0..1 if no value of the
                 video exceeds 1 and levels 0..255 if some exceed 2; they are rounded to whole levels.
@@ -182,18 +195,8 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
                 frames, known = read_video(video, num_frames, fps)
                 clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
             else:
-                count, chosen = len(video), list(range(len(video)))
-                known = {key: value for key, value in dict(known or {}).items() if value is not None}
-                known = VideoMetadata(**{"total_num_frames": count, "frames_indices": chosen, **known})
-                if num_frames is not None or fps is not None:
-                    if known.total_num_frames != count:
-                        raise ValueError(
-                            f"`video_metadata` says {known.total_num_frames} frames, but `videos[{index}]` has "
-                            f"{count}; give all frames to sample from, or `do_sample_frames=False`"
-                        )
-                    known.frames_indices = chosen = sample_indices(count, known.fps, num_frames, fps)
-                clip = to_clip(video, chosen, kwargs.get("input_data_format"), f"`videos[{index}]`")
-                known.height, known.width = known.height or clip.shape[-2], known.width or clip.shape[-1]
+                name = f"`videos[{index}]`"
+                clip, known = _load_frames(video, known, num_frames, fps, kwargs.get("input_data_format"), name)
             clips.append(clip)
             metadata.append(known)
         return clips, metadata
@@ -273,6 +276,32 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         return _normalise(clip, options)
 
 
+def _load_frames(
+    video: Any, known: Any, num_frames: int | None, fps: float | None, input_data_format: str | None, name: str
+) -> tuple[torch.Tensor, VideoMetadata]:
+    """Samples a video that came as frames, with what is known of it."""
+    if (pair := with_metadata(video)) is not None:
+        video, known = pair[0], known or pair[1]
+    if is_decoder(video):
+        known = {"fps": rate_of_decoder(video), **dict(known or {})}
+    count, chosen = len(video), list(range(len(video)))
+    known = {key: value for key, value in dict(known or {}).items() if value is not None}
+    known = VideoMetadata(**{"total_num_frames": count, "frames_indices": chosen, **known})
+    if num_frames is not None or fps is not None:
+        if known.total_num_frames != count:
+            raise ValueError(
+                f"`video_metadata` says {known.total_num_frames} frames, but {name} has {count}; give all frames to "
+                "sample from, or `do_sample_frames=False`"
+            )
+        known.frames_indices = chosen = sample_indices(count, known.fps, num_frames, fps)
+    if is_decoder(video):
+        video = frames_of_decoder(video, chosen)
+        chosen = range(len(video))
+    clip = to_clip(video, chosen, input_data_format, name)
+    known.height, known.width = known.height or clip.shape[-2], known.width or clip.shape[-1]
+    return clip, known
+
+
 def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, int]:
     """Works out which height and width a `size` or `crop_size` asks for of a frame."""
     if isinstance(size, Integral):
@@ -285,7 +314,9 @@ def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, in
         target = wanted["height"], wanted["width"]
     elif wanted.keys() == {"shortest_edge"} and name == "size":
         edge, shorter = wanted["shortest_edge"], min(height, width)
-        target = edge * height // shorter, edge * width // shorter
+        target = (None,)
+        if isinstance(edge, Integral):
+            target = tuple(min(edge * side // shorter, _LONGEST * edge) for side in (height, width))
     else:
         target = (None,)
     if any(not isinstance(side, Integral) or side < 1 for side in target):

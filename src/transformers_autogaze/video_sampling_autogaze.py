@@ -1,0 +1,198 @@
+"""
+Which frames of a video to take, by their number or by the stream's own time stamps.
+
+This module knows what the time stamps of a stream mean and nothing of how it is opened or decoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import numpy as np
+from transformers.video_utils import VideoMetadata
+
+
+_ROUNDING = 1e-3  # seconds; many containers keep no finer time stamps
+
+
+def sample_indices(
+    total_num_frames: int,
+    video_fps: float | None = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
+) -> list[int]:
+    """
+    Chooses frames evenly over a video, as the video processors of transformers do.
+
+    Frame `i` of `n` is `floor(i * total_num_frames / n)`; with `fps`, `n = max(1, floor(seconds * fps))`.
+
+    Args:
+        total_num_frames (`int`): frames of the video, at least 1.
+        video_fps (`float`, *optional*): frames per second of the video; needed with `fps`.
+        num_frames (`int`, *optional*): how many frames to choose. Excludes `fps`.
+        fps (`float`, *optional*):
+            How many frames to choose per second of video, at most the video's own rate (one percent of slack lets 30
+            stand for 29.97). Excludes `num_frames`. With neither, all frames are chosen.
+
+    Returns:
+        `list[int]`: indices in ascending order, none of them twice.
+
+    Raises:
+        ValueError: if both are given, or if one asks for more than the video has.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.video_sampling_autogaze import sample_indices
+
+    >>> sample_indices(64, num_frames=4)
+    [0, 16, 32, 48]
+    >>> sample_indices(64, video_fps=30, fps=2)
+    [0, 16, 32, 48]
+
+    ```
+    """
+    check_sampling(num_frames, fps)
+    if total_num_frames < 1:
+        raise ValueError("the video must have at least one frame, got none")
+    if fps is not None:
+        if not video_fps:
+            raise ValueError(
+                f"`fps` is {fps}, but how many frames per second the video itself has is unknown; give `num_frames`, "
+                "or `video_metadata` with `fps` if the video is an array"
+            )
+        if fps > 1.01 * video_fps:
+            raise ValueError(f"`fps` must be at most {video_fps:g}, the video's own frames per second, got {fps}")
+        # The small term keeps 2 s at 4.1 fps from becoming 8 frames where the product falls just below a whole number.
+        num_frames = min(max(1, int(total_num_frames / video_fps * fps + 1e-6)), total_num_frames)
+    if num_frames is None:
+        return list(range(total_num_frames))
+    if num_frames > total_num_frames:
+        raise ValueError(f"`num_frames` must be at most {total_num_frames}, the video's frames, got {num_frames}")
+    return [index * total_num_frames // num_frames for index in range(num_frames)]
+
+
+def check_start_frame(start_frame: int, count: int | None = None):
+    """Checks that a stream of `count` frames (`None` if nobody knows) can begin at `start_frame`."""
+    if isinstance(start_frame, bool) or not isinstance(start_frame, Integral) or start_frame < 0:
+        raise ValueError(f"`start_frame` must be a whole number of at least 0, got {start_frame!r}")
+    if start_frame and count is not None and start_frame >= count:
+        raise ValueError(f"`start_frame` must be below {count}, the number of frames taken, got {start_frame}")
+
+
+def check_sampling(num_frames: int | None, fps: float | None):
+    """Checks that frames can be chosen by one of these."""
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"give one of `num_frames` and `fps`, not both; got {num_frames} and {fps}")
+    if num_frames is not None and (
+        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
+    ):
+        raise ValueError(f"`num_frames` must be a whole number of at least 1, got {num_frames!r}")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < float("inf")):
+        raise ValueError(f"`fps` must be above 0 frames per second, got {fps!r}")
+
+
+@dataclass
+class TimedVideoMetadata(VideoMetadata):
+    """
+    What is known of a video whose frames come at uneven times; its `fps` is their mean rate.
+
+    Args:
+        frame_times (`list[float]`, *optional*): seconds from the first frame of the video to each of those chosen.
+    """
+
+    frame_times: list[float] | None = None
+
+    @property
+    def timestamps(self) -> list[float]:
+        """Seconds from the first frame of the video to each of those chosen."""
+        return list(self.frame_times or [])
+
+
+class Timeline(NamedTuple):
+    """
+    When the frames of a video are shown.
+
+    Args:
+        count (`int`): frames of the video.
+        fps (`float`, *optional*): frames per second, their mean rate where they are uneven; `None` if nobody knows.
+        times (`np.ndarray` of shape `(count,)`, *optional*):
+            Seconds from the first frame to each, where the rate alone does not tell.
+        duration (`float`, *optional*): seconds that the frames take, the last one included.
+    """
+
+    count: int
+    fps: float | None = None
+    times: np.ndarray | None = None
+    duration: float | None = None
+
+    def choose(self, num_frames: int | None, fps: float | None) -> list[int]:
+        """
+        Chooses frames as [`sample_indices`] does.
+
+        Where their times are uneven, `fps` takes the frames on show at each `i / fps` seconds, for as many as FFmpeg gives
+        (`seconds * fps`, rounded), and one that is on show at several of them once.
+        """
+        check_sampling(num_frames, fps)
+        if self.times is None or fps is None:
+            return sample_indices(self.count, self.fps, num_frames, fps)
+        moments = np.arange(max(1, int(self.duration * fps + 0.5))) / fps
+        return np.unique(np.searchsorted(self.times, moments + _ROUNDING, side="right") - 1).tolist()
+
+    def metadata(self, frame: np.ndarray, indices: list[int]) -> VideoMetadata:
+        """Describes the video, of which `frame` is one and those at `indices` were chosen."""
+        known = {
+            "total_num_frames": self.count,
+            "fps": self.fps,
+            "width": frame.shape[1],
+            "height": frame.shape[0],
+            "duration": self.duration,
+            "video_backend": "pyav",
+            "frames_indices": indices,
+        }
+        if self.times is None:
+            return VideoMetadata(**known)
+        return TimedVideoMetadata(**known, frame_times=self.times[indices].tolist())
+
+
+def measure_timeline(
+    stamps: Sequence[int | None], tick: Fraction | None, rates: Sequence[Fraction | None], last: int | None = None
+) -> Timeline:
+    """
+    Finds out when frames are shown, by their time stamps rather than by what the header says.
+
+    Args:
+        stamps (`Sequence[int | None]`): time stamp of each frame, in any order; `None` where there is none.
+        tick (`Fraction`, *optional*): seconds of one unit of the stamps.
+        rates (`Sequence[Fraction | None]`): frames per second that the header tells, the most trustworthy first.
+        last (`int`, *optional*): how long the last frame is shown, in the same units.
+
+    Returns:
+        [`Timeline`]: at a rate that the header tells, where no frame is further than half a frame from it; else at the
+        one that the stamps tell, if they keep to it as well; else with each frame's own time.
+    """
+    count, rates = len(stamps), [rate for rate in rates if rate]
+    known = count > 1 and tick is not None and None not in stamps
+    ordered = np.sort(np.asarray(stamps, dtype=np.int64)) if known else np.zeros(0, np.int64)
+    if len(ordered) < 2 or (np.diff(ordered) <= 0).any():
+        rate = float(rates[0]) if rates else None
+        return Timeline(count, rate, None, count / rate if rate else None)
+    times = (ordered - ordered[0]) * float(tick)
+    for rate in [*rates, _rate_of(count, int(ordered[-1] - ordered[0]), tick)]:
+        if np.abs(times * float(rate) - np.arange(count)).max() <= 0.5:
+            return Timeline(count, float(rate), None, count / float(rate))
+    shown = last * float(tick) if last else times[-1] / (count - 1)
+    duration = float(times[-1] + shown)
+    return Timeline(count, count / duration, times, duration)
+
+
+def _rate_of(count: int, span: int, tick: Fraction) -> Fraction:
+    """Gives the simplest rate at which frames take a span of units of time, up to their rounding."""
+    exact = (count - 1) / (span * tick)
+    for limit in (1, 2, 5, 1001):
+        rate = exact.limit_denominator(limit)
+        if rate and abs((count - 1) / rate - span * tick) <= tick:
+            return rate
+    return exact
