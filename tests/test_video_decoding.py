@@ -328,7 +328,7 @@ def test_damaged_files_are_sampled_and_streamed_alike(tmp_path, ending, gop, dam
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if damaged.start == 0 and gop == 250:
-                with pytest.raises(ValueError, match="no frame that can be decoded"):
+                with pytest.raises(ValueError, match="no frame that can be decoded|has no video stream"):
                     read_video(bytes(contents), **options)
                 continue
             frames, metadata = read_video(bytes(contents), **options)

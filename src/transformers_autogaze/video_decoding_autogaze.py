@@ -307,10 +307,12 @@ def _ends_decode(source: VideoSource, track: _Track) -> bool:
             return True
         times, key = track.marks.times, track.marks.keys[-1]
         tail = times[bisect_left(times, key) :]
-        if len(tail) * track.pixels > _LARGEST_CHECK:
+        # From the keyframe before, for some are no whole pictures by themselves.
+        begin = track.marks.keys[-2:][0]
+        if (len(times) - bisect_left(times, begin)) * track.pixels > _LARGEST_CHECK:
             return True
         try:
-            container.seek(key, stream=stream)
+            container.seek(begin, stream=stream)
         except FFmpegError:
             return False
         return [frame.pts for frame in _decoded(container, stream) if frame.pts is None or frame.pts >= key] == tail

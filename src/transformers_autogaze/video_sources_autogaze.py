@@ -235,6 +235,8 @@ class _Rewound:
         return self.file.read(size)
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        if whence not in (0, 1, 2):
+            return -1  # FFmpeg asks for the size in a way that files don't know, and goes to the end then.
         # Files of Python 3.10 that spool don't tell where they are after that.
         self.file.seek(offset, whence)
         return self.file.tell()
@@ -281,7 +283,8 @@ def open_video(source: VideoSource, threads: str = "AUTO") -> Iterator[tuple[Any
 
 def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
     try:
-        return av.open(target, options=options, metadata_errors="ignore")
+        # Not as `options`, which older PyAV hands on to streams, too, past the end of those that are known so far.
+        return av.open(target, container_options=options, metadata_errors="ignore")
     except FFmpegError as error:
         # So FFmpeg calls a format that is not among those to open.
         is_refused = error.errno == errno.EINVAL
