@@ -34,7 +34,7 @@ class FeatureSearch(CanvasSearch):
     >>> vectors = torch.zeros(1, 2, 1, 4, 2, 2)
     >>> vectors[0, 1, 0, :, 1, 0] = 0.5  # the third place changes in the second frame
     >>> FeatureSearch(GazeGrid([32])).search_clip(vectors, torch.tensor([5])).ids.tolist()
-    [[[0, 1, 2, 3], [2, -1, -1, -1]]]
+    [[[0, 1, 3, 2], [2, -1, -1, -1]]]
 
     ```
     """
