@@ -1,5 +1,6 @@
 """A checkpoint carries its own code: it loads where this package cannot be imported."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from conftest import FIXTURES
 from test_modeling import small_config
 
+import transformers_autogaze
 from transformers_autogaze import (
     AutoGazeModel,
     AutoGazeProcessor,
@@ -18,9 +20,11 @@ from transformers_autogaze import (
     FeatureGazeModel,
     GreedyGazeSelector,
 )
+from transformers_autogaze.configuration_autogaze import CODE_FILES
 from transformers_autogaze.pipeline_autogaze import VideoTokenPruningPipeline
 
 
+PACKAGE = Path(transformers_autogaze.__file__).parent
 # Runs alone: the first lines make any import of this package fail.
 SCRIPT = """
 import sys
@@ -95,3 +99,32 @@ def test_a_saved_folder_gazes_alike_without_the_package(tmp_path, kind):
     assert np.array_equal(found["ids"], gaze.gazing_pos)
     assert np.array_equal(found["padding"], gaze.if_padded_gazing)
     assert found["reconstruction"].shape == (3, 3, *gaze.grid.sizes[-1])
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules beside it that a module imports itself."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "feature_gaze_autogaze",
+        "greedy_autogaze",
+        "modeling_autogaze",
+        "pipeline_autogaze",
+        "processing_autogaze",
+        "video_processing_autogaze",
+    ],
+)
+def test_what_the_library_loads_imports_all_that_it_needs_itself(name):
+    """Older releases fetch only what the loaded module names, not what those modules import in turn."""
+    direct = imported_modules(name)
+    needed, pending = set(), set(direct)
+    while pending:
+        module = pending.pop()
+        needed.add(module)
+        pending |= imported_modules(module) - needed
+    assert needed - {name} <= direct
+    assert {f"{module}.py" for module in needed} <= set(CODE_FILES)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .canvas_search_autogaze import Canvas  # noqa: F401 (see modeling_autogaze)
 from .canvas_selection_autogaze import CanvasGazeCache, CanvasGazeSelector
 from .cells_autogaze import CellTables  # noqa: F401
+from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .configuration_autogaze import GazeSelectorConfig  # noqa: F401
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .feature_network_autogaze import STRIDE, FeatureGazeConfig, FeatureGazeNetwork

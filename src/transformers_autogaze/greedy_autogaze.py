@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .canvas_search_autogaze import Canvas, FrameSearchOutput
 from .canvas_selection_autogaze import CanvasGazeCache, CanvasGazeSelector
 from .cells_autogaze import CellTables  # noqa: F401
+from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
 from .configuration_autogaze import GazeSelectorConfig, have_equal_content
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
+from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction  # noqa: F401
 from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401

@@ -18,6 +18,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
+from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .gazing_autogaze import GazeOutput

@@ -24,7 +24,9 @@ from .video_frames_autogaze import (
     to_clip,
     with_metadata,
 )
+from .video_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
 from .video_sampling_autogaze import sample_indices
+from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
 
 # PIL's numbers for the filters that torch has with antialiasing, too.
