@@ -1,13 +1,12 @@
 """
 Gazing at videos of any size and length, chunk by chunk, in memory that does not grow with the length.
 
-This module decides how frames become tiles and tiles become whole-frame gazes, and carries a selector along a video. How
-files are decoded, pixels resized and patches chosen it leaves to others; it draws and writes nothing.
+This module takes frames from any source, cuts them into chunks and checks what is asked for. How frames become tiles and
+tiles whole-frame gazes is `tile_gazing`'s matter; decoding, resizing and choosing are those of others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from .gazing_autogaze import GazeOutput
-from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
+from .tile_gazing import FRAME_RATE, WHOLE_CLIP, Setting, TileGazer
 from .token_budgets_autogaze import read_token_budget
 from .video_decoding_autogaze import stream_video
 from .video_frames_autogaze import is_video_source, unwrap_frames
@@ -25,12 +24,7 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 from .video_sampling_autogaze import check_start_frame, sample_indices
 
 
-Setting = float | Sequence[float] | None
-
 _CHUNK = 16  # frames, where the selector itself has no limit
-_WHOLE_CLIP = 64, 2**25  # frames, and pixels, of a video at most that is searched as a whole under a budget over time
-_SEARCHED = 2**22  # pixels of the frames of a whole grid that are gazed at together, one frame at least
-_FRAME_RATE = 30.0  # frames per second where nobody knows; it only sets how long a stretch of a stream is
 _TILINGS = ("whole", "grid", "native")
 
 
@@ -62,37 +56,6 @@ class GazeChunk(NamedTuple):
     frames: np.ndarray
     levels: torch.Tensor
     extent: tuple[int, int]
-
-
-def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]:
-    """
-    Chooses how many rows and columns of square tiles to resize a frame to.
-
-    Args:
-        height, width (`int`): size of the frame in pixels.
-        max_tiles (`int`): tiles at most, at least 1.
-
-    Returns:
-        `tuple[int, int]`: rows and columns whose aspect ratio is nearest to the frame's, the most tiles of equally near.
-
-    Example:
-
-    ```python
-    >>> from transformers_autogaze.video_gazing import choose_tile_grid
-
-    >>> choose_tile_grid(2160, 3840, max_tiles=45), choose_tile_grid(1080, 1920, max_tiles=12)
-    ((5, 9), (2, 4))
-
-    ```
-    """
-
-    def stretch(layout: tuple[int, int]) -> tuple[Fraction, int]:
-        rows, cols = layout
-        ratio = Fraction(cols * height, rows * width)
-        return max(ratio, 1 / ratio), -rows * cols
-
-    layouts = [(rows, cols) for rows in range(1, max_tiles + 1) for cols in range(1, max_tiles // rows + 1)]
-    return min(layouts, key=stretch)
 
 
 def gaze_video(
@@ -234,12 +197,12 @@ def stream_gaze(
         raise ValueError(
             "`frame_rate` must be given with `tokens_per_second` where the source is no video file, got None"
         )
-    gazer = _TileGazer(selector, processor, tiles, max_tiles, max_batch_size, settings)
-    gazer.frame_rate = frame_rate or known_rate or _FRAME_RATE
+    gazer = TileGazer(selector, processor, tiles, max_tiles, max_batch_size, settings)
+    gazer.frame_rate = frame_rate or known_rate or FRAME_RATE
     total = None if indices is None else len(indices) - start_frame
     # Only a selector whose stream may be of any length can take a whole video for one clip.
     is_clip = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
-    if is_clip and total is not None and total <= _WHOLE_CLIP[0]:
+    if is_clip and total is not None and total <= WHOLE_CLIP[0]:
         chunk_frames = max(total, config.frame_sampling_rate)
     chunk_frames = chunk_frames or config.max_num_frames or _CHUNK
 
@@ -290,163 +253,12 @@ def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_
                 f"the shape {np.shape(settings[name])}"
             )
     budgets = {name: setting for name, setting in settings.items() if name != "task_loss_requirement"}
-    rate = None if settings["tokens_per_second"] is None else _FRAME_RATE
+    rate = None if settings["tokens_per_second"] is None else FRAME_RATE
     selector.check_token_budget(read_token_budget(grid, num_frames, **budgets, frame_rate=rate))
     if settings["gazing_ratio"] is not None:
         budget_each_frame(settings["gazing_ratio"], num_frames, grid.num_patches)
     if settings["task_loss_requirement"] is not None:
         selector.check_task_loss_requirement(threshold_each_frame(settings["task_loss_requirement"], 1, num_frames))
-
-
-class _TileGazer:
-    """Gazes at chunks of frames of one size, tile by tile, and keeps what a streaming selector remembers of each."""
-
-    def __init__(
-        self,
-        selector: GazeSelector,
-        processor: AutoGazeVideoProcessor,
-        tiles: str,
-        max_tiles: int,
-        max_batch_size: int,
-        settings: dict[str, Setting],
-    ):
-        self.selector, self.processor, self.settings = selector, processor, settings
-        self.tiles, self.max_tiles, self.max_batch_size = tiles, max_tiles, max_batch_size
-        side = selector.config.image_size
-        self.tile_size: tuple[int, int] = (side, side) if isinstance(side, int) else tuple(side)
-        self.device = torch.device(getattr(selector, "device", "cpu"))
-        self.dtype = torch.promote_types(getattr(selector, "dtype", torch.float32), torch.float32)
-        self.streams = selector.config.max_num_frames is None
-        self.needs_no_tiles = selector.takes_any_grid and len(selector.config.grid.grids) == 1 and tiles != "whole"
-        self.frame_rate = _FRAME_RATE
-        self.size: tuple[int, int] | None = None
-        self.states: dict[int, object] = {}
-
-    @torch.no_grad()
-    def gaze(self, frames: np.ndarray, is_whole: bool) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
-        """
-        Gazes at frames `(frames, height, width, 3)`, whether or not they are the whole video.
-
-        Gives the gaze, the levels gazed at and the grid's extent.
-        """
-        if self.size is None:
-            self._plan(frames.shape[1:3])
-        levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
-        if self.tiles == "whole":
-            # As the pipeline does: the processor's own size first, the selector's square in `generate`.
-            levels = self.processor.resize_levels(levels)
-            self.tile_size = tuple(levels.shape[-2:])
-        elif self.tiles == "grid":
-            levels = self.processor.resize_levels(
-                levels, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
-            )
-        settings, step = self._settings(levels, is_whole)
-        if self.rows * self.cols == 1:
-            steps = range(0, len(levels), step)
-            gazes = [self._gaze_tiles(levels[first : first + step], range(1), settings, first) for first in steps]
-            gaze = GazeOutput.concatenate(gazes)
-            return self._drop_outside(gaze.replace(cache=None)), levels, self.extent
-        return self._gaze_grid(levels, settings), levels, self.extent
-
-    def _gaze_grid(self, levels: torch.Tensor, settings: dict[str, Setting]) -> GazeOutput:
-        """Gazes at all tiles of frames and joins them."""
-        own, count = self.selector.config.grid, self.rows * self.cols
-        parts = [
-            self._gaze_tiles(levels, range(first, min(first + self.max_batch_size, count)), settings)
-            for first in range(0, count, self.max_batch_size)
-        ]
-        masks = [torch.cat(scale) for scale in zip(*(part.gazing_mask for part in parts), strict=True)]
-        masks = self.grid.stitch_tiles(masks, own)
-        if self.inside is not None:
-            masks = [mask & inside for mask, inside in zip(masks, self.inside, strict=True)]
-        threshold = parts[0].task_loss_requirement
-        return GazeOutput.from_masks(
-            masks,
-            self.grid,
-            self.selector.config.frame_sampling_rate,
-            task_loss_requirement=None if threshold is None else threshold[:1],
-            first_frame=parts[0].first_frame,
-        )
-
-    def _settings(self, levels: torch.Tensor, is_whole: bool) -> tuple[dict[str, Setting], int]:
-        """Gives the settings for the next frames, and how many frames are gazed at together."""
-        settings = dict(self.settings)
-        pixels = levels[0, 0].numel()
-        step = max(1, _SEARCHED // pixels) if self.needs_no_tiles else len(levels)
-        if settings["clip_ratio"] is not None:
-            if is_whole and len(levels) * pixels <= _WHOLE_CLIP[1]:
-                step = len(levels)
-            else:
-                share = settings.pop("clip_ratio") * self.selector.config.grid.num_patches_each_scale[-1]
-                settings["tokens_per_second"] = share * self.frame_rate
-        if settings["tokens_per_second"] is not None:
-            settings["frame_rate"] = self.frame_rate
-        return settings, step
-
-    def _plan(self, size: tuple[int, int]) -> None:
-        """Lays out the tiles for frames of a height and width."""
-        self.size, own = tuple(size), self.selector.config.grid
-        self.rows = self.cols = 1
-        self.extent, self.inside = self.size, None
-        if self.tiles == "grid":
-            tall, wide = self.tile_size
-            self.rows, self.cols = choose_tile_grid(size[0] * wide, size[1] * tall, self.max_tiles)
-        if self.needs_no_tiles:
-            patch, wanted = own.patch_size, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
-            if self.tiles == "native":
-                wanted = self.extent = tuple(-(-side // patch) * patch for side in size)
-            self.rows, self.cols, self.tile_size = 1, 1, wanted
-            self.grid = GazeGrid([wanted], patch)
-            self.selector = self.selector.for_grid(self.grid)
-            return
-        if self.tiles == "native":
-            self.rows, self.cols = (-(-whole // tile) for whole, tile in zip(size, self.tile_size, strict=True))
-            self.extent = self.rows * self.tile_size[0], self.cols * self.tile_size[1]
-        scales = [(self.rows * height, self.cols * width) for height, width in own.sizes]
-        self.grid = own if self.rows * self.cols == 1 else GazeGrid(scales, own.patch_size)
-        if self.extent != self.size:
-            boxes = self.grid.boxes(torch.arange(self.grid.num_patches, device=self.device), *self.extent)
-            inside = (boxes[:, 0] < size[1]) & (boxes[:, 1] < size[0])
-            self.inside = self.grid.split_by_scale(inside)
-
-    def _gaze_tiles(
-        self, levels: torch.Tensor, numbers: range, settings: dict[str, Setting], first_frame: int = 0
-    ) -> GazeOutput:
-        """Gazes at some tiles, counted row by row, of frames `(frames, 3, height, width)`, numbered in their chunk."""
-        height, width = self.tile_size
-        # Padding is zeros among normalised values, as that of `GazeGrid.cut_tiles`.
-        video = torch.zeros(len(numbers), len(levels), 3, height, width, dtype=self.dtype, device=self.device)
-        for tile, number in zip(video, numbers, strict=True):
-            top, left = number // self.cols * height, number % self.cols * width
-            part = levels[..., top : top + height, left : left + width]
-            tile[..., : part.shape[-2], : part.shape[-1]] = self.processor.to_pixel_values(part)
-        start, count = (frames // self.selector.config.frame_sampling_rate for frames in (first_frame, len(levels)))
-        settings = {
-            name: setting if setting is None or not np.ndim(setting) else setting[start : start + count]
-            for name, setting in settings.items()
-        }
-        if not self.streams:
-            return self.selector.generate(video, **settings)
-        state = self.states.get(numbers.start)
-        gaze = self.selector.generate(video, **settings, past_key_values=state, use_cache=True)
-        self.states[numbers.start] = gaze.cache
-        return gaze
-
-    def _drop_outside(self, gaze: GazeOutput) -> GazeOutput:
-        """Turns kept patches of a single tile that lie outside the frame into padding; the order stays."""
-        if self.inside is None:
-            return gaze
-        first = gaze.frame_of_slot * self.grid.num_patches
-        local = (gaze.gazing_pos - first).masked_fill(gaze.if_padded_gazing, 0)
-        is_padding = gaze.if_padded_gazing | ~torch.cat(self.inside)[local]
-        return gaze.replace(
-            # The id after the last patch stands for none.
-            gazing_pos=torch.where(
-                is_padding & ~gaze.if_padded_gazing, first + self.grid.num_patches, gaze.gazing_pos
-            ),
-            if_padded_gazing=is_padding,
-            gazing_mask=[mask & inside for mask, inside in zip(gaze.gazing_mask, self.inside, strict=True)],
-        )
 
 
 def _open_source(
