@@ -120,11 +120,35 @@ def test_a_batch_gives_each_clip_what_it_gets_alone(selector, video):
         assert torch.equal(together.select(clip).gazing_pos, alone.gazing_pos)
 
 
+@pytest.mark.parametrize("budget", [4, 12, 40])
+def test_a_stream_is_the_same_in_any_batch(selector, video, budget):
+    """Beside a clip that is grey all the time, and needs nothing, as well as alone."""
+    clips = torch.cat([torch.zeros_like(video[:1]), video]).repeat(1, 3, 1, 1, 1)
+    settings = {"tokens_per_second": budget, "frame_rate": 2}
+    together = selector.generate(clips, **settings)
+    for clip in range(3):
+        alone = selector.generate(clips[clip : clip + 1], **settings)
+        assert torch.equal(together.select(clip).gazing_pos, alone.gazing_pos)
+
+
 def test_a_threshold_ends_frames_before_the_budget_does(video):
     selector = GreedyGazeSelector(ONE_SCALE)
     gaze = selector.generate(video, clip_ratio=1.0, task_loss_requirement=0.9)
     losses = selector.composite(selector.to_pixels(video), gaze).loss
     assert (losses <= 0.9 + 1e-4).all() and (gaze.num_real < 96).all()
+    alone = selector.generate(video, task_loss_requirement=0.9)
+    assert gaze.num_real_each_frame[0, 0] == alone.num_real_each_frame[0, 0] < 16  # of the first frame as well
+
+
+def test_what_a_threshold_leaves_out_is_not_booked(video):
+    selector, cache = GreedyGazeSelector(ONE_SCALE), GreedyGazeCache()
+    settings = {"tokens_per_second": 20, "frame_rate": 2, "task_loss_requirement": 0.9}
+    gaze = selector.generate(video, **settings, past_key_values=cache, use_cache=True)
+    assert cache.rate_control.total.tolist() == gaze.num_real.tolist()
+    before = cache.rate_control.total.clone()
+    with pytest.raises(ValueError, match="`pixel_values_videos` must not hold NaN"):
+        selector.generate(video * float("nan"), **settings, past_key_values=cache, use_cache=True)
+    assert torch.equal(cache.rate_control.total, before) and cache.rate_control.num_frames == cache.num_frames == 6
 
 
 def test_frames_of_a_tubelet_are_kept_together(selector, video):
@@ -182,7 +206,7 @@ def test_a_stream_keeps_to_its_budget_and_spends_more_where_more_moves(scales, s
     assert each_ten_seconds.min() >= 0.9 * budget and each_ten_seconds.max() <= 1.1 * budget
     halves = np.split(np.array(counts), 2)
     still, moving = halves if starts_still else halves[::-1]
-    assert moving.sum() > 1.02 * still.sum()
+    assert moving.sum() > still.sum()
 
 
 def test_a_stream_is_the_same_however_it_is_cut(selector, video):
@@ -199,7 +223,11 @@ def test_an_account_does_not_save_for_ever():
     """However long nothing changed, a stretch never takes more than its share."""
     control = RateControl(StreamBudget(tokens_per_frame=4, window=10), batch_size=1, device="cpu")
     none, much = torch.zeros(1, 50, dtype=torch.float64), torch.full((1, 50), 100.0, dtype=torch.float64)
-    counts = [int(control.count(gains, torch.tensor([0]))) for gains in [none] * 40 + [much] * 40]
+    counts = []
+    for gains in [none] * 40 + [much] * 40:
+        counts.append(control.count(gains, torch.tensor([0])))
+        control.book(counts[-1])
+    counts = list(map(int, counts))
     stretches = [sum(counts[t : t + 10]) for t in range(len(counts) - 9)]
     assert 36 <= min(stretches) and max(stretches) <= 44
 
@@ -216,7 +244,7 @@ def test_a_short_video_is_searched_as_a_whole_and_a_long_one_as_a_stream(tiles):
     dense = 40 * short.grid.num_patches
     assert int(short.num_real) == dense // 4
     long = gaze_video(selector, moving_frames(70), tiles=tiles, max_tiles=6, clip_ratio=0.25)
-    assert abs(int(long.num_real) / (70 * long.grid.num_patches) - 0.25) < 0.1
+    assert 0.24 < int(long.num_real) / (70 * long.grid.num_patches) <= 0.25
     assert long.num_frames == 70 and short.first_frame == 0
     if tiles == "native":
         assert short.grid.sizes == ((64, 96),)
@@ -227,7 +255,7 @@ def test_the_configuration_names_the_share_where_nothing_is_given(video):
     assert selector.generate(video).num_real.tolist() == [24, 24]
     assert int(gaze_video(selector, moving_frames(8)).num_real) == 32
     assert (selector.generate(video, gazing_ratio=0.5).num_real_each_frame == 8).all()
-    with pytest.raises(ValueError, match="`clip_ratio` must be above 0 and at most 1, got 2"):
+    with pytest.raises(ValueError, match="`clip_ratio` must be above 0 and at most 1.* got 2"):
         GreedyGazeConfig(clip_ratio=2)
 
 
@@ -237,6 +265,8 @@ def test_the_configuration_names_the_share_where_nothing_is_given(video):
         ({"clip_ratio": 0}, "`clip_ratio` must be above 0 and at most 1"),
         ({"clip_ratio": 1.5}, "`clip_ratio` must be above 0 and at most 1"),
         ({"clip_ratio": float("nan")}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"clip_ratio": True}, "`clip_ratio` must be above 0 and at most 1"),
+        ({"tokens_per_second": 4, "frame_rate": "b"}, "`frame_rate` must be a number above 0"),
         ({"clip_ratio": "0.1"}, "`clip_ratio` must be above 0 and at most 1"),
         ({"tokens_per_clip": 0}, r"`tokens_per_clip` must be a whole number in 1\.\.96"),
         ({"tokens_per_clip": 97}, r"`tokens_per_clip` must be a whole number in 1\.\.96"),
@@ -256,6 +286,19 @@ def test_bad_budgets_are_named(video, call, message):
         GreedyGazeSelector(ONE_SCALE).generate(video, **call)
 
 
+def test_numbers_of_any_kind_are_taken(video):
+    selector = GreedyGazeSelector(ONE_SCALE)
+    expected = selector.generate(video, tokens_per_clip=48).gazing_pos
+    for call in (
+        {"clip_ratio": np.float32(0.5)},
+        {"clip_ratio": torch.tensor(0.5)},
+        {"tokens_per_clip": torch.tensor(48)},
+    ):
+        assert torch.equal(selector.generate(video, **call).gazing_pos, expected)
+    tubelets = selector.generate(video, tokens_per_clip=np.int64(24), tubelet_size=np.int64(2))
+    assert tubelets.num_real.tolist() == [24, 24]
+
+
 def test_a_selector_that_knows_no_gains_says_so(tiny_model):
     assert isinstance(tiny_model, AutoGazeModel)
     frames = torch.zeros(1, 2, 3, 64, 64, dtype=torch.float64)
@@ -271,6 +314,22 @@ def test_stream_gaze_checks_budgets_before_it_decodes():
         ({"clip_ratio": 2}, "`clip_ratio` must be above 0"),
         ({"clip_ratio": 0.1, "gazing_ratio": 0.1}, "only one of"),
         ({"tokens_per_second": 9}, "`frame_rate` must be given with `tokens_per_second`"),
+        ({"tokens_per_second": 9, "frame_rate": 0}, "`frame_rate` must be a number above 0, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             stream_gaze(selector, frames, **call)
+
+
+def test_tokens_of_a_second_are_those_of_all_tiles():
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=[16, 32], patch_size=16))
+    gaze = gaze_video(selector, moving_frames(60), tiles="grid", max_tiles=4, tokens_per_second=60, frame_rate=10)
+    assert 0.8 * 360 <= int(gaze.num_real) <= 1.1 * 360
+
+
+def test_a_threshold_for_every_frame_goes_with_a_share_of_the_clip():
+    selector = GreedyGazeSelector(GreedyGazeConfig(scales=[32], patch_size=16))
+    frames, thresholds = moving_frames(20), [0.5] * 10 + [-2.0] * 10
+    gaze = gaze_video(selector, frames, clip_ratio=0.9, task_loss_requirement=thresholds)
+    assert gaze.num_frames == 20 and int(gaze.num_real) <= 0.9 * 20 * 4
+    with pytest.raises(ValueError, match="one for each of the 20 frames of a chunk"):
+        stream_gaze(selector, frames, clip_ratio=0.9, task_loss_requirement=thresholds[:16])

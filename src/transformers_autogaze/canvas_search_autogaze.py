@@ -231,7 +231,7 @@ class CanvasSearch:
                 least, most, foreseen = control.limits()
                 needed = int(torch.maximum(least, foreseen).max()) + int(canvas.is_empty.sum((1, 2)).max())
                 limit = None if max_error is None else max_error[:, t].to(errors) / ERROR_UNIT
-                gain = None if control.log_gain is None else control.log_gain.exp2()
+                gain = control.log_gain.exp2()
                 most = max(1, min(self.grid.num_patches, int(most.max())))
                 ids, gains, totals = self._choose(errors, self._search_tables(layers[-1]), most, gain, needed)
                 num_needed = (gains >= self._empty_cell_error(layers[-1], self.empty_error)).sum(1)
@@ -239,6 +239,7 @@ class CanvasSearch:
                 if limit is not None:
                     done = self._errors_left(canvas, layers[-1], errors, ids, totals) <= limit[:, None]
                     count = torch.where(done.any(1), torch.minimum(count, done.int().argmax(1)), count)
+                control.book(count)
                 chosen = ids.where(torch.arange(ids.shape[1], device=ids.device) < count[:, None], -1)
                 canvas = self._lay_chosen(canvas, layers, chosen)
                 chosen_ids.append(chosen)

@@ -30,6 +30,8 @@ class CanvasGazeCache:
         """Follows `tokens_per_second`."""
         self.num_frames: int = 0
         """Frames of gaze seen so far."""
+        self.grid: GazeGrid | None = None
+        """The patches that were chosen from; `None` before the first frame."""
 
 
 class CanvasGazeSelector(GazeSelector):
@@ -121,6 +123,9 @@ class CanvasGazeSelector(GazeSelector):
     ) -> GazeOutput:
         cache = self.cache_class() if past_key_values is None else past_key_values
         self._check_cache(cache, len(frames))
+        if frames.isnan().any():
+            raise ValueError("`pixel_values_videos` must not hold NaN, got some; were the frames normalised by zero?")
+        tubelet_size = int(tubelet_size)
         seen = self.look(frames, tubelet_size)
         start = self._start(cache, seen)
         num_values = start.image[0].numel()
@@ -133,12 +138,15 @@ class CanvasGazeSelector(GazeSelector):
             num_tokens = torch.full((len(seen),), token_budget.num_tokens)
             found = self.search.search_clip(seen, num_tokens, max_error, start)
         else:
-            if cache.rate_control is None or cache.rate_control.budget != token_budget:
-                cache.rate_control = RateControl(token_budget, len(seen), seen.device)
-            found = self.search.search_stream(seen, cache.rate_control, max_error, start)
+            goes_on = cache.rate_control is not None and cache.rate_control.budget == token_budget
+            # A call that fails leaves the account as it was.
+            control = cache.rate_control.copy() if goes_on else RateControl(token_budget, len(seen), seen.device)
+            found = self.search.search_stream(seen, control, max_error, start)
+            cache.rate_control = control
         first_frame = cache.num_frames if past_key_values is not None or use_cache else None
         cache.canvas = found.canvas
         cache.num_frames += seen.shape[1]
+        cache.grid = self.config.grid
         return self._to_output(found.ids, found.counts, losses, tubelet_size).replace(
             first_frame=first_frame, cache=cache if use_cache else None
         )
@@ -177,6 +185,11 @@ class CanvasGazeSelector(GazeSelector):
             raise ValueError(
                 f"`past_key_values` holds {len(cache.canvas.image)} clips, but {num_clips} are given now (tiles count); "
                 f"pass the frames of the same clips, or a new {name}"
+            )
+        if cache.grid not in (None, self.config.grid):
+            raise ValueError(
+                f"`past_key_values` is of {cache.grid}, but patches of {self.config.grid} are asked for now; a stream keeps "
+                f"its grid and its `tubelet_size`, or begins with a new {name}"
             )
 
     def _start(self, cache: CanvasGazeCache, seen: torch.Tensor) -> Canvas:

@@ -5,6 +5,7 @@ A thin layer over `evaluation`: a checkpoint and videos in, or an encoder and vi
 """
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -200,7 +201,9 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     size, _ = grid.sizes[-1]
     settings = {
         "encoder": Path(options.encoder).name,
+        "encoder_weights": _fingerprint(tower),
         "model": None if folder is None else Path(folder).name,
+        "model_weights": None if folder is None else _fingerprint(_load_model(folder)[0]),
         "videos": [Path(video).name for video in videos],
         "size": size,
         "frames_of_a_clip": options.num_frames,
@@ -212,6 +215,12 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     results = FeatureResults(options.output / "results.json", settings)
     tower.to(options.device)
     selectors = _clip_selectors(options, tower, size, grid.patch_size, folder)
+    missing = [name for name in options.selector if name not in selectors and name not in (EVS, "model-scales")]
+    if missing and options.selector != _ON_FEATURES["selector"]:
+        raise ValueError(
+            f'`--selector` cannot be {", ".join(missing)} here: "model" needs a MODEL, and selectors of four scales a size '
+            f"of a multiple of 14 patches, got {size} pixels with patches of {grid.patch_size}"
+        )
     comparison = FeatureComparison(
         tower, processor, selectors, size, options.budget, options.attention, evs=EVS in options.selector
     )
@@ -232,6 +241,15 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     written = [results.path, *write_feature_report(results.rows, options.output, about, dense_tokens)]
     print((options.output / "results.md").read_text(encoding="utf-8"))
     print("written: " + ", ".join(map(str, written)))
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Tells weights of one name apart, so that figures of different ones are not mixed."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _load_encoder(folder: str, dtype: torch.dtype) -> tuple[torch.nn.Module, AutoGazeVideoProcessor]:

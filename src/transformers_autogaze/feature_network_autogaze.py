@@ -17,6 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_autogaze import GazeSelectorConfig, have_equal_content
 from .grid_autogaze import GazeGrid
+from .token_budgets_autogaze import check_clip_ratio
 
 
 STRIDE = 16
@@ -112,8 +113,7 @@ class FeatureGazeConfig(GazeSelectorConfig):
         }.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"`{name}` must lie in 0..1, got {share}")
-        if clip_ratio is not None and not 0 < clip_ratio <= 1:
-            raise ValueError(f"`clip_ratio` must be above 0 and at most 1, got {clip_ratio}")
+        check_clip_ratio(clip_ratio)
         self.scale_factors = factors
         self.hidden_sizes, self.depths = list(hidden_sizes), list(depths)
         self.feature_size = feature_size

@@ -23,7 +23,7 @@ from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401 (see modeling_autogaze)
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import frames_to_pixels, pixel_scale_and_offset
-from .token_budgets_autogaze import ClipBudget  # noqa: F401
+from .token_budgets_autogaze import check_clip_ratio
 
 
 class GreedyGazeConfig(GazeSelectorConfig):
@@ -64,8 +64,7 @@ class GreedyGazeConfig(GazeSelectorConfig):
     ):
         if not 0 <= gazing_ratio <= 1:
             raise ValueError(f"`gazing_ratio` must lie in 0..1, got {gazing_ratio}")
-        if clip_ratio is not None and not 0 < clip_ratio <= 1:
-            raise ValueError(f"`clip_ratio` must be above 0 and at most 1, got {clip_ratio}")
+        check_clip_ratio(clip_ratio)
         if math.isnan(task_loss_requirement):
             raise ValueError("`task_loss_requirement` must be a number, got NaN")
         self.gazing_ratio = gazing_ratio

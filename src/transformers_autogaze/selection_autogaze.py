@@ -6,6 +6,7 @@ This module owns everything about gazing that does not depend on how patches are
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch.nn import functional as F
@@ -130,7 +131,7 @@ class GazeSelector:
 
         How much is kept is said per frame (`gazing_ratio`), per clip (`clip_ratio` or `tokens_per_clip`) or per second of
         a stream (`tokens_per_second`), by one of them at most. Under a budget over time, tokens go to the frames and places
-        where they gain most: the first frame is kept whole, and what changes later.
+        where they gain most: the first frame is kept whole, as far as the budget reaches, and what changes later.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
@@ -238,7 +239,8 @@ class GazeSelector:
             settings["clip_ratio"],
             settings["tokens_per_clip"],
             settings["tokens_per_second"],
-            None if rate is None else rate / tubelet_size,
+            rate,
+            tubelet_size,
         )
         gazing_ratio, task_loss_requirement = settings["gazing_ratio"], settings["task_loss_requirement"]
         if token_budget is None and gazing_ratio is None and task_loss_requirement is None:
@@ -336,7 +338,7 @@ class GazeSelector:
         self._num_gaze_frames(video)
 
     def _num_gaze_frames(self, video: torch.Tensor, tubelet_size: int = 1) -> int:
-        if isinstance(tubelet_size, bool) or not isinstance(tubelet_size, int) or tubelet_size < 1:
+        if isinstance(tubelet_size, bool) or not isinstance(tubelet_size, Integral) or tubelet_size < 1:
             raise ValueError(f"`tubelet_size` must be a whole number of at least 1, got {tubelet_size!r}")
         if tubelet_size != 1 and not self.takes_any_grid:
             raise ValueError(

@@ -137,6 +137,8 @@ class TileGazer:
             else:
                 share = settings.pop("clip_ratio") * self.selector.config.grid.num_patches_each_scale[-1]
                 settings["tokens_per_second"] = share * self.frame_rate
+        elif settings["tokens_per_second"] is not None:
+            settings["tokens_per_second"] = settings["tokens_per_second"] / (self.rows * self.cols)
         if settings["tokens_per_second"] is not None:
             settings["frame_rate"] = self.frame_rate
         return settings, step

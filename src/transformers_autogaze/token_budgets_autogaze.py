@@ -5,8 +5,9 @@ This module turns what a caller asks for into a number, and follows such a numbe
 the tokens is a matter of the search.
 """
 
+import copy
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ def read_token_budget(
     tokens_per_clip: int | None = None,
     tokens_per_second: float | None = None,
     frame_rate: float | None = None,
+    tubelet_size: int = 1,
 ) -> ClipBudget | StreamBudget | None:
     """
     Checks what was asked for and turns it into a budget over time.
@@ -66,7 +68,8 @@ def read_token_budget(
             to 1.
         tokens_per_clip (`int`, *optional*): the same as a number, 1 to all patches of all frames.
         tokens_per_second (`float`, *optional*): tokens per second of a stream, above 0.
-        frame_rate (`float`, *optional*): frames of gaze per second of it; given with `tokens_per_second`.
+        frame_rate (`float`, *optional*): frames per second of it; given with `tokens_per_second`.
+        tubelet_size (`int`, *optional*, defaults to 1): frames that one frame of gaze is made for.
 
     Returns:
         [`ClipBudget`], [`StreamBudget`], or `None` if no budget over time was given.
@@ -93,6 +96,9 @@ def read_token_budget(
         "tokens_per_clip": tokens_per_clip,
         "tokens_per_second": tokens_per_second,
     }
+    clip_ratio, tokens_per_clip, tokens_per_second, frame_rate = map(
+        _plain, (clip_ratio, tokens_per_clip, tokens_per_second, frame_rate)
+    )
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"only one of {', '.join(f'`{name}`' for name in budgets)} can be given, got {given}")
@@ -101,10 +107,7 @@ def read_token_budget(
             f"`tokens_per_second` and `frame_rate` must be given together, got {tokens_per_second} and {frame_rate}"
         )
     if clip_ratio is not None:
-        if not _is_number(clip_ratio) or not 0 < clip_ratio <= 1:
-            raise ValueError(
-                f"`clip_ratio` must be above 0 and at most 1, the share of a dense encoder's tokens, got {clip_ratio!r}"
-            )
+        check_clip_ratio(clip_ratio)
         return ClipBudget(max(1, math.floor(clip_ratio * num_frames * grid.num_patches_each_scale[-1] + 1e-6)))
     if tokens_per_clip is not None:
         most = num_frames * grid.num_patches
@@ -116,19 +119,44 @@ def read_token_budget(
             )
         return ClipBudget(int(tokens_per_clip))
     if tokens_per_second is not None:
-        for name, value in {"tokens_per_second": tokens_per_second, "frame_rate": frame_rate}.items():
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a number above 0, got {value!r}")
-        return StreamBudget(tokens_per_second / frame_rate, max(1, round(WINDOW_SECONDS * frame_rate)))
+        check_rate("tokens_per_second", tokens_per_second)
+        check_rate("frame_rate", frame_rate)
+        rate = frame_rate / tubelet_size
+        return StreamBudget(tokens_per_second / rate, max(1, round(WINDOW_SECONDS * rate)))
     return None
 
 
+def check_clip_ratio(clip_ratio: object) -> None:
+    """
+    Checks a share of a clip's tokens.
+
+    Raises:
+        ValueError: if it is neither `None` nor a number above 0 and up to 1.
+    """
+    if clip_ratio is not None and (not _is_number(clip_ratio) or not 0 < clip_ratio <= 1):
+        raise ValueError(
+            f"`clip_ratio` must be above 0 and at most 1, the share of a dense encoder's tokens, got {clip_ratio!r}"
+        )
+
+
+def check_rate(name: str, value: object) -> None:
+    """
+    Checks a number of frames or tokens per second.
+
+    Raises:
+        ValueError: if it is no finite number above 0.
+    """
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a number above 0, got {value!r}")
+
+
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        or (isinstance(value, torch.Tensor) and value.ndim == 0)
-    )
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _plain(value: object) -> object:
+    """Takes a number out of a tensor or array that holds nothing else."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 class RateControl:
@@ -153,8 +181,13 @@ class RateControl:
 
     >>> control = RateControl(StreamBudget(tokens_per_frame=2.0, window=10), batch_size=1, device="cpu")
     >>> gains = torch.tensor([[8.0, 4.0, 2.0, 1.0]])
-    >>> [int(control.count(gains, torch.tensor([0]))) for _ in range(3)]
-    [2, 2, 2]
+    >>> for _ in range(3):
+    ...     count = control.count(gains, torch.tensor([0]))
+    ...     control.book(count)
+    ...     print(int(count))
+    2
+    2
+    2
 
     ```
     """
@@ -163,10 +196,18 @@ class RateControl:
         self.budget = budget
         self.recent = torch.zeros(batch_size, budget.window, dtype=torch.float64, device=device)
         """Tokens of the latest frames, `(batch, window)`, used as a ring."""
+        self.total = torch.zeros_like(self.recent[:, 0])
+        """Tokens of all frames, `(batch,)`."""
         self.num_frames = 0
         """Frames followed so far."""
-        self.log_gain: torch.Tensor | None = None
-        """Logarithm of the gain that a patch must have, `(batch,)`; `None` before the first frame that could tell."""
+        self.log_gain = torch.full_like(self.total, math.nan)
+        """Logarithm of the gain that a patch must have, `(batch,)`; NaN before the first frame that could tell."""
+
+    def copy(self) -> "RateControl":
+        """Gives an account that goes on from here by itself."""
+        other = copy.copy(self)
+        other.recent = self.recent.clone()
+        return other
 
     def limits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -191,7 +232,7 @@ class RateControl:
 
     def count(self, gains: torch.Tensor, num_needed: torch.Tensor) -> torch.Tensor:
         """
-        Decides how many patches the next frame keeps, and books them.
+        Decides how many patches the next frame may keep; `book` what it keeps.
 
         Args:
             gains (`torch.DoubleTensor` of shape `(batch, K)`): gains of the frame's best patches, falling.
@@ -203,22 +244,24 @@ class RateControl:
         rate, window = self.budget
         least, most, foreseen = self.limits()
         logs = gains.double().clamp(min=_LEAST_GAIN).log2()
-        # Where nothing was kept yet, a gain says nothing about change.
-        last = (num_needed + foreseen).clamp(max=gains.shape[1]) - 1
+        # Where nothing was kept yet, a gain says nothing about change. A clip looks no further than it could spend, so
+        # that what others of its batch can changes nothing.
+        last = torch.minimum(num_needed + foreseen, most).clamp(1, gains.shape[1]) - 1
         marginal = logs.gather(1, last[:, None])[:, 0]
-        if self.log_gain is None:
-            counts = torch.where(num_needed > 0, num_needed, foreseen)
-            if not bool((num_needed > 0).any()):
-                self.log_gain = marginal
-        else:
-            counts = (logs >= self.log_gain[:, None]).sum(1)
-            self.log_gain = torch.where(
-                num_needed > 0, self.log_gain, self.log_gain.lerp(marginal, 1 / (_MEMORY * window))
-            )
-        # A stretch that has only begun has only begun to earn its tokens, but a first frame is kept whole.
-        earned = (1 + _TOLERANCE) * rate * min(self.num_frames + 1, window) - self._spent()
-        counts = torch.maximum(torch.minimum(counts, earned.floor().clamp(min=0).long()), num_needed)
-        counts = torch.minimum(torch.maximum(counts, least), most).clamp(max=gains.shape[1])
-        self.recent[:, self.num_frames % window] = counts.double()
+        is_new, needs = self.log_gain.isnan(), num_needed > 0
+        counts = torch.where(is_new, foreseen.where(~needs, num_needed), (logs >= self.log_gain[:, None]).sum(1))
+        learned = torch.where(is_new, marginal, self.log_gain.lerp(marginal, 1 / (_MEMORY * window)))
+        self.log_gain = self.log_gain.where(needs, learned)
+        # What was not spent can be later, and a little more once the stream is longer than a stretch; a first frame is kept
+        # whole all the same.
+        number = self.num_frames + 1
+        ahead = _TOLERANCE * rate * window * (1 - min(1, window / number))
+        earned = (rate * number + ahead - self.total).floor().clamp(min=0).long()
+        counts = torch.maximum(torch.minimum(counts, earned), num_needed)
+        return torch.minimum(torch.maximum(counts, least), most).clamp(max=gains.shape[1])
+
+    def book(self, counts: torch.Tensor) -> None:
+        """Puts down how many patches the next frame kept, a `torch.LongTensor` of shape `(batch,)`."""
+        self.recent[:, self.num_frames % self.budget.window] = counts.double()
+        self.total = self.total + counts
         self.num_frames += 1
-        return counts

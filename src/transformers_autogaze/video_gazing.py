@@ -17,7 +17,7 @@ from huggingface_hub.utils import tqdm
 from .gazing_autogaze import GazeOutput
 from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
 from .tile_gazing import FRAME_RATE, WHOLE_CLIP, Setting, TileGazer
-from .token_budgets_autogaze import read_token_budget
+from .token_budgets_autogaze import check_rate, read_token_budget
 from .video_decoding_autogaze import stream_video
 from .video_frames_autogaze import is_video_source, unwrap_frames
 from .video_processing_autogaze import AutoGazeVideoProcessor
@@ -146,9 +146,10 @@ def stream_gaze(
             As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and every
             chunk takes it from its start.
         clip_ratio (`float`, *optional*):
-            Share of a dense encoder's tokens to keep of the video, spent where they gain most. A video of up to 64 frames is
-            searched as a whole and keeps exactly that many; a longer one, or one of unknown length, is a stream of so
-            many tokens per second.
+            Share of a dense encoder's tokens to keep of the video, spent where they gain most. A video of up to 64 frames, and
+            2**25 pixels in all, is searched as a whole and keeps exactly that many, unless `chunk_frames` cuts it; any other is
+            a stream of so many tokens per second, which keeps 0.92 to 1.02 times as many. A selector of several scales
+            counts in every tile by itself.
         tokens_per_second (`float`, *optional*):
             Tokens to keep per second; every stretch of ten seconds stays within a tenth of that.
         frame_rate (`float`, *optional*):
@@ -190,7 +191,8 @@ def stream_gaze(
     }
     if all(setting is None for setting in settings.values()):
         settings["clip_ratio"] = getattr(config, "clip_ratio", None)
-    _check_settings(selector, settings, chunk_frames or config.max_num_frames or _CHUNK)
+    if frame_rate is not None:
+        check_rate("frame_rate", frame_rate)
     processor = AutoGazeVideoProcessor() if processor is None else processor
     indices, frames, known_rate = _open_source(source, num_frames, fps, start_frame)
     if tokens_per_second is not None and frame_rate is None and known_rate is None:
@@ -205,6 +207,7 @@ def stream_gaze(
     if is_clip and total is not None and total <= WHOLE_CLIP[0]:
         chunk_frames = max(total, config.frame_sampling_rate)
     chunk_frames = chunk_frames or config.max_num_frames or _CHUNK
+    _check_settings(selector, settings, chunk_frames)
 
     def chunks() -> Iterator[GazeChunk]:
         start = start_frame

@@ -118,7 +118,15 @@ class UnitGazer:
         if not takes_units:
             return [gaze_video(self.selector, frames, self.gaze_processor, **options) for frames in videos]
         grids = [self.sizes.grid(rows, cols) for _, rows, cols in video_grid_thw.tolist()]
-        return [self._gaze_units(frames, grid, options) for frames, grid in zip(videos, grids, strict=True)]
+        gazes = []
+        for number, (frames, grid) in enumerate(zip(videos, grids, strict=True)):
+            try:
+                gazes.append(self._gaze_units(frames, grid, options))
+            except ValueError as error:
+                raise ValueError(
+                    f"video {number}, of {len(frames) // self.sizes.frames} groups of {self.sizes.frames} frames: {error}"
+                ) from error
+        return gazes
 
     def frames(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Iterator[np.ndarray]:
         """Puts patches together again, to frames `(frames, height, width, 3)` of levels 0..255, video by video."""

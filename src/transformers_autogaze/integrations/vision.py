@@ -264,6 +264,8 @@ class GazeVisionModel(nn.Module):
         attention = self.attention if attention is None else attention
         _check_attention(attention)
         gaze = self._check(pixel_values_videos, gaze)
+        if cache is not None and not isinstance(cache, GazeVisionCache):
+            raise ValueError(f"`cache` must be a GazeVisionCache, got {type(cache).__name__}")
         if cache is not None:
             cache.check(adapter, self.grid, gaze, attention)
         tokens = self._tokens(gaze)

@@ -5,6 +5,7 @@ This module keeps, layer by layer, the keys and values of the tokens that later 
 those are is `canvas`' matter, running a tower that of `vision`.
 """
 
+import copy
 import weakref
 
 import torch
@@ -65,6 +66,16 @@ class GazeVisionCache:
         self._tower: weakref.ref | None = None
         self._grid: GazeGrid | None = None
         self._batch_size: int | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # Elsewhere the tower is another object.
+        return {**self.__dict__, "_tower": None}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "GazeVisionCache":
+        other = type(self)()
+        other.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        other._tower = self._tower
+        return other
 
     @property
     def num_tokens(self) -> int:
