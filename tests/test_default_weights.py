@@ -9,7 +9,13 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
 import transformers_autogaze
-from transformers_autogaze import AutoGazeModel, AutoGazeProcessor, CompositeReconstruction
+from transformers_autogaze import (
+    FEATURES_SELECTOR,
+    AutoGazeModel,
+    AutoGazeProcessor,
+    CompositeReconstruction,
+    FeatureGazeModel,
+)
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.evaluation.selectors import baseline_selectors
 
@@ -67,3 +73,16 @@ def test_without_the_package_there_are_none(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers_autogaze.modeling_autogaze.__file__", str(tmp_path / "modeling_autogaze.py"))
     with pytest.raises(OSError, match="come with the package transformers-autogaze: name a checkpoint"):
         AutoGazeModel.from_default()
+
+
+def test_the_distilled_selector_keeps_what_changes_and_needs_no_more_than_its_share():
+    selector = AutoModel.from_pretrained(FEATURES_SELECTOR)
+    assert type(selector) is FeatureGazeModel and selector.dtype == torch.float32 and not selector.training
+    assert (FEATURES_SELECTOR / "model.safetensors").stat().st_size < 8e6
+    video = render_demo_clip(8, 224, 224)
+    video[1:5] = video[0]
+    gaze = selector.generate(**AutoGazeProcessor()(videos=video, return_tensors="pt"), clip_ratio=0.25)
+    counts = gaze.num_real_each_frame[0]
+    assert (
+        int(gaze.num_real) == 8 * 196 // 4 and counts[0] == 196 and counts[1:5].sum() == 0 and counts[5:].sum() == 196
+    )

@@ -32,6 +32,8 @@ __version__ = "0.1.0"
 _PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_SELECTOR = FINEST_SELECTOR = _PRETRAINED / "finest"
 """Folder of the selector that is used where none is named: greedy search on the finest scale, a quarter of a clip's tokens."""
+FEATURES_SELECTOR = _PRETRAINED / "features"
+"""Folder of a selector distilled from DINOv2 (small): a network that foresees its features, and the search on them."""
 GREEDY_SELECTOR = _PRETRAINED / "greedy"
 """Folder of the greedy selector on the four scales of the published model."""
 AUTOGAZE_SELECTOR = _PRETRAINED / "autogaze"
@@ -84,6 +86,7 @@ _LAZY = {
 __all__ = [
     "AUTOGAZE_SELECTOR",
     "DEFAULT_SELECTOR",
+    "FEATURES_SELECTOR",
     "FINEST_SELECTOR",
     "GREEDY_SELECTOR",
     "AutoGazeConfig",

@@ -26,6 +26,7 @@ from transformers.video_utils import VideoMetadata
 
 from . import (
     AUTOGAZE_SELECTOR,
+    FEATURES_SELECTOR,
     FINEST_SELECTOR,
     GREEDY_SELECTOR,
     AutoGazeProcessor,
@@ -44,7 +45,12 @@ from .video_gazing import GazeChunk, stream_gaze
 from .visualization import contact_sheet, paint_gaze, side_by_side, to_frames
 
 
-_SELECTORS = {"finest": FINEST_SELECTOR, "greedy": GREEDY_SELECTOR, "autogaze": AUTOGAZE_SELECTOR}
+_SELECTORS = {
+    "finest": FINEST_SELECTOR,
+    "features": FEATURES_SELECTOR,
+    "greedy": GREEDY_SELECTOR,
+    "autogaze": AUTOGAZE_SELECTOR,
+}
 _PANEL = 448  # pixels on the shorter side of a panel at most
 _SHEET = 8  # frames on the contact sheet
 _PAINTED = 4  # frames that are painted together
@@ -82,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     selector.add_argument(
         "--selector",
         choices=_SELECTORS,
-        help="a selector of this package: greedy search on the finest scale (the default) or on the four published "
-        "scales, or the AutoGaze weights",
+        help="a selector of this package: greedy search on the finest scale (the default), the one distilled from DINOv2's "
+        "features, greedy search on the four published scales, or the AutoGaze weights",
     )
     budget = output.add_mutually_exclusive_group()
     budget.add_argument(
