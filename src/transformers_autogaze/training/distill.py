@@ -18,7 +18,7 @@ from ..feature_network_autogaze import FeatureGazeNetwork
 from ..processing_autogaze import AutoGazeProcessor
 from .calibration import Foresight, calibrate, measure_foresight
 from .crops import Source, find_sources
-from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer
+from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer, new_network
 from .distillation_card import write_card
 from .teacher_features import FeatureTeacher, TeacherFeatures
 
@@ -79,7 +79,7 @@ def distill(
         CropPairDataset(features, [i for i in range(len(sources)) if (i in held_out) == is_held_out], args.whitening)
         for is_held_out in (False, True)
     ]
-    network = FeatureGazeNetwork(args.network_config())
+    network = new_network(args)
     trainer = DistillationTrainer(network, args, train_dataset=datasets[0], eval_dataset=datasets[1])
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = {"teacher_seconds": teacher_seconds, "train_seconds": trained.metrics["train_runtime"]}

@@ -137,6 +137,27 @@ class DistillationArguments(TrainingArguments):
         )
 
 
+def new_network(args: DistillationArguments) -> FeatureGazeNetwork:
+    """
+    Makes a network to train, that foresees the mean feature at first.
+
+    From random vectors it takes hundreds of steps to get there, and learns nothing else meanwhile.
+
+    Args:
+        args ([`DistillationArguments`]): scales and sizes.
+
+    Returns:
+        [`FeatureGazeNetwork`]
+    """
+    network = FeatureGazeNetwork(args.network_config())
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.reset_parameters()  # weights as large as their inputs allow, unlike small ones, learn at once
+    nn.init.zeros_(network.head.weight)
+    nn.init.zeros_(network.head.bias)
+    return network
+
+
 class CropPairDataset(Dataset):
     """
     Pairs of crops with the vectors that are to be foreseen.
