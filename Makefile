@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/installed
 SHARED ?= ../shared
 PICTURES ?= outputs/pictures
 WEIGHTS ?= outputs/weights
-STEPS ?= 2000
+STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
 .PHONY: demo test lint weights clean
@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The default weights; pictures are packages of Debian. A run that broke off goes on with RESUME=outputs/weights/checkpoint-500.
 weights: $(INSTALLED) $(PICTURES)/unpacked
 	$(VENV)/bin/autogaze distill $(SHARED)/encoders/dinov2-small $(SHARED)/videos/train $(PICTURES)/*/usr -o $(WEIGHTS) \
-		--crops-per-video 80 --crops-per-picture 20 --max-steps $(STEPS) --bf16 --logging-steps 20 --report-to none \
+		--crops-per-video 160 --crops-per-picture 40 --max-steps $(STEPS) --bf16 --logging-steps 20 --report-to none \
 		--cache-dir $(WEIGHTS)/cache --credits docs/weights_credits.md $(if $(RESUME),--resume-from-checkpoint $(RESUME))
 
 $(PICTURES)/unpacked:

@@ -24,7 +24,7 @@ from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
 _SPREAD = 8.0  # the search takes vectors in -0.5..0.5, so these are a sixteenth of what a vector may be long
-_GROUP_PLACES = 784  # places of the frames that the network looks at together, one frame at least
+_GROUP_PLACES = 1568  # places of the frames that the network looks at together, one frame at least
 
 
 class FeatureGazeCache(CanvasGazeCache):

@@ -203,12 +203,14 @@ class FeatureGazeBlock(nn.Module):
         update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
         if torch.is_grad_enabled() or hidden.is_cuda or torch.is_autocast_enabled("cpu"):
             return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
-        # In parts that stay in a processor's cache; new memory for all at once takes longer than the arithmetic.
+        # In parts that stay in a processor's cache and in the same memory; new memory for all takes longer than the arithmetic.
         total = hidden.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         count = -(-total[..., 0].numel() // _PART)
-        parts = (tensor.view(-1, tensor.shape[-1]).chunk(count) for tensor in (total, update.contiguous()))
+        parts = [tensor.view(-1, tensor.shape[-1]).chunk(count) for tensor in (total, update.contiguous())]
+        inner = total.new_empty(len(parts[0][0]), self.up.out_features)
         for sums, part in zip(*parts, strict=True):
-            sums.addmm_(F.gelu(self.up(part)), self.down.weight.t())
+            activations = torch.mm(part, self.up.weight.t(), out=inner[: len(part)])
+            sums.addmm_(torch.ops.aten.gelu_(activations), self.down.weight.t())
         return total.permute(0, 3, 1, 2)
 
 

@@ -33,7 +33,7 @@ class DistillationArguments(TrainingArguments):
         num_components (`int`, *optional*, defaults to 96): numbers in the vector of a place.
         whitening (`float`, *optional*, defaults to 0.5):
             Power of its deviation, 0..1, that each component is divided by: the higher, the more weak ones count.
-        hidden_sizes (`list[int]`, *optional*, defaults to `[48, 96, 224]`), depths (`list[int]`, *optional*, defaults to
+        hidden_sizes (`list[int]`, *optional*, defaults to `[48, 96, 192]`), depths (`list[int]`, *optional*, defaults to
             `[1, 2, 6]`): size of the network; see [`FeatureGazeConfig`].
         coarse_loss_weight (`float`, *optional*, defaults to 0.25):
             Weight of the error of each scale but the finest, at least 0; that of the finest is 1.
@@ -77,7 +77,7 @@ class DistillationArguments(TrainingArguments):
         default=0.5, metadata={"help": "Power of its deviation that each component is divided by, 0..1."}
     )
     hidden_sizes: list[int] = field(
-        default_factory=lambda: [48, 96, 224], metadata={"help": "Channels of the network's three stages."}
+        default_factory=lambda: [48, 96, 192], metadata={"help": "Channels of the network's three stages."}
     )
     depths: list[int] = field(default_factory=lambda: [1, 2, 6], metadata={"help": "Blocks of the three stages."})
     coarse_loss_weight: float = field(
