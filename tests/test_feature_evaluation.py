@@ -23,12 +23,14 @@ from transformers_autogaze.evaluation.feature_comparison import (
     FeatureComparison,
     FeatureResults,
     FeatureRow,
+    FeatureStatistics,
     finest_grid,
 )
 from transformers_autogaze.evaluation.feature_report import FeatureTables, write_feature_report
 from transformers_autogaze.evaluation.feature_selectors import (
     EVENLY,
     OVER_TIME,
+    UP_TO_LOSS,
     EncodedClip,
     PixelClipSelector,
     RandomClipSelector,
@@ -270,8 +272,9 @@ def test_a_comparison_measures_every_combination_once(tower):
     selectors = {"a": RandomClipSelector(FINEST), "b": pixel_clip_selectors(SIZE, PATCH)["gain-ranking"]}
     comparison = FeatureComparison(tower, PROCESSOR, selectors, SIZE, [0.125, 1], ["frame", "canvas"])
     clip = FeatureClip("clip", "spread", make_levels())
-    mean = comparison.mean_features([clip])["spread"]
-    rows = list(comparison.measure(clip, mean))
+    statistics = comparison.feature_statistics([clip])["spread"]
+    mean = torch.tensor(statistics.mean)
+    rows = list(comparison.measure(clip, statistics))
     assert [row.key for row in rows] == comparison.wanted(clip) and len(rows) == 3 * 2 * 2 + 2
     found = {row.key[2:]: row for row in rows}
     assert found["evs", OVER_TIME, 0.125, "whole tower"].tokens == 196  # the first frame
@@ -282,12 +285,34 @@ def test_a_comparison_measures_every_combination_once(tower):
     gaze = selectors["a"].gaze(encoded(clip.levels), 98, EVENLY)
     model = GazeVisionModel(tower, [SIZE])
     kept = model(encoded(clip.levels).encoder_values[None], gaze, attention="canvas").last_hidden_state
-    score = FeatureMeasure(dense_features(model, encoded(clip.levels).encoder_values), mean)(
-        lay_features(kept, gaze, mean)
-    )
-    assert found["a", EVENLY, 0.125, "canvas"][7:9] == pytest.approx(score, abs=1e-5)
-    again = list(comparison.measure(clip, mean, {row.key for row in rows[:-1]}))
-    assert [row[:9] for row in again] == [rows[-1][:9]]
+    dense = dense_features(model, encoded(clip.levels).encoder_values)
+    assert statistics.variance == pytest.approx(float((dense - mean).square().sum(-1).mean()), rel=1e-4)
+    score = FeatureMeasure(dense, mean)(lay_features(kept, gaze, mean))
+    assert found["a", EVENLY, 0.125, "canvas"][7:10] == pytest.approx(score, abs=1e-4)
+    assert found["a", OVER_TIME, 1, "frame"].loss == pytest.approx(0, abs=1e-5)
+    again = list(comparison.measure(clip, statistics, {row.key for row in rows[:-1]}))
+    assert [row[:10] for row in again] == [rows[-1][:10]]
+
+
+def test_a_comparison_measures_thresholds_of_what_foresees_a_loss(tower):
+    torch.manual_seed(0)
+    config = FeatureGazeConfig(hidden_sizes=[8, 12, 16], depths=[1, 1, 1], feature_size=6, initializer_range=0.5)
+    foreseeing = PixelClipSelector(FeatureGazeModel(config).eval(), FINEST)
+    assert foreseeing.takes_loss and not RandomClipSelector(FINEST).takes_loss
+    selectors = {"a": RandomClipSelector(FINEST), "features": foreseeing}
+    comparison = FeatureComparison(tower, PROCESSOR, selectors, SIZE, [], ["canvas"], [0, 0.2, 0.9])
+    clip = FeatureClip("clip", "spread", make_levels())
+    rows = list(comparison.measure(clip))
+    assert [(row.selector, row.spending, row.budget) for row in rows] == [
+        ("features", UP_TO_LOSS, threshold) for threshold in (0, 0.2, 0.9)
+    ]
+    assert rows[0].tokens == 784 and rows[0].loss == pytest.approx(0, abs=1e-5)
+    assert rows[0].tokens > rows[1].tokens > rows[2].tokens and rows[1].loss < rows[2].loss
+    tables = FeatureTables(rows, "spread", dense_tokens=784)
+    assert "| features foreseen, finest scale | canvas | 0 | 0.000 | 1.000 | 1.000 | 1.000 |" in tables.thresholds()
+    assert not tables.rows and "Thresholds" in tables.markdown()
+    with pytest.raises(ValueError, match="`thresholds` must lie in 0..1, shares of the variance of features, got 1.5"):
+        FeatureComparison(tower, PROCESSOR, selectors, SIZE, thresholds=[1.5])
 
 
 def test_a_tower_and_its_size_must_fit(tower):
@@ -307,7 +332,9 @@ def test_a_tower_and_its_size_must_fit(tower):
 
 def make_rows() -> list[FeatureRow]:
     def row(clip, selector, budget, attention, tokens, cosine, seconds=1.0):
-        return FeatureRow(clip, "spread", selector, OVER_TIME, budget, attention, tokens, cosine, 0.5, 0.5, seconds)
+        return FeatureRow(
+            clip, "spread", selector, OVER_TIME, budget, attention, tokens, cosine, 0.5, 0.5, 0.5, seconds
+        )
 
     return [
         row("a.mp4", "greedy", 0.125, "frame", 98, 0.2),
@@ -339,10 +366,10 @@ def test_tables_show_means_at_the_best_attention(tmp_path):
 def test_results_go_on_where_they_stopped_and_with_the_same_settings_only(tmp_path):
     path = tmp_path / "out" / "results.json"
     results = FeatureResults(path, {"encoder": "a", "size": 196})
-    results.add(make_rows()[:2], {"spread": torch.tensor([0.5, 0.25])})
+    results.add(make_rows()[:2], {"spread": FeatureStatistics([0.5, 0.25], 2.0)})
     results.add(make_rows()[2:])
     again = FeatureResults(path, {"encoder": "a", "size": 196})
-    assert again.rows == make_rows() and again.means == {"spread": [0.5, 0.25]}
+    assert again.rows == make_rows() and again.statistics == {"spread": FeatureStatistics([0.5, 0.25], 2.0)}
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(ValueError, match="holds results with size=196, but it is 392 now; choose another folder"):
         FeatureResults(path, {"encoder": "a", "size": 392})
@@ -377,7 +404,7 @@ def test_the_command_measures_what_an_encoder_keeps(encoder, clip, tmp_path, cap
     assert main([*arguments, "--selector", "random", "greedy-finest", "encoder-finest", "evs"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["settings"]["videos"] == ["blobs.mp4"] and results["settings"]["size"] == 56
-    assert results["rows"][:10] == first["rows"] and results["means"]["spread"] == first["means"]["spread"]
+    assert results["rows"][:10] == first["rows"] and results["statistics"]["spread"] == first["statistics"]["spread"]
     rows = [dict(zip(results["columns"], row, strict=True)) for row in results["rows"]]
     assert {row["clip"] for row in rows} == {"blobs.mp4", "blobs.mp4:0", "blobs.mp4:4"}
     keys = [tuple(row)[:6] for row in results["rows"]]
@@ -398,7 +425,7 @@ def test_a_run_that_was_stopped_gives_the_same_rows(encoder, clip, tmp_path):
     (tmp_path / "part" / "results.json").write_text(json.dumps({**results, "rows": results["rows"][:9]}))
     assert main([*command, "-o", str(tmp_path / "part")]) == 0
     again = json.loads((tmp_path / "part" / "results.json").read_text())
-    assert [row[:9] for row in again["rows"]] == [row[:9] for row in results["rows"]]
+    assert [row[:10] for row in again["rows"]] == [row[:10] for row in results["rows"]]
 
 
 def test_the_command_measures_a_model_beside_the_rules(encoder, clip, tiny, tmp_path):
@@ -430,8 +457,9 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_kn
         selectors = ["--selector", "model", "model-scales", "--sampling", "spread"]
         assert main([*command, *arguments, *selectors]) == 0
         rows = json.loads((tmp_path / f"{folder}-out" / "results.json").read_text())["rows"]
-        assert {tuple(row[2:4]) for row in rows} == {(name, way) for name in expected for way in (EVENLY, OVER_TIME)}
-        assert all(row[6] == 4 * 196 // 4 for row in rows)
+        ways = {(name, way) for name in expected for way in (EVENLY, OVER_TIME, UP_TO_LOSS)}
+        assert {tuple(row[2:4]) for row in rows} == ways
+        assert all(row[6] == 4 * 196 // 4 for row in rows if row[3] != UP_TO_LOSS)
 
 
 @pytest.mark.parametrize(

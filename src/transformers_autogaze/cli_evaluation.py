@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import AutoModel
 
-from . import AUTOGAZE_SELECTOR
+from . import AUTOGAZE_SELECTOR, FEATURES_SELECTOR
 from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
 from .evaluation.encoder_selector import EncoderClipSelector
 from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, encoder_normalization, read_clips
@@ -24,6 +24,7 @@ from .evaluation.feature_comparison import (
     ATTENTIONS,
     BUDGETS,
     EVS,
+    THRESHOLDS,
     FeatureComparison,
     FeatureResults,
     finest_grid,
@@ -45,7 +46,7 @@ from .selection_autogaze import GazeSelector
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
-_ON_PIXELS = {"ratio": [0.1, 0.25], "threshold": [0.7], "threshold_ratio": 0.75, "batch_size": 4}
+_ON_PIXELS = {"ratio": [0.1, 0.25], "threshold_ratio": 0.75, "batch_size": 4}
 _ON_FEATURES = {
     "size": None,
     "sampling": list(SAMPLINGS),
@@ -55,6 +56,7 @@ _ON_FEATURES = {
     "dtype": "float32",
 }
 """Options of one of the two evaluations alone, with their defaults."""
+_PIXEL_THRESHOLDS = [0.7]
 
 
 def add_commands(commands: Any) -> None:
@@ -80,6 +82,14 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--max-clips", type=int, default=4, metavar="N", help="clips of one video at most (default: 4)"
     )
+    evaluate.add_argument(
+        "--threshold",
+        type=float,
+        nargs="*",
+        metavar="L",
+        help="losses at which a frame is good enough: of pixels (default: 0.7) or, with --encoder, the share of the variance "
+        f"of features, 0..1 (default: {' '.join(map(str, THRESHOLDS))})",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluate.add_argument("--device", default=device, help=f"where to compute (default: {device})")
     _add_pixel_options(evaluate.add_argument_group("by rebuilt pixels, without --encoder"))
@@ -90,9 +100,6 @@ def add_commands(commands: Any) -> None:
 def _add_pixel_options(group: Any) -> None:
     group.add_argument(
         "--ratio", type=float, nargs="+", metavar="R", help="shares of patches to keep, 0..1 (default: 0.1 0.25)"
-    )
-    group.add_argument(
-        "--threshold", type=float, nargs="*", metavar="L", help="losses at which a frame is good enough (default: 0.7)"
     )
     group.add_argument(
         "--threshold-ratio",
@@ -146,6 +153,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, default in ours.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
+    if options.threshold is None:
+        options.threshold = _PIXEL_THRESHOLDS if options.encoder is None else list(THRESHOLDS)
     if options.encoder is None:
         _evaluate_on_pixels(options)
     else:
@@ -204,6 +213,7 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
         "encoder_weights": _fingerprint(tower),
         "model": None if folder is None else Path(folder).name,
         "model_weights": None if folder is None else _fingerprint(_load_model(folder)[0]),
+        "features_weights": _fingerprint(_load_model(FEATURES_SELECTOR)[0]),
         "videos": [Path(video).name for video in videos],
         "size": size,
         "frames_of_a_clip": options.num_frames,
@@ -215,14 +225,22 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
     results = FeatureResults(options.output / "results.json", settings)
     tower.to(options.device)
     selectors = _clip_selectors(options, tower, size, grid.patch_size, folder)
-    missing = [name for name in options.selector if name not in selectors and name not in (EVS, "model-scales")]
+    optional = (EVS, "model-scales", "features-scales")
+    missing = [name for name in options.selector if name not in selectors and name not in optional]
     if missing and options.selector != _ON_FEATURES["selector"]:
         raise ValueError(
             f'`--selector` cannot be {", ".join(missing)} here: "model" needs a MODEL, and selectors of four scales a size '
             f"of a multiple of 14 patches, got {size} pixels with patches of {grid.patch_size}"
         )
     comparison = FeatureComparison(
-        tower, processor, selectors, size, options.budget, options.attention, evs=EVS in options.selector
+        tower,
+        processor,
+        selectors,
+        size,
+        options.budget,
+        options.attention,
+        options.threshold,
+        evs=EVS in options.selector,
     )
 
     def clips(samplings: Sequence[str]) -> Iterator[FeatureClip]:
@@ -230,11 +248,11 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
             for video in videos:
                 yield from read_clips(video, size, sampling, **taken)
 
-    if unknown := [sampling for sampling in options.sampling if sampling not in results.means]:
-        results.add(means=comparison.mean_features(tqdm(clips(unknown), unit="clip", desc="mean feature")))
+    if unknown := [sampling for sampling in options.sampling if sampling not in results.statistics]:
+        seen = tqdm(clips(unknown), unit="clip", desc="mean feature")
+        results.add(statistics=comparison.feature_statistics(seen))
     for clip in tqdm(clips(options.sampling), unit="clip", desc="evaluating", total=num_clips):
-        mean = torch.tensor(results.means[clip.sampling])
-        if rows := list(comparison.measure(clip, mean, results.keys)):
+        if rows := list(comparison.measure(clip, results.statistics[clip.sampling], results.keys)):
             results.add(rows)
     dense_tokens = options.num_frames * grid.num_patches
     about = {key: value for key, value in settings.items() if value is not None}
@@ -268,6 +286,9 @@ def _clip_selectors(
     made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
     if folder is not None and {"model", "model-scales"} & {*options.selector}:
         made |= _model_clip_selectors(*_load_model(folder), size, patch_size, options.device)
+    if {"features", "features-scales"} & {*options.selector}:
+        found = _model_clip_selectors(*_load_model(FEATURES_SELECTOR), size, patch_size, options.device)
+        made |= {name.replace("model", "features"): selector for name, selector in found.items()}
     if "autogaze" in options.selector:
         found = _model_clip_selectors(*_load_model(AUTOGAZE_SELECTOR), size, patch_size, options.device)
         made |= {"autogaze": found["model"]} if "model" in found else {}

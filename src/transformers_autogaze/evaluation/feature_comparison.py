@@ -20,12 +20,14 @@ from ..grid_autogaze import GazeGrid
 from ..integrations.vision import GazeVisionModel
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .feature_clips import FeatureClip
-from .feature_selectors import OVER_TIME, ClipSelector, EncodedClip
+from .feature_selectors import OVER_TIME, UP_TO_LOSS, ClipSelector, EncodedClip
 from .features import FeatureMeasure, dense_features, keep_dissimilar, lay_features
 
 
 BUDGETS = (1 / 32, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 3, 1 / 2)
 """Tokens of a clip as shares of those of a dense encoder."""
+THRESHOLDS = (0.1, 0.2, 0.3)
+"""Shares of the variance of features that a frame may lose."""
 ATTENTIONS = ("frame", "block_causal", "canvas")
 """Who may see whom in the tower."""
 WHOLE_TOWER = "whole tower"
@@ -44,10 +46,10 @@ class FeatureRow(NamedTuple):
         clip, sampling (`str`): the clip; see [`FeatureClip`].
         selector (`str`): name of what chose.
         spending (`str`): how tokens were spent; see [`ClipSelector`].
-        budget (`float`): share of a dense encoder's tokens that it was to keep.
+        budget (`float`): share of a dense encoder's tokens that it was to keep, or the threshold.
         attention (`str`): that of the tower.
         tokens (`int`): tokens that it kept.
-        cosine, agreement (`float`): see [`~features.FeatureScore`].
+        cosine, agreement, loss (`float`): see [`~features.FeatureScore`].
         choosing_seconds, tower_seconds (`float`):
             Time that choosing and encoding took. What looks at the encoder's own features has to run the whole tower
             before it chooses; for EVS, that is its only run.
@@ -62,6 +64,7 @@ class FeatureRow(NamedTuple):
     tokens: int
     cosine: float
     agreement: float
+    loss: float
     choosing_seconds: float
     tower_seconds: float
 
@@ -76,6 +79,19 @@ class FeatureRow(NamedTuple):
         return self.choosing_seconds + self.tower_seconds
 
 
+class FeatureStatistics(NamedTuple):
+    """
+    What scores are measured by.
+
+    Args:
+        mean (`list[float]`): the mean dense feature.
+        variance (`float`): mean squared distance of dense features from it.
+    """
+
+    mean: list[float]
+    variance: float
+
+
 class FeatureComparison:
     """
     Measures selectors on clips by what one encoder keeps.
@@ -87,6 +103,8 @@ class FeatureComparison:
         size (`int`): height and width in pixels that the tower sees frames at.
         budgets (`Sequence[float]`, *optional*): shares of a dense encoder's tokens, above 0 and up to 1.
         attentions (`Sequence[str]`, *optional*): attentions to run the tower with.
+        thresholds (`Sequence[float]`, *optional*): shares of the variance of features that a frame may lose, 0..1, for
+            selectors that foresee it.
         evs (`bool`, *optional*, defaults to `True`): whether to measure dropping tokens after the whole tower.
 
     Raises:
@@ -101,6 +119,7 @@ class FeatureComparison:
         size: int,
         budgets: Sequence[float] = BUDGETS,
         attentions: Sequence[str] = ATTENTIONS,
+        thresholds: Sequence[float] = THRESHOLDS,
         evs: bool = True,
     ):
         for budget in budgets:
@@ -108,9 +127,12 @@ class FeatureComparison:
                 raise ValueError(
                     f"`budgets` must be above 0 and at most 1, shares of a dense encoder's tokens, got {budget}"
                 )
+        for threshold in thresholds:
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"`thresholds` must lie in 0..1, shares of the variance of features, got {threshold}")
         self.finest = finest_grid(tower, size)
         self.processor, self.selectors, self.evs = processor, dict(selectors), evs
-        self.budgets, self.attentions = tuple(budgets), tuple(attentions)
+        self.budgets, self.attentions, self.thresholds = tuple(budgets), tuple(attentions), tuple(thresholds)
         grids = {self.finest, *(selector.grid for selector in self.selectors.values())}
         # One tower under several grids; its weights are there once.
         self._towers = {
@@ -137,31 +159,42 @@ class FeatureComparison:
             for budget in self.budgets
             for attention in self.attentions
         ]
+        keys += [
+            (*at, name, UP_TO_LOSS, threshold, attention)
+            for name, selector in self.selectors.items()
+            if selector.takes_loss
+            for threshold in self.thresholds
+            for attention in self.attentions
+        ]
         return keys + [(*at, EVS, OVER_TIME, budget, WHOLE_TOWER) for budget in self.budgets if self.evs]
 
     @torch.no_grad()
-    def mean_features(self, clips: Iterable[FeatureClip]) -> dict[str, torch.Tensor]:
+    def feature_statistics(self, clips: Iterable[FeatureClip]) -> dict[str, FeatureStatistics]:
         """
-        Finds the mean dense feature of all clips, which cosines are measured from.
+        Finds the mean dense feature of all clips and the variance around it, which scores are measured by.
 
         Args:
             clips (`Iterable` of [`FeatureClip`]): the clips, which can come one by one.
 
         Returns:
-            `dict` of `torch.FloatTensor` of shape `(hidden,)` by `sampling` of the clips.
+            `dict` of [`FeatureStatistics`] by `sampling` of the clips.
         """
-        means: dict[str, list[torch.Tensor]] = {}
+        moments: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for clip in clips:
             values = self.processor.to_pixel_values(clip.levels.to(self.device))
-            mean = dense_features(self._towers[self.finest], values).mean((0, 1))
-            means.setdefault(clip.sampling, []).append(mean)
-        return {sampling: torch.stack(of_clips).mean(0) for sampling, of_clips in means.items()}
+            dense = dense_features(self._towers[self.finest], values).double()
+            moments.setdefault(clip.sampling, []).append((dense.mean((0, 1)), dense.square().sum(-1).mean()))
+        statistics = {}
+        for sampling, of_clips in moments.items():
+            mean, square = (torch.stack(moment).mean(0) for moment in zip(*of_clips, strict=True))
+            statistics[sampling] = FeatureStatistics(mean.tolist(), float(square - mean.square().sum()))
+        return statistics
 
     @torch.no_grad()
     def measure(
         self,
         clip: FeatureClip,
-        mean: torch.Tensor | None = None,
+        statistics: FeatureStatistics | None = None,
         done: Collection[tuple[str | float, ...]] = (),
     ) -> Iterator[FeatureRow]:
         """
@@ -169,8 +202,8 @@ class FeatureComparison:
 
         Args:
             clip ([`FeatureClip`]): frames of the tower's size.
-            mean (`torch.FloatTensor` of shape `(hidden,)`, *optional*): see [`~FeatureComparison.mean_features`]; the
-                clip's own by default.
+            statistics ([`FeatureStatistics`], *optional*): see [`~FeatureComparison.feature_statistics`]; the clip's own by
+                default.
             done (`Collection[tuple]`, *optional*): keys of rows that are there already and need no measuring.
 
         Yields:
@@ -184,10 +217,12 @@ class FeatureComparison:
         levels = clip.levels.to(device := self.device)
         encoded = EncodedClip(levels, self.processor.to_pixel_values(levels))
         dense, dense_seconds = _timed(device, dense_features, self._towers[self.finest], encoded.encoder_values)
-        measure = FeatureMeasure(dense, mean)
+        mean, variance = (None, None) if statistics is None else (torch.tensor(statistics.mean), statistics.variance)
+        measure = FeatureMeasure(dense, mean, variance)
         prepared: dict[str, tuple[Any, float]] = {}
         for (name, spending, budget), attentions in missing.items():
             count, at = self.num_tokens(budget, len(levels)), (clip.name, clip.sampling, name, spending, budget)
+            count = budget if spending == UP_TO_LOSS else count
             if name == EVS:
                 gaze, seconds = _timed(device, keep_dissimilar, dense, count, self.finest)
                 kept = dense[gaze.gazing_mask[-1][0]]
@@ -254,7 +289,7 @@ class FeatureResults:
     >>> from transformers_autogaze.evaluation.feature_comparison import FeatureResults, FeatureRow
 
     >>> results = FeatureResults("results.json", {"encoder": "dinov2"})
-    >>> row = FeatureRow("a.mp4", "spread", "random", "evenly", 0.25, "frame", 784, 0.5, 0.4, 0.0, 0.3)
+    >>> row = FeatureRow("a.mp4", "spread", "random", "evenly", 0.25, "frame", 784, 0.5, 0.4, 0.6, 0.0, 0.3)
     >>> results.add([row])
     >>> FeatureResults("results.json", {"encoder": "dinov2"}).rows == [row]
     True
@@ -265,13 +300,14 @@ class FeatureResults:
     def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
         self.path, self.settings = Path(path), dict(settings)
         self.rows: list[FeatureRow] = []
-        self.means: dict[str, list[float]] = {}
-        """Mean dense features that cosines were measured from, by sampling of the clips."""
+        self.statistics: dict[str, FeatureStatistics] = {}
+        """Mean and variance of dense features that scores were measured by, by sampling of the clips."""
         if not self.path.exists():
             return
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            before, columns, rows, self.means = (found[key] for key in ("settings", "columns", "rows", "means"))
+            before, columns, rows, statistics = (found[key] for key in ("settings", "columns", "rows", "statistics"))
+            self.statistics = {sampling: FeatureStatistics(*values) for sampling, values in statistics.items()}
             if tuple(columns) != FeatureRow._fields:
                 raise ValueError(f"its columns are {columns}")
             self.rows = [FeatureRow(*row) for row in rows]
@@ -291,11 +327,12 @@ class FeatureResults:
         """What the rows are about."""
         return {row.key for row in self.rows}
 
-    def add(self, rows: Sequence[FeatureRow] = (), means: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Adds rows and means, and writes the file anew in one step, so that it is whole whenever work is stopped."""
+    def add(self, rows: Sequence[FeatureRow] = (), statistics: Mapping[str, FeatureStatistics] | None = None) -> None:
+        """Adds rows and statistics, and writes the file anew in one step, so that it is whole whenever work is stopped."""
         self.rows += [row._replace(**{key: round(getattr(row, key), 5) for key in _ROUNDED}) for row in rows]
-        self.means |= {key: [round(value, 6) for value in mean.tolist()] for key, mean in (means or {}).items()}
-        parts = {"settings": self.settings, "means": self.means, "columns": FeatureRow._fields}
+        for key, (mean, variance) in (statistics or {}).items():
+            self.statistics[key] = FeatureStatistics([round(value, 6) for value in mean], variance)
+        parts = {"settings": self.settings, "statistics": self.statistics, "columns": FeatureRow._fields}
         head = ",\n".join(f'"{key}": {json.dumps(part)}' for key, part in parts.items())
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -304,7 +341,7 @@ class FeatureResults:
         os.replace(temporary, self.path)
 
 
-_ROUNDED = ("cosine", "agreement", "choosing_seconds", "tower_seconds")
+_ROUNDED = ("cosine", "agreement", "loss", "choosing_seconds", "tower_seconds")
 
 
 def _timed(device: torch.device, call: Callable[..., T], *arguments: Any) -> tuple[T, float]:

@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .feature_comparison import EVS, WHOLE_TOWER, FeatureRow
-from .feature_selectors import OVER_TIME
+from .feature_selectors import OVER_TIME, UP_TO_LOSS
 from .plots import Panel, check_matplotlib, draw_charts
 from .report import markdown_table
 
@@ -19,6 +19,8 @@ from .report import markdown_table
 LABELS = {
     "model": "the model",
     "model-scales": "the model, four scales",
+    "features": "features foreseen, finest scale",
+    "features-scales": "features foreseen, four scales",
     "autogaze": "AutoGaze, four scales",
     "greedy": "greedy, four scales",
     "greedy-finest": "pixel difference, finest scale",
@@ -50,7 +52,9 @@ class FeatureTables:
 
     def __init__(self, rows: Sequence[FeatureRow], sampling: str, dense_tokens: int):
         self.dense_tokens = dense_tokens
-        self.rows = [row for row in rows if row.sampling == sampling]
+        here = [row for row in rows if row.sampling == sampling]
+        self.rows = [row for row in here if row.spending != UP_TO_LOSS]
+        self.of_thresholds = [row for row in here if row.spending == UP_TO_LOSS]
         order = {name: place for place, name in enumerate(LABELS)}
         self.ways: list[Way] = sorted(
             {(row.selector, row.spending) for row in self.rows},
@@ -106,6 +110,22 @@ class FeatureTables:
             columns[label(way)] = [_shown(found.get(clip)) for clip in self.clips]
         return markdown_table(columns)
 
+    def thresholds(self) -> str:
+        """Shows what came of every threshold, at the attention with the highest cosine."""
+        groups: dict[tuple[str, float], dict[str, list[FeatureRow]]] = {}
+        for row in self.of_thresholds:
+            groups.setdefault((row.selector, row.budget), {}).setdefault(row.attention, []).append(row)
+        lines = []
+        for (selector, threshold), by_attention in groups.items():
+            attention, rows = max(by_attention.items(), key=lambda item: fmean(row.cosine for row in item[1]))
+            loss, cosine, agreement, tokens = (
+                fmean(getattr(row, name) for row in rows) for name in ("loss", "cosine", "agreement", "tokens")
+            )
+            shares = [*map(_shown, (loss, cosine, agreement)), f"{tokens / self.dense_tokens:.3f}"]
+            lines.append([LABELS.get(selector, selector), attention.replace("_", "\\_"), f"{threshold:g}", *shares])
+        names = ("selector", "attention", "threshold", "measured loss", "cosine", "agreement", "tokens of all")
+        return markdown_table(dict(zip(names, map(list, zip(*lines, strict=True)), strict=True)))
+
     def markdown(self) -> str:
         """Puts all tables under headings."""
         dense = self.dense_seconds()
@@ -117,6 +137,8 @@ class FeatureTables:
             f"### Seconds before the language model\n\nMedians over clips, choosing and encoding.{beside}\n\n"
             f"{self.seconds_over_budgets()}",
         ]
+        if self.of_thresholds:
+            parts.insert(2, f"### Thresholds of the loss\n\n{self.thresholds()}")
         parts += [
             f"### Clip by clip, cosine at {fraction(budget)}\n\n{self.clip_by_clip(budget)}"
             for budget in self._clip_budgets
@@ -248,6 +270,9 @@ def _head(about: Mapping[str, Any], dense_tokens: int) -> str:
         "afterwards; it keeps the first frame whole at least. What chooses by the encoder's own features has to run the "
         "whole tower before it can choose: it shows what a selector could do that foresees features. Cells marked * keep "
         "more than the budget.",
+        "",
+        "A threshold is the share of the variance of features that a frame may lose, as a selector foresees it; measured is the "
+        "squared distance of laid and dense features over the variance of all dense ones.",
     ]
     return "\n".join(lines)
 

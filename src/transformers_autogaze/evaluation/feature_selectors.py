@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..feature_gaze_autogaze import FeatureGazeModel
 from ..gazing_autogaze import GazeOutput
 from ..greedy_autogaze import GreedyGazeConfig, GreedyGazeSelector
 from ..grid_autogaze import PUBLISHED_GRID, GazeGrid
@@ -19,6 +20,8 @@ from .selectors import GainRankingSelector
 
 EVENLY, OVER_TIME = "evenly", "over time"
 """How tokens are spent: as many in every frame, or where and when they are worth most."""
+UP_TO_LOSS = "up to a loss"
+"""No number of tokens is given: every frame keeps what it needs to lose no more of its features than a threshold."""
 _PUBLISHED = 198, 10
 """Patches of the first frame and of each later one that the published model was shown with."""
 
@@ -45,6 +48,9 @@ class ClipSelector:
         spendings (`Sequence[str]`): how it can spend tokens, `EVENLY`, `OVER_TIME` or both.
     """
 
+    takes_loss = False
+    """Whether `gaze` takes [`UP_TO_LOSS`] as well: whether it foresees what an encoder loses."""
+
     def __init__(self, grid: GazeGrid, spendings: Sequence[str] = (EVENLY, OVER_TIME)):
         self.grid, self.spendings = grid, tuple(spendings)
 
@@ -60,14 +66,14 @@ class ClipSelector:
         """
         return clip
 
-    def gaze(self, prepared: Any, num_tokens: int, spending: str) -> GazeOutput:
+    def gaze(self, prepared: Any, num_tokens: int | float, spending: str) -> GazeOutput:
         """
         Gazes at one clip.
 
         Args:
             prepared: what `prepare` made of the clip.
-            num_tokens (`int`): patches to keep, all frames together.
-            spending (`str`): one of `spendings`.
+            num_tokens (`int` or `float`): patches to keep, all frames together; with [`UP_TO_LOSS`] the threshold instead.
+            spending (`str`): one of `spendings`, or [`UP_TO_LOSS`] where `takes_loss`.
 
         Returns:
             [`GazeOutput`] of one clip, on `grid`.
@@ -99,6 +105,7 @@ class PixelClipSelector(ClipSelector):
         self.selector = selector
         self.processor = AutoGazeVideoProcessor() if processor is None else processor
         self.knows_gains = getattr(selector, "knows_gains", False)
+        self.takes_loss = isinstance(selector, FeatureGazeModel)
         super().__init__(grid, (EVENLY, OVER_TIME) if self.knows_gains or published_way else (EVENLY,))
         self._target = {}
         if selector.config.grid != grid:
@@ -107,7 +114,9 @@ class PixelClipSelector(ClipSelector):
     def prepare(self, clip: EncodedClip) -> torch.Tensor:
         return self.processor.to_pixel_values(clip.levels)[None]
 
-    def gaze(self, prepared: torch.Tensor, num_tokens: int, spending: str) -> GazeOutput:
+    def gaze(self, prepared: torch.Tensor, num_tokens: int | float, spending: str) -> GazeOutput:
+        if spending == UP_TO_LOSS:
+            return self.selector.generate(prepared, task_loss_requirement=num_tokens, gazing_ratio=1.0, **self._target)
         if spending == OVER_TIME and self.knows_gains:
             return self.selector.generate(prepared, tokens_per_clip=num_tokens, **self._target)
         share = spread_evenly if spending == EVENLY else spread_as_published

@@ -25,10 +25,12 @@ class FeatureScore(NamedTuple):
     Args:
         cosine (`float`): cosine of laid and dense feature, both minus the mean dense feature.
         agreement (`float`): share of places whose laid feature falls to the same cluster as the dense one.
+        loss (`float`): squared distance of laid and dense feature, as a share of the variance of dense features.
     """
 
     cosine: float
     agreement: float
+    loss: float
 
 
 @torch.no_grad()
@@ -106,6 +108,8 @@ class FeatureMeasure:
         dense (`torch.FloatTensor` of shape `(frames, places, hidden)`): see [`dense_features`].
         mean (`torch.FloatTensor` of shape `(hidden,)`, *optional*):
             The mean dense feature: of all clips that are compared, or that of this one by default.
+        variance (`float`, *optional*):
+            Mean squared distance of dense features from that mean: of all clips, or that of this one by default.
         num_clusters (`int`, *optional*, defaults to 6): clusters of the dense features.
         seed (`int`, *optional*, defaults to 0): where the random numbers of k-means start.
 
@@ -117,17 +121,25 @@ class FeatureMeasure:
     >>> dense = torch.randn(2, 16, 8)
     >>> measure = FeatureMeasure(dense)
     >>> score = measure(dense)
-    >>> round(score.cosine, 4), score.agreement
-    (1.0, 1.0)
+    >>> round(score.cosine, 4), score.agreement, score.loss
+    (1.0, 1.0, 0.0)
 
     ```
     """
 
-    def __init__(self, dense: torch.Tensor, mean: torch.Tensor | None = None, num_clusters: int = 6, seed: int = 0):
+    def __init__(
+        self,
+        dense: torch.Tensor,
+        mean: torch.Tensor | None = None,
+        variance: float | None = None,
+        num_clusters: int = 6,
+        seed: int = 0,
+    ):
         self.dense = dense
         self.mean = dense.mean((0, 1)) if mean is None else mean.to(dense)
         """`torch.FloatTensor` of shape `(hidden,)`: the mean dense feature, which maps start from."""
         self._centred = dense - self.mean
+        self._variance = float(self._centred.square().sum(-1).mean()) if variance is None else variance
         self._centres = k_means(self._centred.flatten(0, 1), num_clusters, seed)
         self._clusters = _nearest(self._centred.flatten(0, 1), self._centres)
 
@@ -148,7 +160,8 @@ class FeatureMeasure:
         laid = laid.to(self._centred) - self.mean
         cosine = F.cosine_similarity(laid, self._centred, dim=-1).mean()
         agreement = (_nearest(laid.flatten(0, 1), self._centres) == self._clusters).float().mean()
-        return FeatureScore(float(cosine), float(agreement))
+        error = float((laid - self._centred).square().sum(-1).mean())
+        return FeatureScore(float(cosine), float(agreement), error / max(self._variance, 1e-12))
 
 
 def keep_dissimilar(dense: torch.Tensor, num_tokens: int, grid: GazeGrid) -> GazeOutput:
