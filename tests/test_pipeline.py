@@ -12,6 +12,7 @@ from transformers_autogaze import (
     GREEDY_SELECTOR,
     AutoGazeModel,
     AutoGazeProcessor,
+    FeatureGazeModel,
     GazeGrid,
     GazeOutput,
     GreedyGazeConfig,
@@ -39,7 +40,7 @@ def greedy() -> VideoTokenPruningPipeline:
 
 
 def test_the_default_keeps_a_quarter_of_the_tokens_of_a_clip_on_the_finest_scale(prune, video):
-    assert type(prune.model) is GreedyGazeSelector and type(prune.processor) is AutoGazeProcessor
+    assert type(prune.model) is FeatureGazeModel and type(prune.processor) is AutoGazeProcessor
     gaze = prune(video)["gaze"]
     assert gaze.scales == [224] and gaze.num_real.tolist() == [196]
     assert torch.equal(prune(video, clip_ratio=0.25)["gaze"].gazing_pos, gaze.gazing_pos)

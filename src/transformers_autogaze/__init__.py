@@ -30,10 +30,13 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 __version__ = "0.1.0"
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-DEFAULT_SELECTOR = FINEST_SELECTOR = _PRETRAINED / "finest"
-"""Folder of the selector that is used where none is named: greedy search on the finest scale, a quarter of a clip's tokens."""
-FEATURES_SELECTOR = _PRETRAINED / "features"
-"""Folder of a selector distilled from DINOv2 (small): a network that foresees its features, and the search on them."""
+DEFAULT_SELECTOR = FEATURES_SELECTOR = _PRETRAINED / "features"
+"""
+Folder of the selector that is used where none is named, distilled from DINOv2 (small): a network that foresees its features,
+and the search on them on the finest scale. It keeps a quarter of a clip's tokens.
+"""
+FINEST_SELECTOR = _PRETRAINED / "finest"
+"""Folder of the same search on pixels, which needs no weights."""
 GREEDY_SELECTOR = _PRETRAINED / "greedy"
 """Folder of the greedy selector on the four scales of the published model."""
 AUTOGAZE_SELECTOR = _PRETRAINED / "autogaze"

@@ -46,8 +46,8 @@ from .visualization import contact_sheet, paint_gaze, side_by_side, to_frames
 
 
 _SELECTORS = {
-    "finest": FINEST_SELECTOR,
     "features": FEATURES_SELECTOR,
+    "finest": FINEST_SELECTOR,
     "greedy": GREEDY_SELECTOR,
     "autogaze": AUTOGAZE_SELECTOR,
 }
@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     selector.add_argument(
         "--selector",
         choices=_SELECTORS,
-        help="a selector of this package: greedy search on the finest scale (the default), the one distilled from DINOv2's "
-        "features, greedy search on the four published scales, or the AutoGaze weights",
+        help="a selector of this package: the one distilled from DINOv2's features (features, the default), greedy search on "
+        "pixels of the finest scale or of the four published ones, or the AutoGaze weights",
     )
     budget = output.add_mutually_exclusive_group()
     budget.add_argument(

@@ -96,7 +96,7 @@ class VideoTokenPruningPipeline(Pipeline):
     Args:
         model ([`GazeSelector`] and [`~transformers.PreTrainedModel`]):
             What chooses, such as [`AutoGazeModel`]. Without one, `pipeline` takes the default selector, a
-            [`GreedyGazeSelector`] on the finest scale that keeps a quarter of a clip's tokens.
+            [`FeatureGazeModel`] that keeps a quarter of a clip's tokens, on the finest scale.
         processor ([`AutoGazeProcessor`], *optional*):
             What turns videos into frames; the published preprocessing if there is none.
         kwargs: the arguments of [`~transformers.Pipeline`], such as `device` and `batch_size`, and defaults for those

@@ -23,6 +23,7 @@ ATTENTION_CHOICES = (*_OF_COUNTS, "canvas")
 
 _NAME = "autogaze_packed"
 _ROWS = 256  # fewer queries than this share a call, behind a mask
+_ALONE = 128  # a segment with more queries than this shares no call where keys are laid out
 _SPARE = 1.25  # a stretch with as many keys as this for each one needed is taken as it is, behind a mask
 
 Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -155,11 +156,11 @@ class PackedAttention:
         for segment, size, number in zip(
             order.tolist(), self.num_queries.cpu()[order].tolist(), group.tolist(), strict=True
         ):
-            if number != last or rows + size > _ROWS:
+            if number != last or rows + size > _ROWS or size > _ALONE:
                 members.append([])
                 rows, last = 0, number
             members[-1].append(segment)
-            rows += size
+            rows += _ROWS if size > _ALONE else size
         device = self.num_queries.device
         calls = [self._share(torch.tensor(segments, device=device)) for segments in members]
         tokens = torch.arange(len(self.key_range[0]), device=device)
@@ -241,7 +242,7 @@ class _SharedCall:
     sees: torch.Tensor | None  # (segments, keys); `None` where all see all
     num_queries: torch.Tensor  # (segments,)
 
-    @property
+    @cached_property
     def mask(self) -> torch.Tensor | None:
         """`torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key."""
         return None if self.sees is None else self.sees.repeat_interleave(self.num_queries, dim=0)[None, None]
