@@ -8,17 +8,23 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
+    AutoModelForImageTextToText,
     BertConfig,
     BertModel,
     Dinov2Config,
     Dinov2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
     set_seed,
 )
 
-from transformers_autogaze import AutoGazeProcessor
+from transformers_autogaze import AutoGazeProcessor, GazeGrid
 from transformers_autogaze.cli import main
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.feature_network_autogaze import FeatureGazeConfig, FeatureGazeNetwork
@@ -28,7 +34,8 @@ from transformers_autogaze.training.calibration import ascending_knots, keep_to_
 from transformers_autogaze.training.crops import Source, cut_pairs, find_sources
 from transformers_autogaze.training.distill import choose_held_out
 from transformers_autogaze.training.distillation import CropPairDataset
-from transformers_autogaze.training.teacher_features import Components, FeatureTeacher, TeacherFeatures
+from transformers_autogaze.training.teacher_features import Components, TeacherFeatures
+from transformers_autogaze.training.teachers import FeatureTeacher, load_teacher
 from transformers_autogaze.video import write_video
 
 
@@ -73,6 +80,35 @@ def siglip(tmp_path_factory):
     return folder
 
 
+def save_qwen(folder, family):
+    """Saves a tiny Qwen-VL, whose merge units have 8 pixels a side."""
+    set_seed(0)
+    tiny = {"hidden_size": 32, "intermediate_size": 32}
+    text = {**tiny, "vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {**tiny, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 24}
+    if family == "qwen2_5_vl":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).save_pretrained(
+            folder
+        )
+    else:
+        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=64**2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen2_5_vl(tmp_path_factory):
+    return save_qwen(tmp_path_factory.mktemp("qwen2_5_vl"), "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def qwen3_vl(tmp_path_factory):
+    return save_qwen(tmp_path_factory.mktemp("qwen3_vl"), "qwen3_vl")
+
+
 def run(encoder, inputs, output, *arguments):
     settings = f"{SMALL} --max-steps 2 --use-cpu --report-to none --disable-tqdm True"
     return main(
@@ -82,11 +118,35 @@ def run(encoder, inputs, output, *arguments):
 
 def filled(encoder, files, folder=None, scales=(2, 4), num_pairs=4, **kwargs):
     sources = find_sources([files])
-    teacher = FeatureTeacher(encoder, scales)
+    teacher = load_teacher(encoder, scales)
     return TeacherFeatures(teacher, sources, [num_pairs] * len(sources), 8, folder, **kwargs)
 
 
-@pytest.mark.parametrize("family", ["encoder", "siglip"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_qwen_teaches_what_its_tower_makes_of_a_picture(request, family):
+    folder = request.getfixturevalue(family)
+    teacher = load_teacher(folder, [2, 4])
+    assert teacher.grid == GazeGrid([16, 32], patch_size=8)
+    levels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = teacher(levels)
+    assert features.shape == (2, 4 + 16, 24)
+    mllm = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    inputs = Qwen2VLImageProcessor.from_pretrained(folder)(list(levels), return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 8, 8]] * 2
+    with torch.no_grad():
+        expected = mllm.model.visual(inputs["pixel_values"], inputs["image_grid_thw"])
+    expected = getattr(expected, "pooler_output", None) if not isinstance(expected, tuple) else expected[0]
+    torch.testing.assert_close(features[:, 4:].flatten(0, 1), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher(levels, [1]), features[:, 4:], atol=1e-5, rtol=1e-5)
+    is_kept = torch.ones(2, 16, dtype=torch.bool)
+    torch.testing.assert_close(teacher.encode_kept(levels, is_kept), expected, atol=1e-4, rtol=1e-4)
+    is_kept[1, 3:] = False  # the second frame's units see those of the first where it kept nothing
+    kept = teacher.encode_kept(levels, is_kept)
+    assert kept.shape == (19, 24) and not torch.allclose(kept[16:], expected[16:19], atol=1e-4)
+    torch.testing.assert_close(kept[:16], expected[:16], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["encoder", "siglip", "qwen2_5_vl", "qwen3_vl"])
 def test_a_selector_of_any_encoder_gazes(request, files, tmp_path, family):
     pytest.importorskip("accelerate")
     (tmp_path / "credits.md").write_text("Thanks to all.")
@@ -317,7 +377,7 @@ def test_what_is_at_fault_is_said_before_any_work(encoder, files, tmp_path, monk
     BertModel(config).save_pretrained(tmp_path / "bert")
     places = {"encoder": encoder, "files": files} | {name: tmp_path / name for name in ("empty", "text", "bert")}
     arguments = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr("transformers_autogaze.training.teacher_features.FeatureTeacher.__call__", None)
+    monkeypatch.setattr("transformers_autogaze.training.teachers.FeatureTeacher.__call__", None)
     assert run(arguments[0], [arguments[1]], tmp_path / "out", *arguments[2:]) == 2
     assert message in capsys.readouterr().err
 

@@ -125,3 +125,34 @@ def unfold_units(
     units = (times, rows // merge_size, cols // merge_size, merge_size, merge_size)
     patches = pixel_values.view(*units, 3, -1, patch_size, patch_size).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
     return patches.reshape(-1, rows * patch_size, cols * patch_size, 3)
+
+
+def fold_units(frames: torch.Tensor, merge_size: int, patch_size: int, frames_of_unit: int = 2) -> torch.Tensor:
+    """
+    Cuts frames into patches, unit by unit, as the processor does: the opposite of [`unfold_units`].
+
+    Args:
+        frames (`torch.FloatTensor` of shape `(times * frames_of_unit, 3, height, width)`): normalised frames.
+        merge_size (`int`): rows and columns of patches in a unit.
+        patch_size (`int`): height and width of a patch in pixels.
+        frames_of_unit (`int`, *optional*, defaults to 2): frames that a unit spans.
+
+    Returns:
+        `torch.FloatTensor` of shape `(patches, 3 * frames_of_unit * patch_size**2)`
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.integrations.qwen_vl_units import fold_units, unfold_units
+
+    >>> frames = torch.randn(4, 3, 16, 32)
+    >>> patches = fold_units(frames, merge_size=2, patch_size=4)
+    >>> patches.shape, torch.equal(unfold_units(patches, (2, 4, 8), 2, 4), frames.permute(0, 2, 3, 1))
+    (torch.Size([64, 96]), True)
+
+    ```
+    """
+    height, width = frames.shape[-2:]
+    side = merge_size * patch_size
+    sizes = (-1, frames_of_unit, 3, height // side, merge_size, patch_size, width // side, merge_size, patch_size)
+    return frames.reshape(sizes).permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * frames_of_unit * patch_size**2)

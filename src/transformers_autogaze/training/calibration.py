@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..evaluation.features import dense_features, lay_features
+from ..evaluation.features import lay_features
 from ..feature_network_autogaze import FeatureGazeNetwork
 from ..gazing_autogaze import GazeOutput
-from ..integrations.vision import GazeVisionModel
+from ..grid_autogaze import GazeGrid
 from ..video_decoding_autogaze import read_video
 from .augmentation import pan_and_zoom, resize_pixels
 from .crops import Source, read_source
@@ -84,26 +84,24 @@ def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: S
         `list[list[float]]`: pairs of foretold and measured loss, ascending, from `[0, 0]` on; `config.loss_knots`.
     """
     network.eval()
-    teacher = features.teacher
-    tower = GazeVisionModel(teacher.tower.vision_model, [teacher.grid.sizes[-1]], attention="canvas").eval()
+    teacher, finest = features.teacher, len(features.teacher.grid.grids) - 1
+    one_scale = GazeGrid(teacher.grid.scales[-1:], teacher.grid.patch_size)
     total = float(features.components.variances.sum())
     mean = features.components.mean.to(teacher.device)
     losses = []
     for levels in _clips(sources, features.seed):
         small, large = (
             (resize_pixels(levels, size) * 255).round().to(torch.uint8)
-            for size in (tower.grid.sizes[-1], features.size)
+            for size in (teacher.grid.sizes[-1], features.size)
         )
-        frames = teacher.processor.to_pixel_values(small.to(teacher.device))
         with torch.no_grad():
             vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
-        with torch.no_grad(), teacher.autocast():
-            dense = dense_features(tower, frames)
-            for predicted in _PREDICTED:
-                kept = keep_to_threshold(vectors, predicted, network.config.unexplained_variance)
-                gaze = GazeOutput.from_masks([kept[None].to(teacher.device)], tower.grid)
-                laid = lay_features(tower(frames[None], gaze).last_hidden_state.float(), gaze, mean)
-                losses.append(float((laid.float() - dense.float()).square().sum(-1).mean()) / total)
+        dense = teacher(small, [finest])
+        for predicted in _PREDICTED:
+            is_kept = keep_to_threshold(vectors, predicted, network.config.unexplained_variance)
+            gaze = GazeOutput.from_masks([is_kept[None].to(teacher.device)], one_scale)
+            laid = lay_features(teacher.encode_kept(small, is_kept), gaze, mean)
+            losses.append(float((laid - dense).square().sum(-1).mean()) / total)
     measured = np.array(losses).reshape(-1, len(_PREDICTED)).mean(0)
     return ascending_knots(_PREDICTED, measured.tolist())
 

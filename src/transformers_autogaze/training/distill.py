@@ -20,7 +20,8 @@ from .calibration import Foresight, calibrate, measure_foresight
 from .crops import Source, find_sources
 from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer, new_network
 from .distillation_card import write_card
-from .teacher_features import FeatureTeacher, TeacherFeatures
+from .teacher_features import TeacherFeatures
+from .teachers import load_teacher
 
 
 def distill(
@@ -33,7 +34,7 @@ def distill(
     Distills a selector from an encoder, and writes it to `args.output_dir` with its processor and a card.
 
     Args:
-        encoder (`str` or `os.PathLike`): folder or Hub repository of an image tower; see [`FeatureTeacher`].
+        encoder (`str` or `os.PathLike`): folder or Hub repository of an image tower or a Qwen-VL; see [`load_teacher`].
         inputs (`Sequence` of `str` or `os.PathLike`): videos and pictures; see [`find_sources`].
         args ([`DistillationArguments`]): the arguments; `bf16` holds for the encoder as well.
         credits (`str`, *optional*): what the card says of data and licences, in Markdown.
@@ -133,7 +134,7 @@ def _prepare_features(
     if count > 1 and args.cache_dir is None:
         raise ValueError(f"`cache_dir` must be given where several processes share it, got none for {count} processes")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    teacher = FeatureTeacher(encoder, args.scales, args.device, dtype)
+    teacher = load_teacher(encoder, args.scales, args.device, dtype)
 
     def wait() -> None:
         if count > 1:

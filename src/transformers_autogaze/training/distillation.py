@@ -17,7 +17,8 @@ from transformers.hf_argparser import HfArg
 
 from ..feature_network_autogaze import STRIDE, FeatureGazeConfig, FeatureGazeNetwork
 from .augmentation import vary_light
-from .teacher_features import TeacherFeatures, check_scales, teacher_vectors
+from .teacher_features import TeacherFeatures, teacher_vectors
+from .teachers import check_scales
 from .trainer import NotingTrainer
 
 

@@ -1,15 +1,13 @@
 """
 What a network is to foresee: an encoder's features of crops at every scale, reduced to few numbers, made once and kept.
 
-This module owns the teacher, the principal components of its features, and the store on disk or in memory. What crops there
-are is `crops`' matter, what is learned from them that of `distillation`.
+This module owns the principal components of features and the store on disk or in memory. Encoders are `teachers`' matter, what
+crops there are that of `crops`, what is learned from them that of `distillation`.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,102 +16,14 @@ import torch
 from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save_file
 
-from ..evaluation.feature_clips import encoder_normalization
 from ..feature_network_autogaze import STRIDE
-from ..gazing_autogaze import GazeOutput
-from ..grid_autogaze import GazeGrid
-from ..integrations.vision import GazeVisionModel
 from .crops import Source, cut_pairs
+from .teachers import FeatureTeacher
 
 
 _FORMAT = 1
 _FIRST_SOURCES, _FIRST_PAIRS = 48, 4  # that components are found on: files at most, and pairs of each
 _BATCH = 8  # crops that the encoder sees together
-
-
-class FeatureTeacher:
-    """
-    An encoder that tells what it makes of frames at several scales, each seen alone.
-
-    Args:
-        encoder (`str` or `os.PathLike`):
-            Folder or Hub repository of an image tower that [`GazeVisionModel`] takes, with the configuration of its image
-            processor.
-        scales (`Sequence[int]`): rows and columns of patches of each scale, coarse to fine.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where it computes.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            What it computes in; weights stay in float32, and with `torch.bfloat16` products are rounded.
-
-    Raises:
-        ValueError: if there is no such encoder, its family is not known, it is one for videos, or the scales do not fit.
-    """
-
-    def __init__(
-        self,
-        encoder: str | os.PathLike,
-        scales: Sequence[int],
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        check_scales(scales)
-        try:
-            tower = GazeVisionModel.from_pretrained(str(encoder), dtype=torch.float32)
-        except OSError as error:
-            raise ValueError(
-                f"`encoder` must be a model's folder or Hub repository, got {str(encoder)!r}: {error}"
-            ) from error
-        if tower.adapter.tubelet_size != 1:
-            raise ValueError(
-                f"`encoder` must be a tower for images, got {tower.config.model_type}, whose tokens cover "
-                f"{tower.adapter.tubelet_size} frames"
-            )
-        patch_size = tower.grid.patch_size
-        self.name = Path(encoder).name if os.path.isdir(encoder) else str(encoder)
-        """`str`: the encoder's name."""
-        self.processor = encoder_normalization(encoder, tower.config.model_type)
-        self.tower = GazeVisionModel(tower.vision_model, [scale * patch_size for scale in scales]).eval()
-        self.tower.requires_grad_(False).to(device)
-        self.device, self.dtype = torch.device(device), dtype
-
-    @property
-    def grid(self) -> GazeGrid:
-        """Scales and patches that features are made of."""
-        return self.tower.grid
-
-    @torch.no_grad()
-    def __call__(self, levels: torch.Tensor) -> torch.Tensor:
-        """
-        Encodes frames, every scale alone.
-
-        Args:
-            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255, of the finest scale's size.
-
-        Returns:
-            `torch.FloatTensor` of shape `(frames, patches, hidden)`: features of the patches of all scales, by id.
-        """
-        frames = self.processor.to_pixel_values(levels.to(self.device))[None]
-        with self.autocast():
-            features = [
-                self.tower(frames, GazeOutput.full(self.grid, 1, len(levels), scale), attention="frame")
-                .last_hidden_state.float()
-                .unflatten(0, (len(levels), -1))
-                for scale in range(len(self.grid.grids))
-            ]
-        return torch.cat(features, dim=1)
-
-    def autocast(self) -> AbstractContextManager:
-        """Gives the context in which the encoder computes in `dtype`."""
-        is_mixed = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if is_mixed else nullcontext()
-
-    def fingerprint(self) -> str:
-        """Gives a number that is another one for another encoder, configuration or weights."""
-        digest = hashlib.sha256(self.name.encode())
-        digest.update(json.dumps(self.tower.config.to_dict(), sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 class Components(NamedTuple):
@@ -203,7 +113,7 @@ class TeacherFeatures:
         part: tuple[int, int] = (0, 1),
         wait: Callable[[], None] = lambda: None,
     ):
-        hidden = teacher.tower.hidden_size
+        hidden = teacher.hidden_size
         if not 1 <= num_components <= hidden:
             raise ValueError(
                 f"`num_components` must lie in 1..{hidden}, the channels of the encoder, got {num_components}"
@@ -348,16 +258,6 @@ class TeacherFeatures:
         for array in (self.levels, self.features, self.first_features, self.done):
             if isinstance(array, np.memmap):
                 array.flush()
-
-
-def check_scales(scales: Sequence[int]) -> None:
-    """Raises a ValueError where `scales` are not rows of patches, coarse to fine."""
-    numbers = list(scales)
-    if not numbers or any(not isinstance(n, int) or n < 1 for n in numbers) or numbers != sorted(set(numbers)):
-        raise ValueError(
-            f"`scales` must be rows of patches of each scale, whole numbers from coarse to fine such as 2 4 7 14, got "
-            f"{numbers}"
-        )
 
 
 def teacher_vectors(features: torch.Tensor, weights: torch.Tensor, patch_at: torch.Tensor) -> torch.Tensor:
