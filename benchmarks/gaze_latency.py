@@ -3,22 +3,31 @@ What does choosing patches cost, next to the encoder that it saves work for?
 
 Times `generate` on 16-frame clips of 224x224 in turn with a dense encoder on the same frames, a `SiglipVisionModel` of the
 base size (12 layers, 768 channels, patch 16), and prints the ratio of the medians. Random weights cost what trained ones
-do where the number of patches is given. Prints a table and writes JSON.
+do where the number of patches is given. With `--large`, the selectors of one scale and the dense encoder on frames of
+1072x1920 in native patches instead. Prints a table and writes JSON.
 
     python benchmarks/gaze_latency.py --threads 2 --runs 5 -o gaze_latency.json
 """
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from measurement import DTYPES, machine, now
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
-from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GreedyGazeSelector
+from transformers_autogaze import (
+    FEATURES_SELECTOR,
+    FINEST_SELECTOR,
+    AutoGazeConfig,
+    AutoGazeModel,
+    GazeSelector,
+    GreedyGazeSelector,
+)
 
 
 _WARM_UPS = 2  # of each case: on CUDA the second captures the graphs that all others replay
@@ -31,6 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--long", action="store_true", help="also 64 frames as one sequence, and 256 as 16 clips")
+    parser.add_argument("--large", action="store_true", help="large frames in native patches instead")
     parser.add_argument("-o", "--output", type=Path, default=Path("gaze_latency.json"))
     options = parser.parse_args()
 
@@ -48,13 +58,29 @@ def main() -> None:
         )
     )
     encoder = encoder.eval().to(options.device, dtype)
-    model = AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(options.device, dtype)
-    greedy = GreedyGazeSelector().to(options.device)
-    clips = torch.randn(4, 16, 3, 224, 224, device=options.device, dtype=dtype)
+    if options.large:
+        cases = large_cases(encoder, options.device, dtype)
+    else:
+        cases = small_cases(encoder, options.device, dtype, options.long)
+    report(run_in_turn(cases, options.runs, options.device), options)
+
+
+def one_scale_selectors(device: str) -> dict[str, GazeSelector]:
+    """Loads the selectors of the package that gaze at the finest scale alone."""
+    folders = {"features": FEATURES_SELECTOR, "pixels, finest scale": FINEST_SELECTOR}
+    return {name: AutoModel.from_pretrained(folder).eval().to(device) for name, folder in folders.items()}
+
+
+def small_cases(
+    encoder: SiglipVisionModel, device: str, dtype: torch.dtype, is_long: bool
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Gives what to run on clips of 224x224, and how many clips it gazes at."""
+    model = AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(device, dtype)
+    greedy = GreedyGazeSelector().to(device)
+    clips = torch.randn(4, 16, 3, 224, 224, device=device, dtype=dtype)
     one = clips[:1]
     schedule = [0.75] + [10 / 265] * 15
 
-    # name -> (what to run, how many clips it gazes at)
     cases: dict[str, tuple[Callable[[], object], int]] = {
         "dense encoder": (lambda: encoder(one[0]), 1),
         "schedule 0.75, then 10 patches": (lambda: model.generate(one, gazing_ratio=schedule), 1),
@@ -63,28 +89,61 @@ def main() -> None:
         "ratio 0.75, four clips, per clip": (lambda: model.generate(clips, gazing_ratio=0.75), 4),
         "greedy, 26 patches": (lambda: greedy.generate(one, gazing_ratio=26 / 265), 1),
     }
-    if options.long:
-        frames = torch.randn(1, 256, 3, 224, 224, device=options.device, dtype=dtype)
+    for name, selector in one_scale_selectors(device).items():
+        cases[f"{name}, 1/12 over time"] = (
+            lambda selector=selector: selector.generate(one.float(), clip_ratio=1 / 12),
+            1,
+        )
+    if is_long:
+        frames = torch.randn(1, 256, 3, 224, 224, device=device, dtype=dtype)
         cases["schedule, 256 frames as 16 clips, per clip"] = (
             lambda: [model.generate(clip, gazing_ratio=schedule) for clip in frames.split(16, dim=1)],
             16,
         )
         cases["ratio 0.10, 64 frames as one sequence"] = (lambda: model.generate(frames[:, :64], gazing_ratio=0.1), 1)
 
-    if options.device.startswith("cuda"):
-        tiles = torch.randn(45, 16, 3, 224, 224, device=options.device, dtype=dtype)
+    if device.startswith("cuda"):
+        tiles = torch.randn(45, 16, 3, 224, 224, device=device, dtype=dtype)
         cases["schedule, 45 tiles of 16 frames"] = (lambda: model.generate(tiles, gazing_ratio=schedule), 1)
+    return cases
 
+
+def large_cases(
+    encoder: SiglipVisionModel, device: str, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Gives what to run on two frames of 1072x1920, 67x120 patches each."""
+    size = 1072, 1920
+    frames = torch.randn(1, 2, 3, *size, device=device, dtype=dtype)
+    cases: dict[str, tuple[Callable[[], object], int]] = {
+        "dense encoder": (lambda: encoder(frames[0], interpolate_pos_encoding=True), 1)
+    }
+    num_tokens = 2 * math.prod(side // 16 for side in size) // 12
+    for name, selector in one_scale_selectors(device).items():
+        cases[f"{name}, 1/12 over time"] = (
+            lambda selector=selector: selector.generate(
+                frames.float(), tokens_per_clip=num_tokens, target_scales=[size], target_patch_size=16
+            ),
+            1,
+        )
+    return cases
+
+
+def run_in_turn(cases: dict[str, tuple[Callable[[], object], int]], runs: int, device: str) -> dict[str, list[float]]:
+    """Gives the seconds per clip of every run of every case; warm-ups are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     with torch.no_grad():
-        for run in range(_WARM_UPS + options.runs):
+        for run in range(_WARM_UPS + runs):
             for name, (case, num_clips) in cases.items():
-                start = now(options.device)
+                start = now(device)
                 case()
-                taken = now(options.device) - start
+                taken = now(device) - start
                 if run >= _WARM_UPS:
                     seconds[name].append(taken / num_clips)
+    return seconds
 
+
+def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Prints the medians beside the dense encoder's and writes all to a file."""
     dense = statistics.median(seconds["dense encoder"])
     rows = []
     print(

@@ -4,7 +4,7 @@ How many merge units do Qwen2.5-VL and Qwen3-VL read of real clips, and how soon
 For each clip, 16 frames spread over it at their own size: merge units kept of all, tokens of the prompt, and time from the
 processor's patches to the first token of the answer, the gazing apart and included. Towers have the size of the 3B model
 of Qwen2.5-VL and the 2B one of Qwen3-VL, language models their widths with fewer layers and words; random weights cost
-what trained ones do. Beside the MLLM itself and gazes on merge units there is the way of before: patches of four scales at
+what trained ones do. Beside the MLLM itself and gazes of the default selector on merge units there is the way of before: patches of four scales at
 a ratio of 0.10, every unit that one of them touches, attention to a unit's own pair of frames. All cases run in turn. Prints a
 table and writes JSON.
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from measurement import DTYPES, machine, now
 from transformers import (
+    AutoModel,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from transformers_autogaze import (
+    DEFAULT_SELECTOR,
     AutoGazeVideoProcessor,
     GreedyGazeConfig,
     GreedyGazeSelector,
@@ -36,6 +38,7 @@ from transformers_autogaze import (
 from transformers_autogaze.grid_autogaze import PUBLISHED_GRID
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
 from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
+from transformers_autogaze.integrations.qwen_vl_units import fold_units
 
 
 IMAGE, VIDEO, START, END, WORDS = 31996, 31997, 31998, 31999, 30
@@ -59,6 +62,8 @@ CASES = {
     "gazing_ratio 0.1": {"gazing_ratio": 0.1},
     "clip_ratio 0.1": {"clip_ratio": 0.1},
     "clip_ratio 0.25": {"clip_ratio": 0.25},
+    "tokens_per_clip 100": {"tokens_per_clip": 100},
+    "task_loss_requirement 0.2": {"task_loss_requirement": 0.2},
     "gazing_ratio 1": {"gazing_ratio": 1.0},
 }
 FIRST_TOKEN = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
@@ -113,7 +118,7 @@ def main() -> None:
 def measure(mllm: PreTrainedModel, inputs: dict, processor: AutoGazeVideoProcessor, runs: int) -> list[dict]:
     """Runs all cases in turn on one clip; gives a row for each."""
     device = str(mllm.device)
-    selector = GreedyGazeSelector().to(device)
+    selector = AutoModel.from_pretrained(DEFAULT_SELECTOR).eval().to(device)
     four_scales = GreedyGazeSelector(GreedyGazeConfig(PUBLISHED_GRID.scales)).to(device)
     model = GazeQwenVL(mllm, selector, processor)
     before = GazeQwenVL(mllm, attention="frame")
@@ -168,10 +173,7 @@ def process(mllm: PreTrainedModel, frames, max_pixels: int | None) -> tuple[dict
     levels = processor.resize_levels(levels, size)
     levels = torch.cat([levels, levels[-1:].expand(-len(levels) % pair, -1, -1, -1)])
     times, rows, cols = len(levels) // pair, size[0] // patch, size[1] // patch
-    video = processor.to_pixel_values(levels).view(
-        times, pair, 3, rows // merge, merge, patch, cols // merge, merge, patch
-    )
-    pixels = video.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(times * rows * cols, -1)
+    pixels = fold_units(processor.to_pixel_values(levels), merge, patch, pair)
     of_frame = [START, *[VIDEO] * (rows * cols // merge**2), END]
     if mllm.config.model_type == "qwen2_5_vl":
         prompt = [START, *(of_frame[1:-1] * times), END]

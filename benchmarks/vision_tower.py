@@ -3,8 +3,8 @@ How much faster is a vision tower that sees the gazed patches only, and what is 
 
 Runs a `SiglipVisionModel` of the base size (12 layers, 768 channels, patch 16) on 16 frames of 224x224: dense, gazed at
 213 patches (198 of the 265 of the first frame, then one a frame) and at other shares of the patches, and together
-with a selector, all in turn; last, a twelfth of the finest patches as greedy search chooses them over time, attention to the
-canvas. Random weights and frames cost what trained weights and real frames do where the number of patches is given; over
+with a selector, all in turn; last, a twelfth of the finest patches as the selectors of one scale choose them over time,
+attention to the canvas. Random weights and frames cost what trained weights and real frames do where the number of patches is given; over
 time, the drawn clip of the demo is searched. Then clips of several lengths (`--lengths`) that keep a twelfth of the finest patches, the first frame
 whole and the rest spread over the later frames: attention to the canvas against that to all earlier frames. Prints tables
 and writes JSON.
@@ -21,15 +21,16 @@ from pathlib import Path
 
 import torch
 from measurement import DTYPES, machine, now
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import (
+    FEATURES_SELECTOR,
+    FINEST_SELECTOR,
     AutoGazeConfig,
     AutoGazeModel,
     AutoGazeVideoProcessor,
     GazeGrid,
     GazeOutput,
-    GreedyGazeConfig,
     GreedyGazeSelector,
 )
 from transformers_autogaze.demo import render_demo_clip
@@ -82,17 +83,19 @@ def main() -> None:
                 int(gaze.num_real),
             )
 
-    finest, own_scale = GreedyGazeSelector(GreedyGazeConfig(scales=[224])).to(options.device), GazeVisionModel(tower)
+    own_scale = GazeVisionModel(tower)
     drawn = AutoGazeVideoProcessor()(list(render_demo_clip(FRAMES, 224, 224)), return_tensors="pt")[
         "pixel_values_videos"
     ]
     drawn, over_time = drawn.to(**place), FRAMES * 196 // 12
-    gaze = finest.generate(drawn, tokens_per_clip=over_time)
-    cases["canvas, 1/12 over time"] = (lambda: own_scale(drawn, gaze), over_time)
-    cases["greedy over time and canvas, 1/12"] = (
-        lambda: own_scale(drawn, finest.generate(drawn, tokens_per_clip=over_time)),
-        over_time,
-    )
+    for name, folder in {"features": FEATURES_SELECTOR, "pixels": FINEST_SELECTOR}.items():
+        finest = AutoModel.from_pretrained(folder).eval().to(options.device)
+        gaze = finest.generate(drawn, tokens_per_clip=over_time)
+        cases[f"canvas, 1/12 over time by {name}"] = (lambda gaze=gaze: own_scale(drawn, gaze), over_time)
+        cases[f"{name} over time and canvas, 1/12"] = (
+            lambda finest=finest: own_scale(drawn, finest.generate(drawn, tokens_per_clip=over_time)),
+            over_time,
+        )
 
     seconds = run_in_turn({name: case for name, (case, _) in cases.items()}, options.runs, options.device)
     dense = statistics.median(seconds["dense"])

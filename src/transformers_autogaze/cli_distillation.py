@@ -22,7 +22,11 @@ def add_commands(commands: Any) -> None:
         usage="autogaze distill ENCODER VIDEOS_OR_PICTURES ... -o DIR [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("encoder", metavar="ENCODER", help="an image tower, a folder or a Hub repository")
+    command.add_argument(
+        "encoder",
+        metavar="ENCODER",
+        help="an image tower, a Qwen2.5-VL or a Qwen3-VL: a folder or a Hub repository",
+    )
     command.add_argument(
         "inputs", nargs="+", metavar="VIDEOS_OR_PICTURES", help="files, folders or patterns of videos and pictures"
     )
