@@ -34,6 +34,8 @@ from transformers_autogaze import (
     AutoGazeModel,
     AutoGazeProcessor,
     AutoGazeVideoProcessor,
+    FeatureGazeConfig,
+    FeatureGazeModel,
     GazeGrid,
     GazeOutput,
     GreedyGazeConfig,
@@ -309,8 +311,13 @@ def test_a_batch_of_unequal_videos_equals_each_alone(onevision, side):
 
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("settings", [{"clip_ratio": 0.2}, {"tokens_per_clip": 19}, {}])
-def test_a_budget_for_the_clip_is_kept_over_the_whole_video(settings, tiles):
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+def test_a_budget_for_the_clip_is_kept_over_the_whole_video(kind, settings, tiles):
     selector = GreedyGazeSelector(GreedyGazeConfig(scales=[32], patch_size=8, clip_ratio=0.1))
+    if kind == "features":
+        torch.manual_seed(0)
+        sizes = {"hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "feature_size": 6, "initializer_range": 0.3}
+        selector = FeatureGazeModel(FeatureGazeConfig([32], 8, **sizes, clip_ratio=0.1)).eval()
     videos = [clip(7, seed=1, height=64, width=96), clip(4, seed=2, height=64, width=96), clip(5, seed=3)]
     videos = videos if tiles == (1, 1) else videos[:2]
     masks = []

@@ -24,6 +24,8 @@ from transformers_autogaze import (
     AutoGazeConfig,
     AutoGazeModel,
     AutoGazeVideoProcessor,
+    FeatureGazeConfig,
+    FeatureGazeModel,
     GazeGrid,
     GazeOutput,
     GreedyGazeConfig,
@@ -93,6 +95,13 @@ def tiny_mllm(family: str, patch_size: int = 4, tokens: int = 50, seed: int = 0,
 def mllm(request):
     """Tests must not change it."""
     return tiny_mllm(request.param)
+
+
+def tiny_features(**settings) -> FeatureGazeModel:
+    """A small network with random weights, whose vectors depend on what it sees."""
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "feature_size": 6, "initializer_range": 0.3}
+    return FeatureGazeModel(FeatureGazeConfig(**sizes, **settings)).eval()
 
 
 def write_prompt(family: str, parts: list) -> list[int]:
@@ -672,11 +681,13 @@ def test_a_long_video_is_gazed_at_in_parts(settings, monkeypatch):
         ({}, [3, 2]),
     ],
 )
-def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, settings, kept):
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, kind, settings, kept):
     rows = [[1, (2, 6, 10), 3, 4, (3, 4, 8), 5]] if kept else [[1, (2, 6, 10), 3, 4, 5]]
     kept = [1 + 15] if kept is None else kept
     _, processor, inputs = frames_and_inputs(mllm, rows)
-    model = GazeQwenVL(mllm, GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, clip_ratio=0.1)), processor)
+    pixels = GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, clip_ratio=0.1))
+    model = GazeQwenVL(mllm, pixels if kind == "pixels" else tiny_features(clip_ratio=0.1), processor)
     prompt = model.prepare_inputs(**inputs, **settings)
     words = int((inputs["input_ids"] != VIDEO).sum())
     assert prompt.attention_mask.sum().item() == prompt.input_ids.shape[1] == words + sum(kept)
@@ -685,6 +696,21 @@ def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, settings
     assert model.count_units(gaze, inputs["video_grid_thw"]) == list(zip(kept, units, strict=True))
     with torch.no_grad():
         assert model(**inputs, **settings).logits.shape[1] == words + sum(kept)
+
+
+def test_a_threshold_of_features_keeps_what_every_pair_of_frames_needs(mllm):
+    _, processor, inputs = frames_and_inputs(mllm, [[1, (3, 6, 10), 3, 4]])
+    model = GazeQwenVL(mllm, tiny_features(), processor)
+    call, counts = (inputs["pixel_values_videos"], inputs["video_grid_thw"]), []
+    for threshold in (0.0, 0.3, 0.8):
+        gaze = model.gaze(*call, task_loss_requirement=threshold)
+        for time in range(3):
+            is_here = (gaze[0].frame_of_slot == time) & ~gaze[0].if_padded_gazing[0]
+            assert not is_here.any() or float(gaze[0].task_loss_prediction[0, is_here][-1]) <= threshold + 1e-5
+        prompt = model.prepare_inputs(**inputs, task_loss_requirement=threshold)
+        counts.append(model.count_units(gaze, inputs["video_grid_thw"])[0][0])
+        assert prompt.input_ids.shape[1] == int((inputs["input_ids"] != VIDEO).sum()) + counts[-1]
+    assert counts[0] == 45 > counts[1] > counts[2] > 0
 
 
 def test_a_ratio_of_one_gives_the_original_logits_and_answers(mllm):
