@@ -11,6 +11,7 @@ INSTALLED = $(VENV)/installed
 SHARED ?= ../shared
 PICTURES ?= outputs/pictures
 WEIGHTS ?= outputs/weights
+PACKED = src/transformers_autogaze/pretrained/features
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
@@ -31,11 +32,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $(INSTALLED)
 
-# The default weights; pictures are packages of Debian. A run that broke off goes on with RESUME=outputs/weights/checkpoint-500.
+# The default weights, put into the package with their card; pictures are packages of Debian. A run that broke off goes on with RESUME=outputs/weights/checkpoint-500.
 weights: $(INSTALLED) $(PICTURES)/unpacked
 	$(VENV)/bin/autogaze distill $(SHARED)/encoders/dinov2-small $(SHARED)/videos/train $(PICTURES)/*/usr -o $(WEIGHTS) \
 		--crops-per-video 160 --crops-per-picture 40 --max-steps $(STEPS) --bf16 --logging-steps 20 --report-to none \
 		--cache-dir $(WEIGHTS)/cache --credits docs/weights_credits.md $(if $(RESUME),--resume-from-checkpoint $(RESUME))
+	cp $(WEIGHTS)/model.safetensors $(PACKED)
+	$(VENV)/bin/python -c "import json; config = json.load(open('$(WEIGHTS)/config.json')); del config['auto_map']; \
+		json.dump(config, open('$(PACKED)/config.json', 'w'), indent=2, sort_keys=True)"
+	sed '1,/^# /{/^# /!d}' $(WEIGHTS)/README.md > docs/distilled_selector.md
 
 $(PICTURES)/unpacked:
 	mkdir -p $(PICTURES)

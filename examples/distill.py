@@ -41,7 +41,7 @@ def main() -> None:
 
     distill(options.encoder, options.inputs, DistillationArguments(report_to="none", **arguments))
 
-    model = AutoModel.from_pretrained(options.output, dtype="float32").eval()
+    model = AutoModel.from_pretrained(options.output).eval()
     processor = AutoGazeProcessor.from_pretrained(options.output)
     inputs = processor(videos=options.inputs[0], num_frames=8, return_tensors="pt")
     gaze = model.generate(**inputs, clip_ratio=0.25)

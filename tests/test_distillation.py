@@ -152,7 +152,8 @@ def test_a_selector_of_any_encoder_gazes(request, files, tmp_path, family):
     (tmp_path / "credits.md").write_text("Thanks to all.")
     inputs = [files / "clip*.mp4", files / "inside", files / "a.png"]
     assert run(request.getfixturevalue(family), inputs, tmp_path / "out", "--credits", tmp_path / "credits.md") == 0
-    model = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert model.dtype == torch.float32
     processor = AutoGazeProcessor.from_pretrained(tmp_path / "out")
     gaze = model.generate(**processor(videos=str(files / "clip0.mp4"), return_tensors="pt"), clip_ratio=0.5)
     assert int(gaze.num_real.sum()) == 6 * 16 // 2

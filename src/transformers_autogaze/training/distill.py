@@ -4,14 +4,17 @@ The whole way from an encoder and files to a [`FeatureGazeModel`]: crops, featur
 This module owns the order of these steps and what the card says of them.
 """
 
+import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import set_seed
+from transformers.utils import CONFIG_NAME
 
 from ..feature_gaze_autogaze import FeatureGazeModel
 from ..feature_network_autogaze import FeatureGazeNetwork
@@ -40,7 +43,7 @@ def distill(
         credits (`str`, *optional*): what the card says of data and licences, in Markdown.
 
     Returns:
-        [`FeatureGazeModel`]: in float16, as it was written.
+        [`FeatureGazeModel`]: as it was written, its weights rounded to float16.
 
     Raises:
         ValueError: if nothing can be read, the encoder is not known, or the arguments do not fit.
@@ -157,10 +160,13 @@ def _prepare_features(
 def _save(
     network: FeatureGazeNetwork, args: DistillationArguments, facts: dict[str, Any], credits: str | None
 ) -> None:
-    """Writes the selector in float16, its processor and its card."""
+    """Writes the selector in float16, as one that loads in float32, its processor and its card."""
     model = FeatureGazeModel(network.config)
     model.network.load_state_dict(network.state_dict())
     model.half().save_pretrained(args.output_dir)
+    path = Path(args.output_dir) / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     AutoGazeProcessor().save_pretrained(args.output_dir)
     write_card(args, facts, credits)
 
