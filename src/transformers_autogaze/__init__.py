@@ -39,8 +39,8 @@ FINEST_SELECTOR = _PRETRAINED / "finest"
 """Folder of the same search on pixels, which needs no weights."""
 GREEDY_SELECTOR = _PRETRAINED / "greedy"
 """Folder of the greedy selector on the four scales of the published model."""
-AUTOGAZE_SELECTOR = _PRETRAINED / "autogaze"
-"""Folder of the AutoGaze weights that come with the package."""
+AUTOGAZE_SELECTOR = "nvidia/AutoGaze"
+"""Hub repository of the published AutoGaze weights, whose licence forbids commercial use."""
 
 for _config, _model in (
     (AutoGazeConfig, AutoGazeModel),

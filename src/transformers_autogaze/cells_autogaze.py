@@ -79,7 +79,6 @@ def choose_patches(
     budget: int,
     limit: torch.Tensor | None,
     is_kept: torch.Tensor | None = None,
-    all_gains: list[torch.Tensor] | None = None,
     min_gain: torch.Tensor | None = None,
     least: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +92,6 @@ def choose_patches(
         budget (`int`): patches to choose.
         limit (`torch.DoubleTensor` of shape `(batch,)`, *optional*): squared error of the frame at which a clip is done.
         is_kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*): patches that are not to be chosen.
-        all_gains (`list`, *optional*): takes, for every choice, what each patch would have gained, `(batch, patches)`.
         min_gain (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
             Choosing ends after a choice by which no clip gained as much.
         least (`int`, *optional*, defaults to 1): patches to choose before that.
@@ -105,15 +103,13 @@ def choose_patches(
     batch, drops = len(errors), _drops(errors)
     gain_rows, gain_cols = tables.gain_rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
     closed = tables.closed.repeat(batch, 1, 1)
-    is_patch = tables.closed.flatten() == 0  # patches lie in the order of their ids
     if is_kept is not None:
+        is_patch = tables.closed.flatten() == 0  # patches lie in the order of their ids
         closed.view(batch, -1)[:, is_patch] = closed.new_zeros(is_kept.shape).masked_fill_(is_kept, -math.inf)
     slots, totals, total = [], [], drops.sum((1, 2))
     for _ in range(budget):
         gains = torch.baddbmm(closed, torch.bmm(gain_rows, drops), gain_cols)
         gain, slot = gains.flatten(1).max(-1)
-        if all_gains is not None:
-            all_gains.append(gains.flatten(1)[:, is_patch])
         if limit is not None and slots:
             is_done = total <= limit
             slot, gain = torch.where(is_done, slots[-1], slot), gain.masked_fill(is_done, 0)

@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     selector.add_argument(
         "--selector",
         choices=_SELECTORS,
-        help="a selector of this package: the one distilled from DINOv2's features (features, the default), greedy search on "
-        "pixels of the finest scale or of the four published ones, or the AutoGaze weights",
+        help="the selector distilled from DINOv2's features (features, the default), greedy search on pixels of the finest "
+        "scale or of the four published ones, or the published AutoGaze weights, fetched from the Hub (no commercial use)",
     )
     budget = output.add_mutually_exclusive_group()
     budget.add_argument(

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import AutoModel
 
-from . import AUTOGAZE_SELECTOR, FEATURES_SELECTOR
+from . import FEATURES_SELECTOR
 from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
 from .evaluation.encoder_selector import EncoderClipSelector
 from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, encoder_normalization, read_clips
@@ -289,9 +289,6 @@ def _clip_selectors(
     if {"features", "features-scales"} & {*options.selector}:
         found = _model_clip_selectors(*_load_model(FEATURES_SELECTOR), size, patch_size, options.device)
         made |= {name.replace("model", "features"): selector for name, selector in found.items()}
-    if "autogaze" in options.selector:
-        found = _model_clip_selectors(*_load_model(AUTOGAZE_SELECTOR), size, patch_size, options.device)
-        made |= {"autogaze": found["model"]} if "model" in found else {}
     if "encoder" in options.selector and (grid := scales_of_encoder(size, patch_size)) is not None:
         made["encoder"] = EncoderClipSelector(GazeVisionModel(tower, grid.scales))
     if "encoder-finest" in options.selector:

@@ -12,29 +12,30 @@ from typing import Any, TypeVar
 import torch
 from transformers import HfArgumentParser, set_seed
 
+from . import FEATURES_SELECTOR
 from .configuration_autogaze import AutoGazeConfig
+from .feature_gaze_autogaze import FeatureGazeModel
+from .grid_autogaze import GazeGrid
 from .modeling_autogaze import AutoGazeModel
 from .training.augmentation import ClipAugmentation
 from .training.data import BudgetSchedule, GazeClipDataset
 from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
-from .training.history import teach_history
-from .training.initialization import initialize_gaze_model
-from .training.labels import ClipLabels, GreedyLabeller, label_videos, read_labels
+from .training.label_files import ClipLabels, read_labels
+from .training.labels import GreedyLabeller, label_videos
 from .training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
+from .training.task import GazeTask
 from .training.videos import VideoCollection
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
 Settings = TypeVar("Settings")
 
-_INITIAL_CLIPS, _INITIAL_FRAMES = 200, 4  # that a new model's weights are fitted to
-_HISTORY_CLIPS = 350  # that history is taught on at most: their vision tokens are held
-
 
 def add_commands(commands: Any) -> None:
     """Adds the commands of training to those of the command line, an action of `argparse`'s `add_subparsers`."""
     label = commands.add_parser(
         "label",
+        parents=[task_arguments()],
         help="label videos by greedy search, once, to train on later",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -51,19 +52,16 @@ def add_commands(commands: Any) -> None:
 
     train = commands.add_parser(
         "train",
-        parents=[dataclass_arguments(AutoGazeTrainingArguments, BudgetSchedule, ClipAugmentation), clip_arguments()],
+        parents=[
+            dataclass_arguments(AutoGazeTrainingArguments, BudgetSchedule, ClipAugmentation),
+            clip_arguments(),
+            task_arguments(),
+        ],
         help="train a model on labels (stage 1)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument(
         "--num-multi-token-pred", type=int, default=10, metavar="K", help="patches a step of a new model proposes"
-    )
-    train.add_argument(
-        "--history-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="steps of teaching what has been shown alone, before training begins; see `teach_history`",
     )
     train.add_argument(
         "--labels",
@@ -76,7 +74,7 @@ def add_commands(commands: Any) -> None:
 
     train_grpo = commands.add_parser(
         "train-grpo",
-        parents=[dataclass_arguments(AutoGazeGRPOConfig, ClipAugmentation), clip_arguments()],
+        parents=[dataclass_arguments(AutoGazeGRPOConfig, ClipAugmentation), clip_arguments(), task_arguments()],
         help="train a model further on gazes that it samples itself (stage 2)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -107,6 +105,40 @@ def clip_arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def task_arguments() -> argparse.ArgumentParser:
+    """Makes a parent parser with the arguments of a [`GazeTask`]."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--task",
+        choices=["pixels", "features"],
+        default="pixels",
+        help="what patches are worth: how well they rebuild pixels, a loss being (40 - PSNR) / 20, or what an encoder keeps, a "
+        "loss being the share of its feature variance that a frame loses, 0..1",
+    )
+    parser.add_argument(
+        "--feature-model",
+        metavar="DIR",
+        help="with --task features, the selector distilled from the encoder; if not given, the one from DINOv2 that comes "
+        "with the package",
+    )
+    return parser
+
+
+def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
+    """Makes the task that the arguments name."""
+    if options.task == "pixels":
+        if options.feature_model is not None:
+            raise ValueError(f"`--feature-model` needs `--task features`, got {options.feature_model!r}")
+        return GazeTask(grid)
+    folder = options.feature_model or FEATURES_SELECTOR
+    try:
+        return GazeTask(grid, FeatureGazeModel.from_pretrained(folder, dtype=torch.float32))
+    except OSError as error:
+        raise ValueError(
+            f"`--feature-model` must be a distilled selector's folder or Hub repository, got {folder!r}: {error}"
+        ) from error
+
+
 def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeModel, AutoGazeVideoProcessor]:
     """Loads the model that training starts from, in float32, and its video processor, or makes new ones."""
     if options.model is None:
@@ -121,6 +153,7 @@ def load_clips(
     processor: AutoGazeVideoProcessor,
     augmentation: ClipAugmentation | None = None,
     schedule: BudgetSchedule | None = None,
+    task: GazeTask | None = None,
     labels: dict[str, ClipLabels] | None = None,
 ) -> dict[str, GazeClipDataset | None]:
     """Makes the datasets that the arguments name: random clips, or those that have labels; whole frames to evaluate on."""
@@ -134,11 +167,11 @@ def load_clips(
     evaluation = None
     if options.eval_videos is not None:
         videos = VideoCollection(options.eval_videos, in_memory=options.in_memory)
-        evaluation = GazeClipDataset(videos, schedule=schedule, **shared)
+        evaluation = GazeClipDataset(videos, schedule=schedule, task=task, **shared)
     shared["clips_per_video"] = options.clips_per_video
     videos = VideoCollection(options.videos, in_memory=options.in_memory)
     if labels is None:
-        training = GazeClipDataset(videos, augmentation=augmentation, schedule=schedule, **shared)
+        training = GazeClipDataset(videos, augmentation=augmentation, schedule=schedule, task=task, **shared)
     else:
         training = GazeClipDataset(videos, labels=labels, **shared)
     return {"train_dataset": training, "eval_dataset": evaluation}
@@ -149,9 +182,11 @@ def _label(options: argparse.Namespace) -> None:
         shard, num_shards = (int(part) for part in options.shard.split("/"))
     except ValueError:
         raise ValueError(f"`--shard` must be two numbers such as 3/16, got {options.shard!r}") from None
+    grid = AutoGazeConfig().grid
     videos = VideoCollection(options.videos)
     labeller = GreedyLabeller(
-        AutoGazeConfig().grid,
+        grid,
+        load_task(options, grid),
         gazing_ratio=options.gazing_ratio,
         task_loss_requirement=options.task_loss_requirement,
     )
@@ -171,38 +206,14 @@ def _label(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     args = from_arguments(AutoGazeTrainingArguments, options)
     schedule, augmentation = (from_arguments(settings, options) for settings in (BudgetSchedule, ClipAugmentation))
-    if options.history_steps < 0 or (options.history_steps and options.labels):
-        raise ValueError(
-            "`--history-steps` must be a whole number of at least 0, and 0 with `--labels`, which say nothing of cells, "
-            f"got {options.history_steps}"
-        )
     set_seed(args.seed)
-    # What ends a frame can be measured where the closed form is what is learned; labels may come from anything.
-    model, processor = load_model(
-        options,
-        decoder_config={"num_multi_token_pred": options.num_multi_token_pred},
-        stopping="measured" if options.labels is None else "predicted",
-    )
-    labels = None if options.labels is None else read_labels(*options.labels, grid=model.config.grid)
-    clips = load_clips(options, model, processor, augmentation, schedule, labels)
-    if options.model is None:
-        plain = GazeClipDataset(
-            clips["train_dataset"].videos,
-            model.config,
-            num_frames=_INITIAL_FRAMES * model.config.frame_sampling_rate,
-            processor=processor,
-            seed=args.seed,
-        )
-        seen = [plain[index]["pixel_values_videos"] for index in range(_INITIAL_CLIPS)]
-        initialize_gaze_model(model, torch.stack(seen), processor, args.seed)
-    trainer = AutoGazeTrainer(model, args, processing_class=processor, **clips)
-    if options.model is not None:
-        trainer.load_heads(options.model)
-    if options.history_steps and args.resume_from_checkpoint is None:
-        num_clips = min(_HISTORY_CLIPS, 2 * options.history_steps)
-        taught = (clips["train_dataset"][index] for index in range(num_clips))
-        heads = teach_history(model, taught, options.history_steps, processor, seed=args.seed)
-        trainer.cell_loss_heads.load_state_dict(heads.state_dict())
+    model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
+    task, labels = load_task(options, model.config.grid), None
+    if options.labels is not None:
+        settings = {"num_frames": options.num_frames // model.config.frame_sampling_rate, **task.settings}
+        labels = read_labels(*options.labels, grid=model.config.grid, settings=settings)
+    clips = load_clips(options, model, processor, augmentation, schedule, task, labels)
+    trainer = AutoGazeTrainer(model, args, processing_class=processor, task=task, **clips)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
@@ -213,6 +224,7 @@ def _train_grpo(options: argparse.Namespace) -> None:
     args, augmentation = (from_arguments(settings, options) for settings in (AutoGazeGRPOConfig, ClipAugmentation))
     model, processor = load_model(options)
     clips = load_clips(options, model, processor, augmentation)
-    trainer = AutoGazeGRPOTrainer(model, args, processing_class=processor, **clips)
+    task = load_task(options, model.config.grid)
+    trainer = AutoGazeGRPOTrainer(model, args, reconstruction=task, processing_class=processor, **clips)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

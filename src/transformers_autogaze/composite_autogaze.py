@@ -5,15 +5,13 @@ reconstruction"), its error, the search on that error under budgets per frame, a
 and the search on it are those of `canvas_search_autogaze`, as are budgets over time.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from .canvas_search_autogaze import ERROR_UNIT, Canvas, CanvasSearch
-from .cells_autogaze import choose_patches
+from .canvas_measures_autogaze import MeasuringSearch
+from .canvas_search_autogaze import ERROR_UNIT, Canvas
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 
@@ -120,23 +118,7 @@ def check_reconstruction_inputs(
     return index
 
 
-class ContinuationsOutput(NamedTuple):
-    """
-    What [`CompositeReconstruction.continuations`] says.
-
-    Args:
-        ids (`torch.LongTensor` of shape `(batch, N)`):
-            For every slot the patch that the search would choose there, counted from its frame, after those that it
-            would choose in the slots of the same step before.
-        gains (`torch.DoubleTensor` of shape `(batch, N, patches)`):
-            By how much each patch would lower the squared error of its frame there, `-inf` for those that are kept.
-    """
-
-    ids: torch.LongTensor
-    gains: torch.DoubleTensor
-
-
-class CompositeReconstruction(CanvasSearch):
+class CompositeReconstruction(MeasuringSearch):
     """
     Rebuilds frames from their gazed patches without weights, and searches the patches that rebuild them best.
 
@@ -305,9 +287,7 @@ class CompositeReconstruction(CanvasSearch):
             raise ValueError(f"`max_error` must be numbers, `-inf` for no threshold, got {max_error.tolist()}")
 
         limit = None if max_error is None else max_error.double() * pixels[0, 0].numel()
-        # A budget of its own is all that a frame has, so places where nothing was kept are as good as the others.
-        nowhere = torch.zeros(batch, *self.cells, dtype=torch.bool, device=pixels.device)
-        found = self.search_frames(pixels, budgets, limit, Canvas(current, nowhere))
+        found = self.search_frames(pixels, budgets, limit, self._canvas_of(current))
         mse = (found.errors / pixels[0, 0].numel()).to(pixels.dtype)
         return GreedySearchOutput(found.ids, mse, found.counts, found.canvas.image)
 
@@ -331,80 +311,8 @@ class CompositeReconstruction(CanvasSearch):
             ValueError: if pixels or gaze are not as above.
         """
         check_reconstruction_inputs(pixels, gaze, None, self.grid)
-        current = self._start(pixels, previous)
-        mse = pixels.new_empty(gaze.gazing_pos.shape)
-        frame_of_slot, last = gaze.frame_of_slot, self.grid.num_patches
-        ids = (gaze.gazing_pos - frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
-        layer_of_patch = self.layers_of_patches(pixels.device)
-        with torch.autocast(pixels.device.type, enabled=False):
-            for t in range(gaze.num_frames):
-                frame = pixels[:, t].contiguous()
-                layers = self._render(frame)
-                errors = self._errors_of_layers(frame, (current, *layers)).flatten(2)
-                slots = frame_of_slot == t
-                # The finest patch laid so far decides what a cell shows, in whatever order they came.
-                shown = layer_of_patch[ids[:, slots]].cummax(1).values
-                totals = errors.gather(1, shown).sum(-1)
-                mse[:, slots] = (totals * (ERROR_UNIT / frame[0].numel())).to(mse)
-                current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
-        return mse
-
-    @torch.no_grad()
-    def continuations(
-        self, pixels: torch.Tensor, gaze: GazeOutput, step_size: int, previous: torch.Tensor | None = None
-    ) -> ContinuationsOutput:
-        """
-        Tells what the search would choose at every step of a gaze, given what the gaze kept before that step.
-
-        Args:
-            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-                The clips, one frame per frame of gaze, as in [`~CompositeReconstruction.reconstruct`].
-            gaze ([`GazeOutput`]): what was kept of them, in the order of choice.
-            step_size (`int`): patches of a step, at least 1; steps begin anew with every frame.
-            previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
-                Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
-
-        Returns:
-            [`ContinuationsOutput`]
-
-        Raises:
-            ValueError: if pixels or gaze are not as above, or `step_size` is below 1.
-        """
-        check_reconstruction_inputs(pixels, gaze, None, self.grid)
-        if step_size < 1:
-            raise ValueError(f"`step_size` must be at least 1, got {step_size}")
-        current, tables, last = self._start(pixels, previous), self._tables(pixels), self.grid.num_patches
-        layer_of_patch = self.layers_of_patches(pixels.device)
-        ids = (gaze.gazing_pos - gaze.frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
-        chosen, gains = [], []
-        with torch.autocast(pixels.device.type, enabled=False):
-            for t, ids_of_frame in enumerate(ids.split(gaze.num_gazing_each_frame.tolist(), dim=1)):
-                frame = pixels[:, t].contiguous()
-                layers = self._render(frame)
-                errors = self._errors_of_layers(frame, (current, *layers)).flatten(2)
-                # A cell that shows the patch of some scale can only be bettered by finer ones, so for all that is
-                # coarser it counts with the error that it shows. The standing frame is layer 0 here.
-                shown = F.pad(layer_of_patch[ids_of_frame].cummax(1).values, (0, 0, 1, 0))[:, :-1:step_size]
-                layer = torch.arange(len(layers), device=shown.device)[:, None]
-                errors = (
-                    errors[:, None]
-                    .expand(-1, shown.shape[1], -1, -1)
-                    .gather(2, torch.maximum(shown[:, :, None], layer))
-                )
-                is_kept = F.one_hot(ids_of_frame, last + 1).cummax(1).values[..., :-1].bool()
-                is_kept = F.pad(is_kept, (0, 0, 1, 0))[:, :-1:step_size].flatten(0, 1)
-                rows: list[torch.Tensor] = []
-                errors = errors.flatten(0, 1).unflatten(-1, self.cells)
-                best, _ = choose_patches(tables, errors, min(step_size, last), None, is_kept, rows)
-                # A step can ask for more patches than there are: the rest names the last one again.
-                missing = step_size - best.shape[1]
-                best = torch.cat([best, best[:, -1:].expand(-1, missing)], dim=1)
-                rows += [torch.full_like(rows[-1], -math.inf)] * missing
-                count = ids_of_frame.shape[1]
-                chosen.append(best.view(len(pixels), -1)[:, :count])
-                gains.append(torch.stack(rows, dim=1).view(len(pixels), -1, last)[:, :count])
-                current = self._lay(current, layers, [mask[:, t] for mask in gaze.gazing_mask])
-        return ContinuationsOutput(torch.cat(chosen, dim=1), torch.cat(gains, dim=1) * ERROR_UNIT)
+        errors = self.measure_choices(pixels, gaze, self._canvas_of(self._start(pixels, previous)))
+        return (errors / pixels[0, 0].numel()).to(pixels)
 
     @torch.no_grad()
     def cell_errors(self, frames: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
@@ -468,6 +376,10 @@ class CompositeReconstruction(CanvasSearch):
         if tuple(previous.shape) != shape:
             raise ValueError(f"`previous` must be of shape {shape}, got {tuple(previous.shape)}")
         return previous.to(pixels)
+
+    def _canvas_of(self, image: torch.Tensor) -> Canvas:
+        """Takes an image for a canvas on which something was kept everywhere, as frames with their own budget have it."""
+        return Canvas(image, torch.zeros(len(image), *self.cells, dtype=torch.bool, device=image.device))
 
     def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
         """Draws a frame `(batch, 3, height, width)` from all patches of each scale; that of the finest is the frame."""

@@ -24,6 +24,7 @@ PIPELINE_TASK = "video-token-pruning"
 CODE_FILES = tuple(
     f"{name}_autogaze.py"
     for name in (
+        "canvas_measures",
         "canvas_search",
         "canvas_selection",
         "cells",

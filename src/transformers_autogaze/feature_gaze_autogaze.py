@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .canvas_search_autogaze import Canvas  # noqa: F401 (see modeling_autogaze)
+from .canvas_measures_autogaze import MeasuringSearch  # noqa: F401 (see modeling_autogaze)
+from .canvas_search_autogaze import Canvas  # noqa: F401
 from .canvas_selection_autogaze import CanvasGazeCache, CanvasGazeSelector
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401

@@ -6,11 +6,12 @@ This module owns how vectors of places are laid on a canvas; where they come fro
 
 import torch
 
-from .canvas_search_autogaze import Canvas, CanvasSearch
+from .canvas_measures_autogaze import MeasuringSearch
+from .canvas_search_autogaze import Canvas
 from .grid_autogaze import GazeGrid
 
 
-class FeatureSearch(CanvasSearch):
+class FeatureSearch(MeasuringSearch):
     """
     Chooses patches by the squared distance of vectors, one for every place.
 

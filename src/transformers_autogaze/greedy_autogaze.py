@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from .canvas_measures_autogaze import MeasuringSearch  # noqa: F401
 from .canvas_search_autogaze import Canvas, FrameSearchOutput
 from .canvas_selection_autogaze import CanvasGazeCache, CanvasGazeSelector
 from .cells_autogaze import CellTables  # noqa: F401

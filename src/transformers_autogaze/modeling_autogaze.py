@@ -9,7 +9,6 @@ need, some for that alone.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from transformers import LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .canvas_measures_autogaze import MeasuringSearch  # noqa: F401
 from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
@@ -197,35 +197,6 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         self.connector = AutoGazeConnector(config)
         self.gaze_decoder = AutoGazeDecoder(config.decoder_config)
         self.post_init()
-
-    @classmethod
-    def from_default(cls, **kwargs) -> "AutoGazeModel":
-        """
-        Loads the weights that come with this package, ready to gaze; the model card says how they were trained.
-
-        Args:
-            kwargs: the arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `dtype`.
-
-        Returns:
-            [`AutoGazeModel`] in evaluation mode.
-
-        Raises:
-            OSError: if the code was loaded without the package, as remote code: use `from_pretrained` there.
-
-        Example:
-
-        ```python
-        >>> from transformers_autogaze import AutoGazeModel
-
-        >>> AutoGazeModel.from_default().num_parameters()
-        3258240
-
-        ```
-        """
-        folder = Path(__file__).parent / "pretrained" / "autogaze"
-        if not folder.is_dir():
-            raise OSError("the default weights come with the package transformers-autogaze: name a checkpoint instead")
-        return cls.from_pretrained(folder, **kwargs).eval()
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embeddings of the patch ids."""

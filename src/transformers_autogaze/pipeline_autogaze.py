@@ -16,6 +16,7 @@ from transformers import Pipeline
 from transformers.pipelines.base import no_collate_fn
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .canvas_measures_autogaze import MeasuringSearch  # noqa: F401
 from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401

@@ -21,7 +21,6 @@ LABELS = {
     "model-scales": "the model, four scales",
     "features": "features foreseen, finest scale",
     "features-scales": "features foreseen, four scales",
-    "autogaze": "AutoGaze, four scales",
     "greedy": "greedy, four scales",
     "greedy-finest": "pixel difference, finest scale",
     "gain-ranking": "gain ranking, four scales",

@@ -5,10 +5,10 @@ from .data import BudgetSchedule, GazeClipDataset, GazeCollator
 from .distill import distill
 from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer
 from .grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
-from .history import teach_history
-from .initialization import initialize_gaze_model
-from .labels import ClipLabels, GreedyLabeller, label_videos, read_labels, write_labels
+from .label_files import ClipLabels, read_labels, write_labels
+from .labels import GreedyLabeller, label_videos
 from .ntp import AutoGazeTrainer, AutoGazeTrainingArguments
+from .task import GazeTask
 from .videos import VideoCollection
 
 
@@ -25,12 +25,11 @@ __all__ = [
     "DistillationTrainer",
     "GazeClipDataset",
     "GazeCollator",
+    "GazeTask",
     "GreedyLabeller",
     "VideoCollection",
     "distill",
-    "initialize_gaze_model",
     "label_videos",
     "read_labels",
-    "teach_history",
     "write_labels",
 ]

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..composite_autogaze import CompositeReconstruction, task_loss_to_mse
 from ..configuration_autogaze import AutoGazeConfig
 from ..selection_autogaze import budget_each_frame, draw_settings
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .augmentation import ClipAugmentation
-from .labels import ClipLabels, FrameValues, gazed_pixels, label_clip
+from .label_files import ClipLabels
+from .labels import gazed_pixels, labels_of
+from .task import GazeTask
 from .videos import VideoCollection
 
 
@@ -144,8 +145,7 @@ class GazeClipDataset(Dataset):
     """
     Clips of videos, with what to learn from each.
 
-    Item `i` is a clip of video `i % len(videos)`, drawn and varied at random and labelled by the greedy search of the
-    closed form. The random numbers follow from `seed` and `i` alone, so item `i` is the same on every machine, in every
+    Item `i` is a clip of video `i % len(videos)`, drawn and varied at random and labelled by greedy search. The random numbers follow from `seed` and `i` alone, so item `i` is the same on every machine, in every
     worker and after a restart. Indices beyond the length give further clips of the same videos, which is how
     [`ClipSampler`] makes every epoch new. In place of a video that cannot be read comes the next one that can.
 
@@ -164,6 +164,7 @@ class GazeClipDataset(Dataset):
         augmentation ([`ClipAugmentation`], *optional*): how clips are varied; not at all by default.
         schedule ([`BudgetSchedule`], *optional*):
             How long labels are. By default there are none, as training on the model's own gazes needs none.
+        task ([`GazeTask`], *optional*): what these labels serve, pixels or features; that of pixels by default.
         labels (`Mapping[str, ClipLabels]`, *optional*):
             Labels by the names of the videos, see [`read_labels`]; in place of random clips.
         processor ([`AutoGazeVideoProcessor`], *optional*): how frames are preprocessed; the published way by default.
@@ -198,6 +199,7 @@ class GazeClipDataset(Dataset):
         clips_per_video: int = 1,
         augmentation: ClipAugmentation | None = None,
         schedule: BudgetSchedule | None = None,
+        task: GazeTask | None = None,
         labels: Mapping[str, ClipLabels] | None = None,
         processor: AutoGazeVideoProcessor | None = None,
         seed: int = 0,
@@ -222,7 +224,7 @@ class GazeClipDataset(Dataset):
         self.labels = labels
         self.processor = processor or AutoGazeVideoProcessor()
         self.seed = seed
-        self.composite = CompositeReconstruction(config.grid)
+        self.task = GazeTask(config.grid) if task is None else task
         self._numbers = [i for i, name in enumerate(self.videos.names) if labels is None or name in labels]
         if not self._numbers:
             raise ValueError(
@@ -244,7 +246,7 @@ class GazeClipDataset(Dataset):
 
         Returns:
             `dict` with `pixel_values_videos`, a `torch.FloatTensor` of shape `(frames, 3, height, width)`, and, with
-            labels, the fields of a [`ClipLabels`]; with labels of its own also the [`FrameValues`] of all frames.
+            labels, the fields of a [`ClipLabels`].
 
         Raises:
             ValueError: if no video can be read.
@@ -264,8 +266,9 @@ class GazeClipDataset(Dataset):
             return {**item, **labels._asdict()}
         if lengths is None:
             return item
-        labels, standing = label_clip(self.composite, gazed, *lengths)
-        return {**item, **labels._asdict(), **FrameValues.measure(self.composite, gazed, standing)._asdict()}
+        budgets, threshold = lengths
+        gaze = self.task.search(gazed[None], budgets.double() / self.config.grid.num_patches, threshold)
+        return {**item, **labels_of(gaze)[0]._asdict()}
 
     def longest_labels(self, index: int) -> int:
         """Tells how many patches the labels of an item hold at most, without making them."""
@@ -274,8 +277,8 @@ class GazeClipDataset(Dataset):
             return sum(len(ids) for ids in self.labels[name].gazing_pos)
         return 0 if self.schedule is None else int(self._draw_lengths(_generator(self.seed, index))[0].sum())
 
-    def _draw_lengths(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Draws the budget of every frame of gaze, and the mean squared error at which it is done."""
+    def _draw_lengths(self, generator: torch.Generator) -> tuple[torch.Tensor, float | None] | None:
+        """Draws the budget of every frame of gaze, and the task loss at which it is done."""
         if self.schedule is None:
             return None
         num_frames = self.num_frames // self.config.frame_sampling_rate
@@ -283,7 +286,7 @@ class GazeClipDataset(Dataset):
         # Whole steps, as the model takes them.
         step, most = self.config.decoder_config.num_multi_token_pred, self.config.grid.num_patches
         budgets = ((budget_each_frame(ratios, num_frames, most) + step - 1) // step * step).clamp(max=most)
-        return budgets, None if threshold is None else task_loss_to_mse(torch.full((num_frames,), threshold))
+        return budgets, threshold
 
     def _read(self, place: int, generator: torch.Generator) -> tuple[int, torch.Tensor]:
         """Reads a clip of a video, or of the next one that can be read: `(frames, 3, height, width)`, levels 0..255."""
@@ -383,14 +386,9 @@ class GazeCollator:
 
         Returns:
             `dict` with what [`AutoGazeModel`] is called with: `pixel_values_videos` and, where the items have labels,
-            `gazing_pos`, `if_padded_gazing`, `num_gazing_each_frame`, `labels` and `task_loss_labels`; also
-            those of [`FrameValues`] where they have them.
+            `gazing_pos`, `if_padded_gazing`, `num_gazing_each_frame`, `labels` and `task_loss_labels`.
         """
-        batch = {
-            key: torch.stack([item[key] for item in items])
-            for key in ("pixel_values_videos", *FrameValues._fields)
-            if key in items[0]
-        }
+        batch = {"pixel_values_videos": torch.stack([item["pixel_values_videos"] for item in items])}
         if "gazing_pos" in items[0]:
             batch |= self._pad([ClipLabels(item["gazing_pos"], item["task_losses"]) for item in items])
         return batch

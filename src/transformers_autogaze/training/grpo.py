@@ -14,15 +14,14 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..composite_autogaze import CompositeReconstruction
 from ..gazing_autogaze import GazeOutput
 from ..modeling_autogaze import AutoGazeModel, AutoGazeModelOutput
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .data import BudgetSchedule
-from .objectives import task_loss_errors
-from .trainer import CAUTION_HELP, GazeClipTrainer, check_caution, generator_on
+from .task import GazeTask
+from .trainer import GazeClipTrainer, generator_on
 
 
 @dataclass
@@ -48,9 +47,6 @@ class AutoGazeGRPOConfig(TrainingArguments):
         rewarded_share (`float`, *optional*, defaults to 0.125):
             Share of the frames of a clip that are reconstructed and rewarded, drawn for each batch, above 0 and up to 1;
             one frame at least.
-        task_loss_caution (`float`, *optional*, defaults to 0.5):
-            How much more a predicted loss below the measured one counts than one above, in shares of the weight, above 0
-            and below 1; see [`~objectives.task_loss_errors`].
         learning_rate (`float`, *optional*, defaults to 5e-4), num_train_epochs (`float`, *optional*, defaults to 1.0):
             As in [`~transformers.TrainingArguments`].
 
@@ -85,7 +81,6 @@ class AutoGazeGRPOConfig(TrainingArguments):
     rewarded_share: float = field(
         default=0.125, metadata={"help": "Share of a clip's frames that are reconstructed and rewarded."}
     )
-    task_loss_caution: float = field(default=0.5, metadata={"help": CAUTION_HELP})
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training clips."})
 
@@ -101,7 +96,6 @@ class AutoGazeGRPOConfig(TrainingArguments):
         for name in ("temperature_start", "temperature_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}")
-        check_caution(self.task_loss_caution)
         self.schedule  # noqa: B018 (checks its numbers)
         super().__post_init__()
 
@@ -215,8 +209,8 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         reconstruction (`Callable`, *optional*):
             What rewards come from: called as `reconstruction(pixels, gaze, frames)` with pixels in 0..1 of shape
             `(batch, frames, 3, height, width)` in the size of the model's finest scale, a [`GazeOutput`] and the frames
-            to reconstruct, a list of `int`; what it returns has a `loss` of shape `(batch, len(frames))`. The closed form
-            if not given.
+            to reconstruct, a list of `int`; what it returns has a `loss` of shape `(batch, len(frames))`. A [`GazeTask`]
+            will do, of pixels or of features; that of pixels by default.
         processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
             What made the pixel values, to undo their normalisation; it is saved with the model. The published
             preprocessing if not given.
@@ -259,7 +253,7 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         super().__init__(model, args, processing_class, **kwargs)
         # The loss is a mean over the batch, whatever further arguments the model's forward takes.
         self.model_accepts_loss_kwargs = False
-        self.reconstruction = CompositeReconstruction(model.config.grid) if reconstruction is None else reconstruction
+        self.reconstruction = GazeTask(model.config.grid) if reconstruction is None else reconstruction
         if isinstance(self.reconstruction, nn.Module):
             self.reconstruction.to(args.device).eval()
 
@@ -339,7 +333,7 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         policy_loss = -(ratio * advantages).sum(-1).mean()
         predicted = scores.task_loss_prediction.gather(1, _last_real_slots(gaze, rewarded)).to(rollout.loss.dtype)
         self._note_rollout(rollout, scores, (predicted - rollout.loss).detach())
-        loss = policy_loss + task_loss_errors(predicted, rollout.loss, self.args.task_loss_caution).mean()
+        loss = policy_loss + (predicted - rollout.loss).square().mean()
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(
@@ -372,5 +366,6 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         """Gives the reconstruction loss of some frames, `(batch, len(frames))`, of the gazes of clips or groups of them."""
         clips = resize_frames(clips[:, :: gaze.frame_sampling_rate].float(), gaze.grid.sizes[-1])
         pixels = self.processing_class.to_pixels(clips).clamp(0, 1)
-        pixels = pixels.repeat_interleave(gaze.batch_size // len(clips), dim=0)
+        if not isinstance(self.reconstruction, GazeTask):  # which looks at a clip once for all of its gazes
+            pixels = pixels.repeat_interleave(gaze.batch_size // len(clips), dim=0)
         return self.reconstruction(pixels, gaze, frames).loss.float()

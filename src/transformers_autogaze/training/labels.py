@@ -1,71 +1,52 @@
 """
 Labels: which patches of each frame to keep, in which order, and the task loss after each.
 
-This module owns the greedy search that makes them, for a clip or a whole collection, and the files that hold them. It
-knows nothing of models; what a patch is worth it asks of a reconstruction.
+This module owns labelling a clip or a whole collection; what patches are worth it asks of a [`GazeTask`] or of a
+reconstruction. The files that hold labels are the matter of `label_files`.
 """
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..composite_autogaze import (
-    CompositeReconstruction,
-    ReconstructionOutput,
-    mse_to_task_loss,
-    task_loss_to_mse,
-)
+from ..composite_autogaze import CompositeReconstruction
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..selection_autogaze import budget_each_frame, resize_frames
+from ..selection_autogaze import budget_each_frame, resize_frames, threshold_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .label_files import ClipLabels, UnfinishedLabels, check_label_settings, read_label_settings, write_labels
+from .task import GazeTask, fingerprint
 from .videos import VideoCollection
-
-
-_NEGLIGIBLE_MSE = 2e-5  # of a cell, 47 dB: what lies far below need not be told apart
-
-
-class ClipLabels(NamedTuple):
-    """
-    What to learn from one clip.
-
-    Args:
-        gazing_pos (`list[list[int]]`):
-            For each frame, the patches to keep in the order of choice, counted from the first patch of the frame.
-        task_losses (`list[list[float]]`):
-            Task loss of the frame after each of them.
-    """
-
-    gazing_pos: list[list[int]]
-    task_losses: list[list[float]]
 
 
 class GreedyLabeller:
     """
     Labels clips by greedy search: next is the patch that lowers the task loss of its frame most.
 
-    On the closed form the search is exact. Any other reconstruction has to rebuild the frame once for every candidate,
-    so there the closed form proposes the patches that it gains most from, `beam` of them, and the reconstruction takes
-    the best; a frame ends early when none of them lowers its loss. Either way losses never rise along a frame.
+    A [`GazeTask`], of pixels or of features, searches exactly. Any other reconstruction has to rebuild the frame once for
+    every candidate, so there the closed form proposes the patches that it gains most from, `beam` of them, and the
+    reconstruction takes the best; a frame ends early when none of them lowers its loss. Either way losses never rise along a
+    frame.
 
     Args:
         grid ([`GazeGrid`]): the patches to choose from.
         reconstruction (`Callable`, *optional*):
-            What patches are worth: called as `reconstruction(pixels, gaze, frames)`, it gives a
-            [`ReconstructionOutput`]. The closed form if not given.
+            What patches are worth: a [`GazeTask`], that of pixels by default, or what is called as
+            `reconstruction(pixels, gaze, frames)` and gives a [`ReconstructionOutput`].
         gazing_ratio (`float` or `Sequence[float]`, *optional*, defaults to 0.1):
             Share of the patches of a frame to choose at most, one number or one for every frame.
         task_loss_requirement (`float`, *optional*): task loss at which a frame is done; none by default.
         beam (`int`, *optional*, defaults to 16): patches that the closed form proposes at each step.
 
     Raises:
-        ValueError: if `beam` is not a positive whole number or `reconstruction` cannot be called.
+        ValueError: if `beam` is not a positive whole number, `reconstruction` cannot be called or is of another grid, or a
+            ratio or threshold is out of range.
 
     Example:
 
@@ -85,7 +66,7 @@ class GreedyLabeller:
     def __init__(
         self,
         grid: GazeGrid,
-        reconstruction: Callable[..., ReconstructionOutput] | None = None,
+        reconstruction: Callable[..., Any] | None = None,
         gazing_ratio: float | Sequence[float] = 0.1,
         task_loss_requirement: float | None = None,
         beam: int = 16,
@@ -95,12 +76,33 @@ class GreedyLabeller:
         if not isinstance(beam, int) or beam < 1:
             raise ValueError(f"`beam` must be a whole number of at least 1, got {beam!r}")
         budget_each_frame(gazing_ratio, len(gazing_ratio) if isinstance(gazing_ratio, Sequence) else 1, 1)
+        self.reconstruction = GazeTask(grid) if reconstruction is None else reconstruction
         self.grid = grid
-        self.reconstruction = reconstruction
+        if isinstance(self.reconstruction, GazeTask) and self.reconstruction.grid != grid:
+            raise ValueError(f"`grid` must be that of the task, {self.reconstruction.grid}, got {grid}")
+        if task_loss_requirement is not None:
+            threshold = threshold_each_frame(task_loss_requirement, 1, 1)
+            if isinstance(self.reconstruction, GazeTask):
+                self.reconstruction.selector.check_task_loss_requirement(threshold)
         self.gazing_ratio = gazing_ratio
         self.task_loss_requirement = task_loss_requirement
         self.beam = beam
         self.composite = CompositeReconstruction(grid)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells its labels from those of another labeller, as JSON has it."""
+        of_task = {
+            **GazeTask(self.grid).settings,
+            "task": getattr(self.reconstruction, "__name__", type(self.reconstruction).__name__),
+            "weights": fingerprint(self.reconstruction) if isinstance(self.reconstruction, nn.Module) else None,
+            "beam": self.beam,
+        }
+        return {
+            "gazing_ratio": [*self.gazing_ratio] if isinstance(self.gazing_ratio, Sequence) else self.gazing_ratio,
+            "task_loss_requirement": self.task_loss_requirement,
+            **(self.reconstruction.settings if isinstance(self.reconstruction, GazeTask) else of_task),
+        }
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> list[ClipLabels]:
@@ -117,23 +119,11 @@ class GreedyLabeller:
         Raises:
             ValueError: if the ratios are not one for every frame, or the pixels not as above.
         """
-        budgets = budget_each_frame(self.gazing_ratio, pixels.shape[1], self.grid.num_patches)
-        if self.reconstruction is not None:
-            return [self._search(clip[None], budgets.tolist()) for clip in pixels]
-        limit = None
-        if self.task_loss_requirement is not None:
-            limit = task_loss_to_mse(pixels.new_full(pixels.shape[:2], self.task_loss_requirement))
-        found = self.composite.search(pixels, budgets, limit)
-        losses = mse_to_task_loss(found.mse)
-        return [
-            ClipLabels(
-                *(
-                    [per_slot[:count].tolist() for per_slot, count in zip(clip, counts, strict=True)]
-                    for clip in (found.ids[number], losses[number])
-                )
-            )
-            for number, counts in enumerate(found.counts.tolist())
-        ]
+        if isinstance(self.reconstruction, GazeTask):
+            self.reconstruction.to(pixels.device)
+            return labels_of(self.reconstruction.search(pixels, self.gazing_ratio, self.task_loss_requirement))
+        budgets = budget_each_frame(self.gazing_ratio, pixels.shape[1], self.grid.num_patches).tolist()
+        return [self._search(clip[None], budgets) for clip in pixels]
 
     def _search(self, pixels: torch.Tensor, budgets: list[int]) -> ClipLabels:
         """Searches a clip `(1, frames, 3, height, width)` on a reconstruction that is not the closed form."""
@@ -177,104 +167,27 @@ class GreedyLabeller:
         return self.reconstruction(pixels.expand(count, -1, -1, -1, -1), gaze, [len(ids) - 1]).loss[:, 0]
 
 
-def label_clip(
-    composite: CompositeReconstruction,
-    pixels: torch.Tensor,
-    budgets: torch.Tensor,
-    max_error: torch.Tensor | None = None,
-) -> tuple[ClipLabels, torch.Tensor]:
+def labels_of(gaze: GazeOutput) -> list[ClipLabels]:
     """
-    Labels one clip by the greedy search of the closed form, every frame at a threshold of its own.
+    Takes a gaze for labels.
 
     Args:
-        composite ([`CompositeReconstruction`]): the closed form.
-        pixels (`torch.FloatTensor` of shape `(frames, 3, height, width)`): pixels in 0..1, of the finest scale's size.
-        budgets (`torch.LongTensor` of shape `(frames,)`): patches of each frame at most.
-        max_error (`torch.FloatTensor` of shape `(frames,)`, *optional*):
-            Mean squared error at which a frame is done; see [`CompositeReconstruction.search`].
+        gaze ([`GazeOutput`]): clips, their patches in the order of choice, with the `task_loss_prediction` after each.
 
     Returns:
-        `tuple` of the [`ClipLabels`] and the images that the frames stood on before their patches were laid, a
-        `torch.FloatTensor` shaped like `pixels`: the reconstruction of the frame before, mid-grey before the first.
+        `list[ClipLabels]`, one for each clip.
     """
-    standing = [pixels.new_full((1, *pixels.shape[1:]), 0.5)]
-    labels = ClipLabels([], [])
-    for t in range(len(pixels)):
-        limit = None if max_error is None else max_error[None, t : t + 1]
-        found = composite.search(pixels[None, t : t + 1], budgets[t : t + 1], limit, standing[-1])
-        count = int(found.counts)
-        labels.gazing_pos.append(found.ids[0, 0, :count].tolist())
-        labels.task_losses.append(mse_to_task_loss(found.mse[0, 0, :count]).tolist())
-        standing.append(found.reconstruction)
-    return labels, torch.cat(standing[:-1])
-
-
-def label_gaze(
-    composite: CompositeReconstruction, pixels: torch.Tensor, gaze: GazeOutput, step_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Labels every step of a gaze, whoever made it, with what greedy search would choose next.
-
-    Args:
-        composite ([`CompositeReconstruction`]): the closed form.
-        pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-            Pixels in 0..1, one frame per frame of gaze, of the finest scale's size.
-        gaze ([`GazeOutput`]): what was chosen, in order.
-        step_size (`int`): patches of a step; steps begin anew with every frame.
-
-    Returns:
-        `tuple` of labels `(batch, N)`, ids counted from the first patch of the first frame; the measured task loss after
-        each slot of the gaze, of the same shape; and what each patch would gain in each slot, `(batch, N, patches)`.
-    """
-    ids, gains = composite.continuations(pixels, gaze, step_size)
-    labels = ids + gaze.frame_of_slot * composite.grid.num_patches
-    return labels, mse_to_task_loss(composite.measure(pixels, gaze)), gains.to(pixels)
-
-
-def standing_frames(
-    composite: CompositeReconstruction, pixels: torch.Tensor, masks: list[torch.Tensor]
-) -> torch.Tensor:
-    """
-    Rebuilds what the frames of clips stand on before their patches are laid.
-
-    Args:
-        composite ([`CompositeReconstruction`]): the closed form.
-        pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-            Pixels in 0..1, of the finest scale's size.
-        masks (`list[torch.BoolTensor]` of shape `(batch, frames, patches)`): what was kept, one mask per scale.
-
-    Returns:
-        `torch.FloatTensor` shaped like `pixels`: the reconstruction of the frame before, mid-grey before the first.
-    """
-    rebuilt = composite.reconstruct(pixels, masks)
-    return torch.cat([torch.full_like(rebuilt[:, :1], 0.5), rebuilt[:, :-1]], dim=1)
-
-
-class FrameValues(NamedTuple):
-    """
-    Where a frame needs patches before any is laid, to learn beside labels.
-
-    Args:
-        cell_losses (`torch.FloatTensor` of shape `(.., scales, *cells)`):
-            Task loss of every cell as it stands, and with each scale but the finest, which leaves none, laid there; of a
-            mean squared error that is 2e-5 too high, so that what is good enough does not differ.
-        patch_gains (`torch.FloatTensor` of shape `(.., patches)`):
-            By how much each patch would lower the squared error of the frame, if it were laid first.
-    """
-
-    cell_losses: torch.FloatTensor
-    patch_gains: torch.FloatTensor
-
-    @classmethod
-    def measure(
-        cls, composite: CompositeReconstruction, pixels: torch.Tensor, standing: torch.Tensor
-    ) -> "FrameValues":
-        """Measures frames `(.., 3, height, width)` that stand on images of the same shape."""
-        errors = composite.cell_errors(pixels.flatten(0, -4), standing.flatten(0, -4))
-        gains = composite.gains(errors).unflatten(0, pixels.shape[:-3])
-        mse = errors[:, :-1] * errors[0, 0].numel() / pixels.shape[-3:].numel()
-        losses = mse_to_task_loss(mse + _NEGLIGIBLE_MSE).unflatten(0, pixels.shape[:-3])
-        return cls(losses.to(pixels), gains.to(pixels))
+    ids = gaze.gazing_pos - gaze.frame_of_slot * gaze.grid.num_patches
+    counts, is_real = gaze.num_gazing_each_frame.tolist(), ~gaze.if_padded_gazing
+    return [
+        ClipLabels(
+            *(
+                [part[is_kept].tolist() for part, is_kept in zip(*(x.split(counts) for x in (row, real)), strict=True)]
+                for row in (clip_ids, losses)
+            )
+        )
+        for clip_ids, losses, real in zip(ids, gaze.task_loss_prediction, is_real, strict=True)
+    ]
 
 
 def gazed_pixels(levels: torch.Tensor, processor: AutoGazeVideoProcessor, size: tuple[int, int]) -> torch.Tensor:
@@ -342,156 +255,64 @@ def label_videos(
         `Path`: the file.
 
     Raises:
-        ValueError: if there is no such shard, or the output is no `.json`.
+        ValueError: if a number is out of range, the output is no `.json`, what is there was made with other settings, or
+            another process is at work on it.
     """
     number, count = shard
     if not 1 <= number <= count:
         raise ValueError(f"`shard` must be one of 1..{count} and how many there are, got {shard}")
+    for name, value, least in (
+        ("num_frames", num_frames, 1),
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
     output = Path(output)
     if output.suffix != ".json":
         raise ValueError(f"`output` must end in .json, got {str(output)!r}")
     if count > 1:
         output = output.with_stem(f"{output.stem}-{number:05}-of-{count:05}")
-    if output.exists():
+    settings = {"num_frames": num_frames, **labeller.settings}
+    if _is_done(output, settings):
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".partial.jsonl")
-    done = _read_lines(unfinished)
     numbers = list(range(number - 1, len(videos), count))
-    clips = _WholeClips(
-        videos, [i for i in numbers if videos.names[i] not in done], num_frames, labeller.grid.sizes[-1]
-    )
-    loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=list)
-    with (
-        unfinished.open("a", encoding="utf-8") as file,
-        tqdm(total=len(numbers), initial=len(done), unit="video", desc="labelling") as progress,
-    ):
-        for batch in loader:
-            readable = {name: pixels for name, pixels in batch if pixels is not None}
-            if readable:
-                labels = labeller(torch.stack(list(readable.values())).to(device))
-                for name, clip in zip(readable, labels, strict=True):
-                    done[name] = clip
-                    file.write(json.dumps([name, clip._asdict()]) + "\n")
-                file.flush()
-            progress.update(len(batch))
-    write_labels(output, {videos.names[i]: done[videos.names[i]] for i in numbers if videos.names[i] in done})
-    unfinished.unlink()
+    with UnfinishedLabels(output, settings) as unfinished:
+        if not _is_done(output, settings):  # as another process may have come to the end just now
+            left = [i for i in numbers if videos.names[i] not in unfinished.done]
+            clips = _WholeClips(videos, left, num_frames, labeller.grid.sizes[-1])
+            loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=list)
+            with tqdm(
+                total=len(numbers), initial=len(numbers) - len(left), unit="video", desc="labelling"
+            ) as progress:
+                for batch in loader:
+                    unfinished.add(_label_batch(labeller, batch, device))
+                    progress.update(len(batch))
+            names = [videos.names[i] for i in numbers if videos.names[i] in unfinished.done]
+            write_labels(output, {name: unfinished.done[name] for name in names}, settings)
+        unfinished.remove()
     return output
 
 
-def _read_lines(path: Path) -> dict[str, ClipLabels]:
-    """Reads what an unfinished run has done; a last line that was cut off does not count and is removed."""
-    if not path.exists():
+def _label_batch(
+    labeller: GreedyLabeller, batch: list[tuple[str, torch.Tensor | None]], device: str | torch.device
+) -> dict[str, ClipLabels]:
+    """Labels the clips of a batch that could be read."""
+    readable = {name: pixels for name, pixels in batch if pixels is not None}
+    if not readable:
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if len(whole) < len(text):
-        path.write_text(whole, encoding="utf-8")
-    return {name: ClipLabels(**labels) for name, labels in map(json.loads, whole.splitlines())}
+    labels = labeller(torch.stack(list(readable.values())).to(device))
+    return dict(zip(readable, labels, strict=True))
 
 
-def write_labels(path: str | os.PathLike, labels: Mapping[str, ClipLabels]) -> None:
-    """
-    Writes labels in the published JSON shape, `{video: {"gazing_pos": .., "task_losses": ..}}`.
-
-    Args:
-        path (`str` or `os.PathLike`): file to write; an old one is replaced only once the new one is whole.
-        labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
-    """
-    path = Path(path)
-    whole = path.with_name(path.name + ".part")
-    whole.write_text(json.dumps({name: clip._asdict() for name, clip in labels.items()}), encoding="utf-8")
-    whole.replace(path)
-
-
-def read_labels(*paths: str | os.PathLike, grid: GazeGrid | None = None) -> dict[str, ClipLabels]:
-    """
-    Reads label files, such as the shards of one collection.
-
-    Args:
-        paths (`str` or `os.PathLike`): files in the published JSON shape.
-        grid ([`GazeGrid`], *optional*): patches that the labels must belong to; checked if given.
-
-    Returns:
-        `dict[str, ClipLabels]` by the names of the videos.
-
-    Raises:
-        ValueError: if a file is not of this shape, frames and losses do not fit each other, or an id lies outside the
-            grid.
-
-    Example:
-
-    ```python
-    >>> from transformers_autogaze.training.labels import ClipLabels, read_labels, write_labels
-
-    >>> write_labels("labels.json", {"clip.mp4": ClipLabels([[3, 0]], [[0.9, 0.5]])})
-    >>> read_labels("labels.json")
-    {'clip.mp4': ClipLabels(gazing_pos=[[3, 0]], task_losses=[[0.9, 0.5]])}
-
-    ```
-    """
-    labels = {}
-    for path in paths:
-        try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = {name: ClipLabels(clip["gazing_pos"], clip["task_losses"]) for name, clip in entries.items()}
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'`paths`: {str(path)!r} must hold {{video: {{"gazing_pos": .., "task_losses": ..}}}}, but reading it '
-                f"gave {type(error).__name__}: {error}"
-            ) from error
-        for name, clip in found.items():
-            _check_labels(f"{str(path)!r}, {name!r}", clip, grid)
-        labels |= found
-    return labels
-
-
-def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None:
-    counts = [[len(frame) for frame in part] for part in labels]
-    if counts[0] != counts[1] or not counts[0] or min(counts[0]) < 1:
+def _is_done(output: Path, settings: dict[str, Any]) -> bool:
+    """Tells whether there are labels already; raises a `ValueError` where they were made with other settings."""
+    if not output.exists():
+        return False
+    if not (made_with := read_label_settings(output)):
         raise ValueError(
-            f"`paths`: {where} must hold at least one patch for each frame and one loss for each patch, got "
-            f"{counts[0]} patches and {counts[1]} losses"
+            f"`output` {str(output)!r} holds labels that do not tell what they were made with: give another file"
         )
-    if grid is not None:
-        outside = [id for frame in labels.gazing_pos for id in frame if not 0 <= id < grid.num_patches]
-        if outside:
-            raise ValueError(f"`paths`: {where} must hold ids in 0..{grid.num_patches - 1}, got {outside[0]}")
-
-
-def labels_to_table(labels: Mapping[str, ClipLabels]) -> Any:
-    """
-    Makes a `datasets` table of labels, to keep or share where files of JSON are too clumsy.
-
-    Args:
-        labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
-
-    Returns:
-        `datasets.Dataset` with the columns `video`, `gazing_pos` and `task_losses`.
-    """
-    from datasets import Dataset as Table
-    from datasets import Features, List, Value
-
-    features = Features(
-        {
-            "video": Value("string"),
-            "gazing_pos": List(List(Value("int32"))),
-            "task_losses": List(List(Value("float64"))),
-        }
-    )
-    rows = [{"video": name, **clip._asdict()} for name, clip in labels.items()]
-    return Table.from_list(rows, features=features)
-
-
-def labels_from_table(table: Any) -> dict[str, ClipLabels]:
-    """
-    Reads labels out of a table that [`labels_to_table`] made.
-
-    Args:
-        table (`datasets.Dataset`): with the columns `video`, `gazing_pos` and `task_losses`.
-
-    Returns:
-        `dict[str, ClipLabels]` by the names of the videos.
-    """
-    return {row["video"]: ClipLabels(row["gazing_pos"], row["task_losses"]) for row in table}
+    check_label_settings(output, made_with, settings)
+    return True

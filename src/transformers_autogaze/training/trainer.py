@@ -18,9 +18,6 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .data import ClipSampler, GazeClipDataset, GazeCollator
 
 
-CAUTION_HELP = "How much more a predicted loss counts that is too low, in shares of the weight; 0.5 is evenly."
-
-
 class NotingTrainer(Trainer):
     """
     A [`~transformers.Trainer`] with random numbers that survive a restart, and averages in the logs.
@@ -105,12 +102,6 @@ class GazeClipTrainer(NotingTrainer):
             batch_size = self.args.train_batch_size * self.args.world_size
             return ClipSampler(dataset, batch_size, seed, epoch=lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(dataset)
-
-
-def check_caution(caution: float) -> None:
-    """Raises a ValueError where `task_loss_caution` is out of range."""
-    if not 0 < caution < 1:
-        raise ValueError(f"`task_loss_caution` must lie above 0 and below 1, got {caution}")
 
 
 def generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator:

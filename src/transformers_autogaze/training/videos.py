@@ -28,8 +28,8 @@ class VideoCollection:
     """
     Videos by number, each read when it is asked for.
 
-    A video that cannot be read is skipped from then on: one warning names the first, `num_skipped` counts them, over all
-    workers of a data loader.
+    A video that cannot be read is left out from then on: a warning names it, and `num_skipped` counts them, over all
+    workers of a data loader. Of a damaged one, the frames that can be decoded are all that there is.
 
     Args:
         videos (`str`, `os.PathLike` or sequence):
@@ -71,6 +71,7 @@ class VideoCollection:
         # Shared, so that all workers know what one of them found out.
         self._is_broken = torch.zeros(len(self.videos), dtype=torch.bool).share_memory_()
         self._lengths: dict[int, int] = {}
+        self._decodable: dict[int, int] = {}
         self._held: list[torch.Tensor | None] | None = None
         if in_memory:
             numbers = tqdm(range(len(self.videos)), unit="video", desc="decoding")
@@ -101,8 +102,11 @@ class VideoCollection:
             source = self._load(number) if self._held is None else self._held[number]
             if not isinstance(source, (str, bytes)):
                 return source[chosen.start : chosen.stop : chosen.step]
-            frames = stream_video(source, start_frame=chosen.start)[1]
-            return _to_levels(np.stack(list(itertools.islice(frames, 0, len(chosen) * chosen.step, chosen.step))))
+            try:
+                return _take(source, chosen)
+            except ValueError:
+                # A damaged video may tell of more frames than it gives.
+                return _take(source, choose(self._count_decodable(number, source)))
 
         return self._attempt(number, read)
 
@@ -131,6 +135,11 @@ class VideoCollection:
             is_file = isinstance(source, (str, bytes))
             self._lengths[number] = stream_video(source)[0].total_num_frames if is_file else len(source)
         return self._lengths[number]
+
+    def _count_decodable(self, number: int, source: str | bytes) -> int:
+        if number not in self._decodable:
+            self._decodable[number] = sum(1 for _ in stream_video(source)[1])
+        return self._decodable[number]
 
     def _name(self, number: int) -> str:
         """Names a video: its path, or else its number."""
@@ -162,10 +171,18 @@ class VideoCollection:
         try:
             return read(number)
         except (ValueError, OSError) as error:
-            if not self.num_skipped:
-                warnings.warn(f"a video is skipped, as others like it will be: {error}", stacklevel=2)
             self._is_broken[number] = True
+            warnings.warn(f"the video {self.names[number]} cannot be read and is left out: {error}", stacklevel=2)
             return None
+
+
+def _take(source: str | bytes, chosen: range) -> torch.Tensor:
+    """Decodes frames at one distance from each other; raises a `ValueError` where there are fewer."""
+    frames = stream_video(source, start_frame=chosen.start)[1]
+    taken = list(itertools.islice(frames, 0, len(chosen) * chosen.step, chosen.step))
+    if len(taken) < len(chosen):
+        raise ValueError(f"{len(chosen)} frames from frame {chosen.start} were asked for, but only {len(taken)} came")
+    return _to_levels(np.stack(taken))
 
 
 def _find_videos(folder: Path) -> list[str]:

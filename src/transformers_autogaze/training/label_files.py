@@ -1,0 +1,290 @@
+"""
+Files of labels: the published JSON, the settings that its labels were made with, and what an unfinished run has done.
+
+This module knows nothing of how labels are made.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..grid_autogaze import GazeGrid
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs from one file.
+    fcntl = None
+
+_SETTINGS = "settings"
+
+
+class ClipLabels(NamedTuple):
+    """
+    What to learn from one clip.
+
+    Args:
+        gazing_pos (`list[list[int]]`):
+            For each frame, the patches to keep in the order of choice, counted from the first patch of the frame.
+        task_losses (`list[list[float]]`):
+            Task loss of the frame after each of them.
+    """
+
+    gazing_pos: list[list[int]]
+    task_losses: list[list[float]]
+
+
+def write_labels(
+    path: str | os.PathLike, labels: Mapping[str, ClipLabels], settings: Mapping[str, Any] | None = None
+) -> None:
+    """
+    Writes labels in the published JSON shape, `{video: {"gazing_pos": .., "task_losses": ..}}`.
+
+    Args:
+        path (`str` or `os.PathLike`): file to write; an old one is replaced only once the new one is whole.
+        labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
+        settings (`Mapping[str, Any]`, *optional*): what they were made with, kept as a further entry, `"settings"`.
+    """
+    path = Path(path)
+    entries = {name: clip._asdict() for name, clip in labels.items()}
+    whole = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        whole.write_text(
+            json.dumps(entries if settings is None else {_SETTINGS: settings, **entries}), encoding="utf-8"
+        )
+        whole.replace(path)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def read_labels(
+    *paths: str | os.PathLike, grid: GazeGrid | None = None, settings: Mapping[str, Any] | None = None
+) -> dict[str, ClipLabels]:
+    """
+    Reads label files, such as the shards of one collection.
+
+    Args:
+        paths (`str` or `os.PathLike`): files in the published JSON shape.
+        grid ([`GazeGrid`], *optional*): patches that the labels must belong to; checked if given.
+        settings (`Mapping[str, Any]`, *optional*):
+            Settings that the labels must have been made with, such as `{"num_frames": 16}`; files that tell none pass.
+
+    Returns:
+        `dict[str, ClipLabels]` by the names of the videos.
+
+    Raises:
+        ValueError: if a file is not of this shape, frames and losses do not fit each other, an id lies outside the grid,
+            clips differ in their number of frames, or settings are not those asked for or differ from file to file.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.training.label_files import ClipLabels, read_labels, write_labels
+
+    >>> write_labels("labels.json", {"clip.mp4": ClipLabels([[3, 0]], [[0.9, 0.5]])})
+    >>> read_labels("labels.json")
+    {'clip.mp4': ClipLabels(gazing_pos=[[3, 0]], task_losses=[[0.9, 0.5]])}
+
+    ```
+    """
+    labels: dict[str, ClipLabels] = {}
+    first_settings: dict[str, Any] = {}
+    for path in paths:
+        found, made_with = _read(path)
+        if made_with:
+            check_label_settings(path, made_with, settings or {})
+            check_label_settings(path, made_with, first_settings, f"in {str(paths[0])!r}")
+            first_settings = made_with
+        for name, clip in found.items():
+            _check_labels(f"{str(path)!r}, {name!r}", clip, grid)
+        labels |= found
+    lengths = {len(clip.gazing_pos): name for name, clip in labels.items()}
+    if len(lengths) > 1:
+        (one, name), (other, other_name) = list(lengths.items())[:2]
+        raise ValueError(
+            f"`paths` must hold clips of one number of frames, got {one} of {name!r} and {other} of {other_name!r}"
+        )
+    return labels
+
+
+def read_label_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Reads what the labels of a file were made with.
+
+    Args:
+        path (`str` or `os.PathLike`): a file in the published JSON shape.
+
+    Returns:
+        `dict`: empty where the file does not tell.
+
+    Raises:
+        ValueError: if the file is not of this shape.
+    """
+    return _read(path)[1]
+
+
+def check_label_settings(
+    path: str | os.PathLike, settings: Mapping[str, Any], expected: Mapping[str, Any], where: str = "asked for now"
+) -> None:
+    """
+    Checks what the labels of a file were made with.
+
+    Args:
+        path (`str` or `os.PathLike`): the file, for the message.
+        settings (`Mapping[str, Any]`): its settings.
+        expected (`Mapping[str, Any]`): those that it must have; others do not matter.
+        where (`str`, *optional*, defaults to `"asked for now"`): where these are from, for the message.
+
+    Raises:
+        ValueError: if one differs; the message names it and both values.
+    """
+    for name, value in expected.items():
+        if settings.get(name) != value:
+            raise ValueError(
+                f"the labels in {str(path)!r} were made with `{name}` {settings.get(name)}, but it is {value} {where}: "
+                "give the same settings, or another file"
+            )
+
+
+class UnfinishedLabels:
+    """
+    What a run has labelled so far, in a file beside the output, for a later run to go on with. One run at a time has it.
+
+    Args:
+        output (`Path`): the file that is to be written at last.
+        settings (`Mapping[str, Any]`): what the labels are made with.
+
+    Raises:
+        ValueError: if another run is at work on it, or an earlier one had other settings.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any]):
+        self.path = output.with_suffix(".partial.jsonl")
+        self.file = self.path.open("a+", encoding="utf-8")
+        self.done: dict[str, ClipLabels] = {}
+        """Labels by the names of the videos."""
+        try:
+            self._lock(output)
+            self._read(settings)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> "UnfinishedLabels":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def add(self, labels: Mapping[str, ClipLabels]) -> None:
+        """Keeps labels of further videos."""
+        self.done |= labels
+        self.file.writelines(json.dumps([name, clip._asdict()]) + "\n" for name, clip in labels.items())
+        self.file.flush()
+
+    def remove(self) -> None:
+        """Removes the file, when the output is whole."""
+        self.path.unlink(missing_ok=True)
+
+    def _lock(self, output: Path) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"`output` {str(output)!r} is being labelled by another process: wait for it, give another file, or "
+                "label in shards"
+            ) from None
+
+    def _read(self, settings: Mapping[str, Any]) -> None:
+        """Reads what was done; a last line that was cut off does not count and is removed."""
+        self.file.seek(0)
+        text = self.file.read()
+        whole = text[: text.rfind("\n") + 1]
+        if len(whole) < len(text):
+            self.file.truncate(len(whole.encode()))
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            self.file.write(json.dumps({_SETTINGS: settings}) + "\n")
+            self.file.flush()
+            return
+        made_with = lines[0].get(_SETTINGS, {}) if isinstance(lines[0], dict) else {}
+        check_label_settings(self.path, made_with, settings)
+        self.done = {name: ClipLabels(**labels) for name, labels in lines[1:]}
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any]]:
+    """Reads the labels of a file, and their settings if it tells them."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = entries.get(_SETTINGS, {})
+        settings = {} if "gazing_pos" in settings else entries.pop(_SETTINGS, {})
+        return {name: ClipLabels(clip["gazing_pos"], clip["task_losses"]) for name, clip in entries.items()}, settings
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'`paths`: {str(path)!r} must hold {{video: {{"gazing_pos": .., "task_losses": ..}}}}, but reading it '
+            f"gave {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None:
+    if not all(isinstance(part, list) and all(isinstance(frame, list) for frame in part) for part in labels):
+        raise ValueError(f"`paths`: {where} must hold a list of patches and one of losses for each frame")
+    counts = [[len(frame) for frame in part] for part in labels]
+    if counts[0] != counts[1] or not counts[0] or min(counts[0]) < 1:
+        raise ValueError(
+            f"`paths`: {where} must hold at least one patch for each frame and one loss for each patch, got "
+            f"{counts[0]} patches and {counts[1]} losses"
+        )
+    highest = math.inf if grid is None else grid.num_patches - 1
+    for ids, losses in zip(*labels, strict=True):
+        for id in ids:
+            if type(id) is not int or not 0 <= id <= highest:
+                allowed = "whole numbers of at least 0" if grid is None else f"ids in 0..{highest}"
+                raise ValueError(f"`paths`: {where} must hold {allowed}, got {id!r}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"`paths`: {where} must hold no patch twice in a frame, got {ids}")
+        for loss in losses:
+            if type(loss) not in (int, float) or not math.isfinite(loss):
+                raise ValueError(f"`paths`: {where} must hold numbers as losses, got {loss!r}")
+
+
+def labels_to_table(labels: Mapping[str, ClipLabels]) -> Any:
+    """
+    Makes a `datasets` table of labels, to keep or share where files of JSON are too clumsy.
+
+    Args:
+        labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
+
+    Returns:
+        `datasets.Dataset` with the columns `video`, `gazing_pos` and `task_losses`.
+    """
+    from datasets import Dataset as Table
+    from datasets import Features, List, Value
+
+    features = Features(
+        {
+            "video": Value("string"),
+            "gazing_pos": List(List(Value("int32"))),
+            "task_losses": List(List(Value("float64"))),
+        }
+    )
+    rows = [{"video": name, **clip._asdict()} for name, clip in labels.items()]
+    return Table.from_list(rows, features=features)
+
+
+def labels_from_table(table: Any) -> dict[str, ClipLabels]:
+    """
+    Reads labels out of a table that [`labels_to_table`] made.
+
+    Args:
+        table (`datasets.Dataset`): with the columns `video`, `gazing_pos` and `task_losses`.
+
+    Returns:
+        `dict[str, ClipLabels]` by the names of the videos.
+    """
+    return {row["video"]: ClipLabels(row["gazing_pos"], row["task_losses"]) for row in table}

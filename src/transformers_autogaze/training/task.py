@@ -1,0 +1,182 @@
+"""
+The task that AutoGaze learns: what kept patches are worth, in pixels or in the features of an encoder.
+
+This module owns the one measure that labels, on-policy targets and rewards share. It asks a selector that searches on a
+canvas, so the search for labels is the selector's own.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..composite_autogaze import check_reconstruction_inputs
+from ..feature_gaze_autogaze import FeatureGazeModel
+from ..gazing_autogaze import GazeOutput
+from ..greedy_autogaze import GreedyGazeConfig, GreedyGazeSelector
+from ..grid_autogaze import GazeGrid
+
+
+# A selector so configured takes pixels in 0..1 as they are.
+_PIXELS = {"rescale_factor": 1 / 255, "offset": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+
+
+class FrameLosses(NamedTuple):
+    """
+    What a [`GazeTask`] returns that is called with frames and their gaze.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(batch, frames asked for)`): task loss of each frame.
+    """
+
+    loss: torch.Tensor
+
+
+class GazeTask(nn.Module):
+    """
+    Tells what kept patches are worth, and which ones a greedy search would keep.
+
+    By pixels a loss is `(40 - PSNR) / 20` of the closed-form reconstruction; by features it is the share of the encoder's
+    feature variance that a frame loses, 0..1, as a [`FeatureGazeModel`] foresees it.
+
+    Args:
+        grid ([`GazeGrid`]): the patches.
+        model ([`FeatureGazeModel`], *optional*): a selector distilled from the encoder; by pixels if not given.
+
+    Raises:
+        ValueError: if `model` is no [`FeatureGazeModel`] or does not know a scale of the grid.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.training import GazeTask
+
+    >>> pixels = torch.full((1, 2, 3, 32, 32), 0.5)
+    >>> pixels[..., 16:, 16:] = 1.0  # a white patch in the last corner of both frames
+    >>> task = GazeTask(GazeGrid([16, 32]))
+    >>> gaze = task.search(pixels, gazing_ratio=0.4, task_loss_requirement=0.0)
+    >>> gaze.gazing_pos.tolist(), task(pixels, gaze, frames=[1]).loss
+    ([[4, 6]], tensor([[-3.]]))
+
+    ```
+    """
+
+    def __init__(self, grid: GazeGrid, model: FeatureGazeModel | None = None):
+        super().__init__()
+        self.grid = grid
+        if model is None:
+            self.selector = GreedyGazeSelector(GreedyGazeConfig(grid.scales, grid.patch_size, **_PIXELS))
+        elif isinstance(model, FeatureGazeModel):
+            # A shallow copy, which has the weights in common with the model.
+            self.selector = copy.copy(model.for_grid(grid))
+            self.selector.config = type(model.config)(**{**self.selector.config.to_diff_dict(), **_PIXELS})
+        else:
+            raise ValueError(f"`model` must be a FeatureGazeModel, got {type(model).__name__}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells labels of one task from those of another."""
+        is_of_pixels = isinstance(self.selector, GreedyGazeSelector)
+        return {
+            "task": "pixels" if is_of_pixels else "features",
+            "weights": None if is_of_pixels else fingerprint(self.selector, self.selector.config.loss_knots),
+            "scales": [list(size) for size in self.grid.sizes],
+            "patch_size": self.grid.patch_size,
+        }
+
+    def search(
+        self,
+        pixels: torch.Tensor,
+        gazing_ratio: float | Sequence[float] | torch.Tensor,
+        task_loss_requirement: float | None = None,
+    ) -> GazeOutput:
+        """
+        Chooses patches greedily: next is always the one that lowers the error of its frame most.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
+                Pixels in 0..1, one frame per frame of gaze, of the finest scale's size.
+            gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`):
+                Share of the patches of a frame to choose at most.
+            task_loss_requirement (`float`, *optional*): task loss at which a frame is done.
+
+        Returns:
+            [`GazeOutput`], whose `task_loss_prediction` is the measured loss after each choice.
+        """
+        return self.selector.generate(pixels, gazing_ratio, task_loss_requirement)
+
+    @torch.no_grad()
+    def measure(self, pixels: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
+        """
+        Measures the task loss after each choice of a gaze, whoever made it.
+
+        Args:
+            pixels (`torch.FloatTensor`): as [`~GazeTask.search`] takes them; one clip, or one for each `n` gazes in a row.
+            gaze ([`GazeOutput`]): what was kept, in the order of choice.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, N)`: of the frame, with its patches up to this slot.
+        """
+        seen = self._look(pixels, gaze)
+        errors = self.selector.search.measure_choices(seen, gaze)
+        num_values = self.selector.search.start_canvas(seen[:1]).image.numel()
+        return self.selector.mse_to_loss((errors / num_values).to(seen.dtype))
+
+    @torch.no_grad()
+    def continuations(self, pixels: torch.Tensor, gaze: GazeOutput, step_size: int) -> torch.Tensor:
+        """
+        Tells what greedy search would choose next at each step of a gaze, whoever made it.
+
+        Args:
+            pixels, gaze: as in [`~GazeTask.measure`].
+            step_size (`int`): patches of a step; steps begin anew with every frame.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, N)`: ids counted from the first patch of the first frame.
+        """
+        ids = self.selector.search.continuations(self._look(pixels, gaze), gaze, step_size)
+        return ids + gaze.frame_of_slot * self.grid.num_patches
+
+    def forward(self, pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None = None) -> FrameLosses:
+        """
+        Measures frames of a gaze, as any reconstruction does that can be called like this.
+
+        Args:
+            pixels, gaze: as in [`~GazeTask.measure`].
+            frames (`Sequence[int]`, *optional*): the frames to measure, by their place in the clip; all if not given.
+
+        Returns:
+            [`FrameLosses`]
+        """
+        frames = list(range(gaze.num_frames) if frames is None else frames)
+        last_slots = gaze.num_gazing_each_frame.cumsum(0) - 1
+        return FrameLosses(self.measure(pixels, gaze)[:, last_slots[frames]])
+
+    def _look(self, pixels: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
+        count = gaze.batch_size // max(1, len(pixels))
+        check_reconstruction_inputs(pixels.repeat_interleave(count, dim=0), gaze, None, self.grid)
+        # Frames are looked at once, however many gazes there are of them.
+        return self.selector.look(pixels, 1).repeat_interleave(count, dim=0)
+
+
+def fingerprint(module: nn.Module, *others: Any) -> str:
+    """
+    Tells the weights of one module from those of another.
+
+    Args:
+        module (`nn.Module`): the module.
+        others: what else matters, such as its calibration.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(others).encode())
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
