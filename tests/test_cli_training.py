@@ -7,7 +7,7 @@ from transformers import set_seed
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
 from transformers_autogaze.cli import main
 from transformers_autogaze.demo import render_demo_clip
-from transformers_autogaze.training.labels import read_labels
+from transformers_autogaze.training.label_files import read_label_settings, read_labels
 from transformers_autogaze.video import write_video
 
 
@@ -40,7 +40,7 @@ def test_label_writes_the_published_json(videos, tmp_path, capsys):
     arguments = ["label", str(videos), "-o", str(tmp_path / "labels.json"), "--num-frames", "4", "--device", "cpu"]
     assert main([*arguments, "--gazing-ratio", "0.02"]) == 0
     labels = json.loads((tmp_path / "labels.json").read_text())
-    assert list(labels) == ["clip0.mp4", "clip1.mp4", "clip2.mp4"]
+    assert list(labels) == ["settings", "clip0.mp4", "clip1.mp4", "clip2.mp4"]
     assert [len(frame) for frame in labels["clip1.mp4"]["gazing_pos"]] == [5] * 4
     assert "labels.json: 3 videos labelled, 0 skipped" in capsys.readouterr().out
 
@@ -60,16 +60,6 @@ def test_train_trains_a_checkpoint_on_random_clips(videos, checkpoint, tmp_path)
     assert state["global_step"] == 2
 
 
-def test_train_begins_a_new_model_from_weights_that_can_learn(videos, tmp_path):
-    pytest.importorskip("accelerate")
-    assert train(videos, tmp_path, "--learning-rate", 0, "--ratio-max", "0.05", "--num-multi-token-pred", 4) == 0
-    model = AutoGazeModel.from_pretrained(tmp_path)
-    assert model.gaze_decoder.num_rows == 4
-    # Each position has a code of waves of its own; random weights have none.
-    codes = model.connector.pos_embed[:, -108:]
-    torch.testing.assert_close(codes.T @ codes / 196, torch.eye(108), rtol=0, atol=1e-5)
-
-
 def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     labels = [tmp_path / "labels.json", "--num-frames", "2", "--gazing-ratio", "0.02"]
@@ -83,13 +73,58 @@ def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoin
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_train_teaches_history_before_all_else(videos, checkpoint, tmp_path):
+def test_both_stages_learn_by_features(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
-    arguments = ["--model", checkpoint, "--ratio-max", "0.05", "--learning-rate", 0, "--history-steps", 3]
-    assert train(videos, tmp_path, *arguments) == 0
-    trained, before = (AutoGazeModel.from_pretrained(folder).state_dict() for folder in (tmp_path, checkpoint))
-    changed = {name for name in trained if not torch.equal(trained[name], before[name])}
-    assert any(".layers.0." in name for name in changed) and not any(".layers.1." in name for name in changed)
+    labels = str(tmp_path / "labels.json")
+    frames = ["--num-frames", "2", "--device", "cpu"]
+    assert main(["label", str(videos), "-o", labels, "--gazing-ratio", "0.02", "--task", "features", *frames]) == 0
+    assert read_label_settings(labels)["task"] == "features"
+    losses = [loss for clip in read_labels(labels).values() for losses in clip.task_losses for loss in losses]
+    assert 0 < min(losses) and max(losses) < 1.2  # a frame may be further from the mean than most
+    stage1 = ["--model", checkpoint, "--labels", labels, "--task", "features", "--on-policy", 1]
+    assert train(videos, tmp_path / "stage1", *stage1) == 0
+    stage2 = [
+        "train-grpo",
+        videos,
+        "--model",
+        tmp_path / "stage1",
+        "--output-dir",
+        tmp_path / "stage2",
+        "--task",
+        "features",
+    ]
+    settings = "--num-frames 2 --group-size 2 --max-steps 1 --ratio-min 0.02 --ratio-max 0.02 --threshold-share 0"
+    quiet = "--per-device-train-batch-size 1 --use-cpu --report-to none --disable-tqdm True"
+    assert main([*map(str, stage2), *settings.split(), *quiet.split()]) == 0
+    trained, before = (AutoGazeModel.from_pretrained(tmp_path / stage) for stage in ("stage2", "stage1"))
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), before.parameters(), strict=True))
+
+
+def test_labels_of_other_settings_are_not_trained_on(videos, checkpoint, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    labels = str(tmp_path / "labels.json")
+    label = ["label", str(videos), "-o", labels, "--num-frames", "2", "--gazing-ratio", "0.02", "--device", "cpu"]
+    assert main(label) == 0
+    arguments = ["--model", checkpoint, "--labels", labels]
+    for others, message in (
+        (["--num-frames", 4], "`num_frames` 2, but it is 4 asked for now"),
+        (["--task", "features"], "`task` pixels, but it is features asked for now"),
+    ):
+        assert train(videos, tmp_path / "out", *arguments, *others) == 2
+        assert message in capsys.readouterr().err
+    assert main([*label, "--gazing-ratio", "0.05"]) == 2
+    assert "`gazing_ratio` 0.02, but it is 0.05" in capsys.readouterr().err
+
+
+def test_a_video_that_does_not_decode_is_left_out_of_training_by_name(videos, checkpoint, tmp_path):
+    pytest.importorskip("accelerate")
+    for path in videos.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "bad.mp4").write_bytes((tmp_path / "clip0.mp4").read_bytes()[:300])
+    arguments = ["--model", checkpoint, "--ratio-max", "0.02", "--max-steps", 4]
+    with pytest.warns(UserWarning, match="the video bad.mp4 cannot be read and is left out") as warned:
+        assert train(tmp_path, tmp_path / "out", *arguments) == 0
+    assert len([warning for warning in warned if "left out" in str(warning.message)]) == 1
 
 
 def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
@@ -112,13 +147,23 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
         (["train", "nowhere", "--output-dir", "out", "--use-cpu"], "there is no folder 'nowhere'"),
         (["train", "{videos}", "--output-dir", "out", "--min-crop", "2"], "`min_crop` must lie above 0"),
         (["train", "{videos}", "--output-dir", "out", "--on-policy", "2"], "`on_policy` must lie in 0..1"),
+        (["label", "{videos}", "-o", "labels.json", "--num-frames", "0"], "`num_frames` must be a whole number"),
+        (["label", "{videos}", "-o", "labels.json", "--batch-size", "0"], "`batch_size` must be a whole number"),
         (
-            ["train", "{videos}", "--output-dir", "out", "--history-steps", "-1"],
-            "`--history-steps` must be a whole number",
+            ["label", "{videos}", "-o", "labels.json", "--task", "features", "--task-loss-requirement", "1.5"],
+            "`task_loss_requirement` must lie in 0..1",
         ),
         (
-            ["train", "{videos}", "--output-dir", "out", "--history-steps", "9", "--labels", "labels.json"],
-            "0 with `--labels`",
+            ["label", "{videos}", "-o", "labels.json", "--feature-model", "x"],
+            "`--feature-model` needs `--task features`, got 'x'",
+        ),
+        (
+            ["label", "{videos}", "-o", "labels.json", "--task", "features", "--feature-model", "no/such"],
+            "`--feature-model` must be a distilled selector's folder or Hub repository, got 'no/such'",
+        ),
+        (
+            ["train", "{videos}", "--output-dir", "out", "--task", "features", "--threshold-max", "2"],
+            "`threshold_min` and `threshold_max` must be losses of the task",
         ),
     ],
 )

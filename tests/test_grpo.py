@@ -11,6 +11,8 @@ from transformers_autogaze import (
     AutoGazeProcessor,
     AutoGazeVideoProcessor,
     CompositeReconstruction,
+    FeatureGazeConfig,
+    FeatureGazeModel,
     GazeGrid,
     GazeOutput,
     mse_to_task_loss,
@@ -20,6 +22,7 @@ from transformers_autogaze.composite_autogaze import ReconstructionOutput
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training.data import GazeClipDataset
 from transformers_autogaze.training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer, slot_advantages
+from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.video import write_video
 
 
@@ -111,7 +114,6 @@ def random_gaze(batch_size: int, counts: list[int], generator: torch.Generator) 
         ({"group_size": 2.5}, "`group_size` must be a whole number.*got 2.5"),
         ({"discount": 0}, "`discount` must lie above 0 and not above 1, got 0"),
         ({"discount": 1.01}, "`discount` must lie above 0 and not above 1, got 1.01"),
-        ({"task_loss_caution": 0.0}, "`task_loss_caution` must lie above 0 and below 1, got 0.0"),
         ({"rewarded_share": math.nan}, "`rewarded_share` must lie above 0 and not above 1, got nan"),
         ({"temperature_start": -1}, "`temperature_start` must be a positive number, got -1"),
         ({"temperature_end": 0}, "`temperature_end` must be a positive number, got 0"),
@@ -236,12 +238,26 @@ def test_rollout_holds_groups_up_to_the_last_rewarded_frame(tmp_path):
         assert torch.equal(rollout.pixel_values_videos, clips[[0, 0, 0, 1, 1, 1], : gaze.num_frames])
         thresholds.update(gaze.task_loss_requirement.flatten().tolist())
         pixels = AutoGazeVideoProcessor().to_pixels(rollout.pixel_values_videos).clamp(0, 1)
-        error = (trainer.reconstruction.reconstruct(pixels, gaze) - pixels).square().mean((2, 3, 4))
+        error = (CompositeReconstruction(gaze.grid).reconstruct(pixels, gaze) - pixels).square().mean((2, 3, 4))
         torch.testing.assert_close(rollout.loss, mse_to_task_loss(error)[:, rollout.rewarded])
     assert len(lasts) > 1 and len(lengths) > 2
     assert len(thresholds) == 6 and 0 <= min(thresholds) and max(thresholds) <= 1
     first = [ids.tolist() for ids in gaze.ids_each_frame(0)]
     assert any(first != [ids.tolist() for ids in gaze.ids_each_frame(other)] for other in (1, 2))
+
+
+def test_rewards_by_features_are_what_the_gazes_lose(tmp_path):
+    set_seed(3)
+    settings = {"hidden_sizes": [8, 8, 8], "depths": [1, 1, 1], "scale_factors": [0.5, 1], "feature_size": 4}
+    task = GazeTask(
+        GazeGrid([32, 64]), FeatureGazeModel(FeatureGazeConfig(**settings, feature_variance=20, initializer_range=0.5))
+    )
+    trainer = make_trainer(tmp_path, reconstruction=task, rewarded_share=1.0)
+    rollout = trainer.roll_out(clips_with_bright_patches(2, 3))
+    pixels = AutoGazeVideoProcessor().to_pixels(rollout.pixel_values_videos).clamp(0, 1)
+    torch.testing.assert_close(rollout.loss, task(pixels, rollout.gaze).loss, rtol=0, atol=1e-5)
+    assert 0 <= float(rollout.loss.min()) < float(rollout.loss.max()) <= 1
+    assert trainer.train().global_step == 4 and trainer.evaluate()["eval_loss"] <= 1
 
 
 def test_without_thresholds_every_frame_keeps_its_budget(tmp_path):

@@ -1,24 +1,32 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from transformers import set_seed
 
-from transformers_autogaze import CompositeReconstruction, GazeGrid, GazeOutput, mse_to_task_loss, task_loss_to_mse
+from transformers_autogaze import (
+    CompositeReconstruction,
+    FeatureGazeConfig,
+    FeatureGazeModel,
+    GazeGrid,
+    GazeOutput,
+    mse_to_task_loss,
+    task_loss_to_mse,
+)
 from transformers_autogaze.composite_autogaze import ReconstructionOutput
 from transformers_autogaze.demo import render_demo_clip
-from transformers_autogaze.training.labels import (
+from transformers_autogaze.training.label_files import (
     ClipLabels,
-    FrameValues,
-    GreedyLabeller,
-    label_clip,
-    label_gaze,
-    label_videos,
     labels_from_table,
     labels_to_table,
+    read_label_settings,
     read_labels,
-    standing_frames,
     write_labels,
 )
+from transformers_autogaze.training.labels import GreedyLabeller, label_videos, labels_of
+from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.training.videos import VideoCollection
 
 
@@ -106,7 +114,8 @@ def test_a_beam_holds_the_best_candidates_of_the_closed_form():
 
     def best_three(t, kept):
         before = gaze_of([*labels.gazing_pos[:t], [0]])  # the last frame's patches play no part in what it stands on
-        standing = standing_frames(COMPOSITE, pixels[:, : t + 1], before.gazing_mask)[0, t]
+        rebuilt = COMPOSITE.reconstruct(pixels[:, : t + 1], before.gazing_mask)
+        standing = rebuilt[0, t - 1] if t else torch.full_like(pixels[0, 0], 0.5)
         mask = torch.zeros(1, GRID.num_patches, dtype=torch.bool)
         mask[0, kept] = True
         gains = COMPOSITE.gains(COMPOSITE.cell_errors(pixels[:, t], standing[None]), mask)[0]
@@ -144,31 +153,95 @@ def test_a_frame_ends_where_no_patch_lowers_the_loss():
     assert labels.task_losses == [[1.0]] * 3
 
 
-def test_one_clip_with_its_own_lengths_is_labelled_like_a_batch():
+def feature_model(seed=0, feature_size=4):
+    """A small network with random weights, calibrated at random, of which nothing but its own distances is expected."""
+    set_seed(seed)
+    settings = {"hidden_sizes": [8, 8, 8], "depths": [1, 1, 1], "scale_factors": [0.5, 1], "initializer_range": 0.5}
+    return FeatureGazeModel(
+        FeatureGazeConfig(
+            GRID.scales,
+            GRID.patch_size,
+            feature_size=feature_size,
+            feature_variance=20.0,
+            unexplained_variance=0.3,
+            loss_knots=[(0.0, 0.0), (0.1, 0.3), (4.0, 1.0)],
+            **settings,
+        )
+    ).eval()
+
+
+def feature_losses(model, pixels, gaze):
+    """The share of variance that each frame of one clip loses, place by place, in plain words."""
+    frames = torch.nn.functional.interpolate(pixels[0], (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    vectors = model.network(model.network.normalize(frames))
+    vectors = (vectors / 20**0.5).clamp(-4, 4).double()
+    shown, losses = torch.full((4, 4, 4), torch.nan, dtype=torch.float64), []
+    for t, ids in enumerate(gaze.ids_each_frame(0)):
+        for id in sorted(ids.tolist()):  # coarse to fine
+            rows, cols = (slice(2 * (id // 2), 2 * (id // 2) + 2), slice(2 * (id % 2), 2 * (id % 2) + 2))
+            if id >= 4:
+                rows, cols = (slice(place, place + 1) for place in divmod(id - 4, 4))
+            shown[:, rows, cols] = vectors[t, int(id >= 4), :, rows, cols]
+        lost = (shown.nan_to_num() - vectors[t, 1]).square().sum(0) + 0.3 * shown[0].isnan()
+        share = float(lost.mean())
+        losses.append(share * 3 if share < 0.1 else min(1, 0.3 + (share - 0.1) * 0.7 / 3.9))
+    return losses
+
+
+@torch.no_grad()
+def test_the_loss_by_features_is_the_share_of_variance_that_is_not_shown():
+    model, pixels = feature_model(), make_pixels(batch=1, num_frames=3, dtype=torch.float32)
+    model.config.image_mean = [0.1, 0.2, 0.3]  # a task takes pixels, whatever the model's normalisation
+    task = GazeTask(GRID, model)
+    for ids in ([[4, 5, 3], [9], [0, 1, 2, 3]], [[0], [1], [4]]):
+        gaze = gaze_of(ids)
+        expected = feature_losses(model, pixels, gaze)
+        assert task(pixels, gaze).loss[0].tolist() == pytest.approx(expected, abs=1e-4)
+        assert task(pixels, gaze, frames=[2, 0]).loss[0].tolist() == pytest.approx(expected[::-2], abs=1e-4)
+        so_far = [feature_losses(model, pixels, gaze_of([ids[0][:n]]))[0] for n in range(1, len(ids[0]) + 1)]
+        assert task.measure(pixels, gaze)[0, : len(so_far)].tolist() == pytest.approx(so_far, abs=1e-4)
+
+
+def test_labels_by_features_equal_a_brute_force_search():
+    pixels = make_pixels(batch=2, num_frames=2, dtype=torch.float32)
+    task = GazeTask(GRID, feature_model())
+    for clip, labels in zip(pixels, GreedyLabeller(GRID, task, gazing_ratio=[0.4, 0.2])(pixels), strict=True):
+        expected = brute_force(clip[None], [8, 4], task)
+        for losses, best in zip(labels.task_losses, expected.task_losses, strict=True):
+            assert losses == pytest.approx(best, abs=1e-5)
+        assert labels.gazing_pos[0][0] == expected.gazing_pos[0][0]
+
+
+def test_a_task_is_the_same_one_in_pixels_as_the_closed_form():
     pixels = make_pixels()
-    limit = task_loss_to_mse(torch.tensor([1.5, 1.3, -9.0]))
-    labels, standing = label_clip(COMPOSITE, pixels[0], torch.tensor([20, 20, 4]), limit)
-    found = COMPOSITE.search(pixels[:1], [20, 20, 4], limit[None])
-    assert [len(ids) for ids in labels.gazing_pos] == found.counts[0].tolist()
-    assert labels.gazing_pos[2] == found.ids[0, 2, :4].tolist()
-    assert labels.task_losses[0] == mse_to_task_loss(found.mse[0, 0, : found.counts[0, 0]]).tolist()
-    torch.testing.assert_close(standing, standing_frames(COMPOSITE, pixels[:1], gaze_of(labels[0]).gazing_mask)[0])
-    assert bool((standing[0] == 0.5).all())
+    gaze = gaze_of([[5, 1], [0], [19, 4, 7]])
+    task = GazeTask(GRID)
+    torch.testing.assert_close(task(pixels[:1], gaze).loss, COMPOSITE(pixels[:1], gaze).loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(task.measure(pixels[:1], gaze), mse_to_task_loss(COMPOSITE.measure(pixels[:1], gaze)))
+    labels = labels_of(task.search(pixels, [1.0, 1.0, 0.2], 1.4))
+    found = COMPOSITE.search(pixels, [20, 20, 4], task_loss_to_mse(torch.full((2, 3), 1.4)))
+    for clip, counts, ids in zip(labels, found.counts.tolist(), found.ids, strict=True):
+        assert clip.gazing_pos == [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
 
 
-def test_frame_values_are_what_cells_and_patches_cost_in_pixels():
-    pixels, standing = make_pixels(batch=2), make_pixels(batch=2, seed=5)
-    values = FrameValues.measure(COMPOSITE, pixels, standing)
-    assert values.cell_losses.shape == (2, 3, 2, 4, 4) and values.patch_gains.shape == (2, 3, 20)
-    squares = (pixels - standing).square().mean(2).unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2))
-    losses = mse_to_task_loss(squares + 2e-5)  # what is good enough need not be told apart
-    torch.testing.assert_close(values.cell_losses[:, :, 0], losses, rtol=0, atol=1e-6)
-    # The finest patch of a cell takes its whole error away; a coarse one that of its four, less what it leaves.
-    torch.testing.assert_close(values.patch_gains[..., 4:], squares.flatten(2) * 3 * 64, rtol=0, atol=1e-4)
-    left = (task_loss_to_mse(values.cell_losses[:, :, 1]) - 2e-5) * 3 * 64
-    drop = squares * 3 * 64 - left
-    coarse = torch.nn.functional.avg_pool2d(drop, 2, divisor_override=1).flatten(2)
-    torch.testing.assert_close(values.patch_gains[..., :4], coarse, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("model", [None, feature_model()], ids=["pixels", "features"])
+def test_gazes_of_one_clip_share_what_is_seen_of_it(model):
+    task, pixels = GazeTask(GRID, model), make_pixels(batch=2, dtype=torch.float32)
+    ids = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:3] for seed in range(6)])
+    gaze = GazeOutput.from_ids(ids, torch.zeros(6, 3, dtype=torch.bool), torch.tensor([3]), GRID)
+    repeated = task(pixels[:, :1].repeat_interleave(3, dim=0), gaze).loss
+    assert torch.equal(task(pixels[:, :1], gaze).loss, repeated) and len(repeated.unique()) == 6
+
+
+def test_a_task_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="`model` must be a FeatureGazeModel, got Linear"):
+        GazeTask(GRID, torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="`grid` must be that of the task"):
+        GreedyLabeller(GazeGrid([32], patch_size=8), GazeTask(GRID))
+    with pytest.raises(ValueError, match=r"`task_loss_requirement` must lie in 0\.\.1"):
+        GreedyLabeller(GRID, GazeTask(GRID, feature_model()), task_loss_requirement=1.5)
+    with pytest.raises(ValueError, match="`task_loss_requirement` must be numbers, got NaN"):
+        GreedyLabeller(GRID, task_loss_requirement=float("nan"))
 
 
 def test_gains_are_by_how_much_the_error_falls():
@@ -189,41 +262,43 @@ def test_gains_are_by_how_much_the_error_falls():
             assert float(gains[id]) == pytest.approx(float(error(kept) - error([*kept, id])), abs=1e-6)
 
 
-def test_a_gaze_is_labelled_by_what_greedy_search_would_choose_next():
-    pixels = make_pixels(batch=1)
-    own = GreedyLabeller(GRID, gazing_ratio=0.4)(pixels)[0]
-    labels, losses, _ = label_gaze(COMPOSITE, pixels, gaze_of(own.gazing_pos), step_size=3)
+@pytest.mark.parametrize("model", [None, feature_model()], ids=["pixels", "features"])
+def test_a_gaze_is_labelled_by_what_greedy_search_would_choose_next(model):
+    task, pixels = GazeTask(GRID, model), make_pixels(batch=1, dtype=torch.float32)
+    own = GreedyLabeller(GRID, task, gazing_ratio=0.4)(pixels)[0]
+    labels = task.continuations(pixels, gaze_of(own.gazing_pos), step_size=3)
     frames = labels.view(3, 8) - torch.arange(3)[:, None] * 20
     assert frames.tolist() == own.gazing_pos
+    losses = task.measure(pixels, gaze_of(own.gazing_pos))
     assert losses[0].tolist() == pytest.approx(sum(own.task_losses, []), abs=1e-9)
 
     generator = torch.Generator().manual_seed(0)
     other = [torch.randperm(20, generator=generator)[:8].tolist() for _ in range(3)]
-    labels, losses, gains = label_gaze(COMPOSITE, pixels, gaze_of(other), step_size=4)
+    labels = task.continuations(pixels, gaze_of(other), step_size=4)
     frames = (labels.view(3, 8) - torch.arange(3)[:, None] * 20).tolist()
     for t in range(3):
         for step in (0, 4):
             kept = [*other[:t], other[t][:step]]
             for slot in range(4):  # what greedy search adds, tried one by one
                 tried = [
-                    float(COMPOSITE(pixels[:, : t + 1], gaze_of([*kept[:-1], [*kept[-1], id]])).loss[0, t])
+                    float(task(pixels[:, : t + 1], gaze_of([*kept[:-1], [*kept[-1], id]])).loss[0, t])
                     for id in range(20)
                 ]
-                assert tried[frames[t][step + slot]] == pytest.approx(min(tried), abs=1e-9)
-                assert int(gains[0, 8 * t + step + slot].argmax()) == frames[t][step + slot]
+                assert tried[frames[t][step + slot]] == pytest.approx(min(tried), abs=1e-5)
                 kept[-1] = [*kept[-1], frames[t][step + slot]]
-        so_far = [COMPOSITE(pixels[:, : t + 1], gaze_of([*other[:t], other[t][:n]])).loss[0, t] for n in range(1, 9)]
-        assert losses.view(3, 8)[t].tolist() == pytest.approx([float(loss) for loss in so_far], abs=1e-6)
 
 
-LABELS = {"a/b.mp4": ClipLabels([[3, 0], [19]], [[0.1 + 0.2, -1 / 3], [1e-17]]), "c": ClipLabels([[1]], [[2.0]])}
+LABELS = {"a/b.mp4": ClipLabels([[3, 0]], [[0.1 + 0.2, -1 / 3]]), "c": ClipLabels([[1]], [[2.0]])}
 
 
 def test_a_label_file_reads_back_equal_and_has_the_published_shape(tmp_path):
     write_labels(tmp_path / "labels.json", LABELS)
     assert read_labels(tmp_path / "labels.json", grid=GRID) == LABELS
     published = json.loads((tmp_path / "labels.json").read_text())
-    assert published["c"] == {"gazing_pos": [[1]], "task_losses": [[2.0]]}
+    assert (
+        published["c"] == {"gazing_pos": [[1]], "task_losses": [[2.0]]}
+        and read_label_settings(tmp_path / "labels.json") == {}
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
@@ -247,6 +322,24 @@ def test_a_table_reads_back_equal(tmp_path):
         ),
         ('{"v": {"gazing_pos": [[]], "task_losses": [[]]}}', "at least one patch for each frame"),
         ('{"v": {"gazing_pos": [[20]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got 20"),
+        ('{"v": {"gazing_pos": [[-1]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got -1"),
+        ('{"v": {"gazing_pos": [["3"]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got '3'"),
+        ('{"v": {"gazing_pos": [[1.5]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got 1.5"),
+        ('{"v": {"gazing_pos": [[true]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got True"),
+        ('{"v": {"gazing_pos": [[null]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got None"),
+        ('{"v": {"gazing_pos": [[[1]]], "task_losses": [[0.5]]}}', r"ids in 0\.\.19, got \[1\]"),
+        ('{"v": {"gazing_pos": [[1, 1]], "task_losses": [[0.5, 0.5]]}}', r"no patch twice in a frame, got \[1, 1\]"),
+        ('{"v": {"gazing_pos": [1], "task_losses": [0.5]}}', "a list of patches and one of losses for each frame"),
+        ('{"v": {"gazing_pos": "1", "task_losses": "2"}}', "a list of patches and one of losses for each frame"),
+        ('{"v": {"gazing_pos": [[1]], "task_losses": [[NaN]]}}', "numbers as losses, got nan"),
+        ('{"v": {"gazing_pos": [[1]], "task_losses": [["a"]]}}', "numbers as losses, got 'a'"),
+        (
+            '{"v": {"gazing_pos": [[1]], "task_losses": [[1]]}, "w": {"gazing_pos": [[1], [1]], "task_losses": [[1], [1]]}}',
+            "one number of frames, got 1 of 'v' and 2 of 'w'",
+        ),
+        ('{"settings": 3}', "must hold"),
+        ('{"v": 3}', "must hold"),
+        ("3", "must hold"),
     ],
 )
 def test_a_file_that_is_no_label_file_is_refused(tmp_path, content, message):
@@ -294,6 +387,101 @@ def test_labelling_goes_on_where_it_broke_off(videos, tmp_path):
     assert label_videos(videos, Stopping(0), output, num_frames=3) == output  # nothing left to do
 
 
+def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
+    def labeller(task=None, **kwargs):
+        return GreedyLabeller(GRID, task, **{"gazing_ratio": 0.2, **kwargs})
+
+    def other_settings(output):
+        features = GazeTask(GRID, feature_model())
+        for make, name, values in (
+            (lambda: label_videos(videos, labeller(), output, num_frames=2), "num_frames", "3, but it is 2"),
+            (
+                lambda: label_videos(videos, labeller(gazing_ratio=0.3), output, 3),
+                "gazing_ratio",
+                "0.2, but it is 0.3",
+            ),
+            (
+                lambda: label_videos(videos, labeller(task_loss_requirement=0.5), output, 3),
+                "task_loss_requirement",
+                "None, but it is 0.5",
+            ),
+            (lambda: label_videos(videos, labeller(features), output, 3), "task", "pixels, but it is features"),
+            (
+                lambda: label_videos(videos, GreedyLabeller(GazeGrid([32, 64], 8), gazing_ratio=0.2), output, 3),
+                "scales",
+                r"\[\[16, 16\], \[32, 32\]\], but it is \[\[32, 32\], \[64, 64\]\]",
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"were made with `{name}` {values} asked for now"):
+                make()
+
+    with pytest.raises(KeyboardInterrupt):
+        label_videos(videos, Stopping(1), tmp_path / "labels.json", num_frames=3, batch_size=2)
+    other_settings(tmp_path / "labels.json")  # going on with an unfinished file
+    label_videos(videos, labeller(), tmp_path / "labels.json", num_frames=3)
+    other_settings(tmp_path / "labels.json")  # taking a finished one for done
+
+    settings = read_label_settings(tmp_path / "labels.json")
+    assert settings == {"num_frames": 3, "gazing_ratio": 0.2, "task_loss_requirement": None, **GazeTask(GRID).settings}
+    assert len(read_labels(tmp_path / "labels.json", settings={"num_frames": 3})) == 5
+    with pytest.raises(ValueError, match="`num_frames` 3, but it is 16 asked for now"):
+        read_labels(tmp_path / "labels.json", settings={"num_frames": 16})
+    label_videos(videos, labeller(gazing_ratio=0.5), tmp_path / "other.json", num_frames=3)
+    with pytest.raises(
+        ValueError, match="other.json' were made with `gazing_ratio` 0.5, but it is 0.2 in .*labels.json"
+    ):
+        read_labels(tmp_path / "labels.json", tmp_path / "other.json")
+    write_labels(tmp_path / "published.json", LABELS)
+    with pytest.raises(ValueError, match="holds labels that do not tell what they were made with"):
+        label_videos(videos, labeller(), tmp_path / "published.json", num_frames=3)
+
+
+def test_labels_of_other_feature_weights_do_not_mix():
+    one, same, other, calibrated = (GazeTask(GRID, feature_model(seed)).settings for seed in (0, 0, 1, 0))
+    model = feature_model()
+    model.config.loss_knots = [[0.0, 0.0], [1.0, 1.0]]
+    calibrated = GazeTask(GRID, model).settings
+    assert one == same and len({one["weights"], other["weights"], calibrated["weights"]}) == 3
+
+
+def test_two_processes_at_once_get_a_clear_error(videos, tmp_path):
+    output = tmp_path / "labels.json"
+
+    class Meddled(GreedyLabeller):
+        def __call__(self, pixels):
+            script = (
+                "import sys, fcntl\n"
+                "from transformers_autogaze.training.label_files import UnfinishedLabels\n"
+                "from pathlib import Path\n"
+                "try:\n    UnfinishedLabels(Path(sys.argv[1]), {})\n"
+                "except ValueError as error:\n    print(error)\n"
+            )
+            done = subprocess.run([sys.executable, "-c", script, str(output)], capture_output=True, text=True)
+            assert "is being labelled by another process" in done.stdout, done
+            return super().__call__(pixels)
+
+    pytest.importorskip("fcntl")
+    label_videos(videos, Meddled(GRID, gazing_ratio=0.2), output, num_frames=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
+
+
+def test_a_process_that_finds_the_labels_finished_takes_them(videos, tmp_path, monkeypatch):
+    """As when another one came to its end after this one looked, and before it began."""
+    from transformers_autogaze.training import labels
+
+    labeller, output = GreedyLabeller(GRID, gazing_ratio=0.2), tmp_path / "labels.json"
+    make = labels.UnfinishedLabels
+
+    def after_another(*arguments):
+        monkeypatch.setattr(labels, "UnfinishedLabels", make)
+        label_videos(videos, labeller, output, num_frames=3)
+        return make(*arguments)
+
+    monkeypatch.setattr(labels, "UnfinishedLabels", after_another)
+    assert label_videos(videos, Stopping(0), output, num_frames=3) == output
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
+
+
 def test_shards_make_up_the_whole(videos, tmp_path):
     labeller = GreedyLabeller(GRID, gazing_ratio=0.2)
     whole = read_labels(label_videos(videos, labeller, tmp_path / "labels.json", num_frames=2))
@@ -307,10 +495,13 @@ def test_videos_that_cannot_be_labelled_are_skipped_and_counted(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     short, good = render_demo_clip(2, 40, 48), render_demo_clip(4, 40, 48)
     videos = VideoCollection([short, tmp_path / "broken.mp4", good])
-    with pytest.warns(UserWarning, match="a video is skipped") as warned:
+    with pytest.warns(UserWarning, match="left out") as warned:
         path = label_videos(videos, GreedyLabeller(GRID), tmp_path / "labels.json", num_frames=4)
     assert list(read_labels(path)) == ["2"] and videos.num_skipped == 2
-    assert len([warning for warning in warned if "skipped" in str(warning.message)]) == 1
+    assert [str(w.message).split()[2] for w in warned if "left out" in str(w.message)] == [
+        "0",
+        str(tmp_path / "broken.mp4"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +510,10 @@ def test_videos_that_cannot_be_labelled_are_skipped_and_counted(tmp_path):
         ({"shard": (3, 2)}, r"`shard` must be one of 1\.\.2"),
         ({"shard": (0, 2)}, "`shard`"),
         ({"output": "labels.txt"}, "`output` must end in .json, got 'labels.txt'"),
+        ({"num_frames": 0}, "`num_frames` must be a whole number of at least 1, got 0"),
+        ({"num_frames": 2.5}, "`num_frames` must be a whole number of at least 1, got 2.5"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
+        ({"num_workers": -1}, "`num_workers` must be a whole number of at least 0, got -1"),
     ],
 )
 def test_impossible_labelling_is_refused_before_any_work(videos, arguments, message):

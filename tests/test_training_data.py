@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -13,9 +14,11 @@ from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.selection_autogaze import resize_frames
 from transformers_autogaze.training.augmentation import ClipAugmentation, pan_and_zoom
 from transformers_autogaze.training.data import BudgetSchedule, ClipSampler, GazeClipDataset, GazeCollator
-from transformers_autogaze.training.labels import ClipLabels, FrameValues, GreedyLabeller, label_videos, read_labels
+from transformers_autogaze.training.label_files import ClipLabels, read_labels
+from transformers_autogaze.training.labels import GreedyLabeller, label_videos
 from transformers_autogaze.training.videos import VideoCollection
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video_decoding_autogaze import read_video
 
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -127,20 +130,44 @@ def test_a_datasets_dataset_gives_videos_of_any_kind_in_a_column():
     assert frames_shown(dataset(VideoCollection(pictures, column="image"))[0]) == [9, 9, 9, 9]
 
 
-def test_a_video_that_cannot_be_read_is_skipped_with_one_warning_and_counted(tmp_path):
+def test_a_video_that_cannot_be_read_is_left_out_with_one_warning_that_names_it(tmp_path):
     for name in ("broken1.mp4", "broken2.mp4"):
         (tmp_path / name).write_bytes(b"nothing")
     write_video(tmp_path / "clip.mp4", numbered(6, 64, 64), fps=10)
     clips = dataset(tmp_path)
-    with pytest.warns(UserWarning, match="a video is skipped.*broken1.mp4") as warned:
+    with pytest.warns(UserWarning, match="left out") as warned:
         items = [clips[index] for index in range(6)]
-    assert len(warned) == 1 and clips.num_skipped == 2
-    assert all(max(frames_shown(item)) <= 5 for item in items)
-    with pytest.warns(UserWarning, match="a video is skipped"):
+    assert [str(warning.message).split(" cannot")[0] for warning in warned] == [
+        "the video broken1.mp4",
+        "the video broken2.mp4",
+    ]
+    assert clips.num_skipped == 2 and all(max(frames_shown(item)) <= 5 for item in items)
+    with pytest.warns(UserWarning, match="broken2.mp4 cannot be read and is left out"):
         assert VideoCollection(tmp_path, in_memory=True).num_skipped == 2
     (tmp_path / "clip.mp4").write_bytes(b"nothing")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="a video that can be read, but all 3 failed"):
         dataset(tmp_path)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged or cut off")
+def test_a_damaged_video_gives_clips_of_the_frames_that_can_be_decoded(tmp_path):
+    clips = dataset([FIXTURES / "videos" / "ftrunc_25.mp4"], max_stride=3)
+    decoded = read_video(FIXTURES / "videos" / "ftrunc_25.mp4")[0]
+    assert len(decoded) == 12
+    expected = dataset([decoded], max_stride=3)
+    for index in range(5):
+        assert_items_equal(clips[index], expected[index])
+    assert clips.num_skipped == 0
+
+
+def test_a_video_that_tells_of_more_frames_than_it_gives_is_not_left_out(tmp_path, monkeypatch):
+    """As a long one does whose damage lies in the middle, which is not decoded beforehand."""
+    write_video(tmp_path / "clip.mp4", numbered(8, 64, 64), fps=10)
+    videos = VideoCollection(tmp_path)
+    videos._lengths[0] = 30
+    assert videos.read_clip(0, lambda total: range(total - 3, total)).shape == (3, 3, 64, 64)
+    assert videos.read_clip(0, lambda total: range(0, 4, 2)).shape == (2, 3, 64, 64)
+    assert videos.num_skipped == 0
 
 
 def test_what_workers_skip_counts_as_well(tmp_path):
@@ -162,10 +189,6 @@ def test_items_hold_the_greedy_search_of_the_pixels_that_the_model_sees():
     assert item["gazing_pos"][0][:4] == labels.gazing_pos[0][:4]
     for losses, expected in zip(item["task_losses"], labels.task_losses, strict=True):
         assert losses[0] == pytest.approx(expected[0], abs=1e-2)
-    assert item["cell_losses"].shape == (4, 2, 4, 4) and item["patch_gains"].shape == (4, 20)
-    # Frame 0 stands on mid-grey.
-    squares = (pixels[0] - 0.5).square().mean(0).unfold(0, 16, 16).unfold(1, 16, 16).mean((-1, -2))
-    torch.testing.assert_close(item["cell_losses"][0, 0], 2 + (squares + 2e-5).log10() / 2, rtol=0, atol=1e-3)
 
 
 def test_whole_frames_are_what_the_processor_and_the_model_make_of_them():
@@ -231,8 +254,6 @@ def test_labels_from_a_file_come_with_the_frames_they_were_made_for(tmp_path):
     for losses, expected in zip(labeller(pixels[None])[0].task_losses, item["task_losses"], strict=True):
         assert losses == pytest.approx(expected, abs=1e-2)
     assert clips.longest_labels(1) == 24
-    # What the closed form would say besides has no place where something else may have made the labels.
-    assert item.keys().isdisjoint(FrameValues._fields)
 
 
 def test_an_epoch_takes_every_clip_once_and_the_next_one_new_clips():
@@ -369,7 +390,7 @@ def test_a_camera_pans_and_zooms_evenly_over_a_still():
         (lambda: ClipAugmentation(colour=-1), "`colour` must lie in 0..1, got -1"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:a video is skipped")
+@pytest.mark.filterwarnings("ignore:.*left out")
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

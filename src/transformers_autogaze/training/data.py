@@ -225,6 +225,8 @@ class GazeClipDataset(Dataset):
         self.processor = processor or AutoGazeVideoProcessor()
         self.seed = seed
         self.task = GazeTask(config.grid) if task is None else task
+        if schedule is not None and schedule.threshold_share:
+            self.task.check_thresholds(schedule.threshold_min, schedule.threshold_max)
         self._numbers = [i for i, name in enumerate(self.videos.names) if labels is None or name in labels]
         if not self._numbers:
             raise ValueError(

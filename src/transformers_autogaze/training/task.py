@@ -89,6 +89,20 @@ class GazeTask(nn.Module):
             "patch_size": self.grid.patch_size,
         }
 
+    def check_thresholds(self, lowest: float, highest: float) -> None:
+        """
+        Checks thresholds to be drawn against the range of losses.
+
+        Raises:
+            ValueError: if a loss cannot be that low or high.
+        """
+        try:
+            self.selector.check_task_loss_requirement(torch.tensor([lowest, highest]))
+        except ValueError as error:
+            raise ValueError(
+                f"`threshold_min` and `threshold_max` must be losses of the task, got {lowest} and {highest}: {error}"
+            ) from error
+
     def search(
         self,
         pixels: torch.Tensor,
