@@ -12,10 +12,11 @@ SHARED ?= ../shared
 PICTURES ?= outputs/pictures
 WEIGHTS ?= outputs/weights
 PACKED = src/transformers_autogaze/pretrained/features
+AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test lint weights clean
+.PHONY: demo test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -47,6 +48,16 @@ $(PICTURES)/unpacked:
 	cd $(PICTURES) && apt-get download $(PACKAGES) && for package in *.deb; do dpkg -x $$package $${package%%_*}; done
 	find $(PICTURES) -name 'screenshot.*' -delete
 	touch $@
+
+# A new AutoGaze by the published recipe: random crops, labelled on the way by the features that the default weights foresee,
+# a tenth of the patches; then its own gazes, rewarded by the same features. Each stage takes STEPS steps.
+autogaze-weights: $(INSTALLED)
+	$(VENV)/bin/autogaze train $(SHARED)/videos/train --task features --output-dir $(AUTOGAZE)/stage1 \
+		--ratio-strategy fixed --ratio-min 0.1 --dirichlet-share 1 --threshold-share 0 --flip 0 --colour 0 --still 0 \
+		--clips-per-video 100 --per-device-train-batch-size 4 --max-steps $(STEPS) --logging-steps 20 --report-to none
+	$(VENV)/bin/autogaze train-grpo $(SHARED)/videos/train --task features --model $(AUTOGAZE)/stage1 \
+		--output-dir $(AUTOGAZE)/stage2 --flip 0 --colour 0 --still 0 \
+		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
 	rm -rf $(VENV) outputs

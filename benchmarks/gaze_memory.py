@@ -43,7 +43,9 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default=str(AUTOGAZE_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
+        "--model",
+        default=AUTOGAZE_SELECTOR,
+        help="checkpoint to gaze with (default: the published AutoGaze, from the Hub)",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("gaze_memory.json"))

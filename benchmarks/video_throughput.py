@@ -59,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", type=Path, help="a video (default: a rendered 1080p clip)")
     parser.add_argument(
-        "--model", default=str(AUTOGAZE_SELECTOR), help="checkpoint to gaze with (default: the package's weights)"
+        "--model",
+        default=AUTOGAZE_SELECTOR,
+        help="checkpoint to gaze with (default: the published AutoGaze, from the Hub)",
     )
     parser.add_argument("--gazing-ratio", type=float, default=0.1)
     parser.add_argument("--frames", type=int, default=64, help="frames to take, from the beginning")

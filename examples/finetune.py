@@ -1,8 +1,8 @@
 """
 Trains a gaze model on a folder of videos (stage 1): random clips, labelled by greedy search on the way.
 
-    python examples/finetune.py videos/ -o trained                        # from the weights of the package
-    python examples/finetune.py videos/ --model checkpoint -o trained     # or from your own
+    python examples/finetune.py videos/ -o trained                        # from random weights
+    python examples/finetune.py videos/ --model checkpoint -o trained     # from a checkpoint, a folder or a Hub repository
     python examples/finetune.py --tiny -o trained                         # a tiny model and drawn clips, to see it run
 """
 
@@ -22,7 +22,7 @@ from transformers_autogaze.training import (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="?", help="a folder of videos")
-    parser.add_argument("--model", help="checkpoint to start from (default: the weights of the package)")
+    parser.add_argument("--model", help="checkpoint to start from (default: random weights)")
     parser.add_argument("-o", "--output", default="trained")
     parser.add_argument("--num-frames", type=int, default=16)
     parser.add_argument("--max-steps", type=int, default=1000)
@@ -40,7 +40,7 @@ def main() -> None:
         videos = [render_demo_clip(8, 64, 64, seed) for seed in range(4)]
         options.num_frames, options.max_steps = 4, 3
     elif options.model is None:
-        model = AutoGazeModel.from_default(dtype="float32")
+        model = AutoGazeModel(AutoGazeConfig())
     else:
         model = AutoGazeModel.from_pretrained(options.model, dtype="float32")
         processor = AutoGazeVideoProcessor.from_pretrained(options.model)

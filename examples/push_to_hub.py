@@ -1,50 +1,60 @@
 """
 Puts a gaze model on the Hub, with its processor, the code that loads it anywhere and a model card.
 
-    python examples/push_to_hub.py you/autogaze                    # the weights that come with the package
-    python examples/push_to_hub.py you/autogaze --model stage2     # your own
-    python examples/push_to_hub.py you/autogaze --only-write DIR   # writes the files and stops there
+    python examples/push_to_hub.py stage2 you/autogaze           # a checkpoint and where to put it
+    python examples/push_to_hub.py stage2 --only-write DIR       # writes the files and stops there
+
+The card is the checkpoint's own, if it has one, or says what the checkpoint itself tells; add how it was trained.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
+from transformers import AutoModel
 
-from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeProcessor
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeProcessor, GazeSelector
 
 
-CARD = Path(__file__).parents[1] / "model_card.md"
+TEMPLATE = Path(__file__).parents[1] / "model_card.md"
+
+
+def card_of(model: GazeSelector, checkpoint: str) -> str:
+    """Gives the card that lies beside a checkpoint, or one that holds what its configuration tells."""
+    own = Path(checkpoint) / "README.md"
+    if own.exists():
+        return own.read_text(encoding="utf-8")
+    scales = ", ".join(f"{rows}x{columns}" for rows, columns in model.config.grid.grids)
+    facts = {"CLASS": type(model).__name__, "PARAMETERS": f"{model.num_parameters():,}", "SCALES": scales}
+    card = TEMPLATE.read_text(encoding="utf-8")
+    for name, fact in facts.items():
+        card = card.replace(f"{{{name}}}", fact)
+    return card
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="checkpoint")
     parser.add_argument("repository", nargs="?", help="name of the repository, such as you/autogaze")
-    parser.add_argument("--model", help="checkpoint; by default the weights that come with the package")
-    parser.add_argument("--card", type=Path, default=CARD, help="model card, Markdown")
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--only-write", type=Path, metavar="DIR", help="write the files there and push nothing")
     parser.add_argument("--tiny", action="store_true", help="write a random model of small size to checkpoint/")
     options = parser.parse_args()
     if options.tiny:
-        options.only_write = Path("checkpoint")
-    elif options.repository is None:
-        parser.error("name the repository, such as you/autogaze")
-
-    processor = AutoGazeProcessor()
-    if options.tiny:
-        model = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64))
-    elif options.model is None:
-        model = AutoGazeModel.from_default()
+        options.model, options.only_write = "tiny", Path("checkpoint")
+        model, processor = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64)), AutoGazeProcessor()
+    elif options.model is None or (options.repository is None and options.only_write is None):
+        parser.error("name a checkpoint and the repository, such as you/autogaze")
     else:
-        model = AutoGazeModel.from_pretrained(options.model)
+        model = AutoModel.from_pretrained(options.model)
         processor = AutoGazeProcessor.from_pretrained(options.model)
+
     with tempfile.TemporaryDirectory() as folder:
         folder = options.only_write or Path(folder)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        ModelCard.load(options.card).save(folder / "README.md")
+        (folder / "README.md").write_text(card_of(model, options.model), encoding="utf-8")
         if options.only_write:
             print(f"written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
             return

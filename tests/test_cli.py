@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import FIXTURES
 from PIL import Image
 
 from transformers_autogaze import read_video, write_video
@@ -88,7 +89,7 @@ def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
         (["prune", "{clip}", "--task-loss-requirement", "nan"], "`task_loss_requirement` must be numbers, got NaN"),
         (["prune", "{clip}", "--clip-ratio", "0"], "`clip_ratio` must be above 0 and at most 1"),
         (["prune", "{clip}", "--tokens-per-second", "-3"], "`tokens_per_second` must be a number above 0"),
-        (["prune", "{clip}", "--selector", "autogaze", "--clip-ratio", "0.1"], "need a selector that knows"),
+        (["prune", "{clip}", "--model", "{model}", "--clip-ratio", "0.1"], "need a selector that knows"),
         (["prune", "{clip}", "--frames", "21"], "`num_frames` must be at most 20"),
         (["prune", "{clip}", "--fps", "-1"], "`fps` must be above 0"),
         (["prune", "{clip}", "--tiles", "grid", "--max-tiles", "0"], "`max_tiles` must be a whole number"),
@@ -97,7 +98,8 @@ def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
 )
 def test_bad_input_ends_with_a_message_and_status_2(clip, tmp_path, capsys, arguments, message):
     (tmp_path / "notes.txt").write_text("not a video")
-    arguments = [argument.format(clip=clip, text=tmp_path / "notes.txt") for argument in arguments]
+    model = FIXTURES / "tiny-1"
+    arguments = [argument.format(clip=clip, text=tmp_path / "notes.txt", model=model) for argument in arguments]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "autogaze: error:" in error and message in error

@@ -8,7 +8,7 @@ import torch
 from test_generation import assert_same_gaze, thresholds_that_stop_clips_differently
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transformers_autogaze import AutoGazeModel, GazeCache, GazeOutput
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeCache, GazeOutput
 from transformers_autogaze import graphed_steps_autogaze as graphed
 from transformers_autogaze.cuda_graphs_autogaze import ReplayedCall
 from transformers_autogaze.fused_decoder_autogaze import FusedDecoder
@@ -182,7 +182,7 @@ def test_steps_on_cuda_neither_wait_nor_mix_devices(tiny, monkeypatch, dtype):
 def test_cuda_gives_the_ids_of_the_cpu(threshold, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
-    model = AutoGazeModel.from_default()
+    model = AutoGazeModel(AutoGazeConfig(initializer_range=0.1)).eval()
     clips = torch.randn(3, 16, 3, 224, 224)
     call = {"gazing_ratio": 0.3, "task_loss_requirement": threshold}
     expected = model.generate(clips, **call)
@@ -199,7 +199,7 @@ def test_cuda_gives_the_ids_of_the_cpu(threshold, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cuda_in_half_precision_gives_what_single_operations_give(dtype, monkeypatch):
     torch.manual_seed(0)
-    model = AutoGazeModel.from_default(dtype=dtype).to("cuda")
+    model = AutoGazeModel(AutoGazeConfig(initializer_range=0.1)).eval().to("cuda", dtype)
     clips = torch.randn(2, 4, 3, 224, 224, device="cuda", dtype=dtype)
     replayed = [model.generate(clips, gazing_ratio=0.2) for _ in range(3)][-1]
     monkeypatch.setattr(AutoGazeModel, "_replays_steps", lambda self: False)

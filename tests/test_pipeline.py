@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 from transformers import pipeline
 
 from transformers_autogaze import (
-    AUTOGAZE_SELECTOR,
     GREEDY_SELECTOR,
+    AutoGazeConfig,
     AutoGazeModel,
     AutoGazeProcessor,
     FeatureGazeModel,
@@ -47,10 +47,13 @@ def test_the_default_keeps_a_quarter_of_the_tokens_of_a_clip_on_the_finest_scale
     assert prune(video, tokens_per_clip=250)["gaze"].num_real.tolist() == [250]
 
 
-def test_the_weights_of_the_package_are_named_by_their_folder(video):
-    prune = pipeline("video-token-pruning", model=str(AUTOGAZE_SELECTOR), device="cpu")
+def test_a_checkpoint_of_autogaze_is_named_by_its_folder(video, tmp_path):
+    torch.manual_seed(0)
+    expected = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64))
+    expected.save_pretrained(tmp_path)
+    AutoGazeProcessor().save_pretrained(tmp_path)
+    prune = pipeline("video-token-pruning", model=str(tmp_path), device="cpu")
     assert type(prune.model) is AutoGazeModel and not prune.model.training
-    expected = AutoGazeModel.from_default()
     assert all(torch.equal(a, b) for a, b in zip(prune.model.parameters(), expected.parameters(), strict=True))
     with pytest.raises(ValueError, match="need a selector that knows what patches gain"):
         prune(video, clip_ratio=0.1)

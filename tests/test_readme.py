@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video("video.mp4", render_demo_clip(num_frames=32, height=96, width=128), fps=15)
-    published = tmp_path / "path" / "to" / "published"
+    published = tmp_path / "published"
     shutil.copytree(FIXTURES / "tiny-1", published)
     shutil.copy(FIXTURES / "processor" / "preprocessor_config.json", published)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -29,13 +29,10 @@ def test_the_examples_run(tmp_path, monkeypatch):
     SiglipImageProcessor().save_pretrained(encoder)
     names: dict[str, object] = {}
     for block in blocks:
-        # The two on AutoGaze's streams and other encoders go on with the model of their own sizes, not the small published one.
-        if "GazeCache" in block:
-            names["model"], names["processor"] = names["own_model"], names["own_processor"]
-        block = block.replace("google/siglip2-base-patch16-224", str(encoder))
+        block = block.replace("google/siglip2-base-patch16-224", str(encoder)).replace(
+            "nvidia/AutoGaze", str(published)
+        )
         exec(compile(block, str(README), "exec"), names)
-        if "from_default" in block:
-            names["own_model"], names["own_processor"] = names["model"], names["processor"]
     assert names["cache"].num_frames == 16
     assert names["patches"].shape[2:] == (3, 14, 14)
     assert names["features"].last_hidden_state.shape == (16 * 196 // 8, 16)
