@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import FIXTURES
 from transformers import set_seed
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
@@ -160,6 +161,19 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
         (
             ["label", "{videos}", "-o", "labels.json", "--task", "features", "--feature-model", "no/such"],
             "`--feature-model` must be a distilled selector's folder or Hub repository, got 'no/such'",
+        ),
+        (
+            [
+                "label",
+                "{videos}",
+                "-o",
+                "labels.json",
+                "--task",
+                "features",
+                "--feature-model",
+                str(FIXTURES / "tiny-1"),
+            ],
+            "`model` must be a FeatureGazeModel, got AutoGazeModel",
         ),
         (
             ["train", "{videos}", "--output-dir", "out", "--task", "features", "--threshold-max", "2"],

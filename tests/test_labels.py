@@ -504,6 +504,12 @@ def test_videos_that_cannot_be_labelled_are_skipped_and_counted(tmp_path):
     ]
 
 
+def test_videos_of_which_none_can_be_labelled_are_an_error_and_leave_no_file(videos, tmp_path):
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="videos of 99 frames"):
+        label_videos(videos, GreedyLabeller(GRID), tmp_path / "labels.json", num_frames=99)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

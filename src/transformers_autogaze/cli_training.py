@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoModel, HfArgumentParser, set_seed
 
 from . import FEATURES_SELECTOR
 from .configuration_autogaze import AutoGazeConfig
-from .feature_gaze_autogaze import FeatureGazeModel
 from .grid_autogaze import GazeGrid
 from .modeling_autogaze import AutoGazeModel
 from .training.augmentation import ClipAugmentation
@@ -132,11 +131,12 @@ def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
         return GazeTask(grid)
     folder = options.feature_model or FEATURES_SELECTOR
     try:
-        return GazeTask(grid, FeatureGazeModel.from_pretrained(folder, dtype=torch.float32))
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     except OSError as error:
         raise ValueError(
-            f"`--feature-model` must be a distilled selector's folder or Hub repository, got {folder!r}: {error}"
+            f"`--feature-model` must be a distilled selector's folder or Hub repository, got {str(folder)!r}: {error}"
         ) from error
+    return GazeTask(grid, model)
 
 
 def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeModel, AutoGazeVideoProcessor]:

@@ -255,8 +255,8 @@ def label_videos(
         `Path`: the file.
 
     Raises:
-        ValueError: if a number is out of range, the output is no `.json`, what is there was made with other settings, or
-            another process is at work on it.
+        ValueError: if a number is out of range, the output is no `.json`, what is there was made with other settings,
+            another process is at work on it, or no video can be read.
     """
     number, count = shard
     if not 1 <= number <= count:
@@ -290,6 +290,9 @@ def label_videos(
                     unfinished.add(_label_batch(labeller, batch, device))
                     progress.update(len(batch))
             names = [videos.names[i] for i in numbers if videos.names[i] in unfinished.done]
+            if numbers and not names:
+                unfinished.remove()
+                raise ValueError(f"`videos` must hold videos of {num_frames} frames that can be read, got none")
             write_labels(output, {name: unfinished.done[name] for name in names}, settings)
         unfinished.remove()
     return output
