@@ -20,6 +20,9 @@ from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss, task_loss_to_mse
 from .configuration_autogaze import GazeSelectorConfig, have_equal_content
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
+from .gaze_batches_autogaze import stack_gazes  # noqa: F401
+from .gaze_files_autogaze import save_gaze  # noqa: F401
+from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401 (see modeling_autogaze)
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import frames_to_pixels, pixel_scale_and_offset

@@ -27,6 +27,9 @@ from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoG
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .decode_steps_autogaze import DecodeSteps  # noqa: F401
 from .fused_decoder_autogaze import FusedDecoder  # noqa: F401
+from .gaze_batches_autogaze import stack_gazes  # noqa: F401
+from .gaze_files_autogaze import save_gaze  # noqa: F401
+from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401
 from .generation_autogaze import GazeDecoding
 from .graphed_steps_autogaze import GraphedSteps  # noqa: F401

@@ -21,6 +21,9 @@ from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
+from .gaze_batches_autogaze import stack_gazes  # noqa: F401
+from .gaze_files_autogaze import save_gaze  # noqa: F401
+from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .processing_autogaze import AutoGazeProcessor
