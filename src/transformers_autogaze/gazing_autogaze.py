@@ -414,7 +414,8 @@ class GazeOutput(ModelOutput):
 
         ```
         """
-        return stack_gazes(gazes)
+        # Of this class, whatever theirs: remote code may be loaded more than once.
+        return cls(**stack_gazes(gazes))
 
     @classmethod
     def concatenate(cls, gazes: Sequence["GazeOutput"]) -> "GazeOutput":
@@ -432,7 +433,7 @@ class GazeOutput(ModelOutput):
             ValueError: if there is no gaze, they differ in scales, patch size, sampling rate or batch size, or they are parts of
                 a stream that do not follow each other.
         """
-        return concatenate_gazes(gazes)
+        return cls(**concatenate_gazes(gazes))
 
     def to(self, device: torch.device | str) -> "GazeOutput":
         """Moves every tensor to a device; a streaming state stays where it is."""
