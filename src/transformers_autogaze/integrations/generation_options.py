@@ -21,7 +21,7 @@ _KNOWN = frozenset(
     no_repeat_ngram_size num_beams num_return_sequences output_attentions output_hidden_states output_logits
     output_scores pad_token_id remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
     return_legacy_cache sequence_bias stop_strings suppress_tokens synced_gpus temperature tokenizer top_h top_k top_p
-    typical_p use_model_defaults
+    typical_p use_cache use_model_defaults
     """.split()
 )
 _FUNCTIONS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
@@ -59,11 +59,7 @@ def fit_generation_options(
     asked = {**settings, **options}
     for name, value in asked.items():
         is_known = name in _KNOWN or name in _FUNCTIONS or name in model_inputs or name == "generation_config"
-        is_known |= (
-            name in _NOTES
-            or (name == "use_cache" and value)
-            or (name == "cache_implementation" and value == "dynamic")
-        )
+        is_known |= name in _NOTES or (name == "cache_implementation" and value == "dynamic")
         if not is_known and (name not in defaults or value != defaults[name]):
             raise ValueError(
                 f"`{name}` must not be given for a pruned prompt, got {value!r}: it is not known to give the MLLM's own answer "
