@@ -6,9 +6,7 @@ its place. Choosing patches is a selector's matter, running the tower on some un
 MLLM's own.
 """
 
-import inspect
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .generation_options import fit_generation_options, sequences_as_given
 from .normalization import normalizing_part
 from .prompts import with_labels
-from .qwen_vl_gazing import UnitGazer, UnitSizes
-from .qwen_vl_prompts import GazedPrompt, check_placeholders, in_place
+from .qwen_vl_gazing import UnitGazer, UnitSizes, warn_of_fixed_scales
+from .qwen_vl_prompts import GazedPrompt, check_placeholders, find_positions, in_place
 from .qwen_vl_tower import UNIT_ATTENTION_CHOICES, encode_units
 from .qwen_vl_units import kept_units
 from .video_tokens import list_gazes
@@ -180,6 +178,11 @@ class GazeQwenVL(ModelWrapper):
         task_loss_requirement: Setting = None,
         clip_ratio: float | None = None,
         tokens_per_clip: int | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -189,7 +192,9 @@ class GazeQwenVL(ModelWrapper):
             input_ids, pixel_values_videos, attention_mask, labels, gaze:
                 As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
-            kwargs: the other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM.
+            video_grid_thw, second_per_grid_ts, pixel_values, image_grid_thw, mm_token_type_ids:
+                As in [`~GazeQwenVL.prepare_inputs`]. They have names here so that `Trainer` keeps these columns of a data set.
+            kwargs: further arguments of the MLLM.
 
         Returns:
             The MLLM's own output. Its `logits` are those of the tokens that are left, see
@@ -199,9 +204,17 @@ class GazeQwenVL(ModelWrapper):
         Raises:
             ValueError: as [`~GazeQwenVL.prepare_inputs`].
         """
+        given = {
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        kwargs, given = ({key: value for key, value in part.items() if value is not None} for part in (kwargs, given))
         if pixel_values_videos is None:
             self._check_no_video(input_ids)
-            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **given, **kwargs)
         prompt = self.prepare_inputs(
             input_ids,
             pixel_values_videos,
@@ -213,7 +226,7 @@ class GazeQwenVL(ModelWrapper):
             clip_ratio=clip_ratio,
             tokens_per_clip=tokens_per_clip,
             padding_side="left" if attention_mask is not None and not bool(attention_mask[:, 0].all()) else "right",
-            **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
+            **given,
         )
         with in_place(self._base, prompt):
             output = self.mllm(
@@ -221,7 +234,7 @@ class GazeQwenVL(ModelWrapper):
                 attention_mask=prompt.attention_mask,
                 position_ids=prompt.position_ids,
                 labels=prompt.labels,
-                **{name: value for name, value in kwargs.items() if value is not None},
+                **kwargs,
             )
         return with_labels(output, prompt.labels)
 
@@ -362,7 +375,8 @@ class GazeQwenVL(ModelWrapper):
         visual_index[is_video & is_left] = torch.arange(pictures, len(features), device=device)
 
         mm_token_type_ids = is_image + 2 * is_video if mm_token_type_ids is None else mm_token_type_ids
-        position_ids = self._rope_index(
+        position_ids = find_positions(
+            self._base,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_grid_thw=image_grid_thw,
@@ -446,14 +460,7 @@ class GazeQwenVL(ModelWrapper):
         )
         if not self.gaze_model.takes_any_grid and not self._has_warned:
             self._has_warned = True
-            kept, total = map(sum, zip(*self.count_units(gaze, video_grid_thw), strict=True))
-            share = sum(float(one.kept_ratio) for one in gaze) / len(gaze)
-            warnings.warn(
-                f"{type(self.gaze_model).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on "
-                f"{kept} of {total} merge units ({kept / total:.1%}), and the language model reads all of these; a "
-                "selector that takes any grid, such as GreedyGazeSelector, keeps the share of units it is asked for",
-                stacklevel=2,
-            )
+            warn_of_fixed_scales(self.gaze_model, gaze, self.count_units(gaze, video_grid_thw))
         return gaze
 
     def count_units(
@@ -484,12 +491,6 @@ class GazeQwenVL(ModelWrapper):
                 yield kept_units(one, units, vision.temporal_patch_size)[0]
             except ValueError as error:
                 raise ValueError(f"`gaze` does not fit video {number}: {error}") from error
-
-    def _rope_index(self, **inputs: Any) -> torch.Tensor:
-        """Asks the MLLM for the positions `(3, batch, length)` of whole prompts."""
-        get_rope_index = self._base.model.get_rope_index
-        known = inspect.signature(get_rope_index).parameters
-        return get_rope_index(**{key: value for key, value in inputs.items() if key in known})[0]
 
     def _check_no_video(self, input_ids: torch.Tensor) -> None:
         if bool((input_ids == self.mllm.config.video_token_id).any()):

@@ -4,6 +4,7 @@ Prompts of Qwen2.5-VL and Qwen3-VL from which dropped merge units are gone, and 
 This module knows the language models' inputs. Which units are left is its caller's matter.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,3 +106,10 @@ def check_placeholders(
             f"`input_ids` must have one {kind} placeholder, the token {token}, for each of the {units} merge units "
             f"in `{name}`, as the MLLM's processor writes them; got {count or f'no {kind} placeholder'}"
         )
+
+
+def find_positions(mllm: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """Asks an MLLM for the positions `(3, batch, length)` of whole prompts, by what its `get_rope_index` takes of these."""
+    get_rope_index = mllm.model.get_rope_index
+    known = inspect.signature(get_rope_index).parameters
+    return get_rope_index(**{key: value for key, value in inputs.items() if key in known})[0]

@@ -208,7 +208,7 @@ class SiglipAdapter(VisionAdapter):
         if type(embedding) is nn.Embedding:
             return embedding.weight
         # An adapter around it adds to the weights when it is called.
-        return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+        return embedding(torch.arange(len(embedding.weight), device=embedding.weight.device))
 
     @property
     def layers(self) -> nn.ModuleList:

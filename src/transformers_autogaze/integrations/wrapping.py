@@ -237,14 +237,27 @@ def load_gazing_parts(
     name: str | os.PathLike, facts: Mapping[str, Any] | None, given: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Gives `gaze_model`, `processor` and `gaze_processor`: those given, or else those that were saved."""
-    parts, facts, hub = dict(given), facts or {}, hub_arguments(kwargs)
+    parts, facts = dict(given), facts or {}
     if parts["gaze_model"] is None and facts.get("has_gaze_model"):
-        parts["gaze_model"] = AutoModel.from_pretrained(name, subfolder=_SELECTOR, **hub)
+        parts["gaze_model"] = AutoModel.from_pretrained(_fetch(name, _SELECTOR, kwargs))
     if parts["processor"] is None and facts.get("normalization"):
         parts["processor"] = SimpleNamespace(**facts["normalization"])
     if parts["gaze_processor"] is None and facts.get("has_gaze_processor"):
-        parts["gaze_processor"] = AutoGazeVideoProcessor.from_pretrained(name, subfolder=_PROCESSOR, **hub)
+        parts["gaze_processor"] = AutoGazeVideoProcessor.from_pretrained(_fetch(name, _PROCESSOR, kwargs))
     return parts
+
+
+def _fetch(name: str | os.PathLike, part: str, kwargs: Mapping[str, Any]) -> str:
+    """Gives the folder of a part; taken for itself, as an adapter beside it would be taken for its own."""
+    found = None
+    for file in ("config.json", "model.safetensors", "processor_config.json", "video_preprocessor_config.json"):
+        path = cached_file(
+            name, f"{part}/{file}", _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)
+        )
+        found = path or found
+    if found is None:
+        raise ValueError(f"{str(name)!r} must have the folder {part}, which its {WRAPPER_FILE} names")
+    return str(Path(found).parent)
 
 
 def _tied_names(module: nn.Module) -> list[str]:
