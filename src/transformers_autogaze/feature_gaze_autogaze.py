@@ -22,7 +22,7 @@ from .gaze_files_autogaze import save_gaze  # noqa: F401
 from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401
 from .grid_autogaze import GazeGrid
-from .selection_autogaze import frames_to_pixels, pixel_scale_and_offset
+from .selection_autogaze import GazeGenerationMixin, frames_to_pixels, pixel_scale_and_offset
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
@@ -34,7 +34,7 @@ class FeatureGazeCache(CanvasGazeCache):
     """What a [`FeatureGazeModel`] remembers of a stream: a vector for every place, and the account of a budget over time."""
 
 
-class FeatureGazeModel(CanvasGazeSelector, PreTrainedModel):
+class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel):
     """
     Keeps the patches whose features an encoder would see change, as foreseen by a small network taught by that encoder.
 

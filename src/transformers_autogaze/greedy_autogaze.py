@@ -25,7 +25,7 @@ from .gaze_files_autogaze import save_gaze  # noqa: F401
 from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401 (see modeling_autogaze)
 from .grid_autogaze import GazeGrid
-from .selection_autogaze import frames_to_pixels, pixel_scale_and_offset
+from .selection_autogaze import GazeGenerationMixin, frames_to_pixels, pixel_scale_and_offset
 from .token_budgets_autogaze import check_clip_ratio
 
 
@@ -90,7 +90,7 @@ class GreedyGazeCache(CanvasGazeCache):
         return None if self.canvas is None else self.canvas.image
 
 
-class GreedyGazeSelector(CanvasGazeSelector, PreTrainedModel):
+class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel):
     """
     Keeps, one by one, the patch that lowers the reconstruction error of its frame most.
 

@@ -35,7 +35,7 @@ from .generation_autogaze import GazeDecoding
 from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .measured_stopping_autogaze import FrameMeter  # noqa: F401
-from .selection_autogaze import check_pixels, draw_settings, resize_frames
+from .selection_autogaze import GazeGenerationMixin, check_pixels, draw_settings, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
@@ -168,7 +168,7 @@ class AutoGazePreTrainedModel(PreTrainedModel):
             init.normal_(module.pos_embed, std=self.config.decoder_config.initializer_range)
 
 
-class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
+class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
     """
     AutoGaze: looks at a video frame by frame and picks the smallest set of patches that still reconstructs it
     (arXiv 2603.12254).
@@ -241,6 +241,13 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.gaze_decoder.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """What patch ids are chosen by; quantisation leaves it as it is."""
+        return self.gaze_decoder.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.gaze_decoder.lm_head = value
 
     def embed_video(
         self, frames: torch.Tensor, past: list[torch.Tensor] | None = None

@@ -83,6 +83,20 @@ def threshold_each_frame(
     return threshold.expand(batch_size, num_frames)
 
 
+class GazeGenerationMixin:
+    """
+    Says of a model that its `generate` is its own, and not the library's for tokens. It must be a direct base.
+
+    Of a class of remote code that does not say so by this name, `AutoModel` derives another one, which no module holds and
+    so no pickle finds.
+    """
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it generates tokens: it does not."""
+        return False
+
+
 class GazeSelector:
     """
     What every selector has in common: `generate`, which checks its input, resizes, cuts tiles and stitches the result.
