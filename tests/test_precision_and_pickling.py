@@ -30,7 +30,7 @@ def autogaze() -> AutoGazeModel:
 
 def features() -> FeatureGazeModel:
     torch.manual_seed(0)
-    return FeatureGazeModel(FeatureGazeConfig(hidden_sizes=[8, 16, 32], depths=[1, 1, 1], feature_size=8)).eval()
+    return FeatureGazeModel(FeatureGazeConfig(hidden_sizes=[64, 64, 128], depths=[1, 1, 1], feature_size=64)).eval()
 
 
 def in_bits(model, folder, **bits):
