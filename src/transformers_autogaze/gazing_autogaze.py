@@ -414,8 +414,7 @@ class GazeOutput(ModelOutput):
 
         ```
         """
-        # Of this class, whatever theirs: remote code may be loaded more than once.
-        return cls(**stack_gazes(gazes))
+        return cls(**stack_gazes(gazes))  # of this class: remote code may be loaded more than once
 
     @classmethod
     def concatenate(cls, gazes: Sequence["GazeOutput"]) -> "GazeOutput":
