@@ -15,7 +15,11 @@ class VideoProcessorTester:
     batch_size, num_frames, num_channels, min_resolution, max_resolution = 3, 4, 3, 30, 80
 
     def __init__(self):
-        self.video_processor_dict = {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 18}}
+        self.video_processor_dict = {
+            "size": {"shortest_edge": 20},
+            "crop_size": {"height": 18, "width": 18},
+            "do_center_crop": True,
+        }
 
     def expected_output_video_shape(self, videos):
         return self.num_frames, self.num_channels, 18, 18
