@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import BitsAndBytesConfig
 
 from transformers_autogaze import (
@@ -46,6 +47,8 @@ def offloaded(model, folder):
 
 def on_disk(model, folder):
     pytest.importorskip("accelerate")
+    if transformers.__version__.startswith("5.0."):
+        pytest.skip("this release runs no model, Llama included, that lies on the disk as a whole")
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "weights").eval()
 
