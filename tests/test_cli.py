@@ -27,7 +27,7 @@ def test_prune_writes_an_overlay_records_a_sheet_and_a_table(clip, tmp_path, cap
     assert statistics["num_frames"] == 20 and len(statistics["patches_each_frame"]) == 20
     assert statistics["num_patches"] == len(gaze["records"]) == sum(statistics["patches_each_frame"])
     assert statistics["patches_each_frame"][0] == 196 > statistics["patches_each_frame"][-1]  # it stands still by then
-    assert statistics["num_patches"] == 20 * 196 * 0.3 and gaze["clip_ratio"] == 0.3
+    assert statistics["num_patches"] == 20 * 196 * 0.3 and gaze["settings"] == {"clip_ratio": 0.3}
     assert [record["frame"] for record in gaze["records"]] == sorted(record["frame"] for record in gaze["records"])
     assert gaze["records"][-1]["frame"] == 19
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 8 * 92

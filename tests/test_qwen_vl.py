@@ -850,8 +850,8 @@ def test_what_does_not_fit_is_named(mllm):
         model(**inputs, gaze=[random_gaze(6)])
     with pytest.raises(ValueError, match="`gaze` must be one for each of the 1 videos, got 2"):
         model(**inputs, gaze=gaze * 2)
-    with pytest.raises(ValueError, match="`gaze` does not fit video 0: it must be of one video, got 2"):
-        model(**inputs, gaze=[random_gaze(4).replace(gazing_pos=torch.zeros(2, 4, dtype=torch.long))])
+    with pytest.raises(ValueError, match="`gaze` must be one for each of the 1 videos, got 2"):
+        model(**inputs, gaze=[GazeOutput.stack([random_gaze(4), random_gaze(4)])])
     with pytest.raises(ValueError, match="`gaze` must be given where the model was made without"):
         model(**inputs)
     nothing = GazeOutput.from_masks([torch.zeros_like(mask) for mask in gaze[0].gazing_mask], GRID)

@@ -4,7 +4,8 @@ import torch
 
 from transformers_autogaze import GazeGrid, GazeOutput
 from transformers_autogaze.demo import render_demo_clip
-from transformers_autogaze.visualization import SCALE_COLOURS, contact_sheet, paint_gaze, side_by_side, to_frames
+from transformers_autogaze.gaze_pictures_autogaze import SCALE_COLOURS
+from transformers_autogaze.visualization import contact_sheet, paint_gaze, side_by_side, to_frames
 
 
 GRID = GazeGrid([16, 32], 16)

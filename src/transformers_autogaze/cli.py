@@ -6,15 +6,12 @@ takes no more memory than a short one.
 """
 
 import argparse
-import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +19,6 @@ from huggingface_hub.utils import tqdm
 from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.utils import logging
-from transformers.video_utils import VideoMetadata
 
 from . import (
     AUTOGAZE_SELECTOR,
@@ -38,6 +34,7 @@ from . import (
     cli_training,
 )
 from .demo import render_demo_clip
+from .gaze_files_autogaze import GazeFileWriter
 from .selection_autogaze import resize_frames
 from .video import write_video
 from .video_decoding_autogaze import stream_video
@@ -178,8 +175,8 @@ def _prune(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     panels: list[list[np.ndarray]] = []
     start = time.perf_counter()
-    # Records wait in a file of their own, for their number grows with the video.
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as records:
+    numbers = metadata.frames_indices, metadata.timestamps if metadata.fps else None
+    with GazeFileWriter(*numbers) as records:
         summary = Summary(processor, records)
 
         def overlay() -> Iterator[np.ndarray]:
@@ -199,19 +196,20 @@ def _prune(options: argparse.Namespace) -> None:
         write_video(options.output / "overlay.mp4", overlay(), fps=rate, times=times)
         seconds = time.perf_counter() - start
         statistics = summary.statistics()
-        gaze = {
-            "video": options.video,
-            "selector": _selector_name(options),
-            "tiles": options.tiles,
-            **_numbers_of_frames(metadata, statistics["num_frames"]),
-            **settings,
-            "statistics": statistics,
-        }
-        with (options.output / "gaze.json").open("w", encoding="utf-8") as file:
-            file.write(json.dumps(gaze, indent=1).removesuffix("\n}") + ',\n "records": [\n')
-            records.seek(0)
-            shutil.copyfileobj(records, file)
-            file.write("\n ]\n}\n")
+        records.write(
+            options.output / "gaze.json",
+            **summary.layout,
+            num_frames=statistics["num_frames"],
+            video=options.video,
+            selector=_selector_name(options),
+            tiles=options.tiles,
+            settings=settings,
+            fps=metadata.fps,
+            width=metadata.width,
+            height=metadata.height,
+            duration=metadata.duration,
+            statistics=statistics,
+        )
 
     rows = [np.stack(strip) for strip in zip(*panels, strict=True)]
     names = ("original", "kept patches", "reconstruction from the kept patches")
@@ -229,14 +227,6 @@ def _settings(options: argparse.Namespace, selector: GazeSelector) -> dict[str, 
         return asked
     share = getattr(selector.config, "clip_ratio", None)
     return {"gazing_ratio": 0.75, "task_loss_requirement": 0.7} if share is None else {"clip_ratio": share}
-
-
-def _numbers_of_frames(metadata: VideoMetadata, count: int) -> dict[str, list]:
-    """Gives which frames of the video were taken, and when they are shown in seconds; of a damaged one those that came."""
-    numbers: dict[str, list] = {"frame_indices": [int(index) for index in metadata.frames_indices[:count]]}
-    if metadata.fps:
-        numbers["frame_times"] = [round(time, 6) for time in metadata.timestamps[:count]]
-    return numbers
 
 
 class _SizedFrames:
@@ -270,16 +260,16 @@ class Summary:
 
     Args:
         processor ([`AutoGazeProcessor`]): what made the pixel values.
-        records (`TextIO`): where the records of kept patches are written, one a line and a comma between them.
+        records ([`GazeFileWriter`]): takes the records of kept patches.
     """
 
     processor: AutoGazeProcessor
-    records: TextIO
+    records: GazeFileWriter
     parts: list[dict[str, Any]] = field(default_factory=list)
     squared_errors: list[float] = field(default_factory=list)
     _composite: CompositeReconstruction | None = None
+    layout: dict[str, Any] = field(default_factory=dict)
     _reconstruction: torch.Tensor | None = None
-    _comma: str = ""
 
     @torch.no_grad()
     def add(self, chunk: GazeChunk) -> list[np.ndarray]:
@@ -309,12 +299,13 @@ class Summary:
         return [frames.numpy(), np.concatenate(painted), self._rebuild(chunk, size)]
 
     def _write_records(self, chunk: GazeChunk, height: int, width: int) -> None:
-        for record in self.processor.post_process_gaze(chunk.gaze, chunk.extent)[0]:
+        rate, records = chunk.gaze.frame_sampling_rate, self.processor.post_process_gaze(chunk.gaze, chunk.extent)[0]
+        self.layout = {"grid": chunk.gaze.grid, "extent": chunk.extent, "frame_sampling_rate": rate}
+        for record in records:
             left, top, right, bottom = record["box"]
-            box = [left, top, min(right, width), min(bottom, height)]
-            line = json.dumps(record | {"frame": record["frame"] + chunk.start, "box": box})
-            self.records.write(f"{self._comma}  {line}")
-            self._comma = ",\n"
+            record["box"] = [left, top, min(right, width), min(bottom, height)]
+            record["frame"] = record["frame"] * rate + chunk.start
+        self.records.add(records)
 
     def _rebuild(self, chunk: GazeChunk, size: tuple[int, int]) -> np.ndarray:
         """Rebuilds the frames from the kept patches, measures the error and gives them in a size to show."""
@@ -347,7 +338,7 @@ class Summary:
             "num_frames": frames,
             "num_patches": patches,
             "kept_ratio": patches / (frames * grid.num_patches),
-            "reduction_factor": frames * grid.num_patches_each_scale[-1] / patches,
+            "reduction_factor": frames * grid.num_patches_each_scale[-1] / patches if patches else None,
             "psnr": float(-10 * np.log10(max(np.mean(self.squared_errors), 1e-10))),
             "patches_each_frame": [count for part in self.parts for count in part["patches_each_frame"]],
             "patches_each_scale": {
@@ -361,14 +352,19 @@ def _print_table(
     options: argparse.Namespace, settings: dict[str, float], metadata: Any, statistics: dict[str, Any], seconds: float
 ) -> None:
     count = statistics["num_frames"]
-    dense = round(statistics["reduction_factor"] * statistics["num_patches"])
+    factor = statistics["reduction_factor"]
+    tokens = (
+        f"{factor:.1f}x fewer than the {round(factor * statistics['num_patches'])} of a dense encoder"
+        if factor
+        else "none"
+    )
     asked = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
     scales = ", ".join(f"{number} at {scale}" for scale, number in statistics["patches_each_scale"].items())
     rows = {
         "video": f"{Path(options.video).name}, {count} frames of {metadata.width}x{metadata.height}",
         "selector": f"{_selector_name(options)}, {asked}",
         "patches kept": f"{statistics['num_patches']}, {statistics['num_patches'] / count:.1f} a frame ({scales})",
-        "tokens": f"{statistics['reduction_factor']:.1f}x fewer than the {dense} of a dense encoder",
+        "tokens": tokens,
         "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches alone",
         "time": f"{seconds:.2f} s, {count / seconds:.0f} frames/s on {options.device}, from decoding to drawing",
         "written": ", ".join(str(options.output / name) for name in ("overlay.mp4", "gaze.json", "contact_sheet.png")),

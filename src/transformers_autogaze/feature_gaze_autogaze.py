@@ -18,9 +18,12 @@ from .configuration_autogaze import GazeSelectorConfig  # noqa: F401
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .feature_network_autogaze import STRIDE, FeatureGazeConfig, FeatureGazeNetwork
 from .feature_search_autogaze import FeatureSearch
+from .gaze_batches_autogaze import stack_gazes  # noqa: F401
+from .gaze_files_autogaze import save_gaze  # noqa: F401
+from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401
 from .grid_autogaze import GazeGrid
-from .selection_autogaze import frames_to_pixels, pixel_scale_and_offset
+from .selection_autogaze import GazeGenerationMixin, frames_to_pixels, pixel_scale_and_offset
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
@@ -32,7 +35,7 @@ class FeatureGazeCache(CanvasGazeCache):
     """What a [`FeatureGazeModel`] remembers of a stream: a vector for every place, and the account of a budget over time."""
 
 
-class FeatureGazeModel(CanvasGazeSelector, PreTrainedModel):
+class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel):
     """
     Keeps the patches whose features an encoder would see change, as foreseen by a small network taught by that encoder.
 

@@ -174,6 +174,11 @@ def _checked_knots(knots: Sequence[Sequence[float]]) -> list[list[float]]:
     return pairs
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Tells whether the weights of a projection may be read; adapted, quantised or offloaded ones must be asked."""
+    return type(linear) is nn.Linear and not linear.weight.is_meta
+
+
 class FeatureGazeDepthwise(nn.Conv2d):
     """A depthwise convolution, which learns three times faster in float32 than in bfloat16 on a CPU."""
 
@@ -201,6 +206,9 @@ class FeatureGazeBlock(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Takes and gives `(frames, channels, rows, columns)`, channels last in memory."""
         update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
+        if not (_is_plain(self.up) and _is_plain(self.down)):
+            rows = update.flatten(0, 2)  # what all kinds of projections take
+            return hidden + self.down(F.gelu(self.up(rows))).view_as(update).permute(0, 3, 1, 2)
         if torch.is_grad_enabled() or hidden.is_cuda or torch.is_autocast_enabled("cpu"):
             return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
         # In parts that stay in a processor's cache and in the same memory; new memory for all takes longer than the arithmetic.
@@ -332,9 +340,12 @@ class FeatureGazeNetwork(PreTrainedModel):
         pixel_values = pixel_values.to(memory_format=torch.channels_last)
         hidden = self.late(self._look_early(pixel_values, rows, cols))
         hidden = self.norm(hidden.permute(0, 2, 3, 1))
-        weight, bias = (
-            part.unflatten(0, (-1, self.config.feature_size)) for part in (self.head.weight, self.head.bias)
-        )
+        size = self.config.feature_size
+        if not _is_plain(self.head):
+            vectors = self.head(hidden.flatten(0, 2)).view(*hidden.shape[:3], -1, size)
+            vectors = vectors if scales is None else vectors[..., list(scales), :]
+            return vectors.permute(0, 3, 4, 1, 2)
+        weight, bias = (part.unflatten(0, (-1, size)) for part in (self.head.weight, self.head.bias))
         if scales is not None:
             weight, bias = weight[list(scales)], bias[list(scales)]
         vectors = F.linear(hidden, weight.flatten(0, 1), bias.flatten())

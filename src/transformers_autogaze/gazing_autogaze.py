@@ -5,13 +5,20 @@ This module owns the output object that every selector returns; geometry it asks
 or files: selectors make a [`GazeOutput`], encoders, reconstructions and pictures use it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.utils.data._utils.collate import default_collate_fn_map
 from transformers.utils import ModelOutput
 
+from .gaze_batches_autogaze import concatenate_gazes, select_clip, stack_gazes
+from .gaze_files_autogaze import load_gaze, save_gaze
+from .gaze_pictures_autogaze import describe_gaze, gaze_to_html, plot_gaze
 from .grid_autogaze import GazeGrid
 
 
@@ -229,14 +236,14 @@ class GazeOutput(ModelOutput):
             clip (`int`, *optional*, defaults to 0): which clip of the batch.
 
         Returns:
-            `dict` with `num_frames`, `num_patches` (kept), `kept_ratio`, `reduction_factor`, `patches_each_frame` (a
-            list) and `patches_each_scale` (a dictionary by scale, coarse to fine).
+            `dict` with `num_frames`, `num_patches` (kept), `kept_ratio`, `reduction_factor` (`None` where nothing was kept),
+            `patches_each_frame` (a list) and `patches_each_scale` (a dictionary by scale, coarse to fine).
         """
         return {
             "num_frames": self.num_frames,
             "num_patches": int(self.num_real[clip]),
             "kept_ratio": float(self.kept_ratio[clip]),
-            "reduction_factor": float(self.reduction_factor[clip]),
+            "reduction_factor": float(self.reduction_factor[clip]) if self.num_real[clip] else None,
             "patches_each_frame": self.num_real_each_frame[clip].tolist(),
             "patches_each_scale": {
                 str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}": int(mask[clip].sum())
@@ -376,30 +383,38 @@ class GazeOutput(ModelOutput):
         Returns:
             [`GazeOutput`] with a batch of one; without `cache`.
         """
-        if not -self.batch_size <= clip < self.batch_size:
-            raise ValueError(f"`clip` must lie in 0..{self.batch_size - 1}, got {clip}")
-        clip %= self.batch_size
-        counts = self.num_gazing_each_frame
-        if self.clip_num_gazing_each_frame is not None:
-            counts = self.clip_num_gazing_each_frame[clip]
-        starts = self.num_gazing_each_frame.cumsum(0) - self.num_gazing_each_frame
-        place = torch.arange(self.gazing_pos.shape[1], device=counts.device) - starts[self.frame_of_slot]
-        own = place < counts[self.frame_of_slot]
-        return self.replace(
-            **{
-                key: self[key][clip : clip + 1, own]
-                for key in ("gazing_pos", "if_padded_gazing", "log_action_probs", "task_loss_prediction")
-                if self.get(key) is not None
-            },
-            **{
-                key: self[key][clip : clip + 1]
-                for key in ("task_loss_requirement", "clip_num_gazing_each_frame")
-                if self.get(key) is not None
-            },
-            num_gazing_each_frame=counts,
-            gazing_mask=[mask[clip : clip + 1] for mask in self.gazing_mask],
-            cache=None,
-        )
+        return select_clip(self, clip)
+
+    @classmethod
+    def stack(cls, gazes: Sequence["GazeOutput"]) -> "GazeOutput":
+        """
+        Makes one batch of clips of equal length; the inverse of [`~GazeOutput.select`].
+
+        A `DataLoader` does it with the gazes of its samples.
+
+        Args:
+            gazes (`Sequence[GazeOutput]`): one clip or several each, with the same scales, patch size, sampling rate and
+                number of frames.
+
+        Returns:
+            [`GazeOutput`]; every frame is padded to its longest count. Without `cache`.
+
+        Raises:
+            ValueError: if there is no gaze, or they differ in one of these.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GazeGrid, GazeOutput
+
+        >>> grid = GazeGrid([32], patch_size=16)
+        >>> one, two = (GazeOutput.from_masks([mask], grid) for mask in torch.eye(4, dtype=torch.bool)[:2, None, None])
+        >>> GazeOutput.stack([one, two]).gazing_pos.tolist()
+        [[0], [1]]
+
+        ```
+        """
+        return cls(**stack_gazes(gazes))  # of this class: remote code may be loaded more than once
 
     @classmethod
     def concatenate(cls, gazes: Sequence["GazeOutput"]) -> "GazeOutput":
@@ -417,47 +432,7 @@ class GazeOutput(ModelOutput):
             ValueError: if there is no gaze, they differ in scales, patch size, sampling rate or batch size, or they are parts of
                 a stream that do not follow each other.
         """
-        if not gazes:
-            raise ValueError("`gazes` must hold at least one gaze, got none")
-        first = gazes[0]
-        for index, gaze in enumerate(gazes):
-            for key in ("scales", "patch_size", "frame_sampling_rate", "batch_size"):
-                if getattr(gaze, key) != getattr(first, key):
-                    raise ValueError(
-                        f"`gazes[{index}].{key}` is {getattr(gaze, key)}, but that of the first is {getattr(first, key)}"
-                    )
-            before = gazes[index - 1] if index else gaze
-            if index and before.first_frame is not None and gaze.first_frame is not None:
-                expected = before.first_frame + before.num_frames
-                if gaze.first_frame != expected:
-                    raise ValueError(
-                        f"`gazes[{index}]` must go on at frame {expected} of its stream, where the one before ends, got one "
-                        f"that starts at frame {gaze.first_frame}"
-                    )
-
-        def joined(key: str) -> torch.Tensor | None:
-            parts = [gaze.get(key) for gaze in gazes]
-            return None if any(part is None for part in parts) else torch.cat(parts, dim=-1)
-
-        ids, start = [], 0
-        for gaze in gazes:
-            ids.append(gaze.gazing_pos + start * first.num_vision_tokens_each_frame)
-            start += gaze.num_frames
-        changes = {
-            "gazing_pos": torch.cat(ids, dim=1),
-            "gazing_mask": [torch.cat(parts, dim=1) for parts in zip(*(g.gazing_mask for g in gazes), strict=True)],
-            "cache": gazes[-1].cache,
-        }
-        for key in (
-            "if_padded_gazing",
-            "num_gazing_each_frame",
-            "log_action_probs",
-            "task_loss_prediction",
-            "task_loss_requirement",
-            "clip_num_gazing_each_frame",
-        ):
-            changes[key] = joined(key)
-        return cls(**{**first, **changes})
+        return cls(**concatenate_gazes(gazes))
 
     def to(self, device: torch.device | str) -> "GazeOutput":
         """Moves every tensor to a device; a streaming state stays where it is."""
@@ -467,3 +442,58 @@ class GazeOutput(ModelOutput):
     def replace(self, **changes) -> "GazeOutput":
         """Gives a copy with some fields changed."""
         return type(self)(**{**self, **changes})
+
+    def pin_memory(self) -> "GazeOutput":
+        """Copies every tensor to pinned memory, as a `DataLoader` asks for."""
+        pinned = {key: value.pin_memory() for key, value in self.items() if isinstance(value, torch.Tensor)}
+        return self.replace(**pinned, gazing_mask=[mask.pin_memory() for mask in self.gazing_mask])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Writes every field but the streaming state to a file.
+
+        Args:
+            path (`str` or `os.PathLike`): a name that ends in `.safetensors`; a file that is there is replaced.
+
+        Raises:
+            ValueError: if the name ends in something else.
+        """
+        save_gaze(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "GazeOutput":
+        """
+        Reads what [`~GazeOutput.save`] wrote, or the gaze in a `gaze.json` of the command line.
+
+        Args:
+            path (`str` or `os.PathLike`): a name that ends in `.safetensors` or `.json`. [`GazeFile`] gives the other
+                fields of a `gaze.json` as well.
+
+        Raises:
+            ValueError: if it is no such file, or of a newer version.
+        """
+        return load_gaze(cls, path)
+
+    def plot(self, frames: np.ndarray, clip: int = 0, max_frames: int = 8) -> Image.Image:
+        """
+        Draws frames, and below them what was kept of them.
+
+        Args:
+            frames (`np.ndarray` of shape `(frames, height, width, 3)`, uint8): the frames of the clip, of any size.
+            clip (`int`, *optional*, defaults to 0): which clip of the batch.
+            max_frames (`int`, *optional*, defaults to 8): frames to draw at most, evenly chosen.
+
+        Returns:
+            `PIL.Image.Image`: a picture, which a notebook shows.
+        """
+        return plot_gaze(self, frames, clip, max_frames)
+
+    def __repr__(self) -> str:
+        return describe_gaze(self)
+
+    def _repr_html_(self) -> str:
+        return gaze_to_html(self)
+
+
+# What a DataLoader makes of the gazes of its samples.
+default_collate_fn_map[GazeOutput] = lambda gazes, *, collate_fn_map=None: GazeOutput.stack(gazes)

@@ -22,6 +22,9 @@ from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
+from .gaze_batches_autogaze import stack_gazes  # noqa: F401
+from .gaze_files_autogaze import save_gaze  # noqa: F401
+from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .processing_autogaze import AutoGazeProcessor
@@ -258,7 +261,12 @@ class VideoTokenPruningPipeline(Pipeline):
             height, width = GazeGrid(target_scales, patch_size=1).sizes[-1]
             size = {"height": height, "width": width}
         features = processor(
-            clips, do_sample_frames=False, input_data_format="channels_first", return_tensors="pt", size=size
+            clips,
+            do_sample_frames=False,
+            input_data_format="channels_first",
+            data_format="channels_first",
+            return_tensors="pt",
+            size=size,
         )
         return {"pixel_values_videos": features["pixel_values_videos"], "frame_size": tuple(clips[0].shape[-2:])}
 

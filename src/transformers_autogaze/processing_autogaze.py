@@ -17,6 +17,9 @@ from transformers import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin, Unpack
 
+from .gaze_batches_autogaze import stack_gazes  # noqa: F401
+from .gaze_files_autogaze import save_gaze  # noqa: F401
+from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import PUBLISHED_GRID, GazeGrid
 

@@ -17,6 +17,7 @@ from .token_budgets_autogaze import ClipBudget, StreamBudget, read_token_budget
 
 
 Number = float | int
+_LARGEST = 1000.0  # Normalised pixels lie within some tens; a float16 network computes up to this without overflowing.
 
 
 def budget_each_frame(
@@ -80,6 +81,20 @@ def threshold_each_frame(
             f"the {batch_size} clips, or both, got the shape {tuple(threshold.shape)}"
         )
     return threshold.expand(batch_size, num_frames)
+
+
+class GazeGenerationMixin:
+    """
+    Says of a model that its `generate` is its own, and not the library's for tokens. It must be a direct base.
+
+    Of a class of remote code that does not say so by this name, `AutoModel` derives another one, which no module holds and
+    so no pickle finds.
+    """
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it generates tokens: it does not."""
+        return False
 
 
 class GazeSelector:
@@ -152,7 +167,10 @@ class GazeSelector:
             target_patch_size (`int`, *optional*):
                 Patch size of that encoder; given with `target_scales`.
             past_key_values (*optional*):
-                State that an earlier call returned, to continue its clips. Ids count from the first frame given now.
+                State that an earlier call returned, to continue its clips. Ids count from the first frame given now. In
+                float32 and float64, a stream gets the patches of the whole clip, however it is cut, and a clip those that it
+                gets alone. Below, networks round a clip otherwise than single frames, so where two patches are nearly as good,
+                the other one may be taken; [`GreedyGazeSelector`] computes in float32 at least.
             use_cache (`bool`, *optional*, defaults to `False`):
                 Whether to return the state to continue with, as `cache`.
             clip_ratio (`float`, *optional*):
@@ -259,6 +277,7 @@ class GazeSelector:
             precise = torch.promote_types(video.dtype, torch.float32)
             threshold = threshold.repeat_interleave(tiles, dim=0).to(video.device, precise)
         frames = resize_frames(video, self.config.image_size)
+        check_pixels(frames)
         gaze = self._gaze(frames, budget, threshold, past_key_values, use_cache, **options)
         return gaze.replace(task_loss_requirement=threshold)
 
@@ -349,6 +368,26 @@ class GazeSelector:
         if video.shape[1] % rate:
             raise ValueError(f"`pixel_values_videos` must hold a multiple of {rate} frames, got {video.shape[1]}")
         return video.shape[1] // rate
+
+
+def check_pixels(frames: torch.Tensor) -> None:
+    """
+    Checks that normalised frames are what a selector can look at, in one pass over them.
+
+    Args:
+        frames (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): normalised frames.
+
+    Raises:
+        ValueError: if a pixel is NaN, infinite or beyond -1000..1000; of such frames any choice is as good as another.
+    """
+    lowest, highest = torch.stack(frames.detach().aminmax()).tolist()
+    if not (lowest >= -_LARGEST and highest <= _LARGEST):
+        bad = ~(frames.detach().abs() <= _LARGEST)
+        frame = int(bad.flatten(2).any(2).any(0).nonzero()[0])
+        raise ValueError(
+            f"`pixel_values_videos` must not hold NaN or numbers beyond -{_LARGEST:g}..{_LARGEST:g}, got {lowest:g}.."
+            f"{highest:g}, first in frame {frame}; normalise frames as the processor does, by no deviation of zero"
+        )
 
 
 def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:

@@ -5,7 +5,9 @@ This module carries videos from frames to prompts. Choosing patches is a selecto
 [`GazeVisionModel`]'s, where an MLLM keeps its parts that of `mllm_adapters`, and answering the MLLM's own.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,33 +19,38 @@ from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .encoder_gazing import EncoderFrameGazer, Setting
+from .generation_options import fit_generation_options, sequences_as_given
 from .mllm_adapters import MLLMAdapter, adapt_mllm
 from .mllm_encoding import ClipEncoder
+from .mllm_layout import VideoLayout, check_separator, embed_separator, has_videos
+from .normalization import normalizing_part
 from .place_pooling import PlacePooling
-from .prompts import fill_placeholders, find_placeholders
+from .prompts import fill_placeholders, find_placeholders, with_labels
 from .video_tokens import (
-    ORDERS,
     TokenPlaces,
-    VideoClip,
     Videos,
-    batch_clips,
-    batch_streams,
     check_gaze,
-    count_tokens,
-    cut_clips,
     list_gazes,
     list_videos,
+    load_time_embedding,
     order_tokens,
+    save_time_embedding,
 )
 from .vision import GazeVisionModel
 from .vision_cache import GazeVisionCache
+from .wrapping import (
+    ModelWrapper,
+    load_gazing_parts,
+    read_wrapper_file,
+    save_gazing_parts,
+    without_peft,
+)
 
 
 _CHUNK = 16  # frames, where the selector itself has no limit
-_NEWLINE = "image_newline"
 
 
-class GazeVideoLM(nn.Module):
+class GazeVideoLM(ModelWrapper):
     """
     A video MLLM that sees the gazed patches only.
 
@@ -125,6 +132,8 @@ class GazeVideoLM(nn.Module):
     ```
     """
 
+    wrapped_name = "mllm"
+
     def __init__(
         self,
         mllm: PreTrainedModel,
@@ -141,7 +150,10 @@ class GazeVideoLM(nn.Module):
         time_embedding: nn.Module | None = None,
     ):
         super().__init__()
-        adapter = adapt_mllm(mllm)
+        self._given = {"scales": scales, "attention": attention, "order": order, "separator": separator}
+        self._given |= {"chunk_frames": chunk_frames, "max_batch_size": max_batch_size}
+        self._given |= {"thumbnail_interval": thumbnail_interval}
+        adapter = adapt_mllm(without_peft(mllm))
         tower = adapter.tower
         if scales is None and gaze_model is not None and not gaze_model.takes_any_grid:
             scales = gaze_model.config.grid.for_encoder(tower.config.image_size, tower.config.patch_size).scales
@@ -157,30 +169,59 @@ class GazeVideoLM(nn.Module):
 
         if chunk_frames is None:
             chunk_frames = (None if gaze_model is None else gaze_model.config.max_num_frames) or _CHUNK
-        numbers = {
-            "chunk_frames": chunk_frames,
-            "max_batch_size": max_batch_size,
-            "thumbnail_interval": 1 if thumbnail_interval is None else thumbnail_interval,
-        }
-        for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-        if order not in ORDERS:
-            raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}, got {order!r}")
-        self.chunk_frames, self.max_batch_size = chunk_frames, max_batch_size
-        self.order, self.thumbnail_interval = order, thumbnail_interval
-        self.separator = self._check_separator(separator)
+        self.layout = VideoLayout(chunk_frames, max_batch_size, order, thumbnail_interval)
+        self.separator = check_separator(separator, adapter, mllm.get_input_embeddings())
+        self.processor, self.gaze_processor = None, gaze_processor
         self._gazer = None
         if gaze_model is not None and processor is not None:
+            self.processor = normalizing_part(processor)
             gaze_processor = AutoGazeVideoProcessor() if gaze_processor is None else gaze_processor
             self._gazer = EncoderFrameGazer(
                 gaze_model, processor, gaze_processor, self.grid, chunk_frames, max_batch_size
             )
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        gaze_model: GazeSelector | None = None,
+        processor: Any = None,
+        gaze_processor: AutoGazeVideoProcessor | None = None,
+        time_embedding: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> "GazeVideoLM":
+        """
+        Loads what [`~ModelWrapper.save_pretrained`] wrote, or wraps an MLLM from the Hub or a folder.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): as for the MLLM's own `from_pretrained`.
+            gaze_model, processor, gaze_processor (*optional*): as in [`GazeVideoLM`]; those that were saved by default.
+            time_embedding (`nn.Module`, *optional*):
+                As in [`GazeVideoLM`]. Its saved weights are loaded into it; it may be left out where it was sinusoidal.
+            kwargs: arguments of the MLLM's `from_pretrained`, such as `dtype` or `device_map`.
+
+        Raises:
+            ValueError: if the folder is of another wrapper, or a time embedding is missing.
+        """
+        name = pretrained_model_name_or_path
+        facts = read_wrapper_file(name, cls, kwargs)
+        given = {"gaze_model": gaze_model, "processor": processor, "gaze_processor": gaze_processor}
+        parts = load_gazing_parts(name, facts, given, kwargs)
+        embedding = load_time_embedding(name, facts, time_embedding, kwargs)
+        settings = {} if facts is None else facts["settings"]
+        return cls(cls._load_wrapped(name, facts, kwargs), **parts, **settings, time_embedding=embedding).eval()
+
+    def _save_parts(self, folder: Path) -> dict[str, Any]:
+        return {
+            **save_gazing_parts(self, folder, self.processor, self.gaze_processor),
+            "time_embedding": save_time_embedding(self.time_embedding, folder),
+            "settings": self._given,
+        }
+
     @property
     def adapter(self) -> MLLMAdapter:
         """What knows the MLLM's parts."""
-        return adapt_mllm(self.mllm)
+        return adapt_mllm(without_peft(self.mllm))
 
     @property
     def grid(self) -> GazeGrid:
@@ -189,7 +230,7 @@ class GazeVideoLM(nn.Module):
 
     @property
     def _encoder(self) -> ClipEncoder:
-        return ClipEncoder(self.adapter, self.vision, self._pooling, self.time_embedding, self.chunk_frames)
+        return ClipEncoder(self.adapter, self.vision, self._pooling, self.time_embedding, self.layout.chunk_frames)
 
     @property
     def placeholder_id(self) -> int:
@@ -221,12 +262,13 @@ class GazeVideoLM(nn.Module):
 
         Returns:
             The MLLM's own output. Its `logits` are those of the prompts as they become, see
-            [`~GazeVideoLM.prepare_inputs`]; with `labels` it has the `loss`.
+            [`~GazeVideoLM.prepare_inputs`]; with `labels` it has the `loss`, and the
+            `labels` that belong to these logits.
 
         Raises:
             ValueError: as [`~GazeVideoLM.prepare_inputs`].
         """
-        if not self._has_videos(input_ids, pixel_values_videos, kwargs):
+        if not has_videos(self.adapter, input_ids, pixel_values_videos, kwargs):
             return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         starts_padded = attention_mask is not None and not bool(attention_mask[:, 0].all())
         inputs = self.prepare_inputs(
@@ -243,7 +285,8 @@ class GazeVideoLM(nn.Module):
             tokens_per_clip=tokens_per_clip,
         )
         del inputs["input_ids"]
-        return self.mllm(**inputs, **kwargs)
+        output = self.mllm(**inputs, **{name: value for name, value in kwargs.items() if value is not None})
+        return with_labels(output, inputs.get("labels"))
 
     def generate(
         self,
@@ -265,16 +308,19 @@ class GazeVideoLM(nn.Module):
             input_ids, pixel_values_videos, attention_mask, gaze:
                 As in [`~GazeVideoLM.prepare_inputs`]; without videos the MLLM is called as it is.
             gazing_ratio, task_loss_requirement, tiles, clip_ratio, tokens_per_clip: as in [`~GazeVideoLM.gaze`].
-            kwargs: arguments of the MLLM's `generate`, such as `max_new_tokens`.
+            kwargs:
+                Arguments of the MLLM's `generate`, such as `max_new_tokens`. Lengths count from `input_ids` as they are given,
+                and functions such as a `stopping_criteria` see them so. Options that are not known to give the MLLM's own
+                answer on a pruned prompt are refused.
 
         Returns:
             What the MLLM's `generate` returns: sequences that start with `input_ids` as they were given, whatever length
             the prompts had inside, so that `[:, input_ids.shape[1] :]` are the answers.
 
         Raises:
-            ValueError: as [`~GazeVideoLM.prepare_inputs`].
+            ValueError: as [`~GazeVideoLM.prepare_inputs`], and if an option is refused.
         """
-        if not self._has_videos(input_ids, pixel_values_videos, kwargs):
+        if not has_videos(self.adapter, input_ids, pixel_values_videos, kwargs):
             return self.mllm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         inputs = self.prepare_inputs(
             input_ids,
@@ -288,14 +334,11 @@ class GazeVideoLM(nn.Module):
             clip_ratio=clip_ratio,
             tokens_per_clip=tokens_per_clip,
         )
-        output = self.mllm.generate(**inputs, **kwargs)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([prompts, sequences[:, inputs["input_ids"].shape[1] :]], dim=1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output["sequences"] = sequences
-        return output
+        length = inputs["input_ids"].shape[1]
+        options = fit_generation_options(
+            self.generation_config, kwargs, input_ids, length, ("pixel_values", "image_sizes")
+        )
+        return sequences_as_given(self.mllm.generate(**inputs, **options), input_ids, length)
 
     def prepare_inputs(
         self,
@@ -409,19 +452,7 @@ class GazeVideoLM(nn.Module):
             `list[tuple[int, int]]`, one per video: the tokens that the gaze makes of it, separators, thumbnails, CLS tokens
             and new lines included, and those that the MLLM itself makes of all its frames, after its own pooling.
         """
-        gazes, adapter = list_gazes(gaze), self.adapter
-        num_prefix = sum(token.numel() // self.vision.hidden_size for token in self.vision.adapter.prefix_tokens)
-        num_prefix = max(num_prefix - (not adapter.keeps_cls), 0)
-        rows, cols = adapter.pool_grid(*self.vision.adapter.native_grid)
-        separator = [self.separator] if isinstance(self.separator, str) else self.separator or []
-        layout = self.grid, self.chunk_frames, self.thumbnail_interval
-        counts = []
-        for one in gazes:
-            parts = count_tokens(one, *layout, order=self.order, num_prefix=num_prefix)
-            read = sum(parts) + max(len(parts) - 1, 0) * len(separator)
-            whole = one.num_frames * one.frame_sampling_rate * (rows * cols + num_prefix)
-            counts.append((read + adapter.ends_with_newline, whole + adapter.ends_with_newline))
-        return counts
+        return self.layout.count_tokens(list_gazes(gaze), self.grid, self.vision, self.adapter, self.separator)
 
     def embed_videos(self, pixel_values_videos: Videos, gaze: GazeOutput | Sequence[GazeOutput]) -> list[torch.Tensor]:
         """
@@ -444,20 +475,20 @@ class GazeVideoLM(nn.Module):
             raise ValueError(f"`gaze` must be one for each of the {len(videos)} videos, got {len(gazes)}")
         max_frames = getattr(self.time_embedding, "num_embeddings", None)
         for number, (video, one) in enumerate(zip(videos, gazes, strict=True)):
-            check_gaze(number, video, one, self.grid, self.chunk_frames, max_frames)
+            check_gaze(number, video, one, self.grid, self.layout.chunk_frames, max_frames)
         encoder = self._encoder
         encoded = [
             encoder.encode(clips, cache)
-            for batches in self._cut(videos, gazes)
+            for batches in self.layout.cut(videos, gazes, self.grid, self.vision)
             for cache in [GazeVisionCache() if len(batches) > 1 else None]
             for clips in batches
         ]
         pieces: list[list[torch.Tensor]] = [[] for _ in videos]
         if encoded:
             places = TokenPlaces(*(torch.cat(keys) for keys in zip(*(places for _, places in encoded), strict=True)))
-            order, parts = order_tokens(places, self.order)
+            order, parts = order_tokens(places, self.layout.order)
             tokens = torch.cat([tokens for tokens, _ in encoded])[order]
-            between = self._separator_embeds()
+            between = embed_separator(self.separator, self.adapter, self.mllm.get_input_embeddings())
             for (number, _), part in zip(parts, tokens.split([count for _, count in parts]), strict=True):
                 pieces[number] += [between.to(part), part] if pieces[number] and between is not None else [part]
         if self.adapter.ends_with_newline:
@@ -465,65 +496,3 @@ class GazeVideoLM(nn.Module):
                 parts.append(self.adapter.newline[None])
         nothing = torch.zeros(0, self.mllm.config.get_text_config().hidden_size)
         return [torch.cat([part.to(parts[0]) for part in parts]) if parts else nothing for parts in pieces]
-
-    def _cut(self, videos: list[torch.Tensor], gazes: list[GazeOutput]) -> Iterator[list[list[VideoClip]]]:
-        """Gives batches of clips of one shape; those of one list are chunks that follow each other in one stream."""
-        sees_canvas = self.vision.attention == "canvas"
-        # A stream carries no gradients, so a tower that may be training sees whole videos.
-        is_whole = sees_canvas and (torch.is_grad_enabled() or self.vision.vision_model.training)
-        streams = sees_canvas and not is_whole
-        clips = (
-            clip
-            for number, (video, gaze) in enumerate(zip(videos, gazes, strict=True))
-            for clip in cut_clips(
-                number,
-                video,
-                gaze,
-                self.grid,
-                len(video) if is_whole else self.chunk_frames,
-                self.thumbnail_interval,
-                keeps_empty=streams,
-            )
-        )
-        if streams:
-            return batch_streams(clips, self.max_batch_size)
-        return ([batch] for batch in batch_clips(clips, self.max_batch_size))
-
-    def _has_videos(self, input_ids: torch.Tensor, videos: Videos | None, options: dict[str, Any]) -> bool:
-        """Tells whether there are videos to look at; checks that nothing else claims their placeholders."""
-        pictures = options.get("pixel_values") is not None and not self.adapter.has_picture_token
-        if videos is None:
-            if not pictures and bool((input_ids == self.placeholder_id).any()):
-                raise ValueError(
-                    f"`pixel_values_videos` must be given for prompts that name a video by the token "
-                    f"{self.placeholder_id}, got None"
-                )
-            return False
-        if pictures:
-            raise ValueError(
-                f"`pixel_values` cannot go with `pixel_values_videos`: a {type(self.mllm).__name__} has one token, "
-                f"{self.placeholder_id}, for both"
-            )
-        return True
-
-    def _check_separator(self, separator: int | Sequence[int] | str | None) -> list[int] | str | None:
-        if separator is None:
-            return None
-        if separator == _NEWLINE:
-            if self.adapter.newline is None:
-                raise ValueError(f"`separator` cannot be {_NEWLINE!r}: a {type(self.mllm).__name__} has none")
-            return separator
-        ids = [separator] if isinstance(separator, int) else separator
-        size = self.mllm.get_input_embeddings().num_embeddings
-        if not ids or any(not isinstance(token, int) or not 0 <= token < size for token in ids):
-            raise ValueError(f"`separator` must be ids of tokens in 0..{size - 1} or {_NEWLINE!r}, got {separator!r}")
-        return list(ids)
-
-    def _separator_embeds(self) -> torch.Tensor | None:
-        """Gives what stands between chunks, `(tokens, hidden_size)`."""
-        if self.separator is None:
-            return None
-        if self.separator == _NEWLINE:
-            return self.adapter.newline[None]
-        embed = self.mllm.get_input_embeddings()
-        return embed(torch.tensor(self.separator, device=embed.weight.device))

@@ -5,9 +5,11 @@ This module works on token ids and embeddings alone; it knows neither MLLMs nor 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import ModelOutput
 
 
 _IGNORED = -100  # a label where nothing is to be learned
@@ -103,3 +105,10 @@ def fill_placeholders(
     if labels is not None:
         filled["labels"] = extended(labels, _IGNORED).masked_fill(~is_token, _IGNORED)
     return filled
+
+
+def with_labels(output: Any, labels: torch.Tensor | None) -> Any:
+    """Adds to the output of an MLLM the labels that belong to its logits, which are not as many as the caller's."""
+    if labels is not None and isinstance(output, ModelOutput):
+        output["labels"] = labels
+    return output

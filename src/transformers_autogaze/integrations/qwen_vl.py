@@ -6,23 +6,32 @@ its place. Choosing patches is a selector's matter, running the tower on some un
 MLLM's own.
 """
 
-import inspect
-import warnings
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .generation_options import fit_generation_options, sequences_as_given
 from .normalization import normalizing_part
-from .qwen_vl_gazing import UnitGazer, UnitSizes
-from .qwen_vl_prompts import GazedPrompt, in_place
+from .prompts import with_labels
+from .qwen_vl_gazing import UnitGazer, UnitSizes, warn_of_fixed_scales
+from .qwen_vl_prompts import GazedPrompt, check_placeholders, find_positions, in_place
 from .qwen_vl_tower import UNIT_ATTENTION_CHOICES, encode_units
 from .qwen_vl_units import kept_units
+from .video_tokens import list_gazes
+from .wrapping import (
+    ModelWrapper,
+    load_gazing_parts,
+    read_wrapper_file,
+    save_gazing_parts,
+    without_peft,
+)
 
 
 Setting = float | Sequence[float] | None
@@ -33,7 +42,7 @@ _IGNORED = -100  # what a label is where nothing is to be learned
 _PROCESSOR_KEYS = ("video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
-class GazeQwenVL(nn.Module):
+class GazeQwenVL(ModelWrapper):
     """
     A Qwen2.5-VL or Qwen3-VL that sees the gazed merge units of videos only.
 
@@ -97,6 +106,8 @@ class GazeQwenVL(nn.Module):
     ```
     """
 
+    wrapped_name = "mllm"
+
     def __init__(
         self,
         mllm: PreTrainedModel,
@@ -106,7 +117,7 @@ class GazeQwenVL(nn.Module):
         attention: str = "canvas",
     ):
         super().__init__()
-        if not isinstance(mllm, _MODELS):
+        if not isinstance(without_peft(mllm), _MODELS):
             raise ValueError(
                 f"`mllm` must be a {' or '.join(model.__name__ for model in _MODELS)}, got {type(mllm).__name__}; "
                 "GazeVideoLM takes the LLaVA family"
@@ -120,6 +131,42 @@ class GazeQwenVL(nn.Module):
         self.gaze_processor = gaze_processor
         self._has_warned = False
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        gaze_model: GazeSelector | None = None,
+        processor: Any = None,
+        gaze_processor: AutoGazeVideoProcessor | None = None,
+        **kwargs: Any,
+    ) -> "GazeQwenVL":
+        """
+        Loads what [`~ModelWrapper.save_pretrained`] wrote, or wraps an MLLM from the Hub or a folder.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): as for the MLLM's own `from_pretrained`.
+            gaze_model, processor, gaze_processor (*optional*): as in [`GazeQwenVL`]; those that were saved by default.
+            kwargs: arguments of the MLLM's `from_pretrained`, such as `dtype` or `device_map`.
+
+        Raises:
+            ValueError: if the folder is of another wrapper.
+        """
+        name = pretrained_model_name_or_path
+        facts = read_wrapper_file(name, cls, kwargs)
+        given = {"gaze_model": gaze_model, "processor": processor, "gaze_processor": gaze_processor}
+        parts = load_gazing_parts(name, facts, given, kwargs)
+        settings = {} if facts is None else facts["settings"]
+        return cls(cls._load_wrapped(name, facts, kwargs), **parts, **settings).eval()
+
+    def _save_parts(self, folder: Path) -> dict[str, Any]:
+        parts = save_gazing_parts(self, folder, self.processor, self.gaze_processor)
+        return {**parts, "settings": {"attention": self.attention}}
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        """The MLLM without PEFT around it."""
+        return without_peft(self.mllm)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -131,6 +178,11 @@ class GazeQwenVL(nn.Module):
         task_loss_requirement: Setting = None,
         clip_ratio: float | None = None,
         tokens_per_clip: int | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -140,18 +192,29 @@ class GazeQwenVL(nn.Module):
             input_ids, pixel_values_videos, attention_mask, labels, gaze:
                 As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
-            kwargs: the other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM.
+            video_grid_thw, second_per_grid_ts, pixel_values, image_grid_thw, mm_token_type_ids:
+                As in [`~GazeQwenVL.prepare_inputs`]. They have names here so that `Trainer` keeps these columns of a data set.
+            kwargs: further arguments of the MLLM.
 
         Returns:
             The MLLM's own output. Its `logits` are those of the tokens that are left, see
-            [`~GazeQwenVL.prepare_inputs`]; with `labels` it has the `loss`.
+            [`~GazeQwenVL.prepare_inputs`]; with `labels` it has the `loss`, and the `labels` that
+            belong to these logits.
 
         Raises:
             ValueError: as [`~GazeQwenVL.prepare_inputs`].
         """
+        given = {
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        kwargs, given = ({key: value for key, value in part.items() if value is not None} for part in (kwargs, given))
         if pixel_values_videos is None:
             self._check_no_video(input_ids)
-            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **given, **kwargs)
         prompt = self.prepare_inputs(
             input_ids,
             pixel_values_videos,
@@ -163,16 +226,17 @@ class GazeQwenVL(nn.Module):
             clip_ratio=clip_ratio,
             tokens_per_clip=tokens_per_clip,
             padding_side="left" if attention_mask is not None and not bool(attention_mask[:, 0].all()) else "right",
-            **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
+            **given,
         )
-        with in_place(self.mllm, prompt):
-            return self.mllm(
+        with in_place(self._base, prompt):
+            output = self.mllm(
                 inputs_embeds=prompt.inputs_embeds,
                 attention_mask=prompt.attention_mask,
                 position_ids=prompt.position_ids,
                 labels=prompt.labels,
                 **kwargs,
             )
+        return with_labels(output, prompt.labels)
 
     @torch.no_grad()
     def generate(
@@ -196,7 +260,9 @@ class GazeQwenVL(nn.Module):
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             kwargs:
                 The other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM's
-                `generate`, such as `max_new_tokens`.
+                `generate`, such as `max_new_tokens`. Lengths count from `input_ids` as they are given, and functions such as a
+                `stopping_criteria` see them so. Options that are not known to give the MLLM's own answer on a pruned prompt
+                are refused.
 
         Returns:
             What the MLLM's `generate` returns: sequences that start with `input_ids` as they were given, whatever length
@@ -220,20 +286,15 @@ class GazeQwenVL(nn.Module):
             padding_side="left",
             **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
         )
-        with in_place(self.mllm, prompt):
+        options = fit_generation_options(self.generation_config, kwargs, input_ids, prompt.input_ids.shape[1])
+        with in_place(self._base, prompt):
             output = self.mllm.generate(
                 input_ids=prompt.input_ids,
                 attention_mask=prompt.attention_mask,
                 inputs_embeds=prompt.inputs_embeds,
-                **kwargs,
+                **options,
             )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([prompts, sequences[:, prompt.input_ids.shape[1] :]], dim=1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output["sequences"] = sequences
-        return output
+        return sequences_as_given(output, input_ids, prompt.input_ids.shape[1])
 
     def prepare_inputs(
         self,
@@ -289,8 +350,8 @@ class GazeQwenVL(nn.Module):
         config, device = self.mllm.config, input_ids.device
         is_video, is_image = input_ids == config.video_token_id, input_ids == config.image_token_id
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._check_placeholders("video", is_video, "pixel_values_videos", pixel_values_videos, video_grid_thw)
-        self._check_placeholders("image", is_image, "pixel_values", pixel_values, image_grid_thw)
+        check_placeholders(config, "video", is_video, "pixel_values_videos", pixel_values_videos, video_grid_thw)
+        check_placeholders(config, "image", is_image, "pixel_values", pixel_values, image_grid_thw)
 
         if gaze is None:
             settings = (gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip)
@@ -303,7 +364,7 @@ class GazeQwenVL(nn.Module):
         if not is_encoded.any():
             raise ValueError("`gaze` must keep at least one patch of some video, got none")
         features, deepstack = encode_units(
-            self.mllm.model.visual,
+            self._base.model.visual,
             torch.cat([pixels for pixels in (pixel_values, pixel_values_videos) if pixels is not None]),
             torch.cat([grids for grids in (image_grid_thw, video_grid_thw) if grids is not None]),
             is_encoded,
@@ -314,7 +375,8 @@ class GazeQwenVL(nn.Module):
         visual_index[is_video & is_left] = torch.arange(pictures, len(features), device=device)
 
         mm_token_type_ids = is_image + 2 * is_video if mm_token_type_ids is None else mm_token_type_ids
-        position_ids = self._rope_index(
+        position_ids = find_positions(
+            self._base,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_grid_thw=image_grid_thw,
@@ -398,14 +460,7 @@ class GazeQwenVL(nn.Module):
         )
         if not self.gaze_model.takes_any_grid and not self._has_warned:
             self._has_warned = True
-            kept, total = map(sum, zip(*self.count_units(gaze, video_grid_thw), strict=True))
-            share = sum(float(one.kept_ratio) for one in gaze) / len(gaze)
-            warnings.warn(
-                f"{type(self.gaze_model).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on "
-                f"{kept} of {total} merge units ({kept / total:.1%}), and the language model reads all of these; a "
-                "selector that takes any grid, such as GreedyGazeSelector, keeps the share of units it is asked for",
-                stacklevel=2,
-            )
+            warn_of_fixed_scales(self.gaze_model, gaze, self.count_units(gaze, video_grid_thw))
         return gaze
 
     def count_units(
@@ -426,43 +481,16 @@ class GazeQwenVL(nn.Module):
         self, gaze: GazeOutput | Sequence[GazeOutput], video_grid_thw: torch.Tensor
     ) -> Iterator[torch.Tensor]:
         """Gives the units to keep, `(times, rows, cols)`, video by video."""
-        gazes = [gaze.select(clip) for clip in range(gaze.batch_size)] if isinstance(gaze, GazeOutput) else list(gaze)
+        gazes = list_gazes(gaze)
         if len(gazes) != len(video_grid_thw):
             raise ValueError(f"`gaze` must be one for each of the {len(video_grid_thw)} videos, got {len(gazes)}")
         vision = self.mllm.config.vision_config
         for number, (one, grid) in enumerate(zip(gazes, video_grid_thw.tolist(), strict=True)):
             try:
-                if one.batch_size != 1:
-                    raise ValueError(f"it must be of one video, got {one.batch_size}")
                 units = (grid[0], grid[1] // vision.spatial_merge_size, grid[2] // vision.spatial_merge_size)
                 yield kept_units(one, units, vision.temporal_patch_size)[0]
             except ValueError as error:
                 raise ValueError(f"`gaze` does not fit video {number}: {error}") from error
-
-    def _rope_index(self, **inputs: Any) -> torch.Tensor:
-        """Asks the MLLM for the positions `(3, batch, length)` of whole prompts."""
-        get_rope_index = self.mllm.model.get_rope_index
-        known = inspect.signature(get_rope_index).parameters
-        return get_rope_index(**{key: value for key, value in inputs.items() if key in known})[0]
-
-    def _check_placeholders(
-        self, kind: str, is_here: torch.Tensor, name: str, pixels: torch.Tensor | None, grid: torch.Tensor | None
-    ) -> None:
-        """Checks that there are as many placeholders as units, and as many patches as these need."""
-        merge = self.mllm.config.vision_config.spatial_merge_size
-        patches = 0 if grid is None else int(grid.prod(1).sum())
-        count, units = int(is_here.sum()), patches // merge**2
-        if (0 if pixels is None else len(pixels)) != patches:
-            raise ValueError(
-                f"`{name}` must have the {patches} patches that `{kind}_grid_thw` counts, got "
-                f"{None if pixels is None else tuple(pixels.shape)}"
-            )
-        if count != units:
-            token = getattr(self.mllm.config, f"{kind}_token_id")
-            raise ValueError(
-                f"`input_ids` must have one {kind} placeholder, the token {token}, for each of the {units} merge units "
-                f"in `{name}`, as the MLLM's processor writes them; got {count or f'no {kind} placeholder'}"
-            )
 
     def _check_no_video(self, input_ids: torch.Tensor) -> None:
         if bool((input_ids == self.mllm.config.video_token_id).any()):

@@ -4,6 +4,7 @@ Gazing at the frames that Qwen2.5-VL and Qwen3-VL cut their patches from, on the
 This module makes whole-video gazes of a processor's patches. It knows nothing of towers or language models.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -158,3 +159,15 @@ class UnitGazer:
             state = gaze.cache
             gazes.append(gaze)
         return GazeOutput.concatenate(gazes).replace(cache=None)
+
+
+def warn_of_fixed_scales(selector: GazeSelector, gazes: list[GazeOutput], units: list[tuple[int, int]]) -> None:
+    """Warns that a selector of fixed scales keeps more merge units, kept and total of each video, than its ratio says."""
+    kept, total = map(sum, zip(*units, strict=True))
+    share = sum(float(gaze.kept_ratio) for gaze in gazes) / len(gazes)
+    warnings.warn(
+        f"{type(selector).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on {kept} of {total} "
+        f"merge units ({kept / total:.1%}), and the language model reads all of these; a selector that takes any grid, such "
+        "as GreedyGazeSelector, keeps the share of units it is asked for",
+        stacklevel=3,
+    )

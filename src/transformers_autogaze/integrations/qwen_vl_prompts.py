@@ -4,6 +4,7 @@ Prompts of Qwen2.5-VL and Qwen3-VL from which dropped merge units are gone, and 
 This module knows the language models' inputs. Which units are left is its caller's matter.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,35 @@ def in_place(mllm: PreTrainedModel, prompt: GazedPrompt) -> Iterator[None]:
     finally:
         handle.remove()
         model.rope_deltas = rope_deltas
+
+
+def check_placeholders(
+    config: PreTrainedConfig,
+    kind: str,
+    is_here: torch.Tensor,
+    name: str,
+    pixels: torch.Tensor | None,
+    grid: torch.Tensor | None,
+) -> None:
+    """Checks that there are as many placeholders as units, and as many patches as these need."""
+    merge = config.vision_config.spatial_merge_size
+    patches = 0 if grid is None else int(grid.prod(1).sum())
+    count, units = int(is_here.sum()), patches // merge**2
+    if (0 if pixels is None else len(pixels)) != patches:
+        raise ValueError(
+            f"`{name}` must have the {patches} patches that `{kind}_grid_thw` counts, got "
+            f"{None if pixels is None else tuple(pixels.shape)}"
+        )
+    if count != units:
+        token = getattr(config, f"{kind}_token_id")
+        raise ValueError(
+            f"`input_ids` must have one {kind} placeholder, the token {token}, for each of the {units} merge units "
+            f"in `{name}`, as the MLLM's processor writes them; got {count or f'no {kind} placeholder'}"
+        )
+
+
+def find_positions(mllm: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """Asks an MLLM for the positions `(3, batch, length)` of whole prompts, by what its `get_rope_index` takes of these."""
+    get_rope_index = mllm.model.get_rope_index
+    known = inspect.signature(get_rope_index).parameters
+    return get_rope_index(**{key: value for key, value in inputs.items() if key in known})[0]

@@ -5,19 +5,25 @@ This module cuts a video and its gaze into clips that a vision tower encodes one
 thumbnails of whole frames) and puts the tokens that come out in order. It knows nothing of towers or language models.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import cached_file
 
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
+from .wrapping import hub_arguments
 
 
 Videos = torch.Tensor | Sequence[torch.Tensor]
 
 ORDERS = ("time", "tile")
+_TIME_FILE = "time_embedding.safetensors"
 _THUMBNAIL = -1  # stands where others have the number of their tile
 
 
@@ -70,8 +76,9 @@ def list_videos(videos: Videos) -> list[torch.Tensor]:
 
 
 def list_gazes(gaze: GazeOutput | Sequence[GazeOutput]) -> list[GazeOutput]:
-    """Lists gazes, one per video."""
-    return [gaze.select(clip) for clip in range(gaze.batch_size)] if isinstance(gaze, GazeOutput) else list(gaze)
+    """Lists gazes, one per video, of a batch or of several."""
+    gazes = [gaze] if isinstance(gaze, GazeOutput) else gaze
+    return [one if one.batch_size == 1 else one.select(clip) for one in gazes for clip in range(one.batch_size)]
 
 
 def check_gaze(
@@ -285,3 +292,42 @@ class SinusoidalTimeEmbedding(nn.Module):
         rates = 10000 ** (-torch.arange(half, device=frame_numbers.device) / half)
         angles = frame_numbers[:, None] * rates
         return self.amplitude * torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def save_time_embedding(embedding: nn.Module | None, folder: Path) -> dict[str, Any] | None:
+    """Writes the weights of a time embedding, if it has any; gives what [`load_time_embedding`] needs to know."""
+    if embedding is None:
+        return None
+    if isinstance(embedding, SinusoidalTimeEmbedding):
+        return {"hidden_size": embedding.hidden_size, "amplitude": embedding.amplitude}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in embedding.state_dict().items()}
+    beside = folder / f".{_TIME_FILE}.{os.getpid()}.part"
+    save_file(tensors, beside, metadata={"format": "pt"})
+    os.replace(beside, folder / _TIME_FILE)
+    return {"class": type(embedding).__name__}
+
+
+def load_time_embedding(
+    name: str | os.PathLike, facts: Mapping[str, Any] | None, given: nn.Module | None, kwargs: Mapping[str, Any]
+) -> nn.Module | None:
+    """
+    Makes the time embedding of a saved wrapper again.
+
+    Args:
+        name (`str` or `os.PathLike`): folder or repository.
+        facts (`Mapping[str, Any]`, *optional*): the wrapper's file.
+        given (`nn.Module`, *optional*): the module that saved weights are for; it is filled with them.
+        kwargs (`Mapping[str, Any]`): arguments of `from_pretrained`; those about the Hub count.
+
+    Raises:
+        ValueError: if weights were saved and no module is given for them.
+    """
+    saved = None if facts is None else facts.get("time_embedding")
+    if saved is None or (given is not None and "class" not in saved):
+        return given
+    if "class" not in saved:
+        return SinusoidalTimeEmbedding(**saved)
+    if given is None:
+        raise ValueError(f"`time_embedding` must be given: a {saved['class']} with weights of its own was saved")
+    given.load_state_dict(load_file(cached_file(name, _TIME_FILE, **hub_arguments(kwargs))))
+    return given

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .canvas import Canvas, plan_canvas, tokens_at_places
 from .packed_attention import ATTENTION_CHOICES, Extend, PackedAttention, packed_attention, run_checkpointed
 from .vision_adapters import ADAPTERS, VisionAdapter, find_tower
 from .vision_cache import GazeVisionCache
+from .wrapping import ModelWrapper, hub_arguments, read_wrapper_file
 
 
 @dataclass
@@ -109,7 +111,7 @@ class _Tokens:
         return is_patch.nonzero().squeeze(1), prefix, num_tokens.view_as(self.num_each_frame)
 
 
-class GazeVisionModel(nn.Module):
+class GazeVisionModel(ModelWrapper):
     """
     A vision tower that sees the kept patches of a video and nothing else.
 
@@ -160,6 +162,9 @@ class GazeVisionModel(nn.Module):
     ```
     """
 
+    wrapped_name = "vision_model"
+    main_input_name = "pixel_values_videos"
+
     def __init__(
         self,
         vision_model: nn.Module,
@@ -171,7 +176,7 @@ class GazeVisionModel(nn.Module):
             _check_attention(attention)
         self._tower_name = find_tower(vision_model)
         self.vision_model = vision_model
-        patch_size, other = self.adapter.patch_embedding.kernel_size[-2:]
+        patch_size, other = self.adapter.patch_convolution.kernel_size[-2:]
         if patch_size != other:
             raise ValueError(f"`vision_model` must have square patches, got {patch_size}x{other} pixels")
         if scales is None:
@@ -194,23 +199,31 @@ class GazeVisionModel(nn.Module):
         """
         Loads a tower from the Hub or a folder; of a model for pictures and text, only its vision part.
 
+        What [`~ModelWrapper.save_pretrained`] wrote comes back as it was, a head on the tower and an adapter included.
+
         Args:
             pretrained_model_name_or_path (`str`): as for `AutoModel.from_pretrained`.
-            scales, attention (*optional*): see [`GazeVisionModel`].
+            scales, attention (*optional*): see [`GazeVisionModel`]; those that were saved by default.
             kwargs: further arguments of `AutoModel.from_pretrained`, such as `dtype`, `device_map` or
                 `attn_implementation`.
         """
+        name = pretrained_model_name_or_path
+        facts = read_wrapper_file(name, cls, kwargs)
+        if facts is not None:
+            saved = facts["settings"]
+            scales = saved["scales"] if scales is None else scales
+            attention = saved["attention"] if attention is None else attention
+            return cls(cls._load_wrapped(name, facts, kwargs), scales, attention).eval()
         config = kwargs.pop("config", None)
         if config is None:
-            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            config = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-            )
+            config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs, "subfolder"))
         vision_config = getattr(config, "vision_config", None)
         if getattr(vision_config, "model_type", None) in ADAPTERS:
             config = vision_config
-        tower = AutoModel.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
-        return cls(tower, scales, attention)
+        return cls(AutoModel.from_pretrained(name, config=config, **kwargs), scales, attention)
+
+    def _save_parts(self, folder: Path) -> dict[str, Any]:
+        return {"settings": {"scales": self.grid.scales, "attention": self.attention}}
 
     @property
     def adapter(self) -> VisionAdapter:
@@ -231,7 +244,7 @@ class GazeVisionModel(nn.Module):
     def forward(
         self,
         pixel_values_videos: torch.Tensor,
-        gaze: GazeOutput | None = None,
+        gaze: GazeOutput | Sequence[GazeOutput] | None = None,
         attention: str | None = None,
         output_hidden_states: bool = False,
         cache: GazeVisionCache | None = None,
@@ -243,9 +256,9 @@ class GazeVisionModel(nn.Module):
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
                 Frames as the tower wants them normalised, of any size: they are resized to every scale bicubically,
                 without antialiasing.
-            gaze ([`GazeOutput`], *optional*):
-                Which patches to keep, made for the scales and the patch size of `self.grid`. All of the finest scale by
-                default.
+            gaze ([`GazeOutput`] or a sequence of them, *optional*):
+                Which patches to keep, of all clips or one gaze per clip, made for the scales and the patch size of
+                `self.grid`. All of the finest scale by default.
             attention (`str`, *optional*): as in [`GazeVisionModel`], for this call.
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return the states of all layers.
             cache ([`GazeVisionCache`], *optional*):
@@ -315,7 +328,7 @@ class GazeVisionModel(nn.Module):
             prefix_hidden_states=tuple(map(of_prefix, states)) if num_prefix and output_hidden_states else None,
         )
 
-    def _check(self, video: torch.Tensor, gaze: GazeOutput | None) -> GazeOutput:
+    def _check(self, video: torch.Tensor, gaze: GazeOutput | Sequence[GazeOutput] | None) -> GazeOutput:
         """Checks frames and gaze before any work, and gives the gaze on the frames' device."""
         if not isinstance(video, torch.Tensor) or video.ndim != 5 or not video.is_floating_point():
             got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, torch.Tensor) else type(video).__name__
@@ -323,7 +336,7 @@ class GazeVisionModel(nn.Module):
                 "`pixel_values_videos` must be normalised floats (batch, frames, channels, height, width), got " + got
             )
         batch_size, num_frames, channels = video.shape[:3]
-        if channels != (wanted := self.adapter.patch_embedding.in_channels):
+        if channels != (wanted := self.adapter.patch_convolution.in_channels):
             raise ValueError(f"`pixel_values_videos` must have {wanted} channels, got the shape {tuple(video.shape)}")
         tubelet = self.adapter.tubelet_size
         if self.adapter.num_frames not in (None, num_frames):
@@ -338,6 +351,8 @@ class GazeVisionModel(nn.Module):
             )
         if gaze is None:
             gaze = GazeOutput.full(self.grid, batch_size, num_frames, scale=-1)
+        if not isinstance(gaze, GazeOutput):
+            gaze = GazeOutput.stack(gaze)
         if gaze.grid != self.grid:
             raise ValueError(
                 f"`gaze` must be for the scales {self.grid.scales} and patch size {self.grid.patch_size} of the tower, "
@@ -405,8 +420,8 @@ class GazeVisionModel(nn.Module):
         sheet = sheet + torch.arange(tubelet, device=sheet.device)
         ids = tokens.ids[:, None].expand_as(sheet)
         patches = self.grid.cut_patches(frames.flatten(0, 2), sheet.flatten(), ids.flatten())
-        patches = patches.to(adapter.patch_embedding.weight.dtype)
-        if isinstance(adapter.patch_embedding, nn.Conv3d):
+        patches = patches.to(adapter.patch_convolution.weight.dtype)
+        if isinstance(adapter.patch_convolution, nn.Conv3d):
             patches = patches.unflatten(0, tuple(sheet.shape)).transpose(1, 2)
         embedded = adapter.patch_embedding(patches).flatten(1).to(tokens.ids.device)
         positions = adapter.positions(self.grid)

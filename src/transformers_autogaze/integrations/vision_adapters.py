@@ -65,6 +65,14 @@ class VisionAdapter:
         return self.embeddings.patch_embeddings.projection
 
     @property
+    def patch_convolution(self) -> nn.Module:
+        """The convolution itself, where an adapter of PEFT lies around it."""
+        module = self.patch_embedding
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        return module
+
+    @property
     def position_table(self) -> torch.Tensor | None:
         """Learned positions `(prefix + rows * columns, hidden)`, prefix first; `None` for rotary ones."""
         return self.embeddings.position_embeddings[0]
@@ -89,7 +97,7 @@ class VisionAdapter:
     def native_grid(self) -> tuple[int, int]:
         """Rows and columns of patches of the images that the tower was made for."""
         size = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
-        patch = self.patch_embedding.kernel_size
+        patch = self.patch_convolution.kernel_size
         return size[0] // patch[-2], size[1] // patch[-1]
 
     def positions(self, grid: GazeGrid) -> torch.Tensor | None:
@@ -196,7 +204,11 @@ class SiglipAdapter(VisionAdapter):
 
     @property
     def position_table(self) -> torch.Tensor:
-        return self.embeddings.position_embedding.weight
+        embedding = self.embeddings.position_embedding
+        if type(embedding) is nn.Embedding:
+            return embedding.weight
+        # An adapter around it adds to the weights when it is called.
+        return embedding(torch.arange(len(embedding.weight), device=embedding.weight.device))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -367,7 +379,8 @@ def find_tower(model: nn.Module) -> str:
     """
     for name, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type in ADAPTERS and hasattr(module, "embeddings"):
+        # Its own part: what PEFT wraps a model in gives out the parts of that model.
+        if model_type in ADAPTERS and "embeddings" in dict(module.named_children()):
             return name
     config = getattr(model, "config", None)
     raise ValueError(

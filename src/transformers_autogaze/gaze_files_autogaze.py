@@ -1,0 +1,305 @@
+"""
+Gazes on disk: every field of a batch as `.safetensors`, and `gaze.json`, the record of one video.
+
+This module owns both formats and reads back what it writes; docs/gaze_file.md has the second, field by field. Files are
+written beside their place and renamed when they are whole.
+"""
+
+import json
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .grid_autogaze import GazeGrid
+
+
+if TYPE_CHECKING:
+    from .gazing_autogaze import GazeOutput
+
+FORMAT = "autogaze.gaze"
+FORMAT_VERSION = 1
+"""Version of both formats; it grows when a reader of the last one would be wrong about a file."""
+UNITS = {
+    "fps": "frames of the video per second",
+    "width": "pixels",
+    "height": "pixels",
+    "duration": "seconds",
+    "grid.scales": "pixels",
+    "grid.patch_size": "pixels",
+    "grid.extent": "pixels of the video: height, width",
+    "frame_indices": "frames of the video, from 0",
+    "frame_times": "seconds from the start of the video",
+    "records.frame": "place in frame_indices, from 0",
+    "records.frame_index": "frames of the video, from 0",
+    "records.time": "seconds from the start of the video",
+    "records.scale": "pixels that the frame was resized to",
+    "records.id": "patches of the frame over all scales, coarse to fine, from 0",
+    "records.box": "pixels of the video: left, top, right, bottom",
+    "records.order": "place of choice in the frame, from 0",
+}
+_MASK = "gazing_mask"
+_NUMBERS = ("patch_size", "frame_sampling_rate", "num_vision_tokens_each_frame", "first_frame")
+
+
+def save_gaze(gaze: "GazeOutput", path: str | os.PathLike) -> None:
+    """Writes every field of a gaze but its streaming state; see [`GazeOutput.save`]."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"`path` must end in .safetensors, got {str(path)!r}")
+    tensors = {key: value for key, value in gaze.items() if isinstance(value, torch.Tensor)}
+    tensors |= {f"{_MASK}.{number}": mask for number, mask in enumerate(gaze.gazing_mask)}
+    facts = {"version": FORMAT_VERSION, "scales": gaze.scales, **{name: gaze.get(name) for name in _NUMBERS}}
+    # Selected clips are views of a batch, which the format does not take.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    with _written_whole(Path(path)) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", FORMAT: json.dumps(facts)})
+
+
+def load_gaze(kind: type["GazeOutput"], path: str | os.PathLike) -> "GazeOutput":
+    """Reads a gaze, of `.safetensors` or a `gaze.json`; see [`GazeOutput.load`]."""
+    if Path(path).suffix == ".json":
+        return GazeFile.read(path, kind).gaze
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"`path` must end in .safetensors or .json, got {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"`path` must be a whole file of a gaze, got {str(path)!r}: {error}") from error
+    _check_version(facts, path)
+    masks = [tensors.pop(key) for key in sorted((key for key in tensors if key.startswith(_MASK)), key=_number_of)]
+    scales = [tuple(scale) if isinstance(scale, list) else scale for scale in facts["scales"]]
+    return kind(**tensors, gazing_mask=masks, scales=scales, **{name: facts[name] for name in _NUMBERS})
+
+
+class GazeFileWriter:
+    """
+    Writes `gaze.json` of a video that is gazed at chunk by chunk.
+
+    Records wait in a temporary file, as their number grows with the video. docs/gaze_file.md has the format.
+
+    Args:
+        frame_indices (`Sequence[int]`): the gazed frames, as the video counts them.
+        frame_times (`Sequence[float]`, *optional*): when each is shown, in seconds; where the video tells.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from transformers_autogaze import GazeGrid, GazeOutput
+    >>> from transformers_autogaze.gaze_files_autogaze import GazeFile, GazeFileWriter
+
+    >>> grid, path = GazeGrid([32], patch_size=16), tempfile.mkdtemp() + "/gaze.json"
+    >>> with GazeFileWriter(frame_indices=[0, 30], frame_times=[0.0, 1.0]) as writer:
+    ...     record = {"frame": 1, "scale": 32, "id": 3, "box": [50, 50, 100, 100], "order": 0}
+    ...     writer.add([record])
+    ...     writer.write(path, grid, extent=(100, 100), video="clip.mp4", fps=30.0, width=100, height=100)
+    >>> file = GazeFile.read(path)
+    >>> file.gaze.gazing_pos.tolist(), file.records[0]["frame_index"], file.records[0]["time"]
+    ([[7]], 30, 1.0)
+
+    ```
+    """
+
+    def __init__(self, frame_indices: Sequence[int], frame_times: Sequence[float] | None = None):
+        self.frame_indices = [int(index) for index in frame_indices]
+        self.frame_times = None if frame_times is None else [round(float(time), 6) for time in frame_times]
+        self._waiting = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._num_records = 0
+
+    def __enter__(self) -> "GazeFileWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.close()
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Adds records.
+
+        Args:
+            records (`Sequence[Mapping]`):
+                As [`~AutoGazeProcessor.post_process_gaze`] gives them, `frame` counted over the whole video's gazed frames.
+        """
+        for record in records:
+            frame = record["frame"]
+            told = {"frame": frame, "frame_index": self.frame_indices[frame]}
+            if self.frame_times is not None:
+                told["time"] = self.frame_times[frame]
+            self._waiting.write(",\n" if self._num_records else "")
+            self._waiting.write(f"  {json.dumps({**told, **record}, allow_nan=False)}")
+            self._num_records += 1
+
+    def write(
+        self,
+        path: str | os.PathLike,
+        grid: GazeGrid,
+        extent: tuple[int, int],
+        num_frames: int | None = None,
+        frame_sampling_rate: int = 1,
+        **facts: Any,
+    ) -> None:
+        """
+        Writes the file.
+
+        Args:
+            path (`str` or `os.PathLike`): where; a file that is there is replaced.
+            grid ([`GazeGrid`]): the grid that ids belong to.
+            extent (`tuple[int, int]`): height and width in pixels of the video that the grid spans.
+            num_frames (`int`, *optional*): frames that were there; all of `frame_indices` by default.
+            frame_sampling_rate (`int`, *optional*, defaults to 1): frames per frame of gaze.
+            facts: further fields, such as `video`, `selector`, `settings`, `fps`, `width`, `height`, `statistics`.
+
+        Raises:
+            ValueError: if a number is not finite.
+        """
+        scales = [list(scale) if isinstance(scale, tuple) else scale for scale in grid.scales]
+        head = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "package_version": _package_version(),
+            **facts,
+            "grid": {
+                "scales": scales,
+                "patch_size": grid.patch_size,
+                "frame_sampling_rate": frame_sampling_rate,
+                "extent": list(extent),
+            },
+            "frame_indices": self.frame_indices[:num_frames],
+            "frame_times": None if self.frame_times is None else self.frame_times[:num_frames],
+            "units": UNITS,
+        }
+        # Before anything is written: what JSON cannot hold.
+        text = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+        with _written_whole(Path(path)) as beside, beside.open("w", encoding="utf-8") as file:
+            file.write(text + ',\n "records": [\n')
+            self._waiting.seek(0)
+            for part in iter(lambda: self._waiting.read(2**20), ""):
+                file.write(part)
+            file.write("\n ]\n}\n")
+
+
+@dataclass(repr=False)
+class GazeFile:
+    """
+    What a `gaze.json` says.
+
+    Args:
+        gaze ([`GazeOutput`]): what was kept, a batch of one, in the order of choice.
+        records (`list[dict]`): the same patch by patch.
+        facts (`dict`): all other fields of the file: `video`, `fps`, `grid`, `statistics` and so on.
+    """
+
+    gaze: "GazeOutput"
+    records: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"GazeFile({self.facts.get('video')!r}, {self.gaze!r})"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, kind: type["GazeOutput"] | None = None) -> "GazeFile":
+        """
+        Reads a `gaze.json`.
+
+        Args:
+            path (`str` or `os.PathLike`): the file.
+            kind (`type[GazeOutput]`, *optional*): the class of its gaze.
+
+        Raises:
+            ValueError: if it is no such file, or of a newer version.
+        """
+        if kind is None:
+            from .gazing_autogaze import GazeOutput as kind
+        try:
+            facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"`path` must be a gaze.json, got {str(path)!r}: {error}") from error
+        _check_version(facts, path)
+        try:
+            records = facts.pop("records")
+            return cls(_gaze_of_records(kind, records, facts), records, facts)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"`path` must be a whole gaze.json, got {str(path)!r} without {error}") from error
+
+    def frame_at(self, time: float) -> int:
+        """
+        Finds the gazed frame that is shown at a time.
+
+        Args:
+            time (`float`): seconds from the start of the video.
+
+        Returns:
+            `int`: its place in `frame_indices`, from 0; the first one for a time before it.
+
+        Raises:
+            ValueError: if the video told no times.
+        """
+        times = self.facts["frame_times"]
+        if times is None:
+            raise ValueError(
+                "`time` must not be asked of a video that told no times of its frames; go by `frame_indices`"
+            )
+        return max(0, bisect_right(times, time + 1e-6) - 1)
+
+
+def _gaze_of_records(
+    kind: type["GazeOutput"], records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> "GazeOutput":
+    layout, num_frames = facts["grid"], len(facts["frame_indices"])
+    scales = [tuple(scale) if isinstance(scale, list) else scale for scale in layout["scales"]]
+    grid, rate = GazeGrid(scales, layout["patch_size"]), layout["frame_sampling_rate"]
+    places = [(record["frame"] // rate, record["order"], record["id"]) for record in records]
+    frame, _, ids = torch.tensor(sorted(places), dtype=torch.long).reshape(-1, 3).unbind(1)
+    if bool(((frame < 0) | (frame >= num_frames // rate) | (ids < 0) | (ids >= grid.num_patches)).any()):
+        raise ValueError(f"`records` must be of {num_frames} frames of {grid.num_patches} patches")
+    counts = torch.bincount(frame, minlength=num_frames // rate)
+    pos = (frame * grid.num_patches + ids)[None]
+    return kind.from_ids(
+        pos, torch.zeros_like(pos, dtype=torch.bool), counts, grid, rate, clip_num_gazing_each_frame=counts[None]
+    )
+
+
+def _check_version(facts: Any, path: str | os.PathLike) -> None:
+    is_ours = (
+        isinstance(facts, dict) and isinstance(facts.get("version"), int) and facts.get("format", FORMAT) == FORMAT
+    )
+    if not is_ours:
+        raise ValueError(f"`path` must be a gaze that this package wrote, got {str(path)!r}")
+    if facts["version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"`path` must be a gaze of version {FORMAT_VERSION} or before, got {facts['version']} in {str(path)!r}; a newer "
+            "transformers-autogaze reads it"
+        )
+
+
+def _number_of(key: str) -> int:
+    return int(key.rpartition(".")[2])
+
+
+def _package_version() -> str | None:
+    try:
+        return version("transformers-autogaze")
+    except PackageNotFoundError:  # run as remote code
+        return None
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Gives a name beside a path to write to; renames it when all went well, and leaves nothing behind when not."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""
+How videos are laid out for an MLLM of the LLaVA family: chunks, tiles, thumbnails, and what stands between them.
+
+This module checks what a [`GazeVideoLM`] is told of its layout, cuts videos by it and counts the tokens that come out. It
+encodes nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..gazing_autogaze import GazeOutput
+from ..grid_autogaze import GazeGrid
+from .mllm_adapters import MLLMAdapter
+from .video_tokens import ORDERS, VideoClip, Videos, batch_clips, batch_streams, count_tokens, cut_clips
+from .vision import GazeVisionModel
+
+
+_NEWLINE = "image_newline"
+
+
+@dataclass
+class VideoLayout:
+    """
+    The layout of videos; its fields are arguments of [`GazeVideoLM`].
+
+    Raises:
+        ValueError: if a number is below 1 or the order is none.
+    """
+
+    chunk_frames: int
+    max_batch_size: int
+    order: str
+    thumbnail_interval: int | None
+
+    def __post_init__(self):
+        numbers = {"chunk_frames": self.chunk_frames, "max_batch_size": self.max_batch_size}
+        if self.thumbnail_interval is not None:
+            numbers["thumbnail_interval"] = self.thumbnail_interval
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}, got {self.order!r}")
+
+    def cut(
+        self, videos: list[torch.Tensor], gazes: list[GazeOutput], grid: GazeGrid, vision: GazeVisionModel
+    ) -> Iterator[list[list[VideoClip]]]:
+        """Gives batches of clips of one shape; those of one list are chunks that follow each other in one stream."""
+        sees_canvas = vision.attention == "canvas"
+        # A stream carries no gradients, so a tower that may be training sees whole videos.
+        is_whole = sees_canvas and (torch.is_grad_enabled() or vision.vision_model.training)
+        streams = sees_canvas and not is_whole
+        clips = (
+            clip
+            for number, (video, gaze) in enumerate(zip(videos, gazes, strict=True))
+            for clip in cut_clips(
+                number,
+                video,
+                gaze,
+                grid,
+                len(video) if is_whole else self.chunk_frames,
+                self.thumbnail_interval,
+                keeps_empty=streams,
+            )
+        )
+        if streams:
+            return batch_streams(clips, self.max_batch_size)
+        return ([batch] for batch in batch_clips(clips, self.max_batch_size))
+
+    def count_tokens(
+        self,
+        gazes: Sequence[GazeOutput],
+        grid: GazeGrid,
+        vision: GazeVisionModel,
+        adapter: MLLMAdapter,
+        separator: list[int] | str | None,
+    ) -> list[tuple[int, int]]:
+        """Counts what the language model reads of videos; see [`GazeVideoLM.count_tokens`]."""
+        num_prefix = sum(token.numel() // vision.hidden_size for token in vision.adapter.prefix_tokens)
+        num_prefix = max(num_prefix - (not adapter.keeps_cls), 0)
+        rows, cols = adapter.pool_grid(*vision.adapter.native_grid)
+        between = [separator] if isinstance(separator, str) else separator or []
+        cut = grid, self.chunk_frames, self.thumbnail_interval
+        counts = []
+        for one in gazes:
+            parts = count_tokens(one, *cut, order=self.order, num_prefix=num_prefix)
+            read = sum(parts) + max(len(parts) - 1, 0) * len(between)
+            whole = one.num_frames * one.frame_sampling_rate * (rows * cols + num_prefix)
+            counts.append((read + adapter.ends_with_newline, whole + adapter.ends_with_newline))
+        return counts
+
+
+def check_separator(
+    separator: int | Sequence[int] | str | None, adapter: MLLMAdapter, embeddings: nn.Module
+) -> list[int] | str | None:
+    """
+    Checks what is to stand between chunks.
+
+    Raises:
+        ValueError: if it is no token of the MLLM, and no new line that it has.
+    """
+    if separator is None:
+        return None
+    if separator == _NEWLINE:
+        if adapter.newline is None:
+            raise ValueError(f"`separator` cannot be {_NEWLINE!r}: a {type(adapter.mllm).__name__} has none")
+        return separator
+    ids, size = [separator] if isinstance(separator, int) else separator, embeddings.num_embeddings
+    if not ids or any(not isinstance(token, int) or not 0 <= token < size for token in ids):
+        raise ValueError(f"`separator` must be ids of tokens in 0..{size - 1} or {_NEWLINE!r}, got {separator!r}")
+    return list(ids)
+
+
+def embed_separator(
+    separator: list[int] | str | None, adapter: MLLMAdapter, embeddings: nn.Module
+) -> torch.Tensor | None:
+    """Gives what stands between chunks, `(tokens, hidden_size)`."""
+    if separator is None:
+        return None
+    if separator == _NEWLINE:
+        return adapter.newline[None]
+    return embeddings(torch.tensor(separator, device=embeddings.weight.device))
+
+
+def has_videos(
+    adapter: MLLMAdapter, input_ids: torch.Tensor, videos: Videos | None, options: Mapping[str, Any]
+) -> bool:
+    """
+    Tells whether there are videos to look at, and checks that nothing else claims their placeholders.
+
+    Raises:
+        ValueError: if prompts name a video that is not given, or pictures share its token.
+    """
+    token, pictures = adapter.placeholder_id, options.get("pixel_values") is not None and not adapter.has_picture_token
+    if videos is None:
+        if not pictures and bool((input_ids == token).any()):
+            raise ValueError(
+                f"`pixel_values_videos` must be given for prompts that name a video by the token {token}, got None"
+            )
+        return False
+    if pictures:
+        raise ValueError(
+            f"`pixel_values` cannot go with `pixel_values_videos`: a {type(adapter.mllm).__name__} has one token, {token}, "
+            "for both"
+        )
+    return True
