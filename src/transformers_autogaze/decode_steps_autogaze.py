@@ -45,11 +45,12 @@ class DecodeSteps:
         self.decoder, self.cache, self.positions = decoder, cache, positions
         self.choose = functools.partial(choose_ids, temperature=temperature, generator=generator)
         self.causal_masks: dict[int, torch.Tensor] = {}
-        weight = decoder.weight
-        self.cos = self.sin = weight.new_empty(0, 0)
+        like = decoder.like
+        self.cos = self.sin = like.new_empty(0, 0)
+        self.first_position, self.num_tokens = 0, num_tokens
         # On a CPU this is quicker than torch's attention, which is made for many queries.
-        self.attends_by_hand = weight.device.type == "cpu" and weight.dtype.itemsize >= 4 and not decoder.is_eager
-        self.scores = weight.new_empty(0)
+        self.attends_by_hand = like.device.type == "cpu" and like.dtype.itemsize >= 4 and not decoder.is_eager
+        self.scores = like.new_empty(0)
         cache.reserve(num_tokens, self.attends_by_hand)
 
     def begin_frame(self, vision: torch.Tensor) -> None:
@@ -216,19 +217,24 @@ class DecodeSteps:
     def _causal_mask(self, num_new: int) -> torch.Tensor:
         """Lets each new token see the new ones up to itself: `(new, new)`, 0 or -inf."""
         if num_new not in self.causal_masks:
-            mask = self.decoder.weight.new_full((num_new, num_new), -torch.inf)
+            mask = self.decoder.like.new_full((num_new, num_new), -torch.inf)
             self.causal_masks[num_new] = mask.triu(1)
         return self.causal_masks[num_new]
 
     def _rotations(self, firsts: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives cosines and sines `(groups, size, head size)` of positions that count from `firsts`."""
-        if max(firsts) + size > len(self.cos):
-            positions = torch.arange(2 * (max(firsts) + size), device=self.decoder.weight.device)
-            self.cos, self.sin = (table[0] for table in self.decoder.rotations(positions[None]))
+        places = [first - self.first_position for first in firsts]
+        if min(places) < 0 or max(places) + size > len(self.cos):
+            # For all that is read in this call, and none of what was read in earlier ones.
+            self.first_position = min(firsts)
+            places = [first - self.first_position for first in firsts]
+            positions = torch.arange(max(places) + size + self.num_tokens, device=self.decoder.like.device)
+            tables = self.decoder.rotations(positions[None] + self.first_position)
+            self.cos, self.sin = (table[0] for table in tables)
         tables = (self.cos, self.sin)
-        if len(firsts) == 1:
-            return tuple(table[None, firsts[0] : firsts[0] + size] for table in tables)
-        return tuple(torch.stack([table[first : first + size] for first in firsts]) for table in tables)
+        if len(places) == 1:
+            return tuple(table[None, places[0] : places[0] + size] for table in tables)
+        return tuple(torch.stack([table[place : place + size] for place in places]) for table in tables)
 
 
 def choose_ids(

@@ -30,10 +30,13 @@ class FusedDecoder:
     Args:
         decoder (`nn.Module`): the model's gaze decoder.
         implementation (`str`, *optional*): how it attends: `"eager"`, or sdpa for everything else.
+        like (`torch.Tensor`, *optional*):
+            A tensor on the device and of the dtype that hidden states have; the embeddings of the patch ids if not given.
     """
 
-    def __init__(self, decoder: nn.Module, implementation: str | None):
+    def __init__(self, decoder: nn.Module, implementation: str | None, like: torch.Tensor | None = None):
         self.decoder, self.model = decoder, decoder.model
+        self.like = (self.model.embed_tokens.weight if like is None else like).new_empty(0)
         self.is_eager = implementation == "eager"
         self.layers = [
             (
@@ -63,15 +66,10 @@ class FusedDecoder:
         self._project_rows = self._joined_heads()
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The embeddings of the patch ids, whose device and dtype are those of everything."""
-        return self.model.embed_tokens.weight
-
-    @property
     def is_fused(self) -> bool:
         """Whether all weights could be joined, so that nothing but them is computed with."""
         linear = [module for module in self.decoder.modules() if hasattr(module, "weight") and module.weight.ndim == 2]
-        return all(type(module) in (nn.Linear, nn.Embedding) for module in linear)
+        return all(type(module) in (nn.Linear, nn.Embedding) and not module.weight.is_meta for module in linear)
 
     def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives logits `(clips, k, vocabulary)` and predicted losses `(clips, k)` of what `read` gives."""
@@ -92,7 +90,7 @@ class FusedDecoder:
 
     def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives cosines and sines `(clips, new, head size)` of positions `(clips, new)`."""
-        cos, sin = self.model.rotary_emb(self.weight, position_ids=positions)
+        cos, sin = self.model.rotary_emb(self.like, position_ids=positions)
         # Rotating turns (a, b) into (-b, a); the sign is put into the sines instead.
         half = sin.shape[-1] // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
@@ -191,7 +189,7 @@ def _each(inputs: torch.Tensor, projections: Sequence[nn.Module]) -> torch.Tenso
 
 
 def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
-    """Joins the weights of projections of the same input; `None` where adapted or quantised ones must be asked."""
+    """Joins the weights of projections of the same input; `None` where adapted, quantised or offloaded ones must be asked."""
     if not _are_plain(projections):
         return None
     # On a CPU, a product of few rows is up to twice as fast with the weight laid out this way round.
@@ -199,4 +197,7 @@ def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
 
 
 def _are_plain(projections: Sequence[nn.Module]) -> bool:
-    return all(type(projection) is nn.Linear and projection.bias is None for projection in projections)
+    return all(
+        type(projection) is nn.Linear and projection.bias is None and not projection.weight.is_meta
+        for projection in projections
+    )

@@ -52,6 +52,8 @@ class GazeCache:
         self.keys: torch.Tensor | None = None
         """`(layers, key/value heads, batch, capacity, head size)`; the first `lengths[b]` places of clip b count."""
         self.values: torch.Tensor | None = None
+        self.frequencies: torch.Tensor | None = None
+        """`(head size / 2,)`: by what angle one position turns each pair of a key's features."""
         self.lengths: list[int] = []
         """Tokens held of each clip."""
         self.next_positions: list[int] = []
@@ -80,10 +82,11 @@ class GazeCache:
     @torch.inference_mode()
     def crop(self, num_frames: int) -> None:
         """
-        Forgets the oldest frames, so that an endless stream takes bounded memory.
+        Forgets the oldest frames, so that an endless stream takes bounded memory and time.
 
-        Positions count on; the frames that stay are seen at the same distances as before. The convolutions remember
-        their last frames either way.
+        The frames that stay are seen at the same distances as before; the next call counts positions from the first of
+        them, so that what it chooses does not depend on how many went before. The convolutions remember their last frames
+        either way.
 
         Args:
             num_frames (`int`): how many of the latest frames to keep, at least 0.
@@ -118,6 +121,20 @@ class GazeCache:
             self.lengths[clip] += num_new[clip]
             self.next_positions[clip] += num_new[clip]
 
+    @torch.inference_mode()
+    def count_from_first(self) -> None:
+        """
+        Turns keys so that positions count from the first token held, as they do until something is forgotten.
+
+        In a stream that is cropped, positions would else grow without end, and their angles lose all precision.
+        """
+        for clip, (position, length) in enumerate(zip(self.next_positions, self.lengths, strict=True)):
+            if position > length:
+                angles = (position - length) * self.frequencies.cpu().double()
+                for keys in self.keys[:, :, clip, :length]:
+                    keys.copy_(_turned_back(keys, angles))
+                self.next_positions[clip] = length
+
     def reserve(self, num_tokens: int, is_by_feature: bool) -> None:
         """
         Makes room for further tokens of every clip; grows by half at least, so that copies stay rare.
@@ -135,6 +152,14 @@ class GazeCache:
             for grown, states in ((keys, self.keys), (values, self.values)):
                 grown[:, :, :, :held] = states[:, :, :, :held]
             self.keys, self.values = keys, values
+
+
+def _turned_back(keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turns keys `(.., head size)` back by angles `(head size / 2,)`; the halves of the features are the pairs."""
+    precise = torch.promote_types(keys.dtype, torch.float32)
+    cos, sin = (part.to(keys.device, precise) for part in (angles.cos(), angles.sin()))
+    first, second = keys.to(precise).chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
 class GazeDecoding(GazeSelector):
@@ -158,8 +183,12 @@ class GazeDecoding(GazeSelector):
             raise ValueError("`output_scores` must be False when `past_key_values` goes on with a stream")
         grid = self.config.grid
         is_kept = use_cache or past_key_values is not None
-        cache = self._prepare_cache(past_key_values, len(frames))
-        vision, cache.convolutions = self.embed_video(frames, cache.convolutions)
+        cache = GazeCache() if past_key_values is None else past_key_values
+        self._check_cache(cache, len(frames))
+        vision, convolutions = self.embed_video(frames, cache.convolutions)
+        # Weights may lie elsewhere, and be held in another precision, than what is computed with them.
+        self._prepare_cache(cache, len(frames), like=vision).convolutions = convolutions
+        cache.count_from_first()
         # Every patch of the budget will be read; with a threshold, frames may end long before.
         num_tokens = len(budget) * vision.shape[2]
         num_tokens += self.config.decoder_config.num_multi_token_pred
@@ -209,7 +238,7 @@ class GazeDecoding(GazeSelector):
                     yield graphed.attach(cache, num_tokens, is_kept)
                     graphed.finish()
                     return
-        decoder = FusedDecoder(self.gaze_decoder, self.config._attn_implementation)
+        decoder = FusedDecoder(self.gaze_decoder, self.config._attn_implementation, like=cache.keys)
         yield DecodeSteps(decoder, cache, num_tokens, self.config.decoding_positions, temperature, generator)
 
     @functools.cached_property
@@ -285,22 +314,28 @@ class GazeDecoding(GazeSelector):
             steps.go_on(going_on)
             active = [active[row] for row in going_on]
 
-    def _prepare_cache(self, cache: GazeCache | None, batch_size: int) -> GazeCache:
-        cache = GazeCache() if cache is None else cache
+    @staticmethod
+    def _check_cache(cache: GazeCache, batch_size: int) -> None:
         if not isinstance(cache, GazeCache):
             raise ValueError(f"`past_key_values` must be a GazeCache, got {type(cache).__name__}")
-        if cache.batch_size is None:
-            config, weight = self.config.decoder_config, self.gaze_decoder.lm_head.weight
-            size = (config.num_hidden_layers, config.num_key_value_heads, batch_size, 0, config.head_dim)
-            cache.keys, cache.values = weight.new_empty(size), weight.new_empty(size)
-            cache.lengths, cache.next_positions, cache.num_unread = ([0] * batch_size for _ in range(3))
-            shape = (batch_size, config.num_multi_token_pred)
-            cache.unread_ids = torch.full(shape, self.config.end_id, device=weight.device)
-        elif cache.batch_size != batch_size:
+        if cache.batch_size not in (None, batch_size):
             raise ValueError(
                 f"`past_key_values` holds {cache.batch_size} clips, but {batch_size} are given now (tiles count); "
                 "pass the frames of the same clips, or a new GazeCache"
             )
+
+    def _prepare_cache(self, cache: GazeCache | None, batch_size: int, like: torch.Tensor | None = None) -> GazeCache:
+        """Makes a cache ready for clips of which it holds nothing; keys and values have the device and dtype of `like`."""
+        cache = GazeCache() if cache is None else cache
+        if cache.batch_size is None:
+            config, decoder = self.config.decoder_config, self.gaze_decoder
+            like = decoder.lm_head.weight if like is None else like
+            size = (config.num_hidden_layers, config.num_key_value_heads, batch_size, 0, config.head_dim)
+            cache.keys, cache.values = like.new_empty(size), like.new_empty(size)
+            cache.frequencies = decoder.model.rotary_emb.inv_freq
+            cache.lengths, cache.next_positions, cache.num_unread = ([0] * batch_size for _ in range(3))
+            shape = (batch_size, config.num_multi_token_pred)
+            cache.unread_ids = torch.full(shape, self.config.end_id, device=like.device)
         return cache
 
     @staticmethod

@@ -42,7 +42,7 @@ class GraphedSteps:
 
     def __init__(self, decoder: FusedDecoder, batch_size: int, positions: str):
         self.decoder, self.positions = decoder, positions
-        config, weight = decoder.model.config, decoder.weight
+        config, weight = decoder.model.config, decoder.like
         device, step_size = weight.device, decoder.decoder.num_rows
         self.num_vision = 0
         self.chosen = torch.zeros(batch_size, step_size, dtype=torch.long, device=device)
