@@ -123,8 +123,6 @@ class CanvasGazeSelector(GazeSelector):
     ) -> GazeOutput:
         cache = self.cache_class() if past_key_values is None else past_key_values
         self._check_cache(cache, len(frames))
-        if frames.isnan().any():
-            raise ValueError("`pixel_values_videos` must not hold NaN, got some; were the frames normalised by zero?")
         tubelet_size = int(tubelet_size)
         seen = self.look(frames, tubelet_size)
         start = self._start(cache, seen)

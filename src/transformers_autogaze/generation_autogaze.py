@@ -216,7 +216,8 @@ class GazeDecoding(GazeSelector):
             cache=cache if use_cache else None,
         )
         if output_scores:
-            scores = self(frames, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame)
+            given = gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame
+            scores = self(frames, *given, return_dict=True)
             gaze = gaze.replace(
                 log_action_probs=scores.log_action_probs, task_loss_prediction=scores.task_loss_prediction
             )

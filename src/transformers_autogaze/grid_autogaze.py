@@ -160,12 +160,20 @@ class GazeGrid:
             height, width (`int`): size of the frame in pixels.
 
         Returns:
-            `torch.FloatTensor` of shape `(*ids.shape, 4)`: left, top, right, bottom in pixels.
+            `torch.FloatTensor` of shape `(*ids.shape, 4)`: left, top, right, bottom in pixels, inside the frame.
         """
         scale, row, col = self.locate(ids)
-        grids = torch.tensor(self.grids, device=ids.device)
-        unit_y, unit_x = height / grids[scale, 0], width / grids[scale, 1]
-        return torch.stack([col * unit_x, row * unit_y, (col + 1) * unit_x, (row + 1) * unit_y], dim=-1)
+        rows, cols = torch.tensor(self.grids, device=ids.device)[scale].unbind(-1)
+
+        def edge(place: torch.Tensor, size: int, count: torch.Tensor) -> torch.Tensor:
+            # Whole pixels by themselves: edges of neighbours are equal so, and the last is the frame's own.
+            pixels = place * size // count
+            return pixels + (place * size - pixels * count) / count
+
+        return torch.stack(
+            [edge(col, width, cols), edge(row, height, rows), edge(col + 1, width, cols), edge(row + 1, height, rows)],
+            dim=-1,
+        )
 
     def cut_patches(self, frames: torch.Tensor, frame: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
@@ -31,7 +32,7 @@ from .generation_autogaze import GazeDecoding
 from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .measured_stopping_autogaze import FrameMeter  # noqa: F401
-from .selection_autogaze import draw_settings, resize_frames
+from .selection_autogaze import check_pixels, draw_settings, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
@@ -57,6 +58,9 @@ class AutoGazeModelOutput(ModelOutput):
             `output_hidden_states`):
             The tokens as the decoder reads them, and what each of its layers makes of them, the last normalised.
             [`~AutoGazeModel.token_places`] tells which is which.
+        attentions (`tuple[torch.FloatTensor]` of shape `(batch, heads, sequence, sequence)`, returned with
+            `output_attentions`):
+            For each layer, how much each token of that sequence attends to each other.
     """
 
     loss: torch.FloatTensor | None = None
@@ -66,6 +70,7 @@ class AutoGazeModelOutput(ModelOutput):
     task_loss_prediction: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class AutoGazeCausalConv3d(nn.Module):
@@ -252,6 +257,7 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         vision, state = self.vision_model(frames.to(self.dtype), past)
         return self.connector(vision), state
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values_videos: torch.Tensor,
@@ -261,7 +267,8 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         labels: torch.Tensor | None = None,
         task_loss_labels: torch.Tensor | None = None,
         output_logits: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> AutoGazeModelOutput:
         """
@@ -282,40 +289,42 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
                 Measured reconstruction losses after each slot, NaN where a slot is to be ignored.
             output_logits (`bool`, *optional*, defaults to `False`):
                 Whether to return the logits of every slot.
-            output_hidden_states (`bool`, *optional*, defaults to `False`):
+            output_hidden_states (`bool`, *optional*, defaults to that of the configuration):
                 Whether to return the hidden states of the decoder.
-            kwargs: passed on to the decoder's [`~transformers.LlamaModel`].
+            output_attentions (`bool`, *optional*, defaults to that of the configuration):
+                Whether to return its attentions, which needs eager attention.
+            kwargs: `return_dict` (`bool`) says whether to return an [`AutoGazeModelOutput`], as the configuration does by
+                default; all others are passed on to the decoder's [`~transformers.LlamaModel`].
 
         Returns:
-            [`AutoGazeModelOutput`]
+            [`AutoGazeModelOutput`], or a tuple of what is not `None` in it.
 
         Raises:
             ValueError: if an argument does not fit the others; the message names it.
         """
+        counts, num_slots = num_gazing_each_frame, gazing_pos.shape[-1]
         self._check_video(pixel_values_videos)
-        num_frames, num_slots = self._num_gaze_frames(pixel_values_videos), gazing_pos.shape[-1]
-        counts = num_gazing_each_frame
-        if len(counts) != num_frames or int(counts.sum()) != num_slots or bool((counts < 1).any()):
-            raise ValueError(
-                f"`num_gazing_each_frame` must hold {num_frames} positive counts, one for each frame, that add up to "
-                f"the {num_slots} slots of `gazing_pos`, got {counts.tolist()}"
-            )
-        expected = (len(pixel_values_videos), num_slots)
-        named = {
-            "gazing_pos": gazing_pos,
-            "if_padded_gazing": if_padded_gazing,
-            "labels": labels,
-            "task_loss_labels": task_loss_labels,
-        }
-        for name, value in named.items():
-            if value is not None and tuple(value.shape) != expected:
-                raise ValueError(f"`{name}` must have the shape {expected}, got {tuple(value.shape)}")
+        self._check_gaze(
+            self._num_gaze_frames(pixel_values_videos),
+            counts,
+            (len(pixel_values_videos), num_slots),
+            gazing_pos=gazing_pos,
+            if_padded_gazing=if_padded_gazing,
+            labels=labels,
+            task_loss_labels=task_loss_labels,
+        )
+        recorded = self._outputs_to_record(
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
+        frames = resize_frames(pixel_values_videos, self.config.image_size)
+        if not torch.compiler.is_compiling():
+            check_pixels(frames)
 
         device = gazing_pos.device
-        frame = torch.arange(num_frames, device=device).repeat_interleave(counts.to(device))
+        counts = counts.to(device)
+        vision_places, slot_place, frame = self._token_places(counts, num_slots)
         ids = self._local_ids("gazing_pos", gazing_pos, ~if_padded_gazing, frame)
-        vision, _ = self.embed_video(resize_frames(pixel_values_videos, self.config.image_size))
-        vision_places, slot_place = self.token_places(counts.to(device))
+        vision, _ = self.embed_video(frames)
         tokens = torch.cat([vision.flatten(1, 2), self.gaze_decoder.model.embed_tokens(ids)], dim=1)
         order = torch.cat([vision_places.flatten(), slot_place]).argsort()
         attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=device)
@@ -325,19 +334,16 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
-            output_hidden_states=output_hidden_states,
+            **recorded,
             **kwargs,
         )
         hidden = decoded.last_hidden_state
-        starts = (counts.cumsum(0) - counts).to(device)
+        starts = counts.cumsum(0) - counts
         slot = torch.arange(num_slots, device=device) - starts[frame]
         row = slot % self.gaze_decoder.num_rows
         # A step's k slots are all predicted by the token before its first.
         source = slot_place - row - 1
-        sources, which = source.unique(return_inverse=True)
-        logits, _ = self.gaze_decoder.heads(hidden[:, sources])
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits[:, which, row].to(precise)
+        logits = self._logits(hidden, source, row)
         log_probs = logits.log_softmax(-1)
 
         def log_prob_of(labels: torch.Tensor) -> torch.Tensor:
@@ -365,8 +371,42 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
             task_loss_prediction=predicted,
             logits=logits if output_logits else None,
-            hidden_states=decoded.hidden_states if output_hidden_states else None,
+            hidden_states=decoded.hidden_states if recorded["output_hidden_states"] else None,
+            attentions=decoded.attentions if recorded["output_attentions"] else None,
         )
+
+    @staticmethod
+    def _check_gaze(num_frames: int, counts: torch.Tensor, expected: tuple[int, int], **named: torch.Tensor) -> None:
+        """Checks how many slots each frame has, and that all that is said of slots has the shape `(batch, slots)`."""
+        if len(counts) != num_frames or not _may_be_so((counts.sum() == expected[1]) & (counts >= 1).all()):
+            raise ValueError(
+                f"`num_gazing_each_frame` must hold {num_frames} positive counts, one for each frame, that add up to "
+                f"the {expected[1]} slots of `gazing_pos`, got {counts.tolist()}"
+            )
+        for name, value in named.items():
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(f"`{name}` must have the shape {expected}, got {tuple(value.shape)}")
+
+    def _outputs_to_record(self, **flags: bool | None) -> dict[str, bool]:
+        """Completes what to return of the decoder's inside by the configuration."""
+        flags = {name: getattr(self.config, name) if flag is None else flag for name, flag in flags.items()}
+        if (
+            flags["output_attentions"]
+            and (attention := self.gaze_decoder.model.config._attn_implementation) != "eager"
+        ):
+            raise ValueError(
+                f"`output_attentions` must be False with {attention} attention, which keeps none; load the model with "
+                "`attn_implementation='eager'`"
+            )
+        return flags
+
+    def _logits(self, hidden: torch.Tensor, source: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Gives the logits `(batch, N, vocabulary)` of rows, `(N,)`, of what tokens at some places propose, `(N,)`."""
+        which = torch.arange(len(source), device=source.device)
+        if not torch.compiler.is_compiling():  # to an exported program, how many are equal is unknown
+            source, which = source.unique(return_inverse=True)
+        logits, _ = self.gaze_decoder.heads(hidden[:, source])
+        return logits[:, which, row].to(torch.promote_types(logits.dtype, torch.float32))
 
     def token_places(self, num_gazing_each_frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -378,20 +418,23 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
         Returns:
             `tuple`: the places of vision tokens, `(frames, tokens)`, and those of slots, `(N,)`.
         """
-        counts, device = num_gazing_each_frame, num_gazing_each_frame.device
-        num_vision = self.config.num_vision_tokens
+        return self._token_places(num_gazing_each_frame, int(num_gazing_each_frame.sum()))[:2]
+
+    def _token_places(self, counts: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `token_places`; also gives the frame of each slot, `(N,)`."""
+        num_vision, device = self.config.num_vision_tokens, counts.device
         frames = torch.arange(len(counts), device=device)
         vision = (frames * num_vision + counts.cumsum(0) - counts)[:, None] + torch.arange(num_vision, device=device)
-        frame = frames.repeat_interleave(counts)
+        frame = frames.repeat_interleave(counts, output_size=num_slots)
         # Every frame's vision tokens stand before its gaze, so slot n comes after all vision tokens up to its frame.
-        return vision, torch.arange(len(frame), device=device) + (frame + 1) * num_vision
+        return vision, torch.arange(num_slots, device=device) + (frame + 1) * num_vision, frame
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
         """Counts ids from their own frame, with the end id where they are not real; checks that they lie in it."""
         num_patches = self.config.grid.num_patches
         local = (ids - frame * num_patches).masked_fill(~is_real, self.config.end_id)
         outside = is_real & ((local < 0) | (local >= num_patches))
-        if outside.any():
+        if not _may_be_so(~outside.any()):
             at = int(outside.any(0).nonzero()[0])
             raise ValueError(
                 f"`{name}` must hold ids of frame t in t * {num_patches} .. t * {num_patches} + {num_patches - 1}, got "
@@ -401,6 +444,11 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
 
     def _draw_settings(self, num_frames, generator):
         return draw_settings(self.config, num_frames, self.training, generator)
+
+
+def _may_be_so(condition: torch.Tensor) -> bool:
+    """Tells whether a condition on the content of tensors holds; `True` where they have none, in a program that is exported."""
+    return torch.compiler.is_compiling() or bool(condition)
 
 
 AutoGazeModel.register_for_auto_class("AutoModel")

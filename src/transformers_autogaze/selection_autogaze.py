@@ -17,6 +17,7 @@ from .token_budgets_autogaze import ClipBudget, StreamBudget, read_token_budget
 
 
 Number = float | int
+_LARGEST = 1000.0  # Normalised pixels lie within some tens; a float16 network computes up to this without overflowing.
 
 
 def budget_each_frame(
@@ -259,6 +260,7 @@ class GazeSelector:
             precise = torch.promote_types(video.dtype, torch.float32)
             threshold = threshold.repeat_interleave(tiles, dim=0).to(video.device, precise)
         frames = resize_frames(video, self.config.image_size)
+        check_pixels(frames)
         gaze = self._gaze(frames, budget, threshold, past_key_values, use_cache, **options)
         return gaze.replace(task_loss_requirement=threshold)
 
@@ -349,6 +351,26 @@ class GazeSelector:
         if video.shape[1] % rate:
             raise ValueError(f"`pixel_values_videos` must hold a multiple of {rate} frames, got {video.shape[1]}")
         return video.shape[1] // rate
+
+
+def check_pixels(frames: torch.Tensor) -> None:
+    """
+    Checks that normalised frames are what a selector can look at, in one pass over them.
+
+    Args:
+        frames (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): normalised frames.
+
+    Raises:
+        ValueError: if a pixel is NaN, infinite or beyond -1000..1000; of such frames any choice is as good as another.
+    """
+    lowest, highest = torch.stack(frames.detach().aminmax()).tolist()
+    if not (lowest >= -_LARGEST and highest <= _LARGEST):
+        bad = ~(frames.detach().abs() <= _LARGEST)
+        frame = int(bad.flatten(2).any(2).any(0).nonzero()[0])
+        raise ValueError(
+            f"`pixel_values_videos` must not hold NaN or numbers beyond -{_LARGEST:g}..{_LARGEST:g}, got {lowest:g}.."
+            f"{highest:g}, first in frame {frame}; normalise frames as the processor does, by no deviation of zero"
+        )
 
 
 def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
