@@ -3,8 +3,10 @@
 import pytest
 import torch
 from test_modeling import scored, small_config
+from test_video_mae import GRID, SMALL
 
-from transformers_autogaze import AutoGazeModel
+from transformers_autogaze import AutoGazeModel, GazeOutput
+from transformers_autogaze.reconstruction import GazeVideoMAE, GazeVideoMAEConfig
 
 
 @pytest.fixture
@@ -63,14 +65,35 @@ def test_scoring_can_be_exported(model, video):
         torch.testing.assert_close(program.module()(*inputs).log_action_probs, model(*inputs).log_action_probs)
 
 
-@pytest.mark.parametrize("part", ["gaze_decoder", "vision_model", ""])
-def test_offloaded_weights_gaze_and_score(model, video, tmp_path, part):
+@pytest.mark.parametrize("on_disk", [["gaze_decoder"], ["gaze_decoder", "vision_model"]])
+def test_offloaded_weights_gaze_and_score(model, video, tmp_path, on_disk):
     model.save_pretrained(tmp_path)
     expected = model.generate(video, gazing_ratio=0.6, task_loss_requirement=-0.1, output_scores=True)
     parts = ["gaze_decoder", "vision_model", "connector"]
-    device_map = {name: "disk" if part in ("", name) else "cpu" for name in parts}
+    device_map = {name: "disk" if name in on_disk else "cpu" for name in parts}
     offloaded = AutoGazeModel.from_pretrained(tmp_path, device_map=device_map, offload_folder=str(tmp_path / "disk"))
     assert any(weight.is_meta for weight in offloaded.parameters())
     gaze = offloaded.eval().generate(video, gazing_ratio=0.6, task_loss_requirement=-0.1, output_scores=True)
     assert torch.equal(gaze.gazing_pos, expected.gazing_pos)
     torch.testing.assert_close(gaze.log_action_probs, expected.log_action_probs)
+
+
+def test_the_learned_reconstruction_gives_the_same(video):
+    torch.manual_seed(0)
+    reconstruction = GazeVideoMAE(GazeVideoMAEConfig(**SMALL, attn_implementation="eager")).eval()
+    gaze, pixels = GazeOutput.full(GRID, 2, 3), video.sigmoid()
+    plain = reconstruction(pixels, gaze)
+    assert plain.hidden_states is None and plain.attentions is None
+    given = reconstruction(pixels, gaze, return_dict=False)
+    assert (
+        isinstance(given, tuple) and torch.equal(given[0], plain.reconstruction) and torch.equal(given[1], plain.loss)
+    )
+    asked = reconstruction(pixels, gaze, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in asked.hidden_states] == [(2, 16, 16)] * 3
+    assert [tuple(attention.shape) for attention in asked.attentions] == [(2, 2, 16, 16)] * 2
+    reconstruction.config.output_hidden_states = reconstruction.config.output_attentions = True
+    by_config = reconstruction(pixels, gaze)
+    assert len(by_config.hidden_states) == 3 and len(by_config.attentions) == 2
+    reconstruction.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="`output_attentions` must be False with sdpa attention"):
+        reconstruction(pixels, gaze)

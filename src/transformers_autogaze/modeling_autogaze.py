@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaModel, PreTrainedModel
+from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -313,9 +313,8 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             labels=labels,
             task_loss_labels=task_loss_labels,
         )
-        recorded = self._outputs_to_record(
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions
-        )
+        attention = self.gaze_decoder.model.config._attn_implementation
+        recorded = outputs_to_record(self.config, attention, output_hidden_states, output_attentions)
         frames = resize_frames(pixel_values_videos, self.config.image_size)
         if not torch.compiler.is_compiling():
             check_pixels(frames)
@@ -387,19 +386,6 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
             if value is not None and tuple(value.shape) != expected:
                 raise ValueError(f"`{name}` must have the shape {expected}, got {tuple(value.shape)}")
 
-    def _outputs_to_record(self, **flags: bool | None) -> dict[str, bool]:
-        """Completes what to return of the decoder's inside by the configuration."""
-        flags = {name: getattr(self.config, name) if flag is None else flag for name, flag in flags.items()}
-        if (
-            flags["output_attentions"]
-            and (attention := self.gaze_decoder.model.config._attn_implementation) != "eager"
-        ):
-            raise ValueError(
-                f"`output_attentions` must be False with {attention} attention, which keeps none; load the model with "
-                "`attn_implementation='eager'`"
-            )
-        return flags
-
     def _logits(self, hidden: torch.Tensor, source: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Gives the logits `(batch, N, vocabulary)` of rows, `(N,)`, of what tokens at some places propose, `(N,)`."""
         which = torch.arange(len(source), device=source.device)
@@ -444,6 +430,33 @@ class AutoGazeModel(GazeDecoding, AutoGazePreTrainedModel):
 
     def _draw_settings(self, num_frames, generator):
         return draw_settings(self.config, num_frames, self.training, generator)
+
+
+def outputs_to_record(
+    config: PreTrainedConfig, attention: str, output_hidden_states: bool | None, output_attentions: bool | None
+) -> dict[str, bool]:
+    """
+    Says what to return of the inside of a model.
+
+    Args:
+        config (`PreTrainedConfig`): its configuration, which decides what a call leaves open.
+        attention (`str`): the implementation of its attention.
+        output_hidden_states, output_attentions (`bool`, *optional*): what the call asks for.
+
+    Returns:
+        `dict` with `output_hidden_states` and `output_attentions`.
+
+    Raises:
+        ValueError: if attentions are asked for of an implementation that keeps none.
+    """
+    flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+    flags = {name: getattr(config, name) if flag is None else flag for name, flag in flags.items()}
+    if flags["output_attentions"] and attention != "eager":
+        raise ValueError(
+            f"`output_attentions` must be False with {attention} attention, which keeps none; load the model with "
+            "`attn_implementation='eager'`"
+        )
+    return flags
 
 
 def _may_be_so(condition: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ asks of `losses`, and what ids mean of the gaze. Nothing else of the package nee
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,11 +17,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import eager_attention_forward
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
-from ..composite_autogaze import ReconstructionOutput, check_reconstruction_inputs
+from ..composite_autogaze import check_reconstruction_inputs
 from ..configuration_autogaze import have_equal_content
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
+from ..modeling_autogaze import outputs_to_record
 from .losses import L1Loss
 
 
@@ -114,6 +118,31 @@ class GazeVideoMAEConfig(PreTrainedConfig):
         return GazeGrid(self.scales, self.patch_size)
 
 
+@dataclass
+class GazeVideoMAEOutput(ModelOutput):
+    """
+    What [`GazeVideoMAE`] returns; `F` frames were asked for.
+
+    Args:
+        reconstruction (`torch.FloatTensor` of shape `(batch, F, 3, height, width)`):
+            The frames as rebuilt from what was kept; they may overshoot 0..1.
+        loss (`torch.FloatTensor` of shape `(batch, F)`):
+            Task loss of each of them.
+        hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, 1 + N, hidden)`, returned with
+            `output_hidden_states`):
+            The tokens as the encoder reads them, the CLS token first, and what each of its layers makes of them, the last
+            normalised.
+        attentions (`tuple[torch.FloatTensor]` of shape `(batch, heads, 1 + N, 1 + N)`, returned with
+            `output_attentions`):
+            For each of its layers, how much each token attends to each other.
+    """
+
+    reconstruction: torch.FloatTensor | None = None
+    loss: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
 class GazeVideoMAELayer(GradientCheckpointingLayer):
     """A transformer layer, normalised before each half, under the published names of its weights."""
 
@@ -130,8 +159,11 @@ class GazeVideoMAELayer(GradientCheckpointingLayer):
         self.output = nn.ModuleDict({"dense": nn.Linear(intermediate_size, hidden_size)})
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Takes `(batch, tokens, hidden)` and an additive mask `(batch, 1, tokens, tokens)`."""
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Takes `(batch, tokens, hidden)` and an additive mask `(batch, 1, tokens, tokens)`; gives the tokens, and attentions
+        `(batch, heads, tokens, tokens)` if the implementation keeps them.
+        """
         normed, heads = self.layernorm_before(hidden), self.attention["attention"]
         query, key, value = (
             heads[name](normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -139,10 +171,10 @@ class GazeVideoMAELayer(GradientCheckpointingLayer):
         )
         name = self.config._attn_implementation
         attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        attended, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
+        attended, attention = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
         hidden = hidden + self.attention["output"]["dense"](attended.flatten(2))
         inner = self.activation(self.intermediate["dense"](self.layernorm_after(hidden)))
-        return hidden + self.output["dense"](inner)
+        return hidden + self.output["dense"](inner), attention
 
 
 class GazeVideoMAEEmbeddings(nn.Module):
@@ -188,13 +220,30 @@ class GazeVideoMAEEncoder(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, values: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
-        """Takes normalised frames `(batch, frames, 3, height, width)`; gives `(batch, 1 + N, hidden)`."""
+    def forward(
+        self,
+        values: torch.Tensor,
+        gaze: GazeOutput,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """
+        Takes normalised frames `(batch, frames, 3, height, width)`; gives `(batch, 1 + N, hidden)`, and hidden states and
+        attentions where they are asked for.
+        """
         hidden = self.embeddings(values, gaze)
         mask = _block_causal_mask(gaze.frame_of_slot, gaze.if_padded_gazing, hidden.dtype)
+        hidden_states, attentions = [], []
         for layer in self.encoder["layer"]:
-            hidden = layer(hidden, mask)
-        return self.layernorm(hidden)
+            hidden_states += [hidden] if output_hidden_states else []
+            hidden, attention = layer(hidden, mask)
+            attentions += [attention] if output_attentions else []
+        hidden = self.layernorm(hidden)
+        return (
+            hidden,
+            (*hidden_states, hidden) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
 
 
 class GazeVideoMAEDecoder(nn.Module):
@@ -236,7 +285,7 @@ class GazeVideoMAEDecoder(nn.Module):
         is_padding = F.pad(gaze.if_padded_gazing[:, ~is_asked], (0, len(frames) * number))
         mask = _block_causal_mask(frame_of_token, is_padding, hidden.dtype)
         for layer in self.decoder_layers:
-            hidden = layer(hidden, mask)
+            hidden, _ = layer(hidden, mask)
 
         rows, cols = self.grid.grids[-1]
         finest = hidden[:, -len(frames) * number :].unflatten(1, (len(frames), number))[:, :, -rows * cols :]
@@ -310,13 +359,16 @@ class GazeVideoMAE(PreTrainedModel):
                 else:
                     init.normal_(parameter, std=self.config.initializer_range)
 
+    @can_return_tuple
     def forward(
         self,
         pixels: torch.Tensor,
         gaze: GazeOutput,
         frames: Sequence[int] | None = None,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    ) -> ReconstructionOutput:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> GazeVideoMAEOutput:
         """
         Rebuilds frames and measures how well.
 
@@ -330,9 +382,13 @@ class GazeVideoMAE(PreTrainedModel):
                 What to measure, called as `loss(rebuilt, frames)` with pixels in 0..1 of shape `(batch, F, 3, height,
                 width)`; gives `(batch, F)`. By default the published pixel loss, the mean absolute error of normalised
                 values; see [`~losses.published_loss`] for the published sum with features.
+            output_hidden_states, output_attentions (`bool`, *optional*, default to those of the configuration):
+                Whether to return the hidden states and attentions of the encoder; the latter need eager attention.
+            return_dict (`bool`, *optional*, defaults to that of the configuration):
+                Whether to return a [`GazeVideoMAEOutput`].
 
         Returns:
-            [`ReconstructionOutput`]; the frames are as the network draws them and may overshoot 0..1.
+            [`GazeVideoMAEOutput`], or a tuple of what is not `None` in it.
 
         Raises:
             ValueError: if pixels or gaze are not as above, a frame does not exist or the clip is too long.
@@ -345,13 +401,15 @@ class GazeVideoMAE(PreTrainedModel):
         lowest, highest = (float(value) for value in pixels.detach().aminmax())
         if not (lowest >= -_OVERSHOOT and highest <= 1 + _OVERSHOOT):
             raise ValueError(f"`pixels` must lie in 0..1, got {lowest:.4g}..{highest:.4g}: undo the normalisation")
+        attention = self.config._attn_implementation
+        recorded = outputs_to_record(self.config, attention, output_hidden_states, output_attentions)
         mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in self._mean_and_std())
-        latent = self.vit(((pixels - mean) / std).to(self.dtype), gaze)
+        latent, hidden_states, attentions = self.vit(((pixels - mean) / std).to(self.dtype), gaze, **recorded)
         asked = sorted(set(index))
         rebuilt = self.decoder(latent, gaze, asked)[:, [asked.index(frame) for frame in index]]
         rebuilt = rebuilt.to(pixels.dtype) * std + mean
         loss = L1Loss(self._mean_and_std()[1]) if loss is None else loss
-        return ReconstructionOutput(rebuilt, loss(rebuilt, pixels[:, index]))
+        return GazeVideoMAEOutput(rebuilt, loss(rebuilt, pixels[:, index]), hidden_states, attentions)
 
     def _mean_and_std(self) -> tuple[list[float], list[float]]:
         """Gives the whole normalisation as a mean and a deviation of pixels in 0..1, per channel."""
