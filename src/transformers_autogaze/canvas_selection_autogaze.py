@@ -8,6 +8,7 @@ a squared error is worth as a loss.
 import copy
 
 import torch
+from transformers.utils.generic import can_return_tuple
 
 from .canvas_search_autogaze import Canvas, CanvasSearch, FrameSearchOutput
 from .gazing_autogaze import GazeOutput
@@ -76,6 +77,20 @@ class CanvasGazeSelector(GazeSelector):
         """Sets the search; called when a selector is made."""
         self.search = self.make_search(grid)
         self._for_grid: dict[GazeGrid, CanvasGazeSelector] = {}
+
+    @can_return_tuple
+    def forward(self, pixel_values_videos: torch.Tensor, **kwargs) -> GazeOutput:
+        """
+        Gazes, as [`~GazeSelector.generate`] does: there is nothing else to compute.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`): normalised frames.
+            kwargs: the other arguments of [`~GazeSelector.generate`], and `return_dict` (`bool`).
+
+        Returns:
+            [`GazeOutput`], or a tuple of what is not `None` in it.
+        """
+        return self.generate(pixel_values_videos, **kwargs)
 
     def for_grid(self, grid: GazeGrid) -> "CanvasGazeSelector":
         """

@@ -120,10 +120,10 @@ class GreedyGazeSelector(CanvasGazeSelector, PreTrainedModel):
     def __init__(self, config: GreedyGazeConfig | None = None):
         config = GreedyGazeConfig() if config is None else config
         super().__init__(config)
-        scale, offset = pixel_scale_and_offset(config)
-        self.register_buffer("pixel_scale", scale, persistent=False)
-        self.register_buffer("pixel_offset", offset, persistent=False)
+        # Of no content: it goes where the selector is moved, in the precision that it takes.
+        self.register_buffer("place", torch.empty(()), persistent=False)
         self.set_search(config.grid)
+        self.post_init()
 
     @property
     def composite(self) -> CompositeReconstruction:
@@ -133,12 +133,12 @@ class GreedyGazeSelector(CanvasGazeSelector, PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the selector works."""
-        return self.pixel_scale.device
+        return self.place.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision it takes; it computes in float32 at least."""
-        return self.pixel_scale.dtype
+        return self.place.dtype
 
     @classmethod
     def from_pretrained(
@@ -150,15 +150,36 @@ class GreedyGazeSelector(CanvasGazeSelector, PreTrainedModel):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository of the Hub.
             config (`GreedyGazeConfig`, *optional*): a configuration to use instead of the one that lies there.
-            kwargs: the arguments of [`~transformers.PreTrainedModel.from_pretrained`]; those about weights have no
-                effect.
+            kwargs:
+                Values of the configuration to use instead of those that lie there, such as `gazing_ratio`, and the arguments
+                of [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            [`GreedyGazeSelector`] in evaluation mode; with `output_loading_info` also a dictionary.
+
+        Raises:
+            TypeError: if an argument is neither.
+
+        Example:
+
+        ```python
+        >>> from transformers_autogaze import GREEDY_SELECTOR, GreedyGazeSelector
+
+        >>> GreedyGazeSelector.from_pretrained(GREEDY_SELECTOR, gazing_ratio=0.2).config.gazing_ratio
+        0.2
+
+        ```
         """
+        # That of the selector, which the configuration would take for its own.
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if config is None:
-            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            config = cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-        return cls(config).eval()
+        loaded = super().from_pretrained(None, *args, config=config, state_dict={}, **dtype, **kwargs)
+        selector = loaded[0] if isinstance(loaded, tuple) else loaded
+        selector.name_or_path = selector.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
@@ -175,7 +196,7 @@ class GreedyGazeSelector(CanvasGazeSelector, PreTrainedModel):
 
     def to_pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1."""
-        return frames_to_pixels(frames, self.pixel_scale, self.pixel_offset)
+        return frames_to_pixels(frames, *pixel_scale_and_offset(self.config))
 
     def make_search(self, grid: GazeGrid) -> CompositeReconstruction:
         return CompositeReconstruction(grid)
