@@ -257,7 +257,12 @@ class VideoTokenPruningPipeline(Pipeline):
             height, width = GazeGrid(target_scales, patch_size=1).sizes[-1]
             size = {"height": height, "width": width}
         features = processor(
-            clips, do_sample_frames=False, input_data_format="channels_first", return_tensors="pt", size=size
+            clips,
+            do_sample_frames=False,
+            input_data_format="channels_first",
+            data_format="channels_first",
+            return_tensors="pt",
+            size=size,
         )
         return {"pixel_values_videos": features["pixel_values_videos"], "frame_size": tuple(clips[0].shape[-2:])}
 

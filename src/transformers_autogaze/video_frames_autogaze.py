@@ -94,6 +94,9 @@ def flatten_videos(videos: Any) -> list[Any]:
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim in (3, 4, 5):
         return list(videos) if videos.ndim == 5 else [videos if videos.ndim == 4 else videos[None]]
     if isinstance(videos, (list, tuple)) and len(videos):
+        if any(item is None for item in videos):
+            places = [place for place, item in enumerate(videos) if item is None]
+            raise ValueError(f"`videos` must hold videos or frames, got None in the places {places} of a list")
         if all(_is_frame(item) for item in videos):
             return [videos]
         return [video for item in videos for video in flatten_videos(item)]
@@ -119,13 +122,18 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         numbers = range(len(video))
         if isinstance(video[0], Image.Image):
             # Converting a picture costs something, so only those asked for are.
-            video, numbers = [np.asarray(video[index].convert("RGB")) for index in indices], indices
+            video, numbers = [_pixels_of(video[index]) for index in indices], indices
             indices, input_data_format = range(len(video)), "channels_last"
         for number, frame in zip(numbers, video, strict=True):
             if frame.shape != video[0].shape:
                 raise ValueError(
                     f"{name} must hold frames of one size, but frame {number} has the shape {tuple(frame.shape)} and "
                     f"frame {numbers[0]} {tuple(video[0].shape)}"
+                )
+            if _kind_of(frame) != _kind_of(video[0]):
+                raise ValueError(
+                    f"{name} must hold frames of one kind of numbers, but frame {number} has {_kind_of(frame)} and frame "
+                    f"{numbers[0]} {_kind_of(video[0])}, which mean other brightness"
                 )
         video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
     prefers_last = isinstance(video, np.ndarray)
@@ -140,6 +148,21 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         video = video.permute(0, 3, 1, 2)
     clip = _to_levels(video, name)[torch.as_tensor(indices)] if len(indices) < len(video) else _to_levels(video, name)
     return clip.expand(-1, 3, -1, -1) if clip.shape[1] == 1 else clip[:, :3]
+
+
+def _pixels_of(picture: Image.Image) -> np.ndarray:
+    """Gives the pixels `(height, width, 3)` of a picture: levels, or numbers of a range that is still to be found out."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # which PIL would cut off at 255
+        pixels = np.asarray(picture)
+        if picture.mode.startswith("I;16"):
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return np.repeat(pixels[..., None], 3, axis=2)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _kind_of(frame: np.ndarray | torch.Tensor) -> str:
+    kinds = {"float": "floats", "bool": "truth values"}
+    return next((kind for name, kind in kinds.items() if name in str(frame.dtype)), "integers")
 
 
 def _is_frame(item: Any) -> bool:

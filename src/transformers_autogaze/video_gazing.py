@@ -25,6 +25,7 @@ from .video_sampling_autogaze import check_start_frame, sample_indices
 
 
 _CHUNK = 16  # frames, where the selector itself has no limit
+_END = object()  # of frames, among which `None` is a mistake
 _TILINGS = ("whole", "grid", "native")
 
 
@@ -304,10 +305,10 @@ def _open_source(
 
 def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
     for passed in range(count):
-        if next(frames, None) is None:
+        if next(frames, _END) is _END:
             check_start_frame(count, passed)
-    first = next(frames, None)
-    if first is None:
+    first = next(frames, _END)
+    if first is _END:
         check_start_frame(count, count)
         raise ValueError("`source` must hold at least one frame, got none")
     yield first
@@ -336,7 +337,7 @@ def _ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 def _next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None, start: int) -> np.ndarray | None:
     """Takes the next `count` frames, or those left, into one array; `None` if there is none."""
     chunk, taken = None, 0
-    while taken < count and (frame := next(frames, None)) is not None:
+    while taken < count and (frame := next(frames, _END)) is not _END:
         frame = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
         size = frame.shape[:2] if size is None else size
         if frame.dtype != np.uint8 or frame.shape != (*size, 3) or 0 in size:

@@ -4,12 +4,14 @@ This module owns the preprocessing of pixels (resize, crop, normalisation) and i
 `video_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
 """
 
+import math
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
@@ -31,6 +33,7 @@ from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_a
 
 # PIL's numbers for the filters that torch has with antialiasing, too.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
+_FORMATS = (ChannelDimension.FIRST, ChannelDimension.LAST)
 _FRAMES_AT_ONCE = 8  # resized together where that is done in floats
 _LONGEST = (
     16  # times the shorter side that the longer one becomes at most, or frames of few rows would fill the memory
@@ -68,6 +71,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         size (`int | dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
             Size in pixels to resize to: `{"height": .., "width": ..}`, or `{"shortest_edge": ..}` (or just a number)
             for the shorter side, the longer one following in proportion, rounded down, up to 16 times the shorter one.
+        default_to_square (`bool`, *optional*, defaults to `False`): whether just a number means both sides.
         resample (`int`, *optional*, defaults to 2): PIL's number of the filter: 2 is bilinear, 3 bicubic.
         do_center_crop (`bool`, *optional*, defaults to `False`): whether to cut out the middle after resizing.
         crop_size (`int | dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
@@ -80,6 +84,10 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         num_frames (`int`, *optional*): how many frames to take, evenly over the video. All by default.
         fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
         do_sample_frames (`bool`, *optional*, defaults to `True`): `False` takes all frames whatever the two above say.
+        data_format (`str`, *optional*, defaults to `"channels_first"`):
+            `"channels_first"` or `"channels_last"`, which puts the channels last in what is returned.
+
+    Frames are RGB and are not padded: `do_convert_rgb=False` and `do_pad=True` are refused.
 
     Example:
 
@@ -134,7 +142,8 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
                 video exceeds 1 and levels 0..255 if some exceed 2; they are rounded to whole levels.
             num_frames, fps, do_sample_frames (*optional*): frames to take; see [`AutoGazeVideoProcessor`].
             video_metadata (`VideoMetadata | dict | list`, *optional*):
-                For arrays, one per video: its `fps`, so that frames can be taken by `fps`, and what else is known.
+                For arrays, one per video, nested as may be: its `fps`, so that frames can be taken by `fps`, and what else
+                is known.
             input_data_format (`str`, *optional*):
                 `"channels_first"` or `"channels_last"`. Inferred when left out; needed only if the frames are 3
                 pixels wide or high (else arrays are taken as channels last and tensors as channels first then).
@@ -145,7 +154,8 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
 
         Returns:
             `BatchFeature` with `pixel_values_videos`, floats of shape `(batch, frames, 3, height, width)`, or a list
-            of `(frames, 3, height, width)` without `return_tensors`.
+            of `(frames, 3, height, width)` without `return_tensors`; of `(.., height, width, 3)` with
+            `data_format="channels_last"`.
 
         Raises:
             ValueError: if a video is empty or no video, has other channels or values outside the range, if frames
@@ -188,7 +198,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         if not options["do_sample_frames"]:
             num_frames, fps = None, None
         videos, given = flatten_videos(videos), kwargs.get("video_metadata")
-        given = list(given) if isinstance(given, (list, tuple)) else [given] * len(videos)
+        given = _flatten(given) if isinstance(given, (list, tuple)) else [given] * len(videos)
         if len(given) != len(videos):
             raise ValueError(f"`video_metadata` must have one entry per video, {len(videos)}, got {len(given)}")
         clips, metadata = [], []
@@ -255,27 +265,46 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
                 f"{type(self).__name__} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}"
             )
         options = {key: getattr(self, key, None) if kwargs.get(key) is None else kwargs[key] for key in known}
+        if options["do_pad"]:
+            raise ValueError(
+                "`do_pad` must be left out or False, since frames are not padded, got True; a `size` of height and width "
+                "makes them equal"
+            )
+        if options["do_convert_rgb"] is False:
+            raise ValueError("`do_convert_rgb` must be left out or True, since all frames become RGB, got False")
+        if options["data_format"] not in (None, *_FORMATS):
+            raise ValueError(
+                f"`data_format` must be 'channels_first' or 'channels_last', got {options['data_format']!r}"
+            )
         if options["do_resize"]:
-            _target_size(options["size"], 1, 1, "size")
+            _target_size(options["size"], 1, 1, "size", options["default_to_square"])
             if options["resample"] not in _FILTERS:
                 raise ValueError(
                     f"`resample` must be 2 (bilinear) or 3 (bicubic) as in PIL, got {options['resample']!r}"
                 )
         if options["do_center_crop"]:
             _target_size(options["crop_size"], 1, 1, "crop_size")
+        if options["do_rescale"] and not 0 < options["rescale_factor"] < math.inf:
+            raise ValueError(f"`rescale_factor` must be a number above 0, got {options['rescale_factor']!r}")
         if options["do_normalize"]:
             for key in ("image_mean", "image_std"):
-                if torch.tensor(options[key]).numel() not in (1, 3):
+                numbers = torch.tensor(options[key], dtype=torch.float64)
+                if numbers.numel() not in (1, 3):
                     raise ValueError(f"`{key}` must be one number or three, one per channel, got {options[key]!r}")
+                if not numbers.isfinite().all() or (key == "image_std" and (numbers <= 0).any()):
+                    kind = "numbers above 0, which pixels are divided by" if key == "image_std" else "finite numbers"
+                    raise ValueError(f"`{key}` must be {kind}, got {options[key]!r}")
         return options
 
     def _preprocess_clip(self, clip: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         clip = clip.to(options["device"] or clip.device)
         if options["do_resize"]:
-            clip = _resize(clip, _target_size(options["size"], *clip.shape[-2:], "size"), options["resample"])
+            size = _target_size(options["size"], *clip.shape[-2:], "size", options["default_to_square"])
+            clip = _resize(clip, size, options["resample"])
         if options["do_center_crop"]:
             clip = _center_crop(clip, _target_size(options["crop_size"], *clip.shape[-2:], "crop_size"))
-        return _normalise(clip, options)
+        clip = _normalise(clip, options)
+        return clip.permute(0, 2, 3, 1).contiguous() if options["data_format"] == ChannelDimension.LAST else clip
 
 
 def _load_frames(
@@ -304,10 +333,16 @@ def _load_frames(
     return clip, known
 
 
-def _target_size(size: Any, height: int, width: int, name: str) -> tuple[int, int]:
-    """Works out which height and width a `size` or `crop_size` asks for of a frame."""
+def _flatten(items: Any) -> list[Any]:
+    """Lists what lies in lists of any nesting."""
+    return [part for item in items for part in (_flatten(item) if isinstance(item, (list, tuple)) else [item])]
+
+
+def _target_size(size: Any, height: int, width: int, name: str, is_square: bool | None = False) -> tuple[int, int]:
+    """Works out which height and width a `size` or `crop_size` asks for of a frame; whether a number means both."""
     if isinstance(size, Integral):
-        size = {"shortest_edge": size} if name == "size" else {"height": size, "width": size}
+        is_square = is_square or name == "crop_size"
+        size = {"height": size, "width": size} if is_square else {"shortest_edge": size}
     try:
         wanted = dict(size)
     except (TypeError, ValueError):
