@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeCache, GreedyGazeSelector
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeCache, GazeOutput, GreedyGazeSelector
 
 
 DAY = 24 * 3600 * 30  # frames
@@ -95,3 +95,23 @@ def test_the_greedy_selector_holds_no_more_after_many_frames(frames):
         chosen.append(gaze.num_real.tolist())
         held.append(sum(part.numel() for part in (*cache.canvas, cache.rate_control.recent, cache.rate_control.total)))
     assert len(set(held)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_greedy_selector_takes_the_same_of_a_stream_and_a_clip_in_every_precision(frames, dtype):
+    selector, video = GreedyGazeSelector().to(dtype), torch.cat(frames[:4], dim=1).to(dtype)
+    whole, cache = selector.generate(video, gazing_ratio=0.1), selector.cache_class()
+    parts = [
+        selector.generate(part, gazing_ratio=0.1, past_key_values=cache) for part in video.split([1, 2, 1], dim=1)
+    ]
+    assert torch.equal(GazeOutput.concatenate(parts).gazing_pos, whole.gazing_pos)
+
+
+def test_a_model_takes_the_same_of_a_stream_and_a_clip_in_single_precision_and_nearly_in_half(model, frames):
+    video = torch.cat(frames, dim=1)
+    for dtype, least in ((torch.float32, 1.0), (torch.bfloat16, 0.7)):
+        own, cache = copy.deepcopy(model).to(dtype), GazeCache()
+        whole = own.generate(video.to(dtype), gazing_ratio=0.4)
+        parts = [own.generate(frame.to(dtype), gazing_ratio=0.4, past_key_values=cache) for frame in frames]
+        same = torch.cat(whole.gazing_mask, -1) & torch.cat(GazeOutput.concatenate(parts).gazing_mask, -1)
+        assert same.sum() >= least * whole.num_real.sum()

@@ -26,6 +26,8 @@ class GazeCache:
 
     It holds the decoder's keys and values, per clip and without padding, the last frames of every causal convolution,
     and the chosen patches that the decoder has not read yet. Pass it as `past_key_values`; every call fills it further.
+    In float32 and float64 the stream gets the patches of the whole clip; in bfloat16 and float16 nearly all of them, as a
+    convolution rounds a clip otherwise than single frames.
 
     Example:
 

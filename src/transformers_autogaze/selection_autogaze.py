@@ -153,7 +153,10 @@ class GazeSelector:
             target_patch_size (`int`, *optional*):
                 Patch size of that encoder; given with `target_scales`.
             past_key_values (*optional*):
-                State that an earlier call returned, to continue its clips. Ids count from the first frame given now.
+                State that an earlier call returned, to continue its clips. Ids count from the first frame given now. In
+                float32 and float64, a stream gets the patches of the whole clip, however it is cut, and a clip those that it
+                gets alone. Below, networks round a clip otherwise than single frames, so where two patches are nearly as good,
+                the other one may be taken; [`GreedyGazeSelector`] computes in float32 at least.
             use_cache (`bool`, *optional*, defaults to `False`):
                 Whether to return the state to continue with, as `cache`.
             clip_ratio (`float`, *optional*):
