@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from transformers_autogaze import AutoGazeProcessor, GreedyGazeSelector, stream_gaze
+from transformers_autogaze import AutoGazeProcessor, GreedyGazeSelector, read_video, stream_gaze
 from transformers_autogaze.video_processing_autogaze import AutoGazeVideoProcessor
 
 
@@ -93,6 +93,16 @@ def test_pictures_of_sixteen_bits_and_of_numbers_keep_their_brightness():
     for pixels in (grey.astype(np.int32) * 257, grey.astype(np.float32) * 257, np.full((4, 4), np.nan, np.float32)):
         with pytest.raises(ValueError, match="must hold integers in 0..255, or floats in 0..1 or 0..255"):
             levels_of([Image.fromarray(pixels)])
+
+
+def test_picture_files_of_sixteen_bits_keep_their_brightness(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.frombytes("I;16", (16, 16), (grey.astype("<u2") * 257).tobytes()).save(tmp_path / "deep.tiff")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "numbers.tiff")
+    frames, _ = read_video([tmp_path / "deep.tiff"])
+    assert np.array_equal(frames[0], grey[..., None].repeat(3, -1))
+    with pytest.raises(ValueError, match="numbers.tiff' holds float32 numbers, whose range nobody tells"):
+        read_video([tmp_path / "numbers.tiff"])
 
 
 def test_frames_that_mean_other_brightness_are_not_mixed(frames):

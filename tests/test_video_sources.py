@@ -299,3 +299,10 @@ def test_the_stream_that_the_command_line_takes_is_taken(tmp_path, first, defaul
 def test_text_files_are_refused_whatever_they_are_read_from():
     with pytest.raises(ValueError, match="got <class '_io.StringIO'>"):
         read_video(io.StringIO("text"))
+
+
+def test_a_stream_of_an_unknown_codec_is_named(tmp_path):
+    data = write_video(tmp_path / "clip.mp4", np.zeros((2, 32, 32, 3), np.uint8)).read_bytes()
+    head = data.index(b"stsd")
+    with pytest.raises(ValueError, match="has a video stream of a codec that FFmpeg does not know"):
+        read_video(data[:head] + data[head:].replace(b"avc1", b"zzzz"))

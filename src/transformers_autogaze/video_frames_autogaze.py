@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_utils import ChannelDimension
 from transformers.video_utils import VideoMetadata
 
-from .video_sources_autogaze import encoded_video, is_picture_list
+from .video_sources_autogaze import encoded_video, is_picture_list, pixels_of
 
 
 def is_video_source(value: Any) -> bool:
@@ -122,7 +122,7 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         numbers = range(len(video))
         if isinstance(video[0], Image.Image):
             # Converting a picture costs something, so only those asked for are.
-            video, numbers = [_pixels_of(video[index]) for index in indices], indices
+            video, numbers = [pixels_of(video[index]) for index in indices], indices
             indices, input_data_format = range(len(video)), "channels_last"
         for number, frame in zip(numbers, video, strict=True):
             if frame.shape != video[0].shape:
@@ -148,16 +148,6 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         video = video.permute(0, 3, 1, 2)
     clip = _to_levels(video, name)[torch.as_tensor(indices)] if len(indices) < len(video) else _to_levels(video, name)
     return clip.expand(-1, 3, -1, -1) if clip.shape[1] == 1 else clip[:, :3]
-
-
-def _pixels_of(picture: Image.Image) -> np.ndarray:
-    """Gives the pixels `(height, width, 3)` of a picture: levels, or numbers of a range that is still to be found out."""
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # which PIL would cut off at 255
-        pixels = np.asarray(picture)
-        if picture.mode.startswith("I;16"):
-            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return np.repeat(pixels[..., None], 3, axis=2)
-    return np.asarray(picture.convert("RGB"))
 
 
 def _kind_of(frame: np.ndarray | torch.Tensor) -> str:

@@ -304,13 +304,37 @@ def _best_stream(container: Any, name: str) -> Any:
     streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & _COVER_PICTURE]
     # FFmpeg draws text files as a terminal would.
     is_text = container.format.name == "tty"
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if known and not is_text:
+        return max(known, key=area)
     if streams and not is_text:
-        return max(streams, key=area)
+        raise ValueError(
+            f"`source` {name} has a video stream of a codec that FFmpeg does not know, or whose description is cut off; give a "
+            "complete video file such as MP4, WebM or AVI"
+        )
     found = ["text"] if is_text else sorted({stream.type for stream in container.streams})
     raise ValueError(
         f"`source` {name} has no video stream, only {' and '.join(found) or 'nothing'}; give a video file such as MP4, "
         "WebM or AVI"
     )
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """
+    Gives the pixels of a picture in RGB.
+
+    Args:
+        picture (`PIL.Image.Image`): a picture of any mode.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`: levels 0..255 in uint8, or, of the modes I and F, the numbers as they are.
+    """
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # which PIL would cut off at 255
+        pixels = np.asarray(picture)
+        if picture.mode.startswith("I;16"):
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return np.repeat(pixels[..., None], 3, axis=2)
+    return np.asarray(picture.convert("RGB"))
 
 
 def read_pictures(paths: Sequence[str | os.PathLike], indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -335,9 +359,14 @@ def read_pictures(paths: Sequence[str | os.PathLike], indices: Sequence[int]) ->
             raise FileNotFoundError(f"`source` must be pictures' paths, but there is no {_short(repr(str(path)))}")
         try:
             with Image.open(path) as picture:
-                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+                pixels = pixels_of(ImageOps.exif_transpose(picture))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"`source`: {_short(repr(str(path)))} is no picture that can be read: {error}") from error
+        if pixels.dtype != np.uint8:
+            raise ValueError(
+                f"`source`: {_short(repr(str(path)))} holds {pixels.dtype} numbers, whose range nobody tells; give pictures of 8 "
+                "or 16 bits"
+            )
         if size not in (None, pixels.shape[:2]):
             raise ValueError(
                 f"`source`: {_short(repr(str(path)))} has {pixels.shape[1]}x{pixels.shape[0]} pixels, those before "
