@@ -227,23 +227,9 @@ def test_a_loss_is_calibrated(small):
     torch.testing.assert_close(calibrated.mse_to_loss(calibrated.loss_to_mse(losses)), losses)
 
 
-def test_an_empty_place_loses_what_the_network_cannot_foresee(small):
-    model = make_model(**ONE_SCALE)
-    before = model.generate(small, gazing_ratio=0.25).task_loss_prediction[:, 3]
-    model.config.unexplained_variance = 0.5
-    model.set_search(model.config.grid)
-    gaze = model.generate(small, gazing_ratio=0.25)
-    torch.testing.assert_close(gaze.task_loss_prediction[:, 3], before + 0.5 * 12 / 16, rtol=1e-4, atol=1e-5)
-    # Half of the places must be kept before the loss can be as low as a quarter.
-    assert (model.generate(small, task_loss_requirement=0.25).num_real_each_frame[:, 0] >= 8).all()
-
-
-@pytest.mark.parametrize("unexplained", [0.0, 0.5])
-def test_with_a_budget_over_time_a_threshold_does_not_count_empty_places_as_errors_without_end(unexplained):
+def test_with_a_budget_over_time_a_threshold_does_not_count_empty_places_as_errors_without_end():
     """The first frame is kept until its loss is low enough, not whole; the same patches as without the budget."""
     model, small = make_model(**ONE_SCALE), make_video(64)
-    model.config.unexplained_variance = unexplained
-    model.set_search(model.config.grid)
     alone = model.generate(small, task_loss_requirement=0.4)
     both = model.generate(small, task_loss_requirement=0.4, clip_ratio=1.0)
     assert 0 < both.num_real_each_frame[0, 0] < 16
@@ -253,7 +239,7 @@ def test_with_a_budget_over_time_a_threshold_does_not_count_empty_places_as_erro
 def test_errors_left_are_those_of_laying_patch_after_patch(four_scales):
     """What a search under a budget over time says of empty places agrees with counting them."""
     frames = four_scales.look(make_video()[1:, :2])
-    search = FeatureSearch(four_scales.config.grid, empty_loss=0.01)
+    search = FeatureSearch(four_scales.config.grid)
     canvas = search.search_frames(frames[:, :1], [30]).canvas
     layers = search._render(frames[:, 1])
     errors = search._errors_on(canvas, layers)
@@ -261,7 +247,7 @@ def test_errors_left_are_those_of_laying_patch_after_patch(four_scales):
     left = search._errors_left(canvas, layers[-1], errors, ids, totals)
     for count in (0, 1, 7, 40):
         after = search._lay_chosen(canvas, layers, ids[:, :count])
-        expected = search._errors_on(after, layers, search.empty_loss)[:, 0].sum((1, 2))
+        expected = search._errors_on(after, layers, prefers_empty=False)[:, 0].sum((1, 2))
         torch.testing.assert_close(left[:, count], expected, rtol=1e-9, atol=0)
 
 
@@ -402,7 +388,6 @@ def test_streaming_checks_thresholds_before_it_decodes(model):
         ({"feature_size": 0}, "`feature_size` must be a positive whole number, got 0"),
         ({"feature_variance": 0}, "`feature_variance` must be a number above 0"),
         ({"feature_variance": float("nan")}, "`feature_variance` must be a number above 0"),
-        ({"unexplained_variance": 2}, r"`unexplained_variance` must lie in 0\.\.1, got 2"),
         ({"task_loss_requirement": 1.1}, r"`task_loss_requirement` must lie in 0\.\.1, got 1.1"),
         ({"clip_ratio": 0}, "`clip_ratio` must be above 0 and at most 1.* got 0"),
         ({"loss_knots": [(0, 0)]}, "`loss_knots` must be two or more pairs"),

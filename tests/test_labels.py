@@ -163,7 +163,6 @@ def feature_model(seed=0, feature_size=4):
             GRID.patch_size,
             feature_size=feature_size,
             feature_variance=20.0,
-            unexplained_variance=0.3,
             loss_knots=[(0.0, 0.0), (0.1, 0.3), (4.0, 1.0)],
             **settings,
         )
@@ -182,7 +181,7 @@ def feature_losses(model, pixels, gaze):
             if id >= 4:
                 rows, cols = (slice(place, place + 1) for place in divmod(id - 4, 4))
             shown[:, rows, cols] = vectors[t, int(id >= 4), :, rows, cols]
-        lost = (shown.nan_to_num() - vectors[t, 1]).square().sum(0) + 0.3 * shown[0].isnan()
+        lost = (shown.nan_to_num() - vectors[t, 1]).square().sum(0)
         share = float(lost.mean())
         losses.append(share * 3 if share < 0.1 else min(1, 0.3 + (share - 0.1) * 0.7 / 3.9))
     return losses

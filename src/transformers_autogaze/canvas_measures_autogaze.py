@@ -93,7 +93,7 @@ class MeasuringSearch(CanvasSearch):
         ids = (gaze.gazing_pos - gaze.frame_of_slot * last).masked_fill(gaze.if_padded_gazing, last)
         for t, ids_of_frame in enumerate(ids.split(gaze.num_gazing_each_frame.tolist(), dim=1)):
             layers = self._render(frames[:, t].contiguous())
-            errors = self._errors_on(canvas, layers, self.empty_loss).flatten(2)
+            errors = self._errors_on(canvas, layers, prefers_empty=False).flatten(2)
             # The finest patch laid so far decides what a cell shows, in whatever order they came; it leaves no error.
             shown = layer_of_patch[ids_of_frame].cummax(1).values
             yield ids_of_frame, F.pad(errors, (0, 0, 0, 1)), shown

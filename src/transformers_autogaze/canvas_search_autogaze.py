@@ -100,10 +100,8 @@ class CanvasSearch:
     empty_error = 1.0
     """
     Squared error per value that a place counts with, beside that of the canvas, on which nothing was ever kept, where
-    budgets over time are spent; no error is larger.
+    budgets over time are spent; no error is larger. Frames that are held to a budget or an error of their own do without.
     """
-    empty_loss = 1.0
-    """The same where frames are held to a budget or an error of their own."""
 
     def __init__(self, grid: GazeGrid):
         self.grid = grid
@@ -154,7 +152,7 @@ class CanvasSearch:
         with torch.autocast(frames.device.type, enabled=False), torch.inference_mode():
             for t, budget in enumerate(budgets):
                 layers = self._render(frames[:, t].contiguous())
-                errors = self._errors_on(canvas, layers, self.empty_loss)
+                errors = self._errors_on(canvas, layers, prefers_empty=False)
                 limit = None if max_error is None else max_error[:, t].to(errors) / ERROR_UNIT
                 chosen, totals = self._search(self._search_tables(layers[-1]), errors, max(1, budget), limit)
                 steps = chosen.shape[1]
@@ -234,7 +232,7 @@ class CanvasSearch:
                 gain = control.log_gain.exp2()
                 most = max(1, min(self.grid.num_patches, int(most.max())))
                 ids, gains, totals = self._choose(errors, self._search_tables(layers[-1]), most, gain, needed)
-                num_needed = (gains >= self._empty_cell_error(layers[-1], self.empty_error)).sum(1)
+                num_needed = (gains >= self._empty_cell_error(layers[-1])).sum(1)
                 count = control.count(gains, num_needed)
                 if limit is not None:
                     done = self._errors_left(canvas, layers[-1], errors, ids, totals) <= limit[:, None]
@@ -291,7 +289,7 @@ class CanvasSearch:
     def _schedule(self, frames: torch.Tensor, canvas: Canvas) -> ClipSchedule:
         """Compares what all frames show at each place, at the finest scale."""
         layers = [self._render(frame)[-1] for frame in frames.unbind(1)]
-        extra = canvas.is_empty.flatten(1) * self._empty_cell_error(layers[0], self.empty_error)
+        extra = canvas.is_empty.flatten(1) * self._empty_cell_error(layers[0])
         return ClipSchedule([self._places(layer) for layer in layers], self._places(canvas.image), extra, ERROR_UNIT)
 
     def _places(self, image: torch.Tensor) -> torch.Tensor:
@@ -367,29 +365,28 @@ class CanvasSearch:
         gains = torch.cat([start[:, None], totals[:, :-1]], dim=1) - totals
         return ids, gains.cummin(1).values, totals
 
-    def _errors_on(
-        self, canvas: Canvas, layers: Sequence[torch.Tensor], empty_error: float | None = None
-    ) -> torch.Tensor:
-        """Gives the errors of cells with the canvas and with each scale but the finest, `(batch, scales, *cells)`."""
+    def _errors_on(self, canvas: Canvas, layers: Sequence[torch.Tensor], prefers_empty: bool = True) -> torch.Tensor:
+        """
+        Gives the errors of cells with the canvas and with each scale but the finest, `(batch, scales, *cells)`; empty places
+        count with `empty_error` as well if they are to be preferred.
+        """
         errors = self._errors_of_layers(layers[-1], (canvas.image, *layers[:-1]))
-        empty_error = self.empty_error if empty_error is None else empty_error
-        errors[:, 0] += canvas.is_empty * self._empty_cell_error(layers[-1], empty_error)
+        if prefers_empty:
+            errors[:, 0] += canvas.is_empty * self._empty_cell_error(layers[-1])
         return errors
 
-    def _empty_cell_error(self, layer: torch.Tensor, empty_error: float) -> float:
-        """Error that a cell counts with where nothing was ever kept, in whole error units."""
-        return round(layer[0].numel() / math.prod(self.cells) * empty_error / ERROR_UNIT)
+    def _empty_cell_error(self, layer: torch.Tensor) -> float:
+        """What `empty_error` is for a cell, in whole error units."""
+        return round(layer[0].numel() / math.prod(self.cells) * self.empty_error / ERROR_UNIT)
 
     def _errors_left(
         self, canvas: Canvas, layer: torch.Tensor, errors: torch.Tensor, ids: torch.Tensor, totals: torch.Tensor
     ) -> torch.Tensor:
         """
-        Tells what error a frame has before any choice and after each, `(batch, 1 + steps)`, empty places counted with
-        `empty_loss`; `ids`, `totals` and `errors` are those of a search that counted them with `empty_error`.
+        Tells what error a frame has before any choice and after each, `(batch, 1 + steps)`, without `empty_error`; `ids`,
+        `totals` and `errors` are those of a search that counted with it.
         """
         totals = torch.cat([errors[:, :1].flatten(1).sum(1, keepdim=True), totals], dim=1)
-        if self.empty_loss == self.empty_error:
-            return totals
         # The step that covers a cell first; one more than there are where none does.
         steps, last = ids.shape[1], self.grid.num_patches
         step_of_patch = torch.full((len(ids), last + 1), steps, device=ids.device)
@@ -400,8 +397,7 @@ class CanvasSearch:
         covered = totals.new_zeros(len(ids), steps + 1)
         covered.scatter_add_(1, first.flatten(1), canvas.is_empty.flatten(1).to(covered))
         num_empty = covered.flip(1).cumsum(1).flip(1)
-        excess = self._empty_cell_error(layer, self.empty_error) - self._empty_cell_error(layer, self.empty_loss)
-        return totals - num_empty * excess
+        return totals - num_empty * self._empty_cell_error(layer)
 
     def _spread(self, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Spreads what the patches of a scale have, `(batch, rows * columns)`, over the cells that they cover."""

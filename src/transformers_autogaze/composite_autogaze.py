@@ -156,8 +156,6 @@ class CompositeReconstruction(MeasuringSearch):
     ```
     """
 
-    empty_loss = 0.0  # Where nothing was kept lies mid-grey, whose error counts.
-
     def __init__(self, grid: GazeGrid):
         super().__init__(grid)
         if any(size % cells for size, cells in zip(grid.sizes[-1], self.cells, strict=True)):

@@ -78,8 +78,7 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
         self.post_init()
 
     def make_search(self, grid: GazeGrid) -> FeatureSearch:
-        config = self.config
-        return FeatureSearch(grid, config.unexplained_variance / _SPREAD**2 / config.feature_size)
+        return FeatureSearch(grid)
 
     @torch.no_grad()
     def look(self, frames: torch.Tensor, tubelet_size: int = 1) -> torch.Tensor:

@@ -45,9 +45,6 @@ class FeatureGazeConfig(GazeSelectorConfig):
         feature_size (`int`, *optional*, defaults to 96): numbers in the vector of a place.
         feature_variance (`float`, *optional*, defaults to 1.0):
             Mean squared length of the vectors that the finest scale was taught, whose mean is 0.
-        unexplained_variance (`float`, *optional*, defaults to 0.0):
-            Share of it that the network cannot foresee, 0..1. A place where nothing was ever kept loses this as well as
-            the length of its vector.
         loss_knots (`Sequence[tuple[float, float]]`, *optional*, defaults to `[(0, 0), (1, 1)]`):
             Pairs of predicted and measured loss, both ascending, between which `task_loss_requirement` is read linearly.
         clip_ratio (`float`, *optional*, defaults to 0.25):
@@ -88,7 +85,6 @@ class FeatureGazeConfig(GazeSelectorConfig):
         depths: Sequence[int] = (1, 2, 6),
         feature_size: int = 96,
         feature_variance: float = 1.0,
-        unexplained_variance: float = 0.0,
         loss_knots: Sequence[Sequence[float]] = ((0.0, 0.0), (1.0, 1.0)),
         clip_ratio: float | None = 0.25,
         gazing_ratio: float = 1.0,
@@ -107,7 +103,6 @@ class FeatureGazeConfig(GazeSelectorConfig):
         if not 0 < feature_variance < math.inf:
             raise ValueError(f"`feature_variance` must be a number above 0, got {feature_variance}")
         for name, share in {
-            "unexplained_variance": unexplained_variance,
             "gazing_ratio": gazing_ratio,
             "task_loss_requirement": task_loss_requirement,
         }.items():
@@ -118,7 +113,6 @@ class FeatureGazeConfig(GazeSelectorConfig):
         self.hidden_sizes, self.depths = list(hidden_sizes), list(depths)
         self.feature_size = feature_size
         self.feature_variance = feature_variance
-        self.unexplained_variance = unexplained_variance
         self.loss_knots = _checked_knots(loss_knots)
         self.clip_ratio = clip_ratio
         self.gazing_ratio = gazing_ratio

@@ -8,7 +8,6 @@ import torch
 
 from .canvas_measures_autogaze import MeasuringSearch
 from .canvas_search_autogaze import Canvas
-from .grid_autogaze import GazeGrid
 
 
 class FeatureSearch(MeasuringSearch):
@@ -21,9 +20,6 @@ class FeatureSearch(MeasuringSearch):
 
     Args:
         grid ([`GazeGrid`]): scales and patches.
-        empty_loss (`float`, *optional*, defaults to 0.0):
-            Squared error per value that a place counts with beside its distance to the mean, where nothing was ever kept
-            and frames are held to a budget or an error of their own.
 
     Example:
 
@@ -39,10 +35,6 @@ class FeatureSearch(MeasuringSearch):
 
     ```
     """
-
-    def __init__(self, grid: GazeGrid, empty_loss: float = 0.0):
-        super().__init__(grid)
-        self.empty_loss = empty_loss
 
     def start_canvas(self, frames: torch.Tensor) -> Canvas:
         """Gives a canvas that shows the mean feature, on which nothing was kept yet."""

@@ -75,7 +75,7 @@ def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: S
     (`attention="canvas"`), and its features, laid on a map, are compared with those of whole frames.
 
     Args:
-        network ([`FeatureGazeNetwork`]): the network, whose `config.unexplained_variance` is known.
+        network ([`FeatureGazeNetwork`]): the network.
         features ([`TeacherFeatures`]): the encoder and its components.
         sources (`Sequence[Source]`): files that were not trained on. Videos give a clip of frames spread over them and
             one of frames next to each other; without videos, a camera moves over the pictures.
@@ -98,7 +98,7 @@ def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: S
             vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
         dense = teacher(small, [finest])
         for predicted in _PREDICTED:
-            is_kept = keep_to_threshold(vectors, predicted, network.config.unexplained_variance)
+            is_kept = keep_to_threshold(vectors, predicted)
             gaze = GazeOutput.from_masks([is_kept[None].to(teacher.device)], one_scale)
             laid = lay_features(teacher.encode_kept(small, is_kept), gaze, mean)
             losses.append(float((laid - dense).square().sum(-1).mean()) / total)
@@ -106,14 +106,13 @@ def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: S
     return ascending_knots(_PREDICTED, measured.tolist())
 
 
-def keep_to_threshold(vectors: torch.Tensor, max_loss: float, unexplained: float) -> torch.Tensor:
+def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
     """
     Keeps the fewest places of each frame with which its foretold loss is at most a threshold.
 
     Args:
         vectors (`torch.FloatTensor` of shape `(frames, places, feature_size)`): vectors of a clip.
         max_loss (`float`): mean squared distance of a frame's vectors to those that stand at their places.
-        unexplained (`float`): what a place counts where nothing was kept, beside the length of its vector.
 
     Returns:
         `torch.BoolTensor` of shape `(frames, places)`: true where a place is kept.
@@ -123,23 +122,21 @@ def keep_to_threshold(vectors: torch.Tensor, max_loss: float, unexplained: float
     ```python
     >>> from transformers_autogaze.training.calibration import keep_to_threshold
 
-    >>> keep_to_threshold(torch.tensor([[[1.0], [2.0]], [[2.0], [2.1]]]), 0.5, 0.0).tolist()
+    >>> keep_to_threshold(torch.tensor([[[1.0], [2.0]], [[2.0], [2.1]]]), 0.5).tolist()
     [[False, True], [True, False]]
 
     ```
     """
     standing = torch.zeros_like(vectors[0])
-    empty = torch.full_like(standing[:, 0], unexplained)
     kept = []
     for frame in vectors:
-        errors = (frame - standing).square().sum(-1) + empty
+        errors = (frame - standing).square().sum(-1)
         largest, order = errors.sort(descending=True)
         left = largest.flip(0).cumsum(0).flip(0)  # where this place and all after it are not kept
         keeps = torch.zeros_like(order, dtype=torch.bool)
         keeps[order] = left > max_loss * len(errors)
         kept.append(keeps)
         standing = torch.where(keeps[:, None], frame, standing)
-        empty = empty.masked_fill(keeps, 0)
     return torch.stack(kept)
 
 

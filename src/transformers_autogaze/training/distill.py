@@ -92,7 +92,6 @@ def distill(
     network.half().float()
     if trainer.is_world_process_zero():
         foresight = measure_foresight(network, datasets[1])
-        network.config.unexplained_variance = round(min(1.0, max(0.0, 1 - foresight.r2[-1])), 5)
         network.config.loss_knots = calibrate(network, features, [sources[i] for i in sorted(held_out)])
         facts = _facts(features, sources, held_out, datasets, network, foresight)
         _save(network, args, facts | seconds | {"steps": trained.global_step}, credits)

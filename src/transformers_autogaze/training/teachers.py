@@ -160,6 +160,8 @@ class UnitTeacher(FeatureTeacher):
         return features.unflatten(0, (len(frames), -1))
 
     def _encode_kept(self, frames: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
+        if not is_kept.any():
+            return frames.new_zeros(0, self.hidden_size)
         counts = self._count_patches(frames)
         return self._encode_units(frames, counts.new_tensor([[len(frames), *counts]]), is_kept.flatten())
 
