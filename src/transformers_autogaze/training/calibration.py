@@ -163,7 +163,8 @@ def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> li
     groups: list[tuple[float, float, int]] = []
     for x, y in zip(predicted, measured, strict=True):
         groups.append((x, y, 1))
-        while len(groups) > 1 and groups[-1][1] / groups[-1][2] <= groups[-2][1] / groups[-2][2]:
+        # As they are rounded below, so that none is written twice.
+        while len(groups) > 1 and round(groups[-1][1] / groups[-1][2], 5) <= round(groups[-2][1] / groups[-2][2], 5):
             last, before = groups.pop(), groups.pop()
             groups.append(tuple(a + b for a, b in zip(last, before, strict=True)))
     pairs = [[round(x / n, 5), round(y / n, 5)] for x, y, n in groups]
