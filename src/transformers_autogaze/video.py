@@ -11,6 +11,8 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from .output_files import replacing
+
 
 _TICKS = 90_000  # units of a second that frames' own times are written in, as MPEG-TS has them
 
@@ -26,7 +28,9 @@ def write_video(
     looks like the original).
 
     Args:
-        path (`str` or `os.PathLike`): file to write, such as `clip.mp4`; its ending names the container.
+        path (`str` or `os.PathLike`):
+            File to write, such as `clip.mp4`; its ending names the container. What was there is replaced once the video is
+            whole, so the frames may come from the same file.
         frames (`Iterable[np.ndarray]` of shape `(height, width, 3)` and type uint8): RGB frames of one size, consumed
             one by one, so a generator keeps memory flat.
         fps (`float`, *optional*, defaults to 30): frames per second.
@@ -38,7 +42,7 @@ def write_video(
 
     Raises:
         ValueError: if there is no frame, a frame has another shape or type, `fps` is not positive, `times` are not
-            ascending or fewer than the frames, or the container is unknown. No half-written file is left behind.
+            ascending or fewer than the frames, or the container is unknown. What was there is left as it was then.
 
     Example:
 
@@ -62,14 +66,14 @@ def write_video(
     if first is None:
         raise ValueError("`frames` must hold at least one frame, got none")
     _check_frame(first, 0, None)
-    try:
-        # A colon in a name would be the end of a protocol's.
-        container = av.open(f"file:{path}", mode="w")
-    except (FFmpegError, ValueError) as error:
-        raise ValueError(
-            f"`path` must be a file that can be written and end as in clip.mp4, got {str(path)!r}"
-        ) from error
-    try:
+    with replacing(path) as unfinished:
+        try:
+            # A colon in a name would be the end of a protocol's.
+            container = av.open(f"file:{unfinished}", mode="w")
+        except (FFmpegError, ValueError) as error:
+            raise ValueError(
+                f"`path` must be a file that can be written and end as in clip.mp4, got {str(path)!r}"
+            ) from error
         with container:
             height, width = first.shape[:2]
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
@@ -80,9 +84,6 @@ def write_video(
             stream.options = {"crf": "18"}
             _encode(container, stream, chain([first], frames), first.shape, times)
             container.mux(stream.encode())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
     return path
 
 

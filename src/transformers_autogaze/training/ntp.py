@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from ..composite_autogaze import CompositeReconstruction
 from ..gazing_autogaze import GazeOutput
 from ..modeling_autogaze import AutoGazeModel, AutoGazeModelOutput
+from ..output_files import replacing
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import resize_frames
 from ..video_processing_autogaze import AutoGazeVideoProcessor
@@ -401,7 +402,8 @@ class AutoGazeTrainer(GazeClipTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_file(self.cell_loss_heads.state_dict(), os.path.join(output_dir, _HEADS_FILE))
+            with replacing(os.path.join(output_dir, _HEADS_FILE)) as unfinished:
+                save_file(self.cell_loss_heads.state_dict(), unfinished)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
