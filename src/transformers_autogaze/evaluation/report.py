@@ -18,7 +18,8 @@ from .plots import Panel, check_matplotlib, draw_charts
 
 _BIN = 0.1  # of predicted loss
 _LEAST_IN_BIN = 20
-_CURVES = ("quality_over_patches", "measured_over_predicted_loss")
+CURVES = ("quality_over_patches", "measured_over_predicted_loss")
+"""Names of the charts that are written."""
 
 
 def write_report(
@@ -53,7 +54,7 @@ def write_report(
 
     charts = {}
     if curves := _quality_curves(scores):
-        charts[_CURVES[0]] = Panel(
+        charts[CURVES[0]] = Panel(
             curves, "Reconstruction from the kept patches", "patches kept of a frame", "PSNR (dB)"
         )
     if bins:
@@ -63,12 +64,12 @@ def write_report(
             "10 % above": [(part["predicted"], part["high"]) for part in bins],
             "equal": [(part["predicted"], part["predicted"]) for part in bins],
         }
-        charts[_CURVES[1]] = Panel(lines, "Measured over predicted loss", "predicted loss", "measured loss")
+        charts[CURVES[1]] = Panel(lines, "Measured over predicted loss", "predicted loss", "measured loss")
 
     text = [*_about_lines(about), markdown_tables(scores, model)]
     text += [f"\n![{name.replace('_', ' ')}]({name}.png)" for name in charts]
     names = ["results.json", *(f"{name}.png" for name in charts), "results.md"]
-    with replacing_files(folder, [f"{name}.png" for name in _CURVES]) as unfinished:
+    with replacing_files(folder, [f"{name}.png" for name in CURVES]) as unfinished:
         (unfinished / "results.json").write_text(results, encoding="utf-8")
         for name, panel in charts.items():
             draw_charts(unfinished / f"{name}.png", [panel])
