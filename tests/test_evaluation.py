@@ -379,6 +379,7 @@ def test_the_command_evaluates_a_checkpoint(tiny, tmp_path, capsys):
 
 
 def test_the_command_names_a_missing_checkpoint(tmp_path, capsys):
-    assert main(["evaluate", str(tmp_path / "none"), "clip.mp4", "-o", str(tmp_path / "out")]) == 2
-    assert "`model` must be a checkpoint's folder or Hub repository" in capsys.readouterr().err
+    clip = write_video(tmp_path / "clip.mp4", np.zeros((16, 32, 32, 3), np.uint8))
+    assert main(["evaluate", str(tmp_path / "none"), str(clip), "-o", str(tmp_path / "out")]) == 2
+    assert "`MODEL` must be a checkpoint's folder or Hub repository" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

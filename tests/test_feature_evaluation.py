@@ -467,7 +467,7 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_kn
     [
         (
             ["--encoder", "{missing}", "{clip}", "--num-frames", "4"],
-            "`--encoder` must be a model's folder or Hub repository, got",
+            "`--encoder` must be a checkpoint's folder or Hub repository, but",
         ),
         (["--encoder", "{bert}", "{clip}", "--num-frames", "4"], "`vision_model` must be of one of the families"),
         (["--encoder", "{siglip}", "{clip}", "--num-frames", "4"], "has no preprocessor_config.json"),
