@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,14 @@ def write_video(
     ```
     """
     path = Path(path)
-    if isinstance(fps, bool) or not 0 < fps < float("inf"):
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < float("inf"):
         raise ValueError(f"`fps` must be above 0 frames per second, got {fps!r}")
     if times is not None and not all(a < b for a, b in zip(times, times[1:], strict=False)):
         raise ValueError("`times` must ascend from frame to frame")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path` must lie in a folder that exists, but there is no {str(path.parent)!r}")
+    if not isinstance(frames, Iterable):
+        raise ValueError(f"`frames` must be an array or an iterable of frames, got {frames!r}")
     frames = iter(frames)
     first = next(frames, None)
     if first is None:

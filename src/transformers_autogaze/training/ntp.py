@@ -233,6 +233,11 @@ class AutoGazeTrainer(GazeClipTrainer):
         Returns:
             `torch.FloatTensor` of shape `()`, or a `tuple` of it and an [`AutoGazeModelOutput`].
         """
+        if "labels" not in inputs:
+            raise ValueError(
+                "`train_dataset` and `eval_dataset` must have items with labels, such as those of a GazeClipDataset with "
+                f"`schedule` or `labels`, got items with {', '.join(inputs)} alone"
+            )
         args = self.args
         is_on_policy = (
             model.training
