@@ -7,6 +7,7 @@ A thin layer over `training`: every field of its dataclasses is an argument of t
 import argparse
 import dataclasses
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -17,8 +18,9 @@ from transformers_autogaze_cli.arguments import a_count, a_name, a_number, a_pat
 
 from .checkpoints import check_device, load_selector
 from .configuration_autogaze import AutoGazeConfig
+from .model_cards import make_card
 from .modeling_autogaze import AutoGazeModel
-from .output_files import check_folder, check_not_inputs
+from .output_files import check_folder, check_not_inputs, replacing
 from .training.augmentation import ClipAugmentation
 from .training.data import BudgetSchedule, GazeClipDataset
 from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
@@ -195,11 +197,24 @@ def _check_start(options: argparse.Namespace) -> None:
         load_selector(options.resume_from_checkpoint, [AutoGazeConfig], "--resume-from-checkpoint")
 
 
-def _finish(trainer: Trainer, options: argparse.Namespace) -> None:
-    """Trains, writes the model and says where it lies."""
+def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None:
+    """Trains, writes the model with its card and says where it lies."""
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        args = trainer.args
+        made = {
+            "command": f"`autogaze {command}`",
+            "started from": "a new model" if options.model is None else Path(options.model).name,
+            "videos": len(trainer.train_dataset.videos),
+            "frames of a clip": options.num_frames,
+            "steps": trainer.state.global_step,
+            "clips of a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning rate": f"{args.learning_rate:g}",
+            "seed": args.seed,
+        }
+        with replacing(Path(options.output_dir) / "README.md") as unfinished:
+            unfinished.write_text(make_card(trainer.model, Path(options.output_dir).name, made), encoding="utf-8")
         print(f"written: {options.output_dir}")
 
 
@@ -264,7 +279,7 @@ def _train(options: argparse.Namespace) -> None:
         taught = (clips["train_dataset"][index] for index in range(num_clips))
         heads = teach_history(model, taught, options.history_steps, processor, seed=args.seed)
         trainer.cell_loss_heads.load_state_dict(heads.state_dict())
-    _finish(trainer, options)
+    _finish(trainer, options, "train")
 
 
 def _train_grpo(options: argparse.Namespace) -> None:
@@ -275,4 +290,4 @@ def _train_grpo(options: argparse.Namespace) -> None:
     model, processor = load_model(options)
     clips = load_clips(options, model, processor, augmentation)
     trainer = AutoGazeGRPOTrainer(model, args, processing_class=processor, **clips)
-    _finish(trainer, options)
+    _finish(trainer, options, "train-grpo")
