@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,6 +61,41 @@ def test_train_trains_a_checkpoint_on_random_clips(videos, checkpoint, tmp_path)
     assert list(AutoGazeVideoProcessor.from_pretrained(tmp_path).image_std) == [0.5, 0.25, 0.125]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+def test_train_leaves_a_whole_processor_and_a_card(videos, checkpoint, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    assert train(videos, tmp_path / "out", "--model", checkpoint, "--ratio-max", "0.05", "--max-steps", 1) == 0
+    assert capsys.readouterr().out.endswith(f"written: {tmp_path / 'out'}\n")
+    script = """
+import sys
+sys.modules["transformers_autogaze"] = None
+from transformers import AutoProcessor
+for folder in sys.argv[1:]:
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    print(type(processor).__name__, list(processor.video_processor.image_std))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    folders = [str(tmp_path / "out"), str(tmp_path / "out" / "checkpoint-1")]
+    shown = subprocess.run(
+        [sys.executable, "-c", script, *folders], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == ["AutoGazeProcessor [0.5, 0.25, 0.125]"] * 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| started from | {checkpoint.name} |" in card and "| steps | 1 |" in card and "| videos | 3 |" in card
+    assert "None were measured" in card
+
+
+def test_own_arguments_come_first_in_the_help(capsys):
+    for command in ("train", "train-grpo", "distill"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        places = [shown.index(text) for text in ("-o ", "of this package:", "\nTrainingArguments, of transformers:")]
+        assert places == sorted(places) and shown.index("--learning_rate") > places[-1]
+        assert shown.index("--max_steps") > places[-1]
 
 
 def test_train_begins_a_new_model_from_weights_that_can_learn(videos, tmp_path):
