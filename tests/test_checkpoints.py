@@ -197,6 +197,22 @@ def test_an_empty_name_stands_for_nothing(folders, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "train-grpo", "distill", "evaluate"])
+def test_an_output_that_is_a_file_is_refused(folders, tmp_path, capsys, command):
+    pytest.importorskip("accelerate")
+    (tmp_path / "out").write_text("mine")
+    videos = str(folders / "videos")
+    inputs = {
+        "train": [videos],
+        "train-grpo": [videos, "--model", str(folders / "autogaze")],
+        "distill": [str(folders / "dinov2"), videos],
+        "evaluate": ["finest", str(folders / "videos" / "clip0.mp4")],
+    }[command]
+    assert main([command, *inputs, "-o", str(tmp_path / "out")]) == 2
+    assert "the output must be a folder, but" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 @pytest.mark.parametrize("command", ["train", "train-grpo", "distill"])
 def test_a_checkpoint_is_not_written_over_what_it_starts_from(folders, tmp_path, capsys, command):
     pytest.importorskip("accelerate")
