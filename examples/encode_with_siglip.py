@@ -4,7 +4,7 @@ Encodes a video with a SigLIP tower that sees the gazed patches only.
     python examples/encode_with_siglip.py video.mp4
     python examples/encode_with_siglip.py --tiny    # random weights and a drawn clip, to see it run
 
-Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the greedy one on the tower's own patches, which keeps a
+Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the default one on the tower's own patches, which keeps a
 quarter of the clip's tokens where most changes; --gaze-model names another, such as a published AutoGaze.
 """
 

@@ -4,7 +4,7 @@ Fine-tunes a vision tower to classify videos by the mean feature of their gazed 
     python examples/finetune_tower.py videos/ -o classifier    # videos/<class>/<name>.mp4
     python examples/finetune_tower.py --tiny -o classifier     # random weights and drawn clips, to see it run
 
-Tower and head learn; the selector, greedy search on the tower's own patches, does not. Saved are the tower as transformers loads it,
+Tower and head learn; the default selector, on the tower's own patches, does not. Saved are the tower as transformers loads it,
 with the names of the classes, the processor that fits it, and head.safetensors for `GazedClassifier(..).head.load_state_dict`.
 """
 

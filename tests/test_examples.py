@@ -20,9 +20,9 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lam
 ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
 NEED_TRAINER = {"distill.py", "finetune.py", "finetune_tower.py", "grpo.py"}
 PRINTS = {
-    "encode_with_siglip.py": "GreedyGazeSelector: 196 patches, 4.0 times fewer",
+    "encode_with_siglip.py": "FeatureGazeModel: 196 patches, 4.0 times fewer",
     "distill.py": "FeatureGazeModel: kept ",
-    "finetune_tower.py": "GreedyGazeSelector; tower, head and processor in classifier",
+    "finetune_tower.py": "FeatureGazeModel; tower, head and processor in classifier",
     "llava_onevision_video_qa.py": "GreedyGazeSelector: 99 tokens for the video, 785 without gazing",
     "qwen_vl_video_qa.py": "GreedyGazeSelector: 360 of 1440 merge units, 364 of 1444 tokens",
 }

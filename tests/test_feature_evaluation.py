@@ -442,6 +442,7 @@ def test_the_command_measures_a_model_beside_the_rules(encoder, clip, tiny, tmp_
 def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_knows(encoder, clip, tmp_path):
     sizes = {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "feature_size": 6}
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/4", "--attention", "frame"]
+    arguments += ["--task-loss-requirement", "0.2"]
     for factors, expected in (([1], {"model"}), ([1 / 7, 2 / 7, 1 / 2, 1], {"model", "model-scales"})):
         folder = tmp_path / f"{len(factors)}"
         FeatureGazeModel(FeatureGazeConfig(scale_factors=factors, **sizes)).save_pretrained(folder)

@@ -45,7 +45,7 @@ def score(**changes):
     return replace(score, **changes)
 
 
-ROW = feature_comparison.FeatureRow("a", "spread", "random", "evenly", 0.5, "frame", 9, 0.5, 0.5, 1.0, 1.0)
+ROW = feature_comparison.FeatureRow("a", "spread", "random", "evenly", 0.5, "frame", 9, 0.5, 0.5, 0.5, 1.0, 1.0)
 
 
 def write_clip(folder):

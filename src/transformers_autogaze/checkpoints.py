@@ -153,6 +153,11 @@ def load_encoder(
     config = load_config(name, argument)
     vision_config = getattr(config, "vision_config", None)
     config = vision_config if getattr(vision_config, "model_type", None) in ADAPTERS else config
+    if config.model_type not in ADAPTERS:
+        # Of a foreign family, that is what is wrong, not the weights.
+        _reading(
+            name, argument, "model", lambda: GazeVisionModel(AutoModel.from_config(config, trust_remote_code=False))
+        )
     tower = GazeVisionModel(load_whole(AutoModel, name, config, argument, dtype, _UNUSED))
     processor = _reading(
         name, argument, "image processor", lambda: encoder_normalization(name, tower.config.model_type)
