@@ -45,7 +45,9 @@ def main() -> None:
     processor = AutoGazeProcessor.from_pretrained(options.output)
     inputs = processor(videos=options.inputs[0], num_frames=8, return_tensors="pt")
     gaze = model.generate(**inputs, clip_ratio=0.25)
-    print(f"kept {gaze.statistics()['num_patches']} patches of {inputs['pixel_values_videos'].shape[1]} frames")
+    print(
+        f"{type(model).__name__}: kept {gaze.statistics()['num_patches']} patches of {inputs['pixel_values_videos'].shape[1]} frames"
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Encodes a video with a SigLIP tower that sees the gazed patches only.
     python examples/encode_with_siglip.py video.mp4
     python examples/encode_with_siglip.py --tiny    # random weights and a drawn clip, to see it run
 
-Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the greedy one on the tower's own patches, which keeps a
+Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the default one on the tower's own patches, which keeps a
 quarter of the clip's tokens where most changes; --gaze-model names another, such as a published AutoGaze.
 """
 
@@ -52,7 +52,8 @@ def main() -> None:
     with torch.no_grad():
         output = tower(inputs["encoder_pixel_values"], gaze)
 
-    print(f"{int(gaze.num_real[0])} patches, {float(gaze.reduction_factor[0]):.1f} times fewer than the tower's own")
+    kept, factor = int(gaze.num_real[0]), float(gaze.reduction_factor[0])
+    print(f"{type(selector).__name__}: {kept} patches, {factor:.1f} times fewer than the tower's own")
     print(f"features: {tuple(output.last_hidden_state.shape)}")
     for token in range(min(5, len(output.ids))):
         scale, box = tower.grid.scales[output.scale[token]], [round(side, 2) for side in output.boxes[token].tolist()]

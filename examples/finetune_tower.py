@@ -1,10 +1,11 @@
 """
-Fine-tunes a vision tower to classify videos by their gazed patches, with transformers' Trainer.
+Fine-tunes a vision tower to classify videos by the mean feature of their gazed patches, with transformers' Trainer.
 
     python examples/finetune_tower.py videos/ -o classifier    # videos/<class>/<name>.mp4
     python examples/finetune_tower.py --tiny -o classifier     # random weights and drawn clips, to see it run
 
-The tower learns, the selector does not. What is saved is the tower as transformers loads it.
+Tower and head learn; the default selector, on the tower's own patches, does not. Saved are the tower as transformers loads it,
+with the names of the classes, the processor that fits it, and head.safetensors for `GazedClassifier(..).head.load_state_dict`.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeProcessor
@@ -20,12 +22,12 @@ from transformers_autogaze.integrations import GazeVisionModel
 
 
 class GazedClassifier(nn.Module):
-    """Classifies a clip by the mean of its kept patches' features."""
-
-    def __init__(self, tower: GazeVisionModel, selector: nn.Module, num_classes: int, gaze_kwargs: dict):
+    def __init__(self, vision_model: nn.Module, processor: AutoGazeProcessor):
         super().__init__()
-        self.tower, self.head = tower, nn.Linear(tower.hidden_size, num_classes)
-        self.selector, self.gaze_kwargs = selector.requires_grad_(False), gaze_kwargs
+        self.selector = transformers.AutoModel.from_pretrained(DEFAULT_SELECTOR).requires_grad_(False)
+        grid = processor.match_encoder(vision_model.config, self.selector.config.grid)
+        self.tower, self.gaze_kwargs = GazeVisionModel(vision_model, grid.scales), processor.gaze_kwargs
+        self.head = nn.Linear(self.tower.hidden_size, vision_model.config.num_labels)
 
     def forward(self, pixel_values_videos, encoder_pixel_values, labels):
         gaze = self.selector.generate(pixel_values_videos, clip_ratio=0.25, **self.gaze_kwargs)
@@ -44,34 +46,32 @@ def main() -> None:
     options = parser.parse_args()
     if options.videos is None and not options.tiny:
         parser.error("name a folder of videos, or --tiny")
-
     if options.tiny:
         size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        vision_model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**size))
-        image_processor, learning_rate, num_classes = transformers.SiglipImageProcessor(), 1e-3, 2
+        tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**size))
+        image_processor, classes = transformers.SiglipImageProcessor(), ["upright", "upside down"]
         clips = [render_demo_clip(options.num_frames, 64, 64, seed) for seed in range(4)]
-        videos = [(clip if label else clip[:, ::-1].copy(), label) for clip in clips for label in range(2)]
+        videos = [(clip[:, ::-1].copy() if label else clip, label) for clip in clips for label in range(2)]
     else:
-        vision_model = GazeVisionModel.from_pretrained(options.tower).vision_model
+        tower = GazeVisionModel.from_pretrained(options.tower).vision_model
         image_processor = transformers.AutoImageProcessor.from_pretrained(options.tower)
-        classes = sorted(folder for folder in options.videos.iterdir() if folder.is_dir())
-        videos = [(str(path), label) for label, folder in enumerate(classes) for path in sorted(folder.iterdir())]
-        learning_rate, num_classes = 2e-5, len(classes)
-    processor = AutoGazeProcessor(encoder_processor=image_processor)
-    selector = transformers.AutoModel.from_pretrained(DEFAULT_SELECTOR)
-    tower = GazeVisionModel(vision_model, processor.match_encoder(vision_model.config, selector.config.grid).scales)
+        classes = sorted(folder.name for folder in options.videos.iterdir() if folder.is_dir())
+        videos = [(str(p), k) for k, name in enumerate(classes) for p in sorted((options.videos / name).iterdir())]
+    tower.config.id2label = dict(enumerate(classes))
+    model = GazedClassifier(tower, processor := AutoGazeProcessor(encoder_processor=image_processor))
 
     def collate(examples: list[tuple]) -> dict[str, torch.Tensor]:
         clips, labels = zip(*examples, strict=True)
         inputs = processor(videos=list(clips), num_frames=options.num_frames, return_tensors="pt")
         return {**inputs, "labels": torch.tensor(labels)}
 
-    arguments = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": learning_rate}
-    arguments = {**arguments, "remove_unused_columns": False, "report_to": "none", "logging_steps": 1}
-    arguments = transformers.TrainingArguments(options.output, **arguments)
-    model = GazedClassifier(tower, selector, num_classes, processor.gaze_kwargs)
+    rate = {"per_device_train_batch_size": 4, "learning_rate": 1e-3 if options.tiny else 2e-5, "logging_steps": 1}
+    arguments = transformers.TrainingArguments(options.output, remove_unused_columns=False, report_to="none", **rate)
     transformers.Trainer(model, arguments, train_dataset=videos, data_collator=collate).train()
-    tower.vision_model.save_pretrained(options.output)
+    tower.save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    save_file(model.head.state_dict(), Path(options.output) / "head.safetensors")
+    print(f"{type(model.selector).__name__}; tower, head and processor in {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import FIXTURES
 from PIL import Image
 
-from transformers_autogaze import read_video, write_video
-from transformers_autogaze.cli import main
+from transformers_autogaze import __version__, read_video, write_video
+from transformers_autogaze.checkpoints import SHIPPED_SELECTORS
+from transformers_autogaze_cli import main
+from transformers_autogaze_cli.prune import SELECTORS
+
+
+resource = pytest.importorskip("resource")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def test_chunks_go_on_with_the_stream(clip, tmp_path):
 
 
 def test_prune_takes_a_model_and_samples_frames(clip, tiny, tmp_path):
-    arguments = ["prune", str(clip), "--model", str(tiny.folder), "--frames", "5", "--gazing-ratio", "0.3"]
+    arguments = ["prune", str(clip), "--model", str(tiny.folder), "--num-frames", "5", "--gazing-ratio", "0.3"]
     assert main([*arguments, "--task-loss-requirement", "-9", "-o", str(tmp_path)]) == 0
     gaze = json.loads((tmp_path / "gaze.json").read_text())
     assert gaze["statistics"]["patches_each_frame"] == [6] * 5
@@ -64,7 +71,8 @@ def test_prune_takes_a_model_and_samples_frames(clip, tiny, tmp_path):
     ],
 )
 def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
-    arguments = ["--selector", selector, "--frames", "3", "--tiles", tiles, "--max-tiles", "6"]
+    arguments = ["--selector", selector, "--num-frames", "3", "--tiles", tiles]
+    arguments += ["--max-tiles", "6"] if tiles == "grid" else []
     asked = {
         "finest": ["--clip-ratio", "0.9"],
         "greedy": ["--gazing-ratio", "0.2", "--task-loss-requirement", "-9"],
@@ -86,28 +94,138 @@ def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
         (["prune", "missing.mp4"], "missing.mp4"),
         (["prune", "{text}"], "no video"),
         (["prune", "{clip}", "--gazing-ratio", "1.5"], "`gazing_ratio` must lie in 0..1"),
-        (["prune", "{clip}", "--task-loss-requirement", "nan"], "`task_loss_requirement` must be numbers, got NaN"),
+        (["prune", "{clip}", "--task-loss-requirement", "nan"], "--task-loss-requirement: must be a finite number"),
+        (["prune", "{clip}", "--task-loss-requirement", "inf"], "must be a finite number such as 0.25, got 'inf'"),
         (["prune", "{clip}", "--clip-ratio", "0"], "`clip_ratio` must be above 0 and at most 1"),
         (["prune", "{clip}", "--tokens-per-second", "-3"], "`tokens_per_second` must be a number above 0"),
         (["prune", "{clip}", "--model", "{model}", "--clip-ratio", "0.1"], "need a selector that knows"),
-        (["prune", "{clip}", "--frames", "21"], "`num_frames` must be at most 20"),
+        (["prune", "{clip}", "--num-frames", "21"], "`num_frames` must be at most 20"),
         (["prune", "{clip}", "--fps", "-1"], "`fps` must be above 0"),
-        (["prune", "{clip}", "--tiles", "grid", "--max-tiles", "0"], "`max_tiles` must be a whole number"),
+        (
+            ["prune", "{clip}", "--tiles", "grid", "--max-tiles", "0"],
+            "--max-tiles: must be a whole number of at least 1",
+        ),
+        (["prune", "{clip}", "--max-tiles", "4"], "`--max-tiles` needs `--tiles grid`, got 4 with `--tiles whole`"),
+        (["prune", "{clip}", "--num-frames", "0"], "--num-frames: must be a whole number of at least 1, got '0'"),
+        (["prune", "{clip}", "--device", "nowhere"], "`--device` must be a device that torch can compute on here"),
+        (["prune", "{clip}", "--device", ""], "--device: must not be empty"),
+        (["prune", ""], "VIDEO: must not be empty"),
+        (["prune", "{clip}", "missing.mp4"], "there is no 'missing.mp4'"),
+        (["prune", "{folder}"], "must hold videos"),
+        (["demo", "--model", ""], "--model: must not be empty"),
+        (["prunes"], "invalid choice: 'prunes'"),
         (["prune", "{clip}", "--model", "{text}"], "`--model` must be a checkpoint"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_status_2(clip, tmp_path, capsys, arguments, message):
     (tmp_path / "notes.txt").write_text("not a video")
-    model = FIXTURES / "tiny-1"
-    arguments = [argument.format(clip=clip, text=tmp_path / "notes.txt", model=model) for argument in arguments]
+    (tmp_path / "folder").mkdir()
+    names = {"clip": clip, "text": tmp_path / "notes.txt", "folder": tmp_path / "folder"}
+    names["model"] = FIXTURES / "tiny-1"
+    arguments = [argument.format(**names) for argument in arguments]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "autogaze: error:" in error and message in error
-    assert not (tmp_path / "out" / "overlay.mp4").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_is_installed(tmp_path):
-    shown = subprocess.run(
-        [sys.executable, "-m", "transformers_autogaze.cli", "--help"], capture_output=True, text=True
-    )
-    assert shown.returncode == 0 and "prune" in shown.stdout and "demo" in shown.stdout
+    for module in ("transformers_autogaze.cli", "transformers_autogaze_cli"):
+        shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0 and "prune" in shown.stdout and "demo" in shown.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["prune", "--help"], ["prune", "a.mp4", "-o", ""]])
+def test_help_and_errors_of_arguments_load_nothing_heavy(arguments):
+    code = f"""
+import sys
+from transformers_autogaze_cli import main
+try:
+    main({arguments})
+finally:
+    print({{"torch", "transformers", "numpy", "av", "transformers_autogaze"}} & set(sys.modules))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.stdout.endswith("set()\n") and "Traceback" not in shown.stderr
+
+
+def test_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"autogaze {__version__} (") and torch.__version__ in shown
+
+
+def test_selectors_are_named_as_they_load():
+    assert list(SHIPPED_SELECTORS) == list(SELECTORS)
+
+
+def test_of_several_videos_each_gets_its_folder_and_a_bad_one_stops_none(clip, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    (videos / "inside").mkdir(parents=True)
+    for name in ("clip.mp4", "inside/clip.mp4", "other.mkv"):
+        shutil.copy(clip, videos / name)
+    (videos / "bad.mp4").write_text("not a video")
+    arguments = ["--num-frames", "2", "--no-overlay", "-o", str(videos / "out")]
+    for _ in range(2):  # What the first run wrote is not pruned by the second.
+        assert main(["prune", str(videos), str(clip), *arguments]) == 2
+        written = {str(path.parent.relative_to(videos / "out")) for path in videos.rglob("gaze.json")}
+        assert written == {"clip", "inside/clip", "other", "clip-2"}
+    printed = capsys.readouterr()
+    assert f"autogaze: error: {videos / 'bad.mp4'}: " in printed.err
+    assert str(videos / "out" / "inside" / "clip" / "gaze.json") in printed.out
+    assert json.loads((videos / "out" / "clip-2" / "gaze.json").read_text())["video"] == str(clip)
+
+
+def test_without_an_overlay_all_else_is_the_same(clip, tmp_path, capsys):
+    for folder in ("with", "without"):
+        assert main(["prune", str(clip), "-o", str(tmp_path / folder)]) == 0
+    assert main(["prune", str(clip), "--no-overlay", "-o", str(tmp_path / "without")]) == 0
+    assert "overlay.mp4" not in capsys.readouterr().out.rpartition("written")[2]
+    # An overlay of an earlier run would tell of another gaze.
+    assert sorted(path.name for path in (tmp_path / "without").iterdir()) == ["contact_sheet.png", "gaze.json"]
+    for name in ("gaze.json", "contact_sheet.png"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+@pytest.mark.parametrize("way", ["the same", "relative", "a link"])
+def test_an_input_is_never_written_over(clip, tmp_path, monkeypatch, capsys, way):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(clip, "overlay.mp4")
+    (tmp_path / "link.mp4").symlink_to("overlay.mp4")
+    names = {"the same": str(tmp_path / "overlay.mp4"), "relative": "./overlay.mp4", "a link": "link.mp4"}
+    assert main(["prune", names[way], "-o", str(tmp_path)]) == 2
+    assert "is the input" in capsys.readouterr().err
+    assert (tmp_path / "overlay.mp4").read_bytes() == clip.read_bytes() and not (tmp_path / "gaze.json").exists()
+
+
+def test_demo_leaves_files_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip.mp4").write_text("mine")
+    assert main(["demo", "-o", "."]) == 0
+    assert (tmp_path / "clip.mp4").read_text() == "mine" and (tmp_path / "overlay.mp4").exists()
+    assert json.loads((tmp_path / "gaze.json").read_text())["video"] == "demo"
+
+
+def test_a_run_that_fails_leaves_the_results_of_the_last_one(clip, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["prune", str(clip), "-o", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The overlay is whole by then, the records are not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before.values())) - 100, hard))
+    try:
+        assert main(["prune", str(clip), "--clip-ratio", "1", "-o", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "autogaze: error:" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_output_that_is_a_file_is_refused(clip, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    for command in (["prune", str(clip)], ["demo"]):
+        assert main([*command, "-o", str(tmp_path / "out")]) == 2
+        assert "the output must be a folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"

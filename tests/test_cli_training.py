@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -59,6 +62,41 @@ def test_train_trains_a_checkpoint_on_random_clips(videos, checkpoint, tmp_path)
     assert list(AutoGazeVideoProcessor.from_pretrained(tmp_path).image_std) == [0.5, 0.25, 0.125]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+def test_train_leaves_a_whole_processor_and_a_card(videos, checkpoint, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    assert train(videos, tmp_path / "out", "--model", checkpoint, "--ratio-max", "0.05", "--max-steps", 1) == 0
+    assert capsys.readouterr().out.endswith(f"written: {tmp_path / 'out'}\n")
+    script = """
+import sys
+sys.modules["transformers_autogaze"] = None
+from transformers import AutoProcessor
+for folder in sys.argv[1:]:
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    print(type(processor).__name__, list(processor.video_processor.image_std))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    folders = [str(tmp_path / "out"), str(tmp_path / "out" / "checkpoint-1")]
+    shown = subprocess.run(
+        [sys.executable, "-c", script, *folders], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == ["AutoGazeProcessor [0.5, 0.25, 0.125]"] * 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| started from | {checkpoint.name} |" in card and "| steps | 1 |" in card and "| videos | 3 |" in card
+    assert "None were measured" in card
+
+
+def test_own_arguments_come_first_in_the_help(capsys):
+    for command in ("train", "train-grpo", "distill"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        places = [shown.index(text) for text in ("-o ", "of this package:", "\nTrainingArguments, of transformers:")]
+        assert places == sorted(places) and shown.index("--learning_rate") > places[-1]
+        assert shown.index("--max_steps") > places[-1]
 
 
 def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoint, tmp_path):
@@ -148,8 +186,14 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
         (["train", "nowhere", "--output-dir", "out", "--use-cpu"], "there is no folder 'nowhere'"),
         (["train", "{videos}", "--output-dir", "out", "--min-crop", "2"], "`min_crop` must lie above 0"),
         (["train", "{videos}", "--output-dir", "out", "--on-policy", "2"], "`on_policy` must lie in 0..1"),
-        (["label", "{videos}", "-o", "labels.json", "--num-frames", "0"], "`num_frames` must be a whole number"),
-        (["label", "{videos}", "-o", "labels.json", "--batch-size", "0"], "`batch_size` must be a whole number"),
+        (
+            ["label", "{videos}", "-o", "labels.json", "--num-frames", "0"],
+            "--num-frames: must be a whole number of at least 1",
+        ),
+        (
+            ["label", "{videos}", "-o", "labels.json", "--batch-size", "0"],
+            "--batch-size: must be a whole number of at least 1",
+        ),
         (
             ["label", "{videos}", "-o", "labels.json", "--task", "features", "--task-loss-requirement", "1.5"],
             "`task_loss_requirement` must lie in 0..1",
@@ -160,7 +204,7 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
         ),
         (
             ["label", "{videos}", "-o", "labels.json", "--task", "features", "--feature-model", "no/such"],
-            "`--feature-model` must be a distilled selector's folder or Hub repository, got 'no/such'",
+            "`--feature-model` must be a checkpoint's folder or Hub repository, but the config.json of 'no/such' cannot",
         ),
         (
             [
@@ -173,7 +217,7 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
                 "--feature-model",
                 str(FIXTURES / "tiny-1"),
             ],
-            "`model` must be a FeatureGazeModel, got AutoGazeModel",
+            "`--feature-model` must be a checkpoint of a gaze model (autogaze_features), but",
         ),
         (
             ["train", "{videos}", "--output-dir", "out", "--task", "features", "--threshold-max", "2"],

@@ -360,7 +360,10 @@ def test_knots_ascend_whatever_was_measured():
         (["{encoder}", "{empty}"], "must hold videos"),
         (["{encoder}", "{text}"], "that can be read, found none"),
         (["{encoder}", "{files}/a.png"], "at least two videos or two pictures"),
-        (["no/such/one", "{files}"], "`encoder` must be a model's folder or Hub repository, got 'no/such/one'"),
+        (
+            ["no/such/one", "{files}"],
+            "`encoder` must be a checkpoint's folder or Hub repository, but the config.json of 'no/such/one'",
+        ),
         (["{bert}", "{files}"], "must be of one of the families"),
         (["{encoder}", "{files}", "--scales", "4", "2"], "`scales` must be rows of patches"),
         (["{encoder}", "{files}", "--num-components", "33"], "`num_components` must lie in 1..32"),

@@ -365,7 +365,7 @@ def test_the_command_evaluates_a_checkpoint(tiny, tmp_path, capsys):
         model.gaze_decoder.task_loss_prediction_head.weight *= 0.1
     model.save_pretrained(tmp_path / "model")
     arguments = ["evaluate", str(tmp_path / "model"), str(video), "-o", str(tmp_path / "out"), "--num-frames", "4"]
-    assert main([*arguments, "--ratio", "0.3", "1", "--threshold", "0.9", "--device", "cpu"]) == 0
+    assert main([*arguments, "--gazing-ratio", "0.3", "1", "--task-loss-requirement", "0.9", "--device", "cpu"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["clips"] == 2 and results["videos"] == ["blobs.mp4"]
     names = ["model", "greedy", "gain ranking", "frame difference", "coarse first", "random"]
@@ -379,6 +379,7 @@ def test_the_command_evaluates_a_checkpoint(tiny, tmp_path, capsys):
 
 
 def test_the_command_names_a_missing_checkpoint(tmp_path, capsys):
-    assert main(["evaluate", str(tmp_path / "none"), "clip.mp4", "-o", str(tmp_path / "out")]) == 2
-    assert "`model` must be a checkpoint's folder or Hub repository" in capsys.readouterr().err
+    clip = write_video(tmp_path / "clip.mp4", np.zeros((16, 32, 32, 3), np.uint8))
+    assert main(["evaluate", str(tmp_path / "none"), str(clip), "-o", str(tmp_path / "out")]) == 2
+    assert "`MODEL` must be a checkpoint's folder or Hub repository" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,14 +1,18 @@
 """The scripts in examples/ run, with tiny random weights and drawn clips, and stay short."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 from transformers.utils import is_accelerate_available
 
-import transformers_autogaze
+from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeProcessor
+from transformers_autogaze.demo import render_demo_clip
 
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lambda path: path.name)
@@ -16,8 +20,9 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lam
 ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
 NEED_TRAINER = {"distill.py", "finetune.py", "finetune_tower.py", "grpo.py"}
 PRINTS = {
-    "encode_with_siglip.py": "features: (",
-    "finetune_tower.py": "train_loss",
+    "encode_with_siglip.py": "FeatureGazeModel: 196 patches, 4.0 times fewer",
+    "distill.py": "FeatureGazeModel: kept ",
+    "finetune_tower.py": "FeatureGazeModel; tower, head and processor in classifier",
     "llava_onevision_video_qa.py": "GreedyGazeSelector: 99 tokens for the video, 785 without gazing",
     "qwen_vl_video_qa.py": "GreedyGazeSelector: 360 of 1440 merge units, 364 of 1444 tokens",
 }
@@ -34,8 +39,6 @@ def test_example_runs(path, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
     assert printed and PRINTS.get(path.name, "") in printed
-    if path.name == "finetune_tower.py":
-        assert isinstance(transformers.AutoModel.from_pretrained("classifier"), transformers.SiglipVisionModel)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -43,23 +46,64 @@ def test_example_is_short(path):
     assert len(path.read_text().splitlines()) < 80
 
 
-def test_a_card_says_what_the_checkpoint_tells_and_no_more(tmp_path, monkeypatch):
-    transformers_autogaze.AutoGazeModel(
-        transformers_autogaze.AutoGazeConfig(scales=[32, 64], image_size=64)
-    ).save_pretrained(tmp_path / "mine")
-    transformers_autogaze.AutoGazeProcessor().save_pretrained(tmp_path / "mine")
-    command = [
-        str(EXAMPLES[0].parent / "push_to_hub.py"),
-        str(tmp_path / "mine"),
-        "--only-write",
-        str(tmp_path / "out"),
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(command[0], run_name="__main__")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| AutoGazeModel |" in card and "2x2, 4x4" in card and "Not recorded in the checkpoint." in card
-    assert not {"{", "}"} & {*card} and "greedy" not in card
+def run(name, monkeypatch, *arguments):
+    path = next(path for path in EXAMPLES if path.name == name)
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    return runpy.run_path(str(path), run_name="__main__")
 
-    (tmp_path / "mine" / "README.md").write_text("its own card")
-    runpy.run_path(command[0], run_name="__main__")
-    assert (tmp_path / "out" / "README.md").read_text() == "its own card"
+
+def test_a_finetuned_tower_is_saved_whole(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    trained, train = [], transformers.Trainer.train
+    monkeypatch.setattr(transformers.Trainer, "train", lambda self: trained.append(self.model) or train(self))
+    names = run("finetune_tower.py", monkeypatch, "--tiny", "--num-frames", 4)
+    tower = transformers.AutoModel.from_pretrained("classifier")
+    assert tower.config.id2label == {0: "upright", 1: "upside down"}
+    processor = AutoGazeProcessor.from_pretrained("classifier")
+    model = names["GazedClassifier"](tower, processor).eval()
+    model.head.load_state_dict(load_file("classifier/head.safetensors"))
+    inputs = processor(videos=render_demo_clip(4, 64, 64), return_tensors="pt")
+    with torch.no_grad():
+        expected = trained[0].eval()(**inputs, labels=torch.tensor([0]))["logits"]
+        torch.testing.assert_close(model(**inputs, labels=torch.tensor([0]))["logits"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class", "around"),
+    [
+        ("llava_onevision_video_qa.py", "Qwen2Model", 6),  # words of the prompt
+        ("qwen_vl_video_qa.py", "Qwen2_5_VLTextModel", 0),
+    ],
+)
+def test_tokens_are_printed_as_the_language_model_sees_them(tmp_path, monkeypatch, capsys, name, model_class, around):
+    if getattr(transformers.SiglipImageProcessor, "is_dummy", False):
+        pytest.skip("this version's image processors need torchvision")
+    model_class, lengths = getattr(transformers, model_class), []
+    forward = model_class.forward
+
+    def counting(self, *args, inputs_embeds=None, **kwargs):
+        lengths.append(inputs_embeds.shape[1])
+        return forward(self, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(model_class, "forward", counting)
+    run(name, monkeypatch, "--tiny")
+    tokens = int(re.search(r"(\d+)(?: of \d+)? tokens", capsys.readouterr().out)[1])
+    assert lengths[0] == tokens + around
+
+
+def test_a_card_tells_of_its_own_checkpoint_alone(tmp_path, monkeypatch, capsys):
+    model = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64))
+    model.save_pretrained(tmp_path / "mine")
+    AutoGazeProcessor().save_pretrained(tmp_path / "mine")
+    run("push_to_hub.py", monkeypatch, tmp_path / "mine", "--only-write", tmp_path / "written")
+    card = (tmp_path / "written" / "README.md").read_text()
+    assert f"| parameters | {model.num_parameters():,}, in float32 |" in card and "| scales | 32, 64 pixels |" in card
+    assert "None were measured" in card and "Nothing is recorded" in card
+    assert not re.search(r"\d dB|PSNR", card)
+
+    (tmp_path / "mine" / "README.md").write_text("My own card.")
+    run("push_to_hub.py", monkeypatch, tmp_path / "mine", "--only-write", tmp_path / "written")
+    assert (tmp_path / "written" / "README.md").read_text() == "My own card."
+    shown = capsys.readouterr().out
+    assert "AutoGazeModel, card made from the checkpoint" in shown and "card of " in shown

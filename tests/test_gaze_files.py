@@ -100,7 +100,7 @@ def test_files_that_are_no_gaze_are_refused(tmp_path):
         random_gaze().save(tmp_path / "gaze.pt")
 
 
-@pytest.mark.parametrize("arguments", [["--frames", "4"], ["--selector", "greedy", "--tiles", "native"]])
+@pytest.mark.parametrize("arguments", [["--num-frames", "4"], ["--selector", "greedy", "--tiles", "native"]])
 def test_the_package_reads_the_gaze_json_that_it_wrote(clip, tmp_path, arguments):
     assert main(["prune", str(clip), *arguments, "-o", str(tmp_path)]) == 0
     file = GazeFile.read(tmp_path / "gaze.json")

@@ -8,7 +8,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .cli_training import dataclass_arguments, from_arguments
+from transformers_autogaze_cli import COMMANDS
+from transformers_autogaze_cli.arguments import a_name, a_path
+
+from .checkpoints import check_weights_files
+from .cli_training import check_output, dataclass_arguments, from_arguments
+from .output_files import check_not_inputs
 from .training.distill import distill
 from .training.distillation import DistillationArguments
 
@@ -18,26 +23,36 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser(
         "distill",
         parents=[dataclass_arguments(DistillationArguments)],
-        help="make a selector of any vision encoder",
+        description=f"{COMMANDS['distill'][0]}.".capitalize(),
         usage="autogaze distill ENCODER VIDEOS_OR_PICTURES ... -o DIR [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument(
         "encoder",
+        type=a_name,
         metavar="ENCODER",
         help="an image tower, a Qwen2.5-VL or a Qwen3-VL: a folder or a Hub repository",
     )
     command.add_argument(
-        "inputs", nargs="+", metavar="VIDEOS_OR_PICTURES", help="files, folders or patterns of videos and pictures"
+        "inputs",
+        nargs="+",
+        type=a_name,
+        metavar="VIDEOS_OR_PICTURES",
+        help="files, folders or patterns of videos and pictures",
     )
     command.add_argument(
-        "--credits", type=Path, metavar="FILE", help="text for the card on data and licences, in Markdown"
+        "--credits", type=a_path, metavar="FILE", help="text for the card on data and licences, in Markdown"
     )
     command.set_defaults(run=_distill)
 
 
 def _distill(options: argparse.Namespace) -> None:
     args = from_arguments(DistillationArguments, options)
+    check_output(args.output_dir, options.encoder)
+    if options.credits is not None:
+        check_not_inputs([Path(args.output_dir) / "README.md"], [options.credits])
+    if args.resume_from_checkpoint is not None:
+        check_weights_files(args.resume_from_checkpoint, "--resume-from-checkpoint")
     credits = None if options.credits is None else options.credits.read_text(encoding="utf-8")
     model = distill(options.encoder, options.inputs, args, credits)
     if args.process_index == 0:

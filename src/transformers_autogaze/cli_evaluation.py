@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import AutoModel
 
-from . import FEATURES_SELECTOR
+from transformers_autogaze_cli import COMMANDS
+from transformers_autogaze_cli.arguments import a_count, a_name, a_number, add_device, add_output
+from transformers_autogaze_cli.prune import SELECTORS
+
+from .checkpoints import check_device, load_encoder, load_selector
 from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
 from .evaluation.encoder_selector import EncoderClipSelector
-from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, encoder_normalization, read_clips
+from .evaluation.feature_clips import SAMPLINGS, FeatureClip, count_clips, read_clips
 from .evaluation.feature_comparison import (
     ATTENTIONS,
     BUDGETS,
@@ -37,61 +40,66 @@ from .evaluation.feature_selectors import (
     scales_of_encoder,
 )
 from .evaluation.plots import check_matplotlib
-from .evaluation.report import markdown_tables, write_report
+from .evaluation.report import CURVES, markdown_tables, write_report
 from .evaluation.selectors import baseline_selectors
 from .grid_autogaze import GazeGrid
 from .integrations.vision import GazeVisionModel
-from .processing_autogaze import AutoGazeProcessor
+from .output_files import check_folder, check_not_inputs
 from .selection_autogaze import GazeSelector
+from .video_decoding_autogaze import stream_video
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
-_ON_PIXELS = {"ratio": [0.1, 0.25], "threshold_ratio": 0.75, "batch_size": 4}
+_ON_PIXELS = {"gazing_ratio": [0.1, 0.25], "max_gazing_ratio": 0.75, "batch_size": 4}
 _ON_FEATURES = {
     "size": None,
     "sampling": list(SAMPLINGS),
-    "budget": list(BUDGETS),
+    "clip_ratio": list(BUDGETS),
     "attention": list(ATTENTIONS),
     "selector": list(LABELS),
     "dtype": "float32",
 }
 """Options of one of the two evaluations alone, with their defaults."""
 _PIXEL_THRESHOLDS = [0.7]
+_FILES = ("results.json", "results.md", *(f"{name}.png" for name in (*CURVES, *SAMPLINGS)))
 
 
 def add_commands(commands: Any) -> None:
     """Adds `evaluate` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
     evaluate = commands.add_parser(
         "evaluate",
-        help="measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
+        description=f"{COMMANDS['evaluate'][0]}.".capitalize(),
         usage="autogaze evaluate MODEL VIDEO ... -o OUT [options]\n"
         "       autogaze evaluate --encoder DIR [MODEL] VIDEO ... -o OUT [options]",
     )
     evaluate.add_argument(
         "inputs",
         nargs="+",
+        type=a_name,
         metavar="[MODEL] VIDEO",
-        help="checkpoint of a selector, a folder or a Hub repository, and videos to measure on; with --encoder, the "
-        "checkpoint must be a folder and can be left out",
+        help=f"checkpoint of a selector, a folder, a Hub repository or one of {', '.join(SELECTORS)}, and videos to measure "
+        "on; with --encoder, the checkpoint must be a folder or one of these names, and can be left out",
     )
-    evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write to")
+    add_output(evaluate)
     evaluate.add_argument(
-        "--encoder", metavar="DIR", help="a vision tower, a folder or a Hub repository: measure what it keeps"
+        "--encoder",
+        type=a_name,
+        metavar="DIR",
+        help="a vision tower, a folder or a Hub repository: measure what it keeps",
     )
-    evaluate.add_argument("--num-frames", type=int, default=16, metavar="N", help="frames of a clip (default: 16)")
+    evaluate.add_argument("--num-frames", type=a_count, default=16, metavar="N", help="frames of a clip (default: 16)")
     evaluate.add_argument(
-        "--max-clips", type=int, default=4, metavar="N", help="clips of one video at most (default: 4)"
+        "--max-clips", type=a_count, default=4, metavar="N", help="clips of one video at most (default: 4)"
     )
     evaluate.add_argument(
-        "--threshold",
-        type=float,
-        nargs="*",
+        "--task-loss-requirement",
+        type=a_number,
+        nargs="+",
         metavar="L",
         help="losses at which a frame is good enough: of pixels (default: 0.7) or, with --encoder, the share of the variance "
-        f"of features, 0..1 (default: {' '.join(map(str, THRESHOLDS))})",
+        f"of features, 0..1 (default: {' '.join(map(str, THRESHOLDS))}); none where only a ratio is given",
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    evaluate.add_argument("--device", default=device, help=f"where to compute (default: {device})")
+    add_device(evaluate)
     _add_pixel_options(evaluate.add_argument_group("by rebuilt pixels, without --encoder"))
     _add_feature_options(evaluate.add_argument_group("by what an encoder keeps, with --encoder"))
     evaluate.set_defaults(run=_evaluate)
@@ -99,21 +107,25 @@ def add_commands(commands: Any) -> None:
 
 def _add_pixel_options(group: Any) -> None:
     group.add_argument(
-        "--ratio", type=float, nargs="+", metavar="R", help="shares of patches to keep, 0..1 (default: 0.1 0.25)"
+        "--gazing-ratio",
+        type=a_number,
+        nargs="+",
+        metavar="R",
+        help="shares of patches to keep of every frame, 0..1 (default: 0.1 0.25, none with --task-loss-requirement alone)",
     )
     group.add_argument(
-        "--threshold-ratio",
-        type=float,
+        "--max-gazing-ratio",
+        type=a_number,
         metavar="R",
-        help="share of patches to keep at most with these (default: 0.75)",
+        help="share of patches to keep at most with --task-loss-requirement (default: 0.75)",
     )
-    group.add_argument("--batch-size", type=int, metavar="N", help="clips to gaze at together (default: 4)")
+    group.add_argument("--batch-size", type=a_count, metavar="N", help="clips to gaze at together (default: 4)")
 
 
 def _add_feature_options(group: Any) -> None:
     group.add_argument(
         "--size",
-        type=int,
+        type=a_count,
         metavar="PIXELS",
         help="height and width that the encoder sees frames at (default: 14 of its patches)",
     )
@@ -124,10 +136,10 @@ def _add_feature_options(group: Any) -> None:
         help="frames of clips: consecutive, or spread over the video (default: both)",
     )
     group.add_argument(
-        "--budget",
-        type=_budget,
+        "--clip-ratio",
+        type=_share,
         nargs="+",
-        metavar="B",
+        metavar="R",
         help=f"shares of a dense encoder's tokens to keep (default: {' '.join(map(fraction, BUDGETS))})",
     )
     group.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="attentions of the encoder (default: all)")
@@ -137,7 +149,7 @@ def _add_feature_options(group: Any) -> None:
     )
 
 
-def _budget(text: str) -> float:
+def _share(text: str) -> float:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError) as error:
@@ -150,11 +162,19 @@ def _evaluate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             needs = "needs" if options.encoder is None else "does not go with"
             raise ValueError(f"`--{name.replace('_', '-')}` {needs} `--encoder`, got {getattr(options, name)}")
+    thresholds, ratio = (_PIXEL_THRESHOLDS, "gazing_ratio") if options.encoder is None else (THRESHOLDS, "clip_ratio")
+    if getattr(options, ratio) is None and options.task_loss_requirement is None:
+        options.task_loss_requirement = list(thresholds)
+    else:  # Off is leaving it out.
+        options.task_loss_requirement = options.task_loss_requirement or []
+        setattr(options, ratio, getattr(options, ratio) or [])
     for name, default in ours.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-    if options.threshold is None:
-        options.threshold = _PIXEL_THRESHOLDS if options.encoder is None else list(THRESHOLDS)
+    check_folder(options.output)
+    check_not_inputs([options.output / name for name in _FILES], options.inputs)
+    check_matplotlib()
+    options.device = check_device(options.device)
     if options.encoder is None:
         _evaluate_on_pixels(options)
     else:
@@ -165,8 +185,10 @@ def _evaluate_on_pixels(options: argparse.Namespace) -> None:
     name, *videos = options.inputs
     if not videos:
         raise ValueError(f"a MODEL and at least one VIDEO must be given, got only {name}")
-    settings = [GazeSetting(ratio) for ratio in options.ratio]
-    settings += [GazeSetting(options.threshold_ratio, threshold) for threshold in options.threshold]
+    settings = [GazeSetting(ratio) for ratio in options.gazing_ratio]
+    settings += [GazeSetting(options.max_gazing_ratio, loss) for loss in options.task_loss_requirement]
+    for video in videos:
+        stream_video(video)  # What cannot be read is told before the model is loaded.
     model, processor = _load_model(name)
     grid = model.config.grid
     clips = load_clips(videos, processor, grid.sizes[-1], options.num_frames, options.max_clips)
@@ -186,26 +208,18 @@ def _evaluate_on_pixels(options: argparse.Namespace) -> None:
 
 def _load_model(folder: str | os.PathLike) -> tuple[GazeSelector, AutoGazeVideoProcessor]:
     """Loads a selector and what makes its pixel values."""
-    try:
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    except OSError as error:
-        raise ValueError(
-            f"`model` must be a checkpoint's folder or Hub repository, got {str(folder)!r}: {error}"
-        ) from error
-    try:
-        return model, AutoGazeProcessor.from_pretrained(folder).video_processor
-    except OSError:
-        return model, AutoGazeVideoProcessor()  # A checkpoint without one was trained on the published preprocessing.
+    model, processor = load_selector(folder, argument="MODEL")
+    return model, processor.video_processor
 
 
 def _evaluate_on_features(options: argparse.Namespace) -> None:
     folder, videos = None, options.inputs
-    if os.path.isdir(options.inputs[0]):
+    if os.path.isdir(options.inputs[0]) or (options.inputs[0] in SELECTORS and not os.path.exists(options.inputs[0])):
         folder, *videos = options.inputs
     taken = {"num_frames": options.num_frames, "max_clips": options.max_clips}
-    check_matplotlib()
     num_clips = count_clips(videos, options.sampling, **taken)
-    tower, processor = _load_encoder(options.encoder, getattr(torch, options.dtype))
+    wrapped, processor = load_encoder(options.encoder, getattr(torch, options.dtype))
+    tower = wrapped.vision_model
     grid = finest_grid(tower, options.size)
     size, _ = grid.sizes[-1]
     settings = {
@@ -213,12 +227,12 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
         "encoder_weights": _fingerprint(tower),
         "model": None if folder is None else Path(folder).name,
         "model_weights": None if folder is None else _fingerprint(_load_model(folder)[0]),
-        "features_weights": _fingerprint(_load_model(FEATURES_SELECTOR)[0]),
+        "features_weights": _fingerprint(_load_model("features")[0]),
         "videos": [Path(video).name for video in videos],
         "size": size,
         "frames_of_a_clip": options.num_frames,
         "clips_of_a_video": options.max_clips,
-        "device": options.device,
+        "device": str(options.device),
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
     }
@@ -237,9 +251,9 @@ def _evaluate_on_features(options: argparse.Namespace) -> None:
         processor,
         selectors,
         size,
-        options.budget,
+        options.clip_ratio,
         options.attention,
-        options.threshold,
+        options.task_loss_requirement,
         evs=EVS in options.selector,
     )
 
@@ -270,15 +284,6 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_encoder(folder: str, dtype: torch.dtype) -> tuple[torch.nn.Module, AutoGazeVideoProcessor]:
-    """Loads an encoder and what normalises its frames."""
-    try:
-        tower = GazeVisionModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-    except OSError as error:
-        raise ValueError(f"`--encoder` must be a model's folder or Hub repository, got {folder!r}: {error}") from error
-    return tower.vision_model, encoder_normalization(folder, tower.config.model_type)
-
-
 def _clip_selectors(
     options: argparse.Namespace, tower: torch.nn.Module, size: int, patch_size: int, folder: str | None
 ) -> dict[str, ClipSelector]:
@@ -287,7 +292,7 @@ def _clip_selectors(
     if folder is not None and {"model", "model-scales"} & {*options.selector}:
         made |= _model_clip_selectors(*_load_model(folder), size, patch_size, options.device)
     if {"features", "features-scales"} & {*options.selector}:
-        found = _model_clip_selectors(*_load_model(FEATURES_SELECTOR), size, patch_size, options.device)
+        found = _model_clip_selectors(*_load_model("features"), size, patch_size, options.device)
         made |= {name.replace("model", "features"): selector for name, selector in found.items()}
     if "encoder" in options.selector and (grid := scales_of_encoder(size, patch_size)) is not None:
         made["encoder"] = EncoderClipSelector(GazeVisionModel(tower, grid.scales))
@@ -297,7 +302,7 @@ def _clip_selectors(
 
 
 def _model_clip_selectors(
-    model: GazeSelector, processor: AutoGazeVideoProcessor, size: int, patch_size: int, device: str
+    model: GazeSelector, processor: AutoGazeVideoProcessor, size: int, patch_size: int, device: torch.device
 ) -> dict[str, ClipSelector]:
     """
     Makes what a model is measured as: `"model"` on its own scales or, where it takes any grid, on the finest alone; such a

@@ -4,9 +4,11 @@ What all selectors share: the interface `generate`, budgets, thresholds, resizin
 This module owns everything about gazing that does not depend on how patches are chosen; a selector adds that.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -39,7 +41,7 @@ def budget_each_frame(
     Raises:
         ValueError: if a ratio is not in 0..1, or there is not one number or one per frame.
     """
-    ratio = torch.as_tensor(gazing_ratio, dtype=torch.float64).cpu()
+    ratio = _read_numbers("gazing_ratio", gazing_ratio).cpu()
     if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != num_frames):
         raise ValueError(
             f"`gazing_ratio` must be one number or one for each of the {num_frames} frames, got the shape "
@@ -69,7 +71,7 @@ def threshold_each_frame(
     Raises:
         ValueError: if the shape is none of these or a number is NaN.
     """
-    threshold = torch.as_tensor(task_loss_requirement, dtype=torch.float64)
+    threshold = _read_numbers("task_loss_requirement", task_loss_requirement)
     if threshold.isnan().any():
         raise ValueError(f"`task_loss_requirement` must be numbers, got NaN in {task_loss_requirement}")
     if threshold.shape == (batch_size,) and batch_size != num_frames:
@@ -95,6 +97,15 @@ class GazeGenerationMixin:
     def can_generate(cls) -> bool:
         """Whether it generates tokens: it does not."""
         return False
+
+
+def _read_numbers(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`{name}` must be a number such as 0.25, or a sequence or tensor of them, got {value!r}"
+        ) from error
 
 
 class GazeSelector:
@@ -205,6 +216,7 @@ class GazeSelector:
             "frame_rate": frame_rate,
         }
         self._check_video(pixel_values_videos)
+        self._check_options(options)
         if (target_scales is None) != (target_patch_size is None):
             raise ValueError(
                 "`target_scales` and `target_patch_size` must be given together, got "
@@ -280,6 +292,21 @@ class GazeSelector:
         check_pixels(frames)
         gaze = self._gaze(frames, budget, threshold, past_key_values, use_cache, **options)
         return gaze.replace(task_loss_requirement=threshold)
+
+    def _check_options(self, options: dict[str, object]) -> None:
+        """Raises a ValueError where an option of `generate` is none of this selector's."""
+        parameters = inspect.signature(self._gaze).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+        # What comes before are arguments of its own, and these two are those of `generate`.
+        known = [name for name in list(parameters)[5:] if name not in ("token_budget", "tubelet_size")]
+        for name, value in options.items():
+            if name not in known:
+                also = ", ".join(f"`{option}`" for option in known) or "none"
+                raise ValueError(
+                    f"`{name}` must be an argument of `{type(self).__name__}.generate`, got {name}={value!r}; beside those of "
+                    f"every selector it takes {also}"
+                )
 
     def check_token_budget(self, token_budget: ClipBudget | StreamBudget | None) -> None:
         """

@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from av.error import FFmpegError
+
+from .output_files import replacing
 
 
 _TICKS = 90_000  # units of a second that frames' own times are written in, as MPEG-TS has them
@@ -26,7 +29,9 @@ def write_video(
     looks like the original).
 
     Args:
-        path (`str` or `os.PathLike`): file to write, such as `clip.mp4`; its ending names the container.
+        path (`str` or `os.PathLike`):
+            File to write, such as `clip.mp4`; its ending names the container. What was there is replaced once the video is
+            whole, so the frames may come from the same file.
         frames (`Iterable[np.ndarray]` of shape `(height, width, 3)` and type uint8): RGB frames of one size, consumed
             one by one, so a generator keeps memory flat.
         fps (`float`, *optional*, defaults to 30): frames per second.
@@ -38,7 +43,7 @@ def write_video(
 
     Raises:
         ValueError: if there is no frame, a frame has another shape or type, `fps` is not positive, `times` are not
-            ascending or fewer than the frames, or the container is unknown. No half-written file is left behind.
+            ascending or fewer than the frames, or the container is unknown. What was there is left as it was then.
 
     Example:
 
@@ -51,25 +56,27 @@ def write_video(
     ```
     """
     path = Path(path)
-    if isinstance(fps, bool) or not 0 < fps < float("inf"):
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < float("inf"):
         raise ValueError(f"`fps` must be above 0 frames per second, got {fps!r}")
     if times is not None and not all(a < b for a, b in zip(times, times[1:], strict=False)):
         raise ValueError("`times` must ascend from frame to frame")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path` must lie in a folder that exists, but there is no {str(path.parent)!r}")
+    if not isinstance(frames, Iterable):
+        raise ValueError(f"`frames` must be an array or an iterable of frames, got {frames!r}")
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise ValueError("`frames` must hold at least one frame, got none")
     _check_frame(first, 0, None)
-    try:
-        # A colon in a name would be the end of a protocol's.
-        container = av.open(f"file:{path}", mode="w")
-    except (FFmpegError, ValueError) as error:
-        raise ValueError(
-            f"`path` must be a file that can be written and end as in clip.mp4, got {str(path)!r}"
-        ) from error
-    try:
+    with replacing(path) as unfinished:
+        try:
+            # A colon in a name would be the end of a protocol's.
+            container = av.open(f"file:{unfinished}", mode="w")
+        except (FFmpegError, ValueError) as error:
+            raise ValueError(
+                f"`path` must be a file that can be written and end as in clip.mp4, got {str(path)!r}"
+            ) from error
         with container:
             height, width = first.shape[:2]
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
@@ -80,9 +87,6 @@ def write_video(
             stream.options = {"crf": "18"}
             _encode(container, stream, chain([first], frames), first.shape, times)
             container.mux(stream.encode())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
     return path
 
 

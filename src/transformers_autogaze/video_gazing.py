@@ -182,6 +182,12 @@ def stream_gaze(
 
     ```
     """
+    # Not by its class, which is another one where it was loaded as remote code.
+    if not (hasattr(selector, "config") and hasattr(selector, "generate")):
+        raise ValueError(f"`selector` must be a loaded selector such as GreedyGazeSelector(), got {selector!r}")
+    if processor is not None and not hasattr(processor, "resize_levels"):
+        remedy = "; give its `video_processor`" if hasattr(processor, "video_processor") else ""
+        raise ValueError(f"`processor` must be an AutoGazeVideoProcessor, got {type(processor).__name__}{remedy}")
     config = selector.config
     _check_layout(selector, tiles, max_tiles, chunk_frames, max_batch_size)
     settings = {

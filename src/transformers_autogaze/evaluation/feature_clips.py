@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import cached_file
 
 from ..video_decoding_autogaze import stream_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
@@ -126,18 +127,21 @@ def encoder_normalization(encoder: str | os.PathLike, model_type: str) -> AutoGa
         [`AutoGazeVideoProcessor`] that normalises as the encoder's own processor does; its sizes mean nothing.
 
     Raises:
+        OSError: if that configuration cannot be read.
         ValueError: if nothing says how.
     """
     known: dict[str, object] = {"rescale_factor": 1 / 255, "offset": False}
-    try:
+    files = ("processor_config.json", "preprocessor_config.json")
+    # A file that cannot be read is not one that is missing.
+    if any(cached_file(str(encoder), file, _raise_exceptions_for_missing_entries=False) for file in files):
         found, _ = ImageProcessingMixin.get_image_processor_dict(str(encoder))
-    except OSError as error:
-        if not model_type.startswith("dinov"):
-            raise ValueError(
-                f"`encoder` {encoder} has no preprocessor_config.json, which says how its frames are normalised; save the "
-                "encoder's own image processor there"
-            ) from error
+    elif model_type.startswith("dinov"):
         found = {}
+    else:
+        raise ValueError(
+            f"`encoder` {encoder} has no preprocessor_config.json, which says how its frames are normalised; save the "
+            "encoder's own image processor there"
+        )
     keys = ("image_mean", "image_std", "rescale_factor", "offset", "do_rescale", "do_normalize")
     known |= {key: found[key] for key in keys if found.get(key) is not None}
     return AutoGazeVideoProcessor(**known)

@@ -18,6 +18,7 @@ from torch import nn
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from ..integrations.vision import GazeVisionModel
+from ..output_files import replacing
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .feature_clips import FeatureClip
 from .feature_selectors import OVER_TIME, UP_TO_LOSS, ClipSelector, EncodedClip
@@ -335,10 +336,8 @@ class FeatureResults:
         parts = {"settings": self.settings, "statistics": self.statistics, "columns": FeatureRow._fields}
         head = ",\n".join(f'"{key}": {json.dumps(part)}' for key, part in parts.items())
         lines = ",\n".join(json.dumps(row) for row in self.rows)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as unfinished:
+            unfinished.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 _ROUNDED = ("cosine", "agreement", "loss", "choosing_seconds", "tower_seconds")

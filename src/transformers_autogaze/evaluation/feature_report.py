@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ..output_files import replacing_files
 from .feature_comparison import EVS, WHOLE_TOWER, FeatureRow
 from .feature_selectors import OVER_TIME, UP_TO_LOSS
 from .plots import Panel, check_matplotlib, draw_charts
@@ -209,7 +210,9 @@ def write_feature_report(
 
     Args:
         rows (`Sequence[FeatureRow]`): what [`FeatureComparison`] measured.
-        folder (`str` or `Path`): where to write; made if it is missing.
+        folder (`str` or `Path`):
+            Where to write; made if it is missing. All files are written together: those of an earlier run stay as they
+            were until these are whole, and none stays beside them.
         about (`Mapping[str, Any]`): what was measured and how, such as the encoder; written at the head of the tables.
         dense_tokens (`int`): tokens that a dense encoder makes of a clip.
 
@@ -223,18 +226,18 @@ def write_feature_report(
     if not rows:
         raise ValueError("`rows` must hold at least one row, got none")
     check_matplotlib()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text, written = [_head(about, dense_tokens)], []
-    for sampling, heading in _HEADINGS.items():
-        tables = FeatureTables(rows, sampling, dense_tokens)
-        if not tables.rows:
-            continue
-        written.append(draw_charts(folder / f"{sampling}.png", tables.panels()))
-        text.append(f"## {heading}: {len(tables.clips)} clips\n\n![{heading}]({sampling}.png)\n\n{tables.markdown()}")
-    written.insert(0, folder / "results.md")
-    written[0].write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    return written
+    text, names = [_head(about, dense_tokens)], ["results.md"]
+    with replacing_files(folder, [f"{sampling}.png" for sampling in _HEADINGS]) as unfinished:
+        for sampling, heading in _HEADINGS.items():
+            tables = FeatureTables(rows, sampling, dense_tokens)
+            if not tables.rows:
+                continue
+            names.append(f"{sampling}.png")
+            draw_charts(unfinished / names[-1], tables.panels())
+            parts = (f"## {heading}: {len(tables.clips)} clips", f"![{heading}]({names[-1]})", tables.markdown())
+            text.append("\n\n".join(parts))
+        (unfinished / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return [Path(folder) / name for name in names]
 
 
 def label(way: Way) -> str:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..output_files import replacing
+
 
 class Panel(NamedTuple):
     """
@@ -92,6 +94,6 @@ def draw_charts(path: str | Path, panels: Sequence[Panel]) -> Path:
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
-    path = Path(path)
-    figure.savefig(path, format="png")
-    return path
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+    return Path(path)

@@ -4,7 +4,6 @@ Writes what selectors scored: a JSON file, a table in Markdown, and curves.
 This module owns the form of results; it measures nothing.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from ..output_files import replacing_files, to_json
 from .comparison import SelectorScores
 from .plots import Panel, check_matplotlib, draw_charts
 
 
 _BIN = 0.1  # of predicted loss
 _LEAST_IN_BIN = 20
+CURVES = ("quality_over_patches", "measured_over_predicted_loss")
+"""Names of the charts that are written."""
 
 
 def write_report(
@@ -29,7 +31,9 @@ def write_report(
 
     Args:
         scores (`Sequence[SelectorScores]`): what [`evaluate_selectors`] gave.
-        folder (`str` or `Path`): where to write; made if it is missing.
+        folder (`str` or `Path`):
+            Where to write; made if it is missing. All files are written together: those of an earlier run stay as they
+            were until these are whole, and none stays beside them.
         about (`Mapping[str, Any]`): what was measured and how, such as the videos; written as it is, ready for JSON.
         model (`str`, *optional*, defaults to `"model"`): the selector whose predictions and clips are shown one by one.
 
@@ -43,21 +47,14 @@ def write_report(
     if not scores:
         raise ValueError("`scores` must hold at least one entry, got none")
     check_matplotlib()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     predictions = [pair for score in scores if score.selector == model for pair in score.predictions]
     bins = calibration(predictions)
-    written = []
-
     rows = [{key: value for key, value in asdict(score).items() if key != "predictions"} for score in scores]
-    written.append(folder / "results.json")
-    written[-1].write_text(
-        json.dumps({**about, "scores": rows, "calibration": bins}, indent=1) + "\n", encoding="utf-8"
-    )
+    results = to_json({**about, "scores": rows, "calibration": bins}, indent=1) + "\n"
 
     charts = {}
     if curves := _quality_curves(scores):
-        charts["quality_over_patches"] = Panel(
+        charts[CURVES[0]] = Panel(
             curves, "Reconstruction from the kept patches", "patches kept of a frame", "PSNR (dB)"
         )
     if bins:
@@ -67,16 +64,17 @@ def write_report(
             "10 % above": [(part["predicted"], part["high"]) for part in bins],
             "equal": [(part["predicted"], part["predicted"]) for part in bins],
         }
-        charts["measured_over_predicted_loss"] = Panel(
-            lines, "Measured over predicted loss", "predicted loss", "measured loss"
-        )
-    written += [draw_charts(folder / f"{name}.png", [panel]) for name, panel in charts.items()]
+        charts[CURVES[1]] = Panel(lines, "Measured over predicted loss", "predicted loss", "measured loss")
 
     text = [*_about_lines(about), markdown_tables(scores, model)]
     text += [f"\n![{name.replace('_', ' ')}]({name}.png)" for name in charts]
-    written.append(folder / "results.md")
-    written[-1].write_text("\n".join(text) + "\n", encoding="utf-8")
-    return written
+    names = ["results.json", *(f"{name}.png" for name in charts), "results.md"]
+    with replacing_files(folder, [f"{name}.png" for name in CURVES]) as unfinished:
+        (unfinished / "results.json").write_text(results, encoding="utf-8")
+        for name, panel in charts.items():
+            draw_charts(unfinished / f"{name}.png", [panel])
+        (unfinished / "results.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    return [Path(folder) / name for name in names]
 
 
 def markdown_tables(scores: Sequence[SelectorScores], model: str = "model") -> str:

@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,12 @@ from transformers.utils import CONFIG_NAME
 
 from ..feature_gaze_autogaze import FeatureGazeModel
 from ..feature_network_autogaze import FeatureGazeNetwork
+from ..output_files import replacing_files
 from ..processing_autogaze import AutoGazeProcessor
 from .calibration import Foresight, calibrate, measure_foresight
 from .crops import Source, find_sources
 from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer, new_network
-from .distillation_card import write_card
+from .distillation_card import make_card
 from .teacher_features import TeacherFeatures
 from .teachers import load_teacher
 
@@ -162,12 +162,13 @@ def _save(
     """Writes the selector in float16, as one that loads in float32, its processor and its card."""
     model = FeatureGazeModel(network.config)
     model.network.load_state_dict(network.state_dict())
-    model.half().save_pretrained(args.output_dir)
-    path = Path(args.output_dir) / CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    AutoGazeProcessor().save_pretrained(args.output_dir)
-    write_card(args, facts, credits)
+    with replacing_files(args.output_dir) as unfinished:
+        model.half().save_pretrained(unfinished)
+        path = unfinished / CONFIG_NAME
+        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        AutoGazeProcessor().save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(make_card(args, facts, credits), encoding="utf-8")
 
 
 def _facts(

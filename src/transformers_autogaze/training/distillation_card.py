@@ -1,7 +1,6 @@
 """The card of a distilled selector: what it was made from and how, and what it is worth, from the facts of the run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,9 +71,9 @@ is corrected by what the encoder lost on whole clips of these files, gazed at wi
 """
 
 
-def write_card(args: DistillationArguments, facts: Mapping[str, Any], credits: str | None = None) -> Path:
+def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: str | None = None) -> str:
     """
-    Writes the card, `README.md` in the output folder.
+    Makes the card, `README.md` of the checkpoint.
 
     Args:
         args ([`DistillationArguments`]): the arguments of the run.
@@ -82,7 +81,7 @@ def write_card(args: DistillationArguments, facts: Mapping[str, Any], credits: s
         credits (`str`, *optional*): what it says of data and licences, in Markdown.
 
     Returns:
-        `Path`: the file.
+        `str`: the card in Markdown.
     """
     foretold, measured = zip(*facts["knots"], strict=True)
     text = _TEXT.format(
@@ -109,6 +108,4 @@ def write_card(args: DistillationArguments, facts: Mapping[str, Any], credits: s
     )
     if credits:
         text += f"\n## Data, licences and credits\n\n{credits.strip()}\n"
-    path = Path(args.output_dir) / "README.md"
-    path.write_text(text, encoding="utf-8")
-    return path
+    return text

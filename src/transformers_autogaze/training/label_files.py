@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..grid_autogaze import GazeGrid
+from ..output_files import replacing
 
 
 try:
@@ -48,16 +49,10 @@ def write_labels(
         labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
         settings (`Mapping[str, Any]`, *optional*): what they were made with, kept as a further entry, `"settings"`.
     """
-    path = Path(path)
     entries = {name: clip._asdict() for name, clip in labels.items()}
-    whole = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        whole.write_text(
-            json.dumps(entries if settings is None else {_SETTINGS: settings, **entries}), encoding="utf-8"
-        )
-        whole.replace(path)
-    finally:
-        whole.unlink(missing_ok=True)
+    text = json.dumps(entries if settings is None else {_SETTINGS: settings, **entries})
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def read_labels(

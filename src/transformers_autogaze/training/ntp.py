@@ -143,6 +143,11 @@ class AutoGazeTrainer(GazeClipTrainer):
         Returns:
             `torch.FloatTensor` of shape `()`, or a `tuple` of it and an [`AutoGazeModelOutput`].
         """
+        if "labels" not in inputs:
+            raise ValueError(
+                "`train_dataset` and `eval_dataset` must have items with labels, such as those of a GazeClipDataset with "
+                f"`schedule` or `labels`, got items with {', '.join(inputs)} alone"
+            )
         on_policy = self.args.on_policy if model.training else 0
         if on_policy and float(torch.rand((), generator=self.step_generator())) < on_policy:
             inputs = self.relabel(inputs)

@@ -17,6 +17,7 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save_file
 
 from ..feature_network_autogaze import STRIDE
+from ..output_files import replacing
 from .crops import Source, cut_pairs
 from .teachers import FeatureTeacher
 
@@ -228,7 +229,8 @@ class TeacherFeatures:
                 place += count
             if path is not None:
                 self._flush()
-                save_file(self.components._asdict(), path)
+                with replacing(path) as unfinished:
+                    save_file(self.components._asdict(), unfinished)
         self.wait()
         if path is not None:
             self.components = Components(**load_file(path))
@@ -248,7 +250,8 @@ class TeacherFeatures:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for name, (shape, kind) in arrays.items():
                     np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, shape).flush()
-                path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+                with replacing(path) as unfinished:
+                    unfinished.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         self.wait()
         self.levels, self.features, self.first_features, self.done = (
             np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in arrays

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
+from ..checkpoints import load_config, load_encoder, load_whole
 from ..evaluation.feature_clips import encoder_normalization
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
@@ -117,7 +118,7 @@ class TowerTeacher(FeatureTeacher):
     """An image tower that [`GazeVisionModel`] takes; its features are those of patches. See [`load_teacher`]."""
 
     def __init__(self, encoder: str | os.PathLike, scales: Sequence[int], device: torch.device, dtype: torch.dtype):
-        found = GazeVisionModel.from_pretrained(str(encoder), dtype=torch.float32)
+        found, _ = load_encoder(encoder, argument="encoder")
         if found.adapter.tubelet_size != 1:
             raise ValueError(
                 f"`encoder` must be a tower for images, got {found.config.model_type}, whose tokens cover "
@@ -145,7 +146,7 @@ class UnitTeacher(FeatureTeacher):
 
     def __init__(self, encoder: str | os.PathLike, scales: Sequence[int], device: torch.device, dtype: torch.dtype):
         config = AutoConfig.from_pretrained(encoder)
-        model = _QWEN[config.model_type].from_pretrained(encoder, dtype=torch.float32)
+        model = load_whole(_QWEN[config.model_type], encoder, config, "encoder", unused=r"language_model\.|^lm_head")
         vision = config.vision_config
         self.sizes = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
         side = vision.spatial_merge_size * vision.patch_size
@@ -204,13 +205,8 @@ def load_teacher(
         ValueError: if there is no such encoder, its family is not known, it is one for videos, or the scales do not fit.
     """
     check_scales(scales)
-    try:
-        is_qwen = AutoConfig.from_pretrained(encoder).model_type in _QWEN
-        return (UnitTeacher if is_qwen else TowerTeacher)(encoder, scales, torch.device(device), dtype)
-    except OSError as error:
-        raise ValueError(
-            f"`encoder` must be a model's folder or Hub repository, got {str(encoder)!r}: {error}"
-        ) from error
+    is_qwen = load_config(encoder, "encoder").model_type in _QWEN
+    return (UnitTeacher if is_qwen else TowerTeacher)(encoder, scales, torch.device(device), dtype)
 
 
 def check_scales(scales: Sequence[int]) -> None:

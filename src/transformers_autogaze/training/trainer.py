@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ..modeling_autogaze import AutoGazeModel
+from ..output_files import replacing_files
 from ..processing_autogaze import AutoGazeProcessor
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .data import ClipSampler, GazeClipDataset, GazeCollator
@@ -20,7 +21,8 @@ from .data import ClipSampler, GazeClipDataset, GazeCollator
 
 class NotingTrainer(Trainer):
     """
-    A [`~transformers.Trainer`] with random numbers that survive a restart, and averages in the logs.
+    A [`~transformers.Trainer`] with random numbers that survive a restart, averages in the logs, and models whose files
+    replace older ones once they are whole.
 
     Args:
         args, kwargs: the arguments of [`~transformers.Trainer`].
@@ -69,6 +71,14 @@ class NotingTrainer(Trainer):
             self._measured.clear()
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)  # Other processes may have to hand in their part.
+            return
+        with replacing_files(output_dir) as unfinished:
+            super()._save(str(unfinished), state_dict)
+
 
 class GazeClipTrainer(NotingTrainer):
     """
@@ -78,7 +88,7 @@ class GazeClipTrainer(NotingTrainer):
         model ([`AutoGazeModel`]): the model to train.
         args ([`~transformers.TrainingArguments`]): the arguments.
         processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
-            What makes the pixel values; its video processor is saved with the model. The published preprocessing by
+            What makes the pixel values; saved with the model as an [`AutoGazeProcessor`]. The published preprocessing by
             default.
         kwargs: the other arguments of [`~transformers.Trainer`].
     """
@@ -94,6 +104,15 @@ class GazeClipTrainer(NotingTrainer):
         processing_class = getattr(processing_class, "video_processor", processing_class) or AutoGazeVideoProcessor()
         kwargs.setdefault("data_collator", GazeCollator(model.config))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        video_processor = self.processing_class
+        # `AutoProcessor` is to find the whole processor beside the model.
+        self.processing_class = AutoGazeProcessor(video_processor)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = video_processor
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -61,7 +61,7 @@ class VideoCollection:
         self.column = column
         if isinstance(videos, (str, os.PathLike)):
             folder = Path(videos)
-            self.videos: Sequence[Any] = _find_videos(folder)
+            self.videos: Sequence[Any] = find_videos(folder)
             self.names = [Path(path).relative_to(folder).as_posix() for path in self.videos]
         else:
             self.videos = videos
@@ -185,7 +185,19 @@ def _take(source: str | bytes, chosen: range) -> torch.Tensor:
     return _to_levels(np.stack(taken))
 
 
-def _find_videos(folder: Path) -> list[str]:
+def find_videos(folder: Path) -> list[str]:
+    """
+    Finds videos in a folder and those in it, by the endings of their names.
+
+    Args:
+        folder (`Path`): the folder.
+
+    Returns:
+        `list[str]`: their paths, in order.
+
+    Raises:
+        ValueError: if there is no such folder, or no video in it.
+    """
     if not folder.is_dir():
         raise ValueError(f"`videos` must be a folder of videos or a sequence, but there is no folder {str(folder)!r}")
     found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)

@@ -1,0 +1,93 @@
+"""Cards of checkpoints, made from what is known of them: what a selector is and how it was made. No figure is foreign."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .feature_network_autogaze import FeatureGazeConfig
+from .greedy_autogaze import GreedyGazeConfig
+from .selection_autogaze import GazeSelector
+
+
+_TEXT = """---
+library_name: transformers
+pipeline_tag: video-classification
+tags:
+  - video
+  - token-pruning
+  - autogaze
+  - custom_code
+---
+
+# {title}
+
+A selector of patches of a video: it tells which ones a vision encoder needs to see, before the encoder runs. It is of the kind
+`{kind}` of the package `transformers-autogaze`.
+
+## Use
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("path/to/this/folder", trust_remote_code=True)
+gaze = model.generate(**processor(videos="video.mp4", num_frames=16, return_tensors="pt"), {setting})
+```
+
+## What it is
+
+{facts}
+
+## How it was made
+
+{made}
+
+## Figures
+
+None were measured for this card. `autogaze evaluate` measures a checkpoint on videos.
+"""
+
+
+def make_card(model: GazeSelector, title: str = "A selector of patches", made: Mapping[str, Any] | None = None) -> str:
+    """
+    Makes the card of a selector.
+
+    Args:
+        model ([`GazeSelector`]): the selector.
+        title (`str`, *optional*, defaults to `"A selector of patches"`): its heading.
+        made (`Mapping[str, Any]`, *optional*): how it was made, such as `{"steps": 1000}`; nothing is known by default.
+
+    Returns:
+        `str`: the card in Markdown, with the metadata of the Hub.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GreedyGazeSelector
+    >>> from transformers_autogaze.model_cards import make_card
+
+    >>> "| scales | 32, 64, 112, 224 pixels |" in make_card(GreedyGazeSelector(), made={"search": "greedy"})
+    True
+
+    ```
+    """
+    config = model.config
+    parameters = sum(weight.numel() for weight in model.parameters())
+    facts = {
+        "parameters": f"{parameters:,}, in {str(model.dtype).removeprefix('torch.')}" if parameters else "none",
+        "scales": f"{', '.join(map(str, config.grid.scales))} pixels",
+        "patches": f"{config.grid.num_patches} of a frame, {config.grid.patch_size} pixels a side",
+        "frames of a clip": getattr(config, "max_num_frames", None) or "any number",
+    }
+    is_over_time = isinstance(config, (FeatureGazeConfig, GreedyGazeConfig))
+    return _TEXT.format(
+        title=title,
+        kind=config.model_type,
+        setting="clip_ratio=0.25" if is_over_time else "gazing_ratio=0.25",
+        facts=_table(facts),
+        made=_table(made) if made else "Nothing is recorded of how it was made.",
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines])

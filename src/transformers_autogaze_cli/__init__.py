@@ -1,0 +1,85 @@
+"""
+The command line, `autogaze`: which commands there are, and what went wrong.
+
+Importing `transformers_autogaze` loads torch and transformers. This package lies beside it, so that help is there at once: what
+a command needs is loaded when it is named.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+
+COMMANDS = {
+    "prune": ("prune videos and show what was kept", "transformers_autogaze_cli.prune"),
+    "demo": ("prune a clip that is rendered on the spot", "transformers_autogaze_cli.prune"),
+    "evaluate": (
+        "measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
+        "transformers_autogaze.cli_evaluation",
+    ),
+    "label": ("label videos by greedy search, once, to train on later", "transformers_autogaze.cli_training"),
+    "train": ("train a model on labels (stage 1)", "transformers_autogaze.cli_training"),
+    "train-grpo": (
+        "train a model further on gazes that it samples itself (stage 2)",
+        "transformers_autogaze.cli_training",
+    ),
+    "distill": ("make a selector of any vision encoder", "transformers_autogaze.cli_distillation"),
+}
+"""What each command does, and the module whose `add_commands` adds it to the command line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs the command line.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): the arguments, those of the process by default.
+
+    Returns:
+        `int`: exit status; 0 when all went well, 2 when the input was at fault.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = _parser(arguments[0] if arguments else None).parse_args(arguments)
+        return options.run(options) or 0
+    except (ImportError, OSError, ValueError) as error:
+        print_error(error)
+        return 2
+
+
+def print_error(error: object) -> None:
+    """Says what is at fault, as all commands do."""
+    print(f"autogaze: error: {error}", file=sys.stderr)
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of a command; all others are only named."""
+    parser = _Parser(prog="autogaze", description="Keep the patches of a video that matter.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _, chosen = COMMANDS.get(command, (None, None))
+    for name, (text, module) in COMMANDS.items():
+        if module != chosen:
+            commands.add_parser(name, help=text)
+    if chosen is not None:
+        import_module(chosen).add_commands(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import torch
+        import transformers
+
+        import transformers_autogaze
+
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+        print(f"autogaze {transformers_autogaze.__version__} ({versions})")
+        parser.exit()

@@ -1,0 +1,99 @@
+"""What `autogaze prune` and `autogaze demo` take; the work is `transformers_autogaze.cli_prune`'s."""
+
+import argparse
+from typing import Any
+
+from . import COMMANDS
+from .arguments import a_count, a_name, a_number, add_device, add_output
+
+
+SELECTORS = ("features", "finest", "greedy", "autogaze")
+"""Names of the selectors of the package, the default one first."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `prune` and `demo` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
+    prune = _add_command(commands, "prune", "autogaze prune VIDEO ... -o OUT [options]")
+    prune.add_argument(
+        "videos",
+        nargs="+",
+        type=a_name,
+        metavar="VIDEO",
+        help="path or http(s) URL of a video, or a folder of videos; of several, each gets a folder of its own in OUT",
+    )
+    _add_frames(prune.add_argument_group("which frames, and how they are seen"))
+    _add_command(commands, "demo", "autogaze demo -o OUT [options]")
+
+
+def _add_command(commands: Any, name: str, usage: str) -> argparse.ArgumentParser:
+    """Adds a command with the arguments that both have."""
+    command = commands.add_parser(name, description=f"{COMMANDS[name][0]}.".capitalize(), usage=usage)
+    add_output(command)
+    command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4, the slowest part")
+    add_device(command)
+    _add_selector(command.add_argument_group("what chooses"))
+    _add_budgets(command.add_argument_group("how much is kept"))
+    command.set_defaults(run=_run, command=name)
+    return command
+
+
+def _add_selector(group: Any) -> None:
+    group = group.add_mutually_exclusive_group()
+    group.add_argument(
+        "--selector",
+        choices=SELECTORS,
+        help="the selector distilled from DINOv2's features (features, the default), greedy search on pixels of the finest "
+        "scale or of the four published ones, or the published AutoGaze weights, fetched from the Hub (no commercial use)",
+    )
+    group.add_argument(
+        "--model", type=a_name, metavar="DIR", help="checkpoint of a gaze model, a folder or a Hub repository"
+    )
+
+
+def _add_budgets(group: Any) -> None:
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--clip-ratio",
+        type=a_number,
+        metavar="R",
+        help="share of a dense encoder's tokens to keep of the whole video, 0..1, spent where they gain most (default: "
+        "0.25 for the default selector)",
+    )
+    budget.add_argument("--tokens-per-second", type=a_number, metavar="N", help="tokens to keep per second of video")
+    budget.add_argument(
+        "--gazing-ratio",
+        type=a_number,
+        metavar="R",
+        help="share of patches to keep of every frame at most, 0..1 (default: 0.75 for --selector greedy and autogaze)",
+    )
+    group.add_argument(
+        "--task-loss-requirement",
+        type=a_number,
+        metavar="L",
+        help="loss at which a frame is good enough; 0.7 is 26 dB for the selectors of this package (default: 0.7 for "
+        "--selector greedy and autogaze, none where anything else is asked for)",
+    )
+
+
+def _add_frames(group: Any) -> None:
+    frames = group.add_mutually_exclusive_group()
+    frames.add_argument(
+        "--num-frames", type=a_count, metavar="N", help="how many frames to take, evenly (default: all)"
+    )
+    frames.add_argument("--fps", type=a_number, metavar="F", help="how many frames to take per second")
+    group.add_argument(
+        "--tiles",
+        choices=["whole", "grid", "native"],
+        default="whole",
+        help="gaze at whole frames, resized (default); at tiles of frames resized to a grid of them that fits their "
+        "aspect ratio; or at tiles of frames as large as they are",
+    )
+    group.add_argument(
+        "--max-tiles", type=a_count, metavar="N", help="tiles of a frame at most, for --tiles grid (default: 48)"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from transformers_autogaze import cli_prune
+
+    return cli_prune.demo(options) if options.command == "demo" else cli_prune.prune(options)
