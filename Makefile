@@ -61,11 +61,11 @@ $(PICTURES)/unpacked:
 # A new AutoGaze by the published recipe: random crops, labelled on the way by the features that the default weights foresee,
 # a tenth of the patches; then its own gazes, rewarded by the same features. Each stage takes STEPS steps.
 autogaze-weights: $(INSTALLED)
-	$(VENV)/bin/autogaze train $(SHARED)/videos/train --task features --output-dir $(AUTOGAZE)/stage1 \
+	$(VENV)/bin/autogaze train $(SHARED)/videos/train --task features -o $(AUTOGAZE)/stage1 \
 		--ratio-strategy fixed --ratio-min 0.1 --dirichlet-share 1 --threshold-share 0 --flip 0 --colour 0 --still 0 \
 		--clips-per-video 100 --per-device-train-batch-size 4 --max-steps $(STEPS) --logging-steps 20 --report-to none
 	$(VENV)/bin/autogaze train-grpo $(SHARED)/videos/train --task features --model $(AUTOGAZE)/stage1 \
-		--output-dir $(AUTOGAZE)/stage2 --flip 0 --colour 0 --still 0 \
+		-o $(AUTOGAZE)/stage2 --flip 0 --colour 0 --still 0 \
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:

@@ -3,7 +3,8 @@ import torch
 from test_modeling import small_config
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GazeCache, GazeOutput
-from transformers_autogaze.selection_autogaze import budget_each_frame, draw_settings, threshold_each_frame
+from transformers_autogaze.selection_autogaze import draw_settings
+from transformers_autogaze.token_budgets_autogaze import budget_each_frame, threshold_each_frame
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """
-What all selectors share: the interface `generate`, budgets, thresholds, resizing and tiling.
+What all selectors share: the interface `generate`, resizing and tiling.
 
 This module owns everything about gazing that does not depend on how patches are chosen; a selector adds that.
 """
@@ -8,81 +8,23 @@ import inspect
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
-from .token_budgets_autogaze import ClipBudget, StreamBudget, read_token_budget
+from .token_budgets_autogaze import (
+    ClipBudget,
+    Number,
+    StreamBudget,
+    budget_each_frame,
+    read_token_budget,
+    threshold_each_frame,
+)
 
 
-Number = float | int
 _LARGEST = 1000.0  # Normalised pixels lie within some tens; a float16 network computes up to this without overflowing.
-
-
-def budget_each_frame(
-    gazing_ratio: Number | Sequence[Number] | torch.Tensor, num_frames: int, num_patches: int
-) -> torch.Tensor:
-    """
-    Turns a share of patches into a number of patches for every frame (SPEC, "Choosing patches").
-
-    Args:
-        gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`):
-            Share of all patches of a frame, 0..1; every frame gets one patch at least.
-        num_frames (`int`): frames of the clip.
-        num_patches (`int`): patches of one frame over all scales.
-
-    Returns:
-        `torch.LongTensor` of shape `(frames,)`, on the CPU: `max(1, floor(gazing_ratio * num_patches))`, where a
-        product within 1e-6 of the next whole number counts as that number, so that `26 / 265` means 26 patches.
-
-    Raises:
-        ValueError: if a ratio is not in 0..1, or there is not one number or one per frame.
-    """
-    ratio = _read_numbers("gazing_ratio", gazing_ratio).cpu()
-    if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != num_frames):
-        raise ValueError(
-            f"`gazing_ratio` must be one number or one for each of the {num_frames} frames, got the shape "
-            f"{tuple(ratio.shape)}"
-        )
-    if not ((ratio >= 0) & (ratio <= 1)).all():
-        raise ValueError(f"`gazing_ratio` must lie in 0..1, the share of patches to keep, got {gazing_ratio}")
-    return (ratio * num_patches + 1e-6).floor().clamp(min=1).long().expand(num_frames)
-
-
-def threshold_each_frame(
-    task_loss_requirement: Number | Sequence[Number] | torch.Tensor, batch_size: int, num_frames: int
-) -> torch.Tensor:
-    """
-    Brings a threshold to one number for every frame of every clip.
-
-    Args:
-        task_loss_requirement (`float`, sequence of `float` or `torch.Tensor`):
-            One number; one per frame, shape `(frames,)`; one per clip, shape `(batch,)` or `(batch, 1)`; or one for
-            each, shape `(batch, frames)`. Where batch and frames are equal, one dimension means frames.
-        batch_size (`int`): clips.
-        num_frames (`int`): frames of a clip.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(batch, frames)`.
-
-    Raises:
-        ValueError: if the shape is none of these or a number is NaN.
-    """
-    threshold = _read_numbers("task_loss_requirement", task_loss_requirement)
-    if threshold.isnan().any():
-        raise ValueError(f"`task_loss_requirement` must be numbers, got NaN in {task_loss_requirement}")
-    if threshold.shape == (batch_size,) and batch_size != num_frames:
-        threshold = threshold[:, None]
-    allowed = [(), (1,), (num_frames,), (1, num_frames), (batch_size, 1), (batch_size, num_frames)]
-    if tuple(threshold.shape) not in allowed:
-        raise ValueError(
-            f"`task_loss_requirement` must be one number, one for each of the {num_frames} frames, one for each of "
-            f"the {batch_size} clips, or both, got the shape {tuple(threshold.shape)}"
-        )
-    return threshold.expand(batch_size, num_frames)
 
 
 class GazeGenerationMixin:
@@ -97,15 +39,6 @@ class GazeGenerationMixin:
     def can_generate(cls) -> bool:
         """Whether it generates tokens: it does not."""
         return False
-
-
-def _read_numbers(name: str, value: Any) -> torch.Tensor:
-    try:
-        return torch.as_tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"`{name}` must be a number such as 0.25, or a sequence or tensor of them, got {value!r}"
-        ) from error
 
 
 class GazeSelector:

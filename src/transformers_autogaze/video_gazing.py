@@ -15,9 +15,9 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from .gazing_autogaze import GazeOutput
-from .selection_autogaze import GazeSelector, budget_each_frame, threshold_each_frame
+from .selection_autogaze import GazeSelector
 from .tile_gazing import FRAME_RATE, WHOLE_CLIP, Setting, TileGazer
-from .token_budgets_autogaze import check_rate, read_token_budget
+from .token_budgets_autogaze import budget_each_frame, check_rate, read_token_budget, threshold_each_frame
 from .video_decoding_autogaze import stream_video
 from .video_frames_autogaze import is_video_source, unwrap_frames
 from .video_processing_autogaze import AutoGazeVideoProcessor

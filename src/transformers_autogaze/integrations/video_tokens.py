@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
+from ..output_files import replacing
 from .wrapping import hub_arguments
 
 
@@ -301,9 +302,8 @@ def save_time_embedding(embedding: nn.Module | None, folder: Path) -> dict[str, 
     if isinstance(embedding, SinusoidalTimeEmbedding):
         return {"hidden_size": embedding.hidden_size, "amplitude": embedding.amplitude}
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in embedding.state_dict().items()}
-    beside = folder / f".{_TIME_FILE}.{os.getpid()}.part"
-    save_file(tensors, beside, metadata={"format": "pt"})
-    os.replace(beside, folder / _TIME_FILE)
+    with replacing(folder / _TIME_FILE) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
     return {"class": type(embedding).__name__}
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import PushToHubMixin, cached_file
 
+from ..output_files import replacing
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
@@ -150,9 +151,8 @@ class ModelWrapper(PushToHubMixin, nn.Module):
             "model": type(without_peft(self.wrapped)).__name__,
             **self._save_parts(folder),
         }
-        beside = folder / f".{WRAPPER_FILE}.{os.getpid()}.part"
-        beside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, folder / WRAPPER_FILE)
+        with replacing(folder / WRAPPER_FILE) as unfinished:
+            unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name)
 

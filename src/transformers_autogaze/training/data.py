@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..configuration_autogaze import AutoGazeConfig
-from ..selection_autogaze import budget_each_frame, draw_settings
+from ..selection_autogaze import draw_settings
+from ..token_budgets_autogaze import budget_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .augmentation import ClipAugmentation
 from .label_files import ClipLabels

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..composite_autogaze import CompositeReconstruction
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..selection_autogaze import budget_each_frame, resize_frames, threshold_each_frame
+from ..selection_autogaze import resize_frames
+from ..token_budgets_autogaze import budget_each_frame, threshold_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .label_files import ClipLabels, UnfinishedLabels, check_label_settings, read_label_settings, write_labels
 from .task import GazeTask, fingerprint
