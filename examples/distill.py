@@ -6,6 +6,7 @@ Makes a selector of any vision encoder: a small network that foresees what the e
 """
 
 import argparse
+from pathlib import Path
 
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
@@ -23,21 +24,22 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="two to three times faster where the hardware has it")
     parser.add_argument("--tiny", action="store_true", help="a tiny encoder with random weights")
     options = parser.parse_args()
-    if not options.tiny and not options.inputs:
-        parser.error("name an encoder and videos or pictures, or --tiny")
+    if options.tiny == bool(options.inputs) or (options.tiny and options.encoder):
+        parser.error("name an encoder and videos or pictures, or --tiny alone")
 
     arguments = {"output_dir": options.output, "max_steps": options.max_steps, "bf16": options.bf16}
     if options.tiny:
         config = Dinov2Config(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
         )
-        Dinov2Model(config).save_pretrained(options.encoder or "encoder")
-        options.encoder = options.encoder or "encoder"
+        made = Path(options.output, "tiny")
+        options.encoder = made / "encoder"
+        Dinov2Model(config).save_pretrained(options.encoder)
         options.inputs = [
-            write_video(f"clip{seed}.mp4", render_demo_clip(8, 64, 96, seed), fps=8) for seed in range(3)
+            write_video(made / f"clip{seed}.mp4", render_demo_clip(8, 64, 96, seed), fps=8) for seed in range(3)
         ]
         arguments |= {"scales": [2, 4], "num_components": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1]}
-        arguments |= {"crops_per_video": 8, "max_steps": 3, "logging_steps": 1}
+        arguments |= {"crops_per_video": 8, "max_steps": min(3, options.max_steps), "logging_steps": 1}
 
     distill(options.encoder, options.inputs, DistillationArguments(report_to="none", **arguments))
 

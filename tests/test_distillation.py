@@ -349,8 +349,8 @@ def test_knots_ascend_whatever_was_measured():
     knots = ascending_knots([0.1, 0.2, 0.3, 0.4, 0.5], [0.3, 0.2, 0.1, 0.5, 0.4])
     assert knots == [[0.0, 0.0], [0.2, 0.2], [0.45, 0.45]]
     assert FeatureGazeConfig(loss_knots=knots).loss_knots == knots
-    alike = ascending_knots([0.1, 0.5], [1.112131, 1.112132])
-    assert alike == [[0.0, 0.0], [0.3, 1.11213]]
+    alike = ascending_knots([0.1, 0.5, 0.7], [0.512131, 0.512132, 1.2])
+    assert alike == [[0.0, 0.0], [0.3, 0.51213], [0.7, 1.0]]
 
 
 @pytest.mark.parametrize(

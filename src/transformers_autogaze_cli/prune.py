@@ -59,7 +59,12 @@ def _add_budgets(group: Any) -> None:
         help="share of a dense encoder's tokens to keep of the whole video, 0..1, spent where they gain most (default: "
         "0.25 for the default selector)",
     )
-    budget.add_argument("--tokens-per-second", type=a_number, metavar="N", help="tokens to keep per second of video")
+    budget.add_argument(
+        "--tokens-per-second",
+        type=a_number,
+        metavar="N",
+        help="tokens to keep per second of video, over any ten of them",
+    )
     budget.add_argument(
         "--gazing-ratio",
         type=a_number,
@@ -70,8 +75,9 @@ def _add_budgets(group: Any) -> None:
         "--task-loss-requirement",
         type=a_number,
         metavar="L",
-        help="loss at which a frame is good enough; 0.7 is 26 dB for the selectors of this package (default: 0.7 for "
-        "--selector greedy and autogaze, none where anything else is asked for)",
+        help="loss at which a frame is good enough: for the default selector the share of the encoder's feature variance that it "
+        "may lose, 0..1; for those on pixels 0.7 is 26 dB (default: 0.7 for --selector greedy and autogaze, none where anything "
+        "else is asked for)",
     )
 
 

@@ -142,7 +142,7 @@ def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
 
 def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> list[list[float]]:
     """
-    Makes pairs that ascend strictly, from zero on: where measured losses fall, neighbours are averaged.
+    Makes pairs that ascend strictly, from zero to one at most: where measured losses fall, neighbours are averaged.
 
     Args:
         predicted, measured (`Sequence[float]`): losses, the predicted ones ascending.
@@ -162,7 +162,7 @@ def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> li
     """
     groups: list[tuple[float, float, int]] = []
     for x, y in zip(predicted, measured, strict=True):
-        groups.append((x, y, 1))
+        groups.append((x, min(y, 1.0), 1))
         # As they are rounded below, so that none is written twice.
         while len(groups) > 1 and round(groups[-1][1] / groups[-1][2], 5) <= round(groups[-2][1] / groups[-2][2], 5):
             last, before = groups.pop(), groups.pop()
