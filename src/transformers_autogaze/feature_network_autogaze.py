@@ -303,7 +303,7 @@ class FeatureGazeNetwork(PreTrainedModel):
             torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
         factor, offset = ((part[:, None, None]).to(pixels) for part in (1 / std, -mean / std))
-        return (pixels * factor).add_(offset)
+        return torch.addcmul(offset, pixels, factor)
 
     def forward(self, pixel_values: torch.Tensor, scales: Sequence[int] | None = None) -> torch.Tensor:
         """
