@@ -303,6 +303,13 @@ def test_a_label_file_reads_back_equal_and_has_the_published_shape(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
+def test_ids_are_checked_against_the_grid_that_the_file_tells(tmp_path):
+    settings = {"scales": [[16, 16], [32, 32]], "patch_size": 8}
+    write_labels(tmp_path / "labels.json", {"v": ClipLabels([[20]], [[0.5]])}, settings)
+    with pytest.raises(ValueError, match=r"'v' must hold ids in 0\.\.19, got 20"):
+        read_labels(tmp_path / "labels.json")
+
+
 def test_a_table_reads_back_equal(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = labels_to_table(LABELS)
@@ -339,6 +346,7 @@ def test_a_table_reads_back_equal(tmp_path):
             "one number of frames, got 1 of 'v' and 2 of 'w'",
         ),
         ('{"settings": 3}', "must hold"),
+        ("{}", "must hold labels, got none"),
         ('{"v": 3}', "must hold"),
         ("3", "must hold"),
     ],

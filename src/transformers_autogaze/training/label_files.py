@@ -72,7 +72,8 @@ def read_labels(
 
     Args:
         paths (`str` or `os.PathLike`): files in the published JSON shape.
-        grid ([`GazeGrid`], *optional*): patches that the labels must belong to; checked if given.
+        grid ([`GazeGrid`], *optional*):
+            Patches that the labels must belong to; by default those that a file says that its labels are of, if it does.
         settings (`Mapping[str, Any]`, *optional*):
             Settings that the labels must have been made with, such as `{"num_frames": 16}`; files that tell none pass.
         file_sizes (`Mapping[str, int]`, *optional*):
@@ -102,13 +103,16 @@ def read_labels(
     first_settings: dict[str, Any] = {}
     for path in paths:
         found, made_with, sizes = _read(path)
+        if not found and not made_with:
+            raise ValueError(f"`paths`: {str(path)!r} must hold labels, got none")
         check_file_sizes(path, sizes, file_sizes or {})
+        own_grid = grid or _grid_of(path, made_with)
         if made_with:
             check_label_settings(path, made_with, settings or {})
             check_label_settings(path, made_with, first_settings, f"in {str(paths[0])!r}")
             first_settings = made_with
         for name, clip in found.items():
-            _check_labels(f"{str(path)!r}, {name!r}", clip, grid)
+            _check_labels(f"{str(path)!r}, {name!r}", clip, own_grid)
         labels |= found
     lengths = {len(clip.gazing_pos): name for name, clip in labels.items()}
     if len(lengths) > 1:
@@ -289,6 +293,16 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any
             f'`paths`: {str(path)!r} must hold {{video: {{"gazing_pos": .., "task_losses": ..}}}}, but reading it '
             f"gave {type(error).__name__}: {error}"
         ) from error
+
+
+def _grid_of(path: str | os.PathLike, settings: Mapping[str, Any]) -> GazeGrid | None:
+    """Makes the grid that the labels of a file are of, if its settings tell."""
+    if "scales" not in settings or "patch_size" not in settings:
+        return None
+    try:
+        return GazeGrid([tuple(size) for size in settings["scales"]], settings["patch_size"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`paths`: {str(path)!r} must tell a grid in its settings: {error}") from error
 
 
 def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None:
