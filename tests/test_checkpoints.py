@@ -51,13 +51,15 @@ def spoil(folder, fault):
             json.dumps({**config, "model_type": "bert", "architectures": ["BertModel"]})
         )
         return "bert"
-    if fault in ("missing weights", "weights of other shapes", "unknown weights"):
+    if fault in ("missing weights", "weights of other shapes", "unknown weights", "weights that are not finite"):
         held = load_file(weights)
         name = next(name for name in held if name.endswith("weight") and "norm" not in name)
         if fault == "missing weights":
             del held[name]
         elif fault == "weights of other shapes":
             held[name] = torch.zeros(3, 2, *held[name].shape[2:])
+        elif fault == "weights that are not finite":
+            held[name].view(-1)[0] = torch.nan
         else:
             held[name := "another.weight"] = torch.zeros(2)
         save_file(held, weights, metadata={"format": "pt"})
@@ -83,6 +85,7 @@ FAULTS = (
     "a foreign model",
     "missing weights",
     "weights of other shapes",
+    "weights that are not finite",
     "truncated weights",
     "no weights",
     "a broken processor",

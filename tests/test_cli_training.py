@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -153,6 +154,21 @@ def test_labels_of_other_settings_are_not_trained_on(videos, checkpoint, tmp_pat
         assert message in capsys.readouterr().err
     assert main([*label, "--gazing-ratio", "0.05"]) == 2
     assert "`gazing_ratio` 0.02, but it is 0.05" in capsys.readouterr().err
+
+
+def test_labels_of_videos_that_have_changed_are_not_trained_on(videos, checkpoint, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    copies = shutil.copytree(videos, tmp_path / "videos")
+    labels = ["--num-frames", "2", "--gazing-ratio", "0.02", "--device", "cpu", "-o", str(tmp_path / "labels.json")]
+    assert main(["label", str(copies), *labels]) == 0
+    with (copies / "clip1.mp4").open("ab") as file:
+        file.write(b"other")
+    for run in (
+        lambda: main(["label", str(copies), *labels]),
+        lambda: train(copies, tmp_path / "out", "--model", checkpoint, "--labels", tmp_path / "labels.json"),
+    ):
+        assert run() == 2
+        assert "the labels of 'clip1.mp4' in" in capsys.readouterr().err
 
 
 def test_a_video_that_does_not_decode_is_left_out_of_training_by_name(videos, checkpoint, tmp_path):

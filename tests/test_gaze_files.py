@@ -1,6 +1,7 @@
 """Gazes on disk, in batches and on a screen."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -98,6 +99,34 @@ def test_files_that_are_no_gaze_are_refused(tmp_path):
         GazeOutput.load(tmp_path / "new.json")
     with pytest.raises(ValueError, match="end in .safetensors"):
         random_gaze().save(tmp_path / "gaze.pt")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("fps", "x", "number or null"),
+        ("width", True, "number or null"),
+        ("video", 3, "text or null"),
+        ("grid", [1], "object"),
+        ("grid.patch_size", "16", "whole number of at least 1"),
+        ("grid.frame_sampling_rate", 0, "whole number of at least 1"),
+        ("frame_indices", [0, "1"], "list of whole numbers"),
+        ("frame_times", "now", "list of numbers or null"),
+        ("records", {}, "list"),
+        ("records[0].order", 0.5, "whole number"),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path, field, value, kind):
+    with GazeFileWriter([0, 1], [0.0, 0.1]) as writer:
+        writer.add([{"frame": 0, "scale": 32, "id": 1, "box": [0, 0, 1, 1], "order": 0}])
+        writer.write(tmp_path / "gaze.json", GRID, (64, 96), fps=10.0, width=96)
+    facts = json.loads((tmp_path / "gaze.json").read_text())
+    holder = facts["records"][0] if field.startswith("records[") else facts["grid"] if "." in field else facts
+    holder[field.rpartition(".")[2]] = value
+    (tmp_path / "gaze.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=re.escape(f"must be of the type {kind}, got {value!r}")) as error:
+        GazeFile.read(tmp_path / "gaze.json")
+    assert f"`{field}`" in str(error.value)
 
 
 @pytest.mark.parametrize("arguments", [["--num-frames", "4"], ["--selector", "greedy", "--tiles", "native"]])

@@ -83,6 +83,13 @@ def test_what_is_not_known_is_refused_by_name(case, options):
         case.answer(case.few, **options)
 
 
+def test_a_refused_option_is_not_printed_whole(case):
+    with pytest.raises(
+        ValueError, match="`assistant_model` must not be given for a pruned prompt, got [A-Za-z0-9_]+:"
+    ):
+        case.answer(case.few, assistant_model=case.model.mllm)
+
+
 def test_an_assistant_and_a_configuration_are_checked_as_well(case):
     with pytest.raises(ValueError, match="`assistant_model` must not be given"):
         case.answer(case.few, assistant_model=case.model.mllm)

@@ -21,6 +21,7 @@ from transformers_autogaze.training.label_files import (
     ClipLabels,
     labels_from_table,
     labels_to_table,
+    read_file_sizes,
     read_label_settings,
     read_labels,
     write_labels,
@@ -28,6 +29,7 @@ from transformers_autogaze.training.label_files import (
 from transformers_autogaze.training.labels import GreedyLabeller, label_videos, labels_of
 from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.training.videos import VideoCollection
+from transformers_autogaze.video import write_video
 
 
 GRID = GazeGrid([16, 32], patch_size=8)  # 2x2 and 4x4
@@ -301,6 +303,13 @@ def test_a_label_file_reads_back_equal_and_has_the_published_shape(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
+def test_ids_are_checked_against_the_grid_that_the_file_tells(tmp_path):
+    settings = {"scales": [[16, 16], [32, 32]], "patch_size": 8}
+    write_labels(tmp_path / "labels.json", {"v": ClipLabels([[20]], [[0.5]])}, settings)
+    with pytest.raises(ValueError, match=r"'v' must hold ids in 0\.\.19, got 20"):
+        read_labels(tmp_path / "labels.json")
+
+
 def test_a_table_reads_back_equal(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = labels_to_table(LABELS)
@@ -337,6 +346,7 @@ def test_a_table_reads_back_equal(tmp_path):
             "one number of frames, got 1 of 'v' and 2 of 'w'",
         ),
         ('{"settings": 3}', "must hold"),
+        ("{}", "must hold labels, got none"),
         ('{"v": 3}', "must hold"),
         ("3", "must hold"),
     ],
@@ -384,6 +394,42 @@ def test_labelling_goes_on_where_it_broke_off(videos, tmp_path):
     assert labeller.labelled == 3 and read_labels(output) == whole
     assert [path.name for path in output.parent.iterdir()] == ["broken.json"]
     assert label_videos(videos, Stopping(0), output, num_frames=3) == output  # nothing left to do
+
+
+def test_a_finished_file_takes_up_videos_that_were_added(tmp_path):
+    clips = [render_demo_clip(4, 40, 48, seed) for seed in range(3)]
+    labeller, output = Stopping(9), tmp_path / "labels.json"
+    first = read_labels(label_videos(VideoCollection(clips[:2]), labeller, output, num_frames=2))
+    labels = read_labels(label_videos(VideoCollection(clips), labeller, output, num_frames=2))
+    assert list(labels) == ["0", "1", "2"] and labeller.labelled == 3
+    assert {name: labels[name] for name in first} == first
+    label_videos(VideoCollection(clips[2:]), Stopping(0), output, num_frames=2)  # fewer again: nothing is lost
+    assert read_labels(output) == labels
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
+
+
+def test_labels_are_not_taken_for_those_of_other_videos_of_the_same_names(tmp_path):
+    for folder, height in (("one", 32), ("other", 48)):
+        (tmp_path / folder).mkdir()
+        for seed in range(3):
+            write_video(tmp_path / folder / f"{seed}.mp4", render_demo_clip(4, height, 48, seed))
+    one, other = (VideoCollection(tmp_path / folder) for folder in ("one", "other"))
+    output, message = (
+        tmp_path / "labels.json",
+        r"labels of '0.mp4' in .* of a video of \d+ bytes, but it has \d+ bytes",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        label_videos(one, Stopping(1), output, num_frames=2, batch_size=2)
+    for _ in range(2):  # an unfinished file, then a finished one
+        with pytest.raises(ValueError, match=message):
+            label_videos(other, Stopping(0), output, num_frames=2)
+        label_videos(one, Stopping(9), output, num_frames=2)
+    assert read_file_sizes(output) == one.file_sizes and read_label_settings(output)["num_frames"] == 2
+    with pytest.raises(ValueError, match=message):
+        read_labels(output, file_sizes=other.file_sizes)
+    assert len(read_labels(output, file_sizes=one.file_sizes)) == 3
+    write_labels(output, read_labels(output))  # as published
+    assert len(read_labels(output, file_sizes=other.file_sizes)) == 3
 
 
 def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
@@ -452,7 +498,7 @@ def test_two_processes_at_once_get_a_clear_error(videos, tmp_path):
                 "import sys, fcntl\n"
                 "from transformers_autogaze.training.label_files import UnfinishedLabels\n"
                 "from pathlib import Path\n"
-                "try:\n    UnfinishedLabels(Path(sys.argv[1]), {})\n"
+                "try:\n    UnfinishedLabels(Path(sys.argv[1]), {}, {})\n"
                 "except ValueError as error:\n    print(error)\n"
             )
             done = subprocess.run([sys.executable, "-c", script, str(output)], capture_output=True, text=True)

@@ -170,7 +170,12 @@ def test_a_single_tile_keeps_the_order_of_choice(clips):
 @pytest.mark.parametrize("name", ["clips", "stream"])
 def test_the_batch_size_changes_nothing(request, name, tiles):
     selector, frames = request.getfixturevalue(name), moving(6, 70, 100)
-    gazes = [gaze_video(selector, frames, tiles=tiles, max_tiles=6, max_batch_size=n, **SETTINGS) for n in (1, 4, 99)]
+    gazes = [
+        gaze_video(
+            selector, frames, tiles=tiles, max_tiles=6 if tiles == "grid" else None, max_batch_size=n, **SETTINGS
+        )
+        for n in (1, 4, 99)
+    ]
     assert same(gazes[0], gazes[1]) and same(gazes[0], gazes[2])
 
 
@@ -179,7 +184,12 @@ def test_a_chunk_says_where_to_go_on(clips, tmp_path, tiles):
     frames = moving(14, 32, 48)
     path = write_video(tmp_path / "clip.mp4", frames, fps=10)
     for source, sampling in ((path, {}), (path, {"num_frames": 9}), (frames, {"num_frames": 9}), (list(frames), {})):
-        settings = {"tiles": tiles, "max_tiles": 6, "gazing_ratio": [0.9, 0.5, 0.1, 0.3], **sampling}
+        settings = {
+            "tiles": tiles,
+            "max_tiles": 6 if tiles == "grid" else None,
+            "gazing_ratio": [0.9, 0.5, 0.1, 0.3],
+            **sampling,
+        }
         chunks = list(stream_gaze(clips, source, **settings))
         for done, chunk in enumerate(chunks[:-1]):
             rest = list(stream_gaze(clips, source, start_frame=chunk.stop, **settings))
@@ -258,6 +268,7 @@ def test_the_grid_fits_the_aspect_ratio(height, width, max_tiles, layout):
     [
         (None, {"tiles": "foo"}, "`tiles` must be one of 'whole', 'grid', 'native', got 'foo'"),
         (None, {"max_tiles": 0}, "`max_tiles` must be a whole number of at least 1, got 0"),
+        (None, {"max_tiles": 3}, "`max_tiles` needs `tiles=\"grid\"`, got 3 with `tiles='whole'`"),
         (None, {"chunk_frames": 0}, "`chunk_frames` must be a whole number of at least 1, got 0"),
         (None, {"max_batch_size": 2.5}, "`max_batch_size` must be a whole number of at least 1, got 2.5"),
         (None, {"start_frame": -1}, "`start_frame` must be a whole number of at least 0, got -1"),

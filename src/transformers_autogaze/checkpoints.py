@@ -42,6 +42,7 @@ _FAULTS = {
     "missing_keys": "no weights for",
     "unexpected_keys": "weights that the model does not know",
     "mismatched_keys": "weights of other shapes than its configuration says",
+    "infinite_keys": "weights that are not finite",
 }
 _UNUSED = r"(^|\.)(pooler|head|mask_token)(\.|$)"  # parts of towers that features do not pass
 _SHOWN, _LONGEST = 5, 400  # names of weights, and characters of an error, in a message
@@ -187,7 +188,7 @@ def load_whole(
     argument: str,
     dtype: torch.dtype = torch.float32,
     unused: str | None = None,
-    faults: Iterable[str] = ("missing_keys", "mismatched_keys"),
+    faults: Iterable[str] = ("missing_keys", "mismatched_keys", "infinite_keys"),
 ) -> PreTrainedModel:
     """
     Loads a model, all of whose weights its checkpoint must hold.
@@ -199,19 +200,21 @@ def load_whole(
         argument (`str`): what to call it in messages.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): precision of the weights.
         unused (`str`, *optional*): pattern of weights that do not matter.
-        faults (`Iterable[str]`, *optional*): keys of transformers' report of loading under which no other weight may be.
+        faults (`Iterable[str]`, *optional*): keys of transformers' report of loading under which no other weight may be, and
+            `"infinite_keys"`.
 
     Returns:
         [`~transformers.PreTrainedModel`]
 
     Raises:
-        ValueError: if weights are missing or have other shapes, or a file cannot be read.
+        ValueError: if weights are missing, have other shapes or are not finite, or a file cannot be read.
     """
     options = {"config": config, "dtype": dtype, "trust_remote_code": False}
     # Weights of other shapes are to be in the report, beside those that are missing.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     name = os.fspath(name)
     model, found = _reading(name, argument, "model", lambda: loader.from_pretrained(name, **options))
+    found["infinite_keys"] = [key for key, weight in model.state_dict().items() if not bool(weight.isfinite().all())]
     _check_weights(name, argument, {key: found[key] for key in faults}, unused)
     return model
 

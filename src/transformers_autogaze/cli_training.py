@@ -283,7 +283,8 @@ def _train(options: argparse.Namespace) -> None:
     task, labels = load_task(options, model.config.grid), None
     if options.labels is not None:
         settings = {"num_frames": options.num_frames // model.config.frame_sampling_rate, **task.settings}
-        labels = read_labels(*options.labels, grid=model.config.grid, settings=settings)
+        sizes = VideoCollection(options.videos).file_sizes
+        labels = read_labels(*options.labels, grid=model.config.grid, settings=settings, file_sizes=sizes)
     clips = load_clips(options, model, processor, augmentation, schedule, task, labels)
     trainer = AutoGazeTrainer(model, args, processing_class=processor, task=task, **clips)
     _finish(trainer, options, "train")

@@ -47,6 +47,46 @@ UNITS = {
     "records.box": "pixels of the video: left, top, right, bottom",
     "records.order": "place of choice in the frame, from 0",
 }
+_KINDS = {
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "whole number": lambda value: type(value) is int,
+    "whole number of at least 1": lambda value: type(value) is int and value > 0,
+    "text": lambda value: isinstance(value, str),
+    "object": lambda value: isinstance(value, dict),
+    "list": lambda value: isinstance(value, list),
+    "list of whole numbers": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+    "list of numbers": lambda value: isinstance(value, list) and all(map(_KINDS["number"], value)),
+}
+# Those with a question mark may be `null`; fields that are not there are those of a smaller file.
+_FIELDS = {
+    "package_version": "text?",
+    "video": "text?",
+    "selector": "text?",
+    "tiles": "text?",
+    "settings": "object?",
+    "fps": "number?",
+    "width": "number?",
+    "height": "number?",
+    "duration": "number?",
+    "statistics": "object?",
+    "units": "object",
+    "grid": "object",
+    "grid.scales": "list",
+    "grid.patch_size": "whole number of at least 1",
+    "grid.frame_sampling_rate": "whole number of at least 1",
+    "grid.extent": "list of numbers",
+    "frame_indices": "list of whole numbers",
+    "frame_times": "list of numbers?",
+    "records": "list",
+}
+_RECORD_FIELDS = {
+    "frame": "whole number",
+    "frame_index": "whole number",
+    "time": "number",
+    "id": "whole number",
+    "box": "list of numbers",
+    "order": "whole number",
+}
 _MASK = "gazing_mask"
 _NUMBERS = ("patch_size", "frame_sampling_rate", "num_vision_tokens_each_frame", "first_frame")
 
@@ -217,7 +257,7 @@ class GazeFile:
             kind (`type[GazeOutput]`, *optional*): the class of its gaze.
 
         Raises:
-            ValueError: if it is no such file, or of a newer version.
+            ValueError: if it is no such file, of a newer version, or a field is of another type.
         """
         if kind is None:
             from .gazing_autogaze import GazeOutput as kind
@@ -226,6 +266,7 @@ class GazeFile:
         except ValueError as error:
             raise ValueError(f"`path` must be a gaze.json, got {str(path)!r}: {error}") from error
         _check_version(facts, path)
+        _check_fields(facts, path)
         try:
             records = facts.pop("records")
             return cls(_gaze_of_records(kind, records, facts), records, facts)
@@ -268,6 +309,32 @@ def _gaze_of_records(
     return kind.from_ids(
         pos, torch.zeros_like(pos, dtype=torch.bool), counts, grid, rate, clip_num_gazing_each_frame=counts[None]
     )
+
+
+def _check_fields(facts: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Checks the types of the fields that are there; those that are missing show when they are read."""
+
+    def check(holder: Mapping[str, Any], key: str, field: str, kind: str) -> None:
+        if key not in holder or (holder[key] is None and kind.endswith("?")) or _KINDS[kind.rstrip("?")](holder[key]):
+            return
+        may_be = f"{kind[:-1]} or null" if kind.endswith("?") else kind
+        raise ValueError(f"`{field}` of {str(path)!r} must be of the type {may_be}, got {repr(holder[key])[:80]}")
+
+    for field, kind in _FIELDS.items():
+        part, _, key = field.rpartition(".")
+        check(facts.get(part, {}) if part else facts, key, field, kind)
+    for number, record in enumerate(facts.get("records", ())):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"`records[{number}]` of {str(path)!r} must be of the type object, got {repr(record)[:80]}"
+            )
+        for key, kind in _RECORD_FIELDS.items():
+            check(record, key, f"records[{number}].{key}", kind)
+    indices, times = facts.get("frame_indices", ()), facts.get("frame_times")
+    if times is not None and len(times) != len(indices):
+        raise ValueError(
+            f"`frame_times` of {str(path)!r} must be one for each of the {len(indices)} frames, got {len(times)}"
+        )
 
 
 def _check_version(facts: Any, path: str | os.PathLike) -> None:

@@ -27,6 +27,7 @@ from .video_sampling_autogaze import check_start_frame, sample_indices
 _CHUNK = 16  # frames, where the selector itself has no limit
 _END = object()  # of frames, among which `None` is a mistake
 _TILINGS = ("whole", "grid", "native")
+_MAX_TILES = 48
 
 
 class GazeChunk(NamedTuple):
@@ -97,7 +98,7 @@ def stream_gaze(
     source: Any,
     processor: AutoGazeVideoProcessor | None = None,
     tiles: str = "whole",
-    max_tiles: int = 48,
+    max_tiles: int | None = None,
     chunk_frames: int | None = None,
     max_batch_size: int = 16,
     num_frames: int | None = None,
@@ -135,7 +136,7 @@ def stream_gaze(
             outside it altogether are dropped; a budget or threshold is still that of the padded tile. A selector that
             takes any grid and has a single scale needs no tiles: it chooses among all patches of the resized frame, or
             of the frame padded to whole patches, so budgets and thresholds are those of the frame.
-        max_tiles (`int`, *optional*, defaults to 48): tiles of a frame at most, for `"grid"`.
+        max_tiles (`int`, *optional*): tiles of a frame at most, for `"grid"` alone, where it is 48 by default.
         chunk_frames (`int`, *optional*): frames of a chunk; `config.max_num_frames` by default, or 16.
         max_batch_size (`int`, *optional*, defaults to 16): tiles that are gazed at together. Changes no result.
         num_frames, fps (*optional*): which frames to take, evenly over the video; see [`sample_indices`]. `fps` needs a
@@ -206,7 +207,7 @@ def stream_gaze(
         raise ValueError(
             "`frame_rate` must be given with `tokens_per_second` where the source is no video file, got None"
         )
-    gazer = TileGazer(selector, processor, tiles, max_tiles, max_batch_size, settings)
+    gazer = TileGazer(selector, processor, tiles, max_tiles or _MAX_TILES, max_batch_size, settings)
     gazer.frame_rate = frame_rate or known_rate or FRAME_RATE
     total = None if indices is None else len(indices) - start_frame
     # Only a selector whose stream may be of any length can take a whole video for one clip.
@@ -237,18 +238,20 @@ def stream_gaze(
 
 
 def _check_layout(
-    selector: GazeSelector, tiles: str, max_tiles: int, chunk_frames: int | None, max_batch_size: int
+    selector: GazeSelector, tiles: str, max_tiles: int | None, chunk_frames: int | None, max_batch_size: int
 ) -> None:
     if tiles not in _TILINGS:
         raise ValueError(f"`tiles` must be one of {', '.join(map(repr, _TILINGS))}, got {tiles!r}")
     rate = selector.config.frame_sampling_rate
     for name, value in {
-        "max_tiles": max_tiles,
+        "max_tiles": _MAX_TILES if max_tiles is None else max_tiles,
         "chunk_frames": rate if chunk_frames is None else chunk_frames,
         "max_batch_size": max_batch_size,
     }.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+    if max_tiles is not None and tiles != "grid":
+        raise ValueError(f'`max_tiles` needs `tiles="grid"`, got {max_tiles} with `tiles={tiles!r}`')
     if chunk_frames is not None and chunk_frames % rate:
         raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
 

@@ -61,8 +61,10 @@ def fit_generation_options(
         is_known = name in _KNOWN or name in _FUNCTIONS or name in model_inputs or name == "generation_config"
         is_known |= name in _NOTES or (name == "cache_implementation" and value == "dynamic")
         if not is_known and (name not in defaults or value != defaults[name]):
+            # A model or a tensor would fill the screen.
+            shown = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
             raise ValueError(
-                f"`{name}` must not be given for a pruned prompt, got {value!r}: it is not known to give the MLLM's own answer "
+                f"`{name}` must not be given for a pruned prompt, got {shown}: it is not known to give the MLLM's own answer "
                 "there; leave it out"
             )
     fitted = dict(options)

@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows, where nothing keeps two runs from one file.
     fcntl = None
 
-_SETTINGS = "settings"
+_SETTINGS, _SIZE = "settings", "file_size"
 
 
 class ClipLabels(NamedTuple):
@@ -39,7 +39,10 @@ class ClipLabels(NamedTuple):
 
 
 def write_labels(
-    path: str | os.PathLike, labels: Mapping[str, ClipLabels], settings: Mapping[str, Any] | None = None
+    path: str | os.PathLike,
+    labels: Mapping[str, ClipLabels],
+    settings: Mapping[str, Any] | None = None,
+    file_sizes: Mapping[str, int] | None = None,
 ) -> None:
     """
     Writes labels in the published JSON shape, `{video: {"gazing_pos": .., "task_losses": ..}}`.
@@ -48,31 +51,42 @@ def write_labels(
         path (`str` or `os.PathLike`): file to write; an old one is replaced only once the new one is whole.
         labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
         settings (`Mapping[str, Any]`, *optional*): what they were made with, kept as a further entry, `"settings"`.
+        file_sizes (`Mapping[str, int]`, *optional*):
+            Sizes in bytes of the files of videos, kept with their labels as `"file_size"`, which tells other videos of the
+            same names apart.
     """
-    entries = {name: clip._asdict() for name, clip in labels.items()}
+    entries = {name: _to_entry(name, clip, file_sizes or {}) for name, clip in labels.items()}
     text = json.dumps(entries if settings is None else {_SETTINGS: settings, **entries})
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def read_labels(
-    *paths: str | os.PathLike, grid: GazeGrid | None = None, settings: Mapping[str, Any] | None = None
+    *paths: str | os.PathLike,
+    grid: GazeGrid | None = None,
+    settings: Mapping[str, Any] | None = None,
+    file_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, ClipLabels]:
     """
     Reads label files, such as the shards of one collection.
 
     Args:
         paths (`str` or `os.PathLike`): files in the published JSON shape.
-        grid ([`GazeGrid`], *optional*): patches that the labels must belong to; checked if given.
+        grid ([`GazeGrid`], *optional*):
+            Patches that the labels must belong to; by default those that a file says that its labels are of, if it does.
         settings (`Mapping[str, Any]`, *optional*):
             Settings that the labels must have been made with, such as `{"num_frames": 16}`; files that tell none pass.
+        file_sizes (`Mapping[str, int]`, *optional*):
+            Sizes in bytes of the videos that the labels must be of, see [`~VideoCollection.file_sizes`]; labels that tell
+            none pass.
 
     Returns:
         `dict[str, ClipLabels]` by the names of the videos.
 
     Raises:
         ValueError: if a file is not of this shape, frames and losses do not fit each other, an id lies outside the grid,
-            clips differ in their number of frames, or settings are not those asked for or differ from file to file.
+            clips differ in their number of frames, settings are not those asked for or differ from file to file, or a
+            video has another size than the one that was labelled.
 
     Example:
 
@@ -88,13 +102,17 @@ def read_labels(
     labels: dict[str, ClipLabels] = {}
     first_settings: dict[str, Any] = {}
     for path in paths:
-        found, made_with = _read(path)
+        found, made_with, sizes = _read(path)
+        if not found and not made_with:
+            raise ValueError(f"`paths`: {str(path)!r} must hold labels, got none")
+        check_file_sizes(path, sizes, file_sizes or {})
+        own_grid = grid or _grid_of(path, made_with)
         if made_with:
             check_label_settings(path, made_with, settings or {})
             check_label_settings(path, made_with, first_settings, f"in {str(paths[0])!r}")
             first_settings = made_with
         for name, clip in found.items():
-            _check_labels(f"{str(path)!r}, {name!r}", clip, grid)
+            _check_labels(f"{str(path)!r}, {name!r}", clip, own_grid)
         labels |= found
     lengths = {len(clip.gazing_pos): name for name, clip in labels.items()}
     if len(lengths) > 1:
@@ -121,6 +139,22 @@ def read_label_settings(path: str | os.PathLike) -> dict[str, Any]:
     return _read(path)[1]
 
 
+def read_file_sizes(path: str | os.PathLike) -> dict[str, int]:
+    """
+    Reads the sizes of the videos that the labels of a file were made of.
+
+    Args:
+        path (`str` or `os.PathLike`): a file in the published JSON shape.
+
+    Returns:
+        `dict[str, int]`: bytes by the names of the videos; without those of which the file does not tell.
+
+    Raises:
+        ValueError: if the file is not of this shape.
+    """
+    return _read(path)[2]
+
+
 def check_label_settings(
     path: str | os.PathLike, settings: Mapping[str, Any], expected: Mapping[str, Any], where: str = "asked for now"
 ) -> None:
@@ -144,6 +178,26 @@ def check_label_settings(
             )
 
 
+def check_file_sizes(path: str | os.PathLike, labelled: Mapping[str, int], file_sizes: Mapping[str, int]) -> None:
+    """
+    Checks that the labels of a file are of the videos that there are, and not of others of the same names.
+
+    Args:
+        path (`str` or `os.PathLike`): the file, for the message.
+        labelled (`Mapping[str, int]`): sizes in bytes of the videos that were labelled.
+        file_sizes (`Mapping[str, int]`): sizes of those that there are; names of only one of both do not matter.
+
+    Raises:
+        ValueError: if one differs; the message names the video and both sizes.
+    """
+    for name, size in labelled.items():
+        if file_sizes.get(name, size) != size:
+            raise ValueError(
+                f"the labels of {name!r} in {str(path)!r} were made of a video of {size} bytes, but it has "
+                f"{file_sizes[name]} bytes now: give labels of these videos, or another file"
+            )
+
+
 class UnfinishedLabels:
     """
     What a run has labelled so far, in a file beside the output, for a later run to go on with. One run at a time has it.
@@ -151,12 +205,14 @@ class UnfinishedLabels:
     Args:
         output (`Path`): the file that is to be written at last.
         settings (`Mapping[str, Any]`): what the labels are made with.
+        file_sizes (`Mapping[str, int]`): sizes in bytes of the videos.
 
     Raises:
-        ValueError: if another run is at work on it, or an earlier one had other settings.
+        ValueError: if another run is at work on it, or an earlier one had other settings or videos.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]):
+    def __init__(self, output: Path, settings: Mapping[str, Any], file_sizes: Mapping[str, int]):
+        self.file_sizes = file_sizes
         self.path = output.with_suffix(".partial.jsonl")
         self.file = self.path.open("a+", encoding="utf-8")
         self.done: dict[str, ClipLabels] = {}
@@ -177,7 +233,9 @@ class UnfinishedLabels:
     def add(self, labels: Mapping[str, ClipLabels]) -> None:
         """Keeps labels of further videos."""
         self.done |= labels
-        self.file.writelines(json.dumps([name, clip._asdict()]) + "\n" for name, clip in labels.items())
+        self.file.writelines(
+            json.dumps([name, _to_entry(name, clip, self.file_sizes)]) + "\n" for name, clip in labels.items()
+        )
         self.file.flush()
 
     def remove(self) -> None:
@@ -209,21 +267,42 @@ class UnfinishedLabels:
             return
         made_with = lines[0].get(_SETTINGS, {}) if isinstance(lines[0], dict) else {}
         check_label_settings(self.path, made_with, settings)
-        self.done = {name: ClipLabels(**labels) for name, labels in lines[1:]}
+        check_file_sizes(self.path, _sizes_of(dict(lines[1:])), self.file_sizes)
+        self.done = {name: ClipLabels(entry["gazing_pos"], entry["task_losses"]) for name, entry in lines[1:]}
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any]]:
-    """Reads the labels of a file, and their settings if it tells them."""
+def _to_entry(name: str, labels: ClipLabels, file_sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Gives what a file holds of a video."""
+    return {**labels._asdict(), **({_SIZE: file_sizes[name]} if name in file_sizes else {})}
+
+
+def _sizes_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {name: entry[_SIZE] for name, entry in entries.items() if _SIZE in entry}
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any], dict[str, int]]:
+    """Reads the labels of a file, and their settings and the sizes of the videos if it tells them."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = entries.get(_SETTINGS, {})
         settings = {} if "gazing_pos" in settings else entries.pop(_SETTINGS, {})
-        return {name: ClipLabels(clip["gazing_pos"], clip["task_losses"]) for name, clip in entries.items()}, settings
+        labels = {name: ClipLabels(clip["gazing_pos"], clip["task_losses"]) for name, clip in entries.items()}
+        return labels, settings, _sizes_of(entries)
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f'`paths`: {str(path)!r} must hold {{video: {{"gazing_pos": .., "task_losses": ..}}}}, but reading it '
             f"gave {type(error).__name__}: {error}"
         ) from error
+
+
+def _grid_of(path: str | os.PathLike, settings: Mapping[str, Any]) -> GazeGrid | None:
+    """Makes the grid that the labels of a file are of, if its settings tell."""
+    if "scales" not in settings or "patch_size" not in settings:
+        return None
+    try:
+        return GazeGrid([tuple(size) for size in settings["scales"]], settings["patch_size"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`paths`: {str(path)!r} must tell a grid in its settings: {error}") from error
 
 
 def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None:

@@ -21,7 +21,15 @@ from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import resize_frames
 from ..token_budgets_autogaze import budget_each_frame, threshold_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .label_files import ClipLabels, UnfinishedLabels, check_label_settings, read_label_settings, write_labels
+from .label_files import (
+    ClipLabels,
+    UnfinishedLabels,
+    check_label_settings,
+    read_file_sizes,
+    read_label_settings,
+    read_labels,
+    write_labels,
+)
 from .task import GazeTask, fingerprint
 from .videos import VideoCollection
 
@@ -240,7 +248,7 @@ def label_videos(
     Labels a collection of videos, one clip of each, and writes the published JSON.
 
     What is done already lies in a file beside the output until all is done, so a run that was cut off goes on where it
-    stopped. Several runs, on as many machines as you like, each do one shard of the same collection.
+    stopped. A finished file is taken up again for videos that it has no labels of. Several runs, on as many machines as you like, each do one shard of the same collection.
 
     Args:
         videos ([`VideoCollection`]): the videos; those that cannot be read, or are too short, are skipped.
@@ -256,8 +264,8 @@ def label_videos(
         `Path`: the file.
 
     Raises:
-        ValueError: if a number is out of range, the output is no `.json`, what is there was made with other settings,
-            another process is at work on it, or no video can be read.
+        ValueError: if a number is out of range, the output is no `.json`, what is there was made with other settings
+            or of other videos of the same names, another process is at work on it, or no video can be read.
     """
     number, count = shard
     if not 1 <= number <= count:
@@ -275,26 +283,33 @@ def label_videos(
     if count > 1:
         output = output.with_stem(f"{output.stem}-{number:05}-of-{count:05}")
     settings = {"num_frames": num_frames, **labeller.settings}
-    if _is_done(output, settings):
+    numbers, file_sizes = list(range(number - 1, len(videos), count)), videos.file_sizes
+    finished = _read_finished(output, settings, file_sizes)
+    if output.exists() and finished.keys() >= {videos.names[i] for i in numbers}:
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
-    numbers = list(range(number - 1, len(videos), count))
-    with UnfinishedLabels(output, settings) as unfinished:
-        if not _is_done(output, settings):  # as another process may have come to the end just now
-            left = [i for i in numbers if videos.names[i] not in unfinished.done]
-            clips = _WholeClips(videos, left, num_frames, labeller.grid.sizes[-1])
-            loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=list)
-            with tqdm(
-                total=len(numbers), initial=len(numbers) - len(left), unit="video", desc="labelling"
-            ) as progress:
-                for batch in loader:
-                    unfinished.add(_label_batch(labeller, batch, device))
-                    progress.update(len(batch))
-            names = [videos.names[i] for i in numbers if videos.names[i] in unfinished.done]
-            if numbers and not names:
-                unfinished.remove()
-                raise ValueError(f"`videos` must hold videos of {num_frames} frames that can be read, got none")
-            write_labels(output, {name: unfinished.done[name] for name in names}, settings)
+    with UnfinishedLabels(output, settings, file_sizes) as unfinished:
+        # Another process may have come to the end just now.
+        finished = _read_finished(output, settings, file_sizes)
+        done = {**finished, **unfinished.done}
+        left = [i for i in numbers if videos.names[i] not in done]
+        clips = _WholeClips(videos, left, num_frames, labeller.grid.sizes[-1])
+        loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=list)
+        with tqdm(total=len(numbers), initial=len(numbers) - len(left), unit="video", desc="labelling") as progress:
+            for batch in loader:
+                unfinished.add(_label_batch(labeller, batch, device))
+                progress.update(len(batch))
+        done |= unfinished.done
+        names = [videos.names[i] for i in numbers if videos.names[i] in done]
+        if numbers and not names:
+            unfinished.remove()
+            raise ValueError(f"`videos` must hold videos of {num_frames} frames that can be read, got none")
+        # Labels of videos that are gone are kept.
+        labels = {name: done[name] for name in (*names, *finished)}
+        if labels.keys() != finished.keys() or not output.exists():
+            sizes = read_file_sizes(output) if finished else {}
+            sizes |= {name: file_sizes[name] for name in labels if name in file_sizes and name not in finished}
+            write_labels(output, labels, settings, sizes)
         unfinished.remove()
     return output
 
@@ -310,13 +325,13 @@ def _label_batch(
     return dict(zip(readable, labels, strict=True))
 
 
-def _is_done(output: Path, settings: dict[str, Any]) -> bool:
-    """Tells whether there are labels already; raises a `ValueError` where they were made with other settings."""
+def _read_finished(output: Path, settings: dict[str, Any], file_sizes: dict[str, int]) -> dict[str, ClipLabels]:
+    """Reads the labels that there are already; raises a `ValueError` if they are of other settings or videos."""
     if not output.exists():
-        return False
+        return {}
     if not (made_with := read_label_settings(output)):
         raise ValueError(
             f"`output` {str(output)!r} holds labels that do not tell what they were made with: give another file"
         )
     check_label_settings(output, made_with, settings)
-    return True
+    return read_labels(output, file_sizes=file_sizes)

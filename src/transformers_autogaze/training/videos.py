@@ -85,6 +85,17 @@ class VideoCollection:
         """Videos found unreadable so far."""
         return int(self._is_broken.sum())
 
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """Sizes in bytes by the names of the videos, of those that are files or the contents of files."""
+        sizes = {}
+        for name, video in zip(self.names, self.videos, strict=True):
+            if isinstance(video, bytes):
+                sizes[name] = len(video)
+            elif isinstance(video, (str, os.PathLike)) and os.path.isfile(video):
+                sizes[name] = os.path.getsize(video)
+        return sizes
+
     def read_clip(self, number: int, choose: Callable[[int], range]) -> torch.Tensor | None:
         """
         Reads frames at one distance from each other.
