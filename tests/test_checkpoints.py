@@ -135,6 +135,15 @@ def test_weights_that_the_model_does_not_know_are_told(folders, tmp_path):
         load_selector(tmp_path / "features")
 
 
+@pytest.mark.parametrize("file", ["processor_config.json", "config.json"])
+def test_a_file_of_a_checkpoint_that_holds_no_object_is_named(folders, tmp_path, file):
+    shutil.copytree(folders / "features", tmp_path / "features")
+    (tmp_path / "features" / file).write_text("[]")
+    with pytest.raises(ValueError, match=f"cannot be loaded: {file} must hold a JSON object, got a list") as error:
+        load_selector(tmp_path / "features")
+    assert "must be a checkpoint's folder" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["finest", "features", "greedy"])
 def test_what_ships_loads_by_its_name(name):
     selector, processor = load_selector(name)

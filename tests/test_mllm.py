@@ -578,6 +578,14 @@ def test_pictures_and_videos_go_into_one_prompt():
     assert torch.equal(model.generate(prompt, [video], gaze=gaze, **pictures, **options), expected)
 
 
+def test_a_video_in_place_of_pictures_is_told_by_its_shape():
+    model = GazeVideoLM(build("llava"))
+    ids = torch.tensor([[1, model.placeholder_id, 2]])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"`pixel_values` must be pictures .* got the shape \(1, 2, 3, 28, 28\)"):
+            call(input_ids=ids, pixel_values=torch.zeros(1, 2, 3, 28, 28))
+
+
 def test_without_a_video_the_mllm_is_called_as_it_is():
     mllm = build("llava")
     model = GazeVideoLM(mllm, scales=SCALES)

@@ -5,6 +5,7 @@ Loading of checkpoints for the command line: what is foreign, broken or incomple
 gets a new head. A command has no use for random weights.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -178,6 +179,8 @@ def load_config(name: str | os.PathLike, argument: str) -> PreTrainedConfig:
         ValueError: if there is none, or it cannot be read.
     """
     name = _find(name, argument)
+    if os.path.isfile(file := os.path.join(name, "config.json")):
+        _reading(name, argument, "config.json", lambda: _check_object(file))
     return _reading(name, argument, "config.json", lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
 
 
@@ -239,9 +242,9 @@ def _reading(name: str, argument: str, what: str, read: Callable[[], T]) -> T:
     except ImportError:
         raise
     except Exception as error:  # A broken file can raise anything.
+        must = "" if os.path.isdir(name) else " must be a checkpoint's folder or Hub repository, but"
         raise ValueError(
-            f"`{argument}` must be a checkpoint's folder or Hub repository, but the {what} of {name!r} cannot be loaded: "
-            f"{_short(error)}"
+            f"`{argument}`{must or ':'} the {what} of {name!r} cannot be loaded: {_short(error)}"
         ) from error
 
 
@@ -261,12 +264,22 @@ def _check_weights(name: str, argument: str, found: dict[str, Any], unused: str 
 def _load_processor(name: str, argument: str) -> AutoGazeProcessor:
     def find() -> list[str]:
         files = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in _PROCESSOR_FILES)
-        return [file for file in files if file is not None]
+        found = [file for file in files if file is not None]
+        for file in found:
+            _check_object(file)
+        return found
 
     if _reading(name, argument, "processor", find):
         return _reading(name, argument, "processor", lambda: AutoGazeProcessor.from_pretrained(name))
     logger.warning(f"{name} has no processor; the published preprocessing is used.")
     return AutoGazeProcessor()
+
+
+def _check_object(file: str) -> None:
+    """Raises a ValueError where a file holds anything but a JSON object, of which transformers says no clear word."""
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.path.basename(file)} must hold a JSON object, got a {type(content).__name__}")
 
 
 def _short(error: Exception) -> str:

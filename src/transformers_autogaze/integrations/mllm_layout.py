@@ -137,6 +137,12 @@ def has_videos(
     """
     token, pictures = adapter.placeholder_id, options.get("pixel_values") is not None and not adapter.has_picture_token
     if videos is None:
+        shape = tuple(getattr(options.get("pixel_values"), "shape", ()))
+        if pictures and adapter.model_type in ("llava", "vipllava") and len(shape) != 4:
+            raise ValueError(
+                "`pixel_values` must be pictures of shape (pictures, channels, height, width), got the shape "
+                f"{shape}; videos are `pixel_values_videos`"
+            )
         if not pictures and bool((input_ids == token).any()):
             raise ValueError(
                 f"`pixel_values_videos` must be given for prompts that name a video by the token {token}, got None"
