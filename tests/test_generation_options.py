@@ -83,6 +83,12 @@ def test_what_is_not_known_is_refused_by_name(case, options):
         case.answer(case.few, **options)
 
 
+def test_a_name_that_nobody_knows_is_refused_before_any_gaze(case, monkeypatch):
+    monkeypatch.setattr(type(case.model), "prepare_inputs", None)
+    with pytest.raises(ValueError, match="`gazes` must not be given for a pruned prompt, got 1"):
+        case.answer(None, gazes=1)
+
+
 def test_a_refused_option_is_not_printed_whole(case):
     with pytest.raises(
         ValueError, match="`assistant_model` must not be given for a pruned prompt, got [A-Za-z0-9_]+:"

@@ -28,35 +28,22 @@ _FUNCTIONS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn
 _NOTES = ("transformers_version", "_from_model_config", "_commit_hash")
 
 
-def fit_generation_options(
-    config: GenerationConfig | None,
-    options: dict[str, Any],
-    given: torch.Tensor,
-    length: int,
-    model_inputs: Sequence[str] = (),
-) -> dict[str, Any]:
+def check_generation_options(
+    config: GenerationConfig | None, options: dict[str, Any], model_inputs: Sequence[str] = ()
+) -> None:
     """
-    Checks options of `generate` and makes them fit a pruned prompt.
+    Checks options of `generate` before any work.
 
     Args:
         config (`GenerationConfig`, *optional*): the MLLM's own, used where `options` name none.
         options (`dict[str, Any]`): what the caller asks for.
-        given (`torch.LongTensor` of shape `(batch, length)`): the prompts as they were given.
-        length (`int`): length of the prompts that the MLLM reads.
         model_inputs (`Sequence[str]`): options that are inputs of the MLLM beside the video's.
 
-    Returns:
-        `dict[str, Any]`: options with which the MLLM gives its own answer. Lengths count from the prompts as given; functions
-        see these.
-
     Raises:
-        ValueError: if an option is not known to work on a pruned prompt, or no room is left for an answer.
+        ValueError: if an option is not known to work on a pruned prompt.
     """
-    options = {name: value for name, value in options.items() if value is not None}
-    effective = options.get("generation_config", config)
-    settings = {} if effective is None else effective.to_diff_dict()
+    _, asked = _merge_options(config, options)
     defaults = GenerationConfig().to_dict()
-    asked = {**settings, **options}
     for name, value in asked.items():
         is_known = name in _KNOWN or name in _FUNCTIONS or name in model_inputs or name == "generation_config"
         is_known |= name in _NOTES or (name == "cache_implementation" and value == "dynamic")
@@ -67,6 +54,39 @@ def fit_generation_options(
                 f"`{name}` must not be given for a pruned prompt, got {shown}: it is not known to give the MLLM's own answer "
                 "there; leave it out"
             )
+
+
+def _merge_options(config: GenerationConfig | None, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gives the options that are set, and with them those of the configuration that counts."""
+    options = {name: value for name, value in options.items() if value is not None}
+    effective = options.get("generation_config", config)
+    return options, {**({} if effective is None else effective.to_diff_dict()), **options}
+
+
+def fit_generation_options(
+    config: GenerationConfig | None,
+    options: dict[str, Any],
+    given: torch.Tensor,
+    length: int,
+) -> dict[str, Any]:
+    """
+    Makes options of `generate` fit a pruned prompt; see [`check_generation_options`].
+
+    Args:
+        config (`GenerationConfig`, *optional*): the MLLM's own, used where `options` name none.
+        options (`dict[str, Any]`): what the caller asks for.
+        given (`torch.LongTensor` of shape `(batch, length)`): the prompts as they were given.
+        length (`int`): length of the prompts that the MLLM reads.
+
+    Returns:
+        `dict[str, Any]`: options with which the MLLM gives its own answer. Lengths count from the prompts as given; functions
+        see these.
+
+    Raises:
+        ValueError: if no room is left for an answer.
+    """
+    options, asked = _merge_options(config, options)
+    defaults = GenerationConfig().to_dict()
     fitted = dict(options)
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         total = asked.get(name)

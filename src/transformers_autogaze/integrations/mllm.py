@@ -19,7 +19,7 @@ from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .encoder_gazing import EncoderFrameGazer, Setting
-from .generation_options import fit_generation_options, sequences_as_given
+from .generation_options import check_generation_options, fit_generation_options, sequences_as_given
 from .mllm_adapters import MLLMAdapter, adapt_mllm
 from .mllm_encoding import ClipEncoder
 from .mllm_layout import VideoLayout, check_separator, embed_separator, has_videos
@@ -322,6 +322,7 @@ class GazeVideoLM(ModelWrapper):
         """
         if not has_videos(self.adapter, input_ids, pixel_values_videos, kwargs):
             return self.mllm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        check_generation_options(self.generation_config, kwargs, ("pixel_values", "image_sizes"))
         inputs = self.prepare_inputs(
             input_ids,
             pixel_values_videos,
@@ -335,9 +336,7 @@ class GazeVideoLM(ModelWrapper):
             tokens_per_clip=tokens_per_clip,
         )
         length = inputs["input_ids"].shape[1]
-        options = fit_generation_options(
-            self.generation_config, kwargs, input_ids, length, ("pixel_values", "image_sizes")
-        )
+        options = fit_generation_options(self.generation_config, kwargs, input_ids, length)
         return sequences_as_given(self.mllm.generate(**inputs, **options), input_ids, length)
 
     def prepare_inputs(

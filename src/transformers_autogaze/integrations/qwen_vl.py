@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qw
 from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .generation_options import fit_generation_options, sequences_as_given
+from .generation_options import check_generation_options, fit_generation_options, sequences_as_given
 from .normalization import normalizing_part
 from .prompts import with_labels
 from .qwen_vl_gazing import UnitGazer, UnitSizes, warn_of_fixed_scales
@@ -274,6 +274,8 @@ class GazeQwenVL(ModelWrapper):
         if pixel_values_videos is None:
             self._check_no_video(input_ids)
             return self.mllm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        of_processor = {key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs}
+        check_generation_options(self.generation_config, kwargs)
         prompt = self.prepare_inputs(
             input_ids,
             pixel_values_videos,
@@ -284,7 +286,7 @@ class GazeQwenVL(ModelWrapper):
             clip_ratio=clip_ratio,
             tokens_per_clip=tokens_per_clip,
             padding_side="left",
-            **{key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs},
+            **of_processor,
         )
         options = fit_generation_options(self.generation_config, kwargs, input_ids, prompt.input_ids.shape[1])
         with in_place(self._base, prompt):
