@@ -4,7 +4,7 @@ Asks LLaVA-OneVision about a video of which it sees the gazed patches only.
     python examples/llava_onevision_video_qa.py video.mp4 "What happens in this video?"
     python examples/llava_onevision_video_qa.py --tiny    # random weights and a drawn clip, to see it run
 
-The selector is the greedy one, on the places that LLaVA-OneVision pools patches to: --ratio is the share of them that the
+The selector is the package's default one, on the places that LLaVA-OneVision pools patches to: --ratio is the share of them that the
 language model reads. --gaze-model names another; one of fixed scales, such as a published AutoGaze, keeps that share of its own patches in every
 frame.
 """
@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
-from transformers_autogaze import GreedyGazeSelector, read_video
+from transformers_autogaze import DEFAULT_SELECTOR, read_video
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.mllm import GazeVideoLM
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("video", nargs="?", help="a path or an http(s) URL")
     parser.add_argument("question", nargs="?", default=QUESTION)
     parser.add_argument("--mllm", default="llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
-    parser.add_argument("--gaze-model", help="a folder or a repository of the Hub instead of the greedy selector")
+    parser.add_argument("--gaze-model", default=DEFAULT_SELECTOR, help="a folder or a repository of the Hub")
     parser.add_argument("--num-frames", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.125, help="share of the video's tokens to keep")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -41,8 +41,7 @@ def main() -> None:
 
     mllm, tokenizer = tiny_mllm() if options.tiny else load_mllm(options.mllm)
     mllm = mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    load_selector = transformers.AutoModel.from_pretrained
-    selector = load_selector(options.gaze_model) if options.gaze_model else GreedyGazeSelector()
+    selector = transformers.AutoModel.from_pretrained(options.gaze_model)
     side = mllm.config.vision_config.image_size
     image_processor = transformers.SiglipImageProcessor(size={"height": side, "width": side})
     model = GazeVideoLM(mllm, selector.to(mllm.device), image_processor)

@@ -4,7 +4,7 @@ Asks Qwen2.5-VL or Qwen3-VL about a video of which it sees the gazed merge units
     python examples/qwen_vl_video_qa.py video.mp4 "What happens in this video?"
     python examples/qwen_vl_video_qa.py --tiny    # random weights and a drawn clip, to see it run
 
-The selector is the greedy one, on the merge units: --ratio is the share of them that the language model reads. One of fixed
+The selector is the package's default one, on the merge units: --ratio is the share of them that the language model reads. One of fixed
 scales, such as a published AutoGaze (--gaze-model), keeps that share of its own patches in every frame, and far more
 units. The MLLM's own processor needs torchvision.
 """
@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig
 
-from transformers_autogaze import GreedyGazeSelector, read_video
+from transformers_autogaze import DEFAULT_SELECTOR, read_video
 from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("video", nargs="?", help="a path or an http(s) URL")
     parser.add_argument("question", nargs="?", default="What happens in this video?")
     parser.add_argument("--mllm", default="Qwen/Qwen2.5-VL-3B-Instruct")
-    parser.add_argument("--gaze-model", help="a folder or a repository of the Hub instead of the greedy selector")
+    parser.add_argument("--gaze-model", default=DEFAULT_SELECTOR, help="a folder or a repository of the Hub")
     parser.add_argument("--num-frames", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the video's merge units to keep")
     parser.add_argument("--tiny", action="store_true", help="a tiny MLLM with random weights")
@@ -34,8 +34,7 @@ def main() -> None:
         parser.error("name a video, or --tiny")
     mllm, processor, inputs = make_tiny() if options.tiny else load(options)
     mllm, inputs = (part.to("cuda" if torch.cuda.is_available() else "cpu") for part in (mllm.eval(), inputs))
-    name = options.gaze_model
-    selector = transformers.AutoModel.from_pretrained(name) if name else GreedyGazeSelector()
+    selector = transformers.AutoModel.from_pretrained(options.gaze_model)
     model = GazeQwenVL(mllm, selector.to(mllm.device), processor)
     settings = {"clip_ratio" if selector.takes_any_grid else "gazing_ratio": options.ratio}
     gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], **settings)

@@ -23,8 +23,8 @@ PRINTS = {
     "encode_with_siglip.py": "FeatureGazeModel: 196 patches, 4.0 times fewer",
     "distill.py": "FeatureGazeModel: kept ",
     "finetune_tower.py": "FeatureGazeModel; tower, head and processor in classifier",
-    "llava_onevision_video_qa.py": "GreedyGazeSelector: 99 tokens for the video, 785 without gazing",
-    "qwen_vl_video_qa.py": "GreedyGazeSelector: 360 of 1440 merge units, 364 of 1444 tokens",
+    "llava_onevision_video_qa.py": "FeatureGazeModel: 99 tokens for the video, 785 without gazing",
+    "qwen_vl_video_qa.py": "FeatureGazeModel: 360 of 1440 merge units, 364 of 1444 tokens",
 }
 
 
