@@ -444,3 +444,12 @@ def test_bad_frames_are_refused_and_leave_no_file(tmp_path):
         write_video(tmp_path / "bad.nothing", [good])
     with pytest.raises(FileNotFoundError, match="`path` must lie in a folder that exists"):
         write_video(tmp_path / "none" / "bad.mp4", [good])
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged or cut off")
+@pytest.mark.parametrize("start", [1, 6, 11])
+def test_a_damaged_video_gives_all_that_is_left_from_any_frame_on(start):
+    """However many cores decode it."""
+    path = CASES / "ftrunc_25.mp4"
+    whole = read_video(path)[0]
+    assert np.array_equal(np.stack(list(stream_video(path, start_frame=start)[1])), whole[start:])

@@ -149,8 +149,10 @@ def stream_video(
     else:
         source = resolve_source(source)
         is_sampled = num_frames is not None or fps is not None
-        # Going on in the middle of all frames, nobody asks for the end.
-        track = _checked_probe(source, is_sampled) if is_sampled or not start_frame else _probe(source)
+        # From the middle of all frames on, many short clips are read of one video: it is not looked through each time, but
+        # decoded in a way in which damage costs no other frames.
+        is_checked = is_sampled or not start_frame
+        track = _checked_probe(source, is_sampled) if is_checked else _probe(source)._replace(threads="SLICE")
         timeline = track.timeline
         indices = _indices_of(source, timeline, num_frames, fps)
         check_start_frame(start_frame, len(indices))
