@@ -330,17 +330,19 @@ class FeatureResults:
 
     def add(self, rows: Sequence[FeatureRow] = (), statistics: Mapping[str, FeatureStatistics] | None = None) -> None:
         """Adds rows and statistics, and writes the file anew in one step, so that it is whole whenever work is stopped."""
-        self.rows += [row._replace(**{key: round(getattr(row, key), 5) for key in _ROUNDED}) for row in rows]
+        self.rows += [
+            row._replace(**{key: round(getattr(row, key), digits) for key, digits in _DIGITS.items()}) for row in rows
+        ]
         for key, (mean, variance) in (statistics or {}).items():
             self.statistics[key] = FeatureStatistics([round(value, 6) for value in mean], variance)
         parts = {"settings": self.settings, "statistics": self.statistics, "columns": FeatureRow._fields}
         head = ",\n".join(f'"{key}": {json.dumps(part)}' for key, part in parts.items())
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in self.rows)
         with replacing(self.path) as unfinished:
             unfinished.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-_ROUNDED = ("cosine", "agreement", "loss", "choosing_seconds", "tower_seconds")
+_DIGITS = {"cosine": 4, "agreement": 4, "loss": 4, "choosing_seconds": 3, "tower_seconds": 3}
 
 
 def _timed(device: torch.device, call: Callable[..., T], *arguments: Any) -> tuple[T, float]:

@@ -108,8 +108,8 @@ class GazeVisionCache:
             torch.is_grad_enabled() or any(getattr(layer, "gradient_checkpointing", False) for layer in adapter.layers)
         ):
             raise ValueError(
-                "`cache` carries no gradients and cannot be used in training; give whole clips without it, or call "
-                "`eval()` on the tower"
+                "`cache` carries no gradients and cannot be used in training; give whole clips without it, or put "
+                "the tower into evaluation mode"
             )
         if self._tower is not None:
             if self._tower() is not adapter.tower:
