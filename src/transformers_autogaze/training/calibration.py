@@ -22,7 +22,7 @@ from .teacher_features import TeacherFeatures
 
 
 _FRAMES = 16  # of a clip
-_MAX_CLIPS = 12
+_MAX_FILES = 12  # that clips are taken of
 _PREDICTED = (0.01, 0.02, 0.04, 0.08, 0.14, 0.22, 0.34, 0.5, 0.7)  # losses that thresholds are tried at
 
 
@@ -67,9 +67,17 @@ def measure_foresight(network: FeatureGazeNetwork, pairs: Dataset, batch_size: i
     return Foresight(r2.tolist(), float(1 - sums[2, -1] / sums[3, -1].clamp(min=1e-12)))
 
 
-def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: Sequence[Source]) -> list[list[float]]:
+def calibrate(
+    network: FeatureGazeNetwork,
+    features: TeacherFeatures,
+    held_out: Sequence[Source],
+    trained_on: Sequence[Source] = (),
+) -> list[list[float]]:
     """
     Finds which share of an encoder's feature variance is lost where a network foretells a loss.
+
+    A network foretells less well what is unlike all that it learned from, so it is measured on both: on files that it
+    never saw, and on whole frames of files that it saw crops of. Both count half.
 
     Clips are gazed at with thresholds on the foretold loss, finest scale only; the encoder sees what was kept
     (`attention="canvas"`), and its features, laid on a map, are compared with those of whole frames.
@@ -77,33 +85,40 @@ def calibrate(network: FeatureGazeNetwork, features: TeacherFeatures, sources: S
     Args:
         network ([`FeatureGazeNetwork`]): the network.
         features ([`TeacherFeatures`]): the encoder and its components.
-        sources (`Sequence[Source]`): files that were not trained on. Videos give a clip of frames spread over them and
+        held_out (`Sequence[Source]`): files that were not trained on. Videos give a clip of frames spread over them and
             one of frames next to each other; without videos, a camera moves over the pictures.
+        trained_on (`Sequence[Source]`, *optional*): files that were; with none, only `held_out` counts.
 
     Returns:
         `list[list[float]]`: pairs of foretold and measured loss, ascending, from `[0, 0]` on; `config.loss_knots`.
     """
     network.eval()
+    groups = [
+        np.mean([_measure_losses(network, features, levels) for levels in _clips(sources, features.seed)], axis=0)
+        for sources in (held_out, trained_on)
+        if sources
+    ]
+    return ascending_knots(_PREDICTED, np.mean(groups, axis=0).tolist())
+
+
+def _measure_losses(network: FeatureGazeNetwork, features: TeacherFeatures, levels: torch.Tensor) -> list[float]:
+    """Gives what the encoder loses of a clip, gazed at with each of the predicted losses."""
     teacher, finest = features.teacher, len(features.teacher.grid.grids) - 1
     one_scale = GazeGrid(teacher.grid.scales[-1:], teacher.grid.patch_size)
-    total = float(features.components.variances.sum())
     mean = features.components.mean.to(teacher.device)
+    small, large = (
+        (resize_pixels(levels, size) * 255).round().to(torch.uint8) for size in (teacher.grid.sizes[-1], features.size)
+    )
+    with torch.no_grad():
+        vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
+    dense = teacher(small, [finest])
     losses = []
-    for levels in _clips(sources, features.seed):
-        small, large = (
-            (resize_pixels(levels, size) * 255).round().to(torch.uint8)
-            for size in (teacher.grid.sizes[-1], features.size)
-        )
-        with torch.no_grad():
-            vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
-        dense = teacher(small, [finest])
-        for predicted in _PREDICTED:
-            is_kept = keep_to_threshold(vectors, predicted)
-            gaze = GazeOutput.from_masks([is_kept[None].to(teacher.device)], one_scale)
-            laid = lay_features(teacher.encode_kept(small, is_kept), gaze, mean)
-            losses.append(float((laid - dense).square().sum(-1).mean()) / total)
-    measured = np.array(losses).reshape(-1, len(_PREDICTED)).mean(0)
-    return ascending_knots(_PREDICTED, measured.tolist())
+    for predicted in _PREDICTED:
+        is_kept = keep_to_threshold(vectors, predicted)
+        gaze = GazeOutput.from_masks([is_kept[None].to(teacher.device)], one_scale)
+        laid = lay_features(teacher.encode_kept(small, is_kept), gaze, mean)
+        losses.append(float((laid - dense).square().sum(-1).mean()))
+    return [loss / float(features.components.variances.sum()) for loss in losses]
 
 
 def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
@@ -180,13 +195,18 @@ def look(network: FeatureGazeNetwork, levels: torch.Tensor) -> torch.Tensor:
 def _clips(sources: Sequence[Source], seed: int) -> Iterator[torch.Tensor]:
     """Gives clips `(frames, 3, height, width)` in levels 0..255."""
     videos = [source for source in sources if source.is_video and source.num_frames > 1]
-    for source in videos[: _MAX_CLIPS // 2]:
+    for source in _spread(videos):
         count = min(_FRAMES, source.num_frames)
         yield torch.from_numpy(read_video(source.path, num_frames=count)[0]).permute(0, 3, 1, 2)
         first = read_video(source.path)[0][:count]
         yield torch.from_numpy(first).permute(0, 3, 1, 2)
     if not videos:
         generator = torch.Generator().manual_seed(seed)
-        for source in sources[:_MAX_CLIPS]:
+        for source in _spread(sources):
             frames = pan_and_zoom(read_source(source)[0], _FRAMES, (512, 512), generator)
             yield (frames * 255).round().to(torch.uint8)
+
+
+def _spread(sources: Sequence[Source]) -> list[Source]:
+    """Takes a few of many, evenly, since neighbours by name are often alike."""
+    return [sources[index] for index in np.unique(np.linspace(0, len(sources) - 1, _MAX_FILES).round().astype(int))]

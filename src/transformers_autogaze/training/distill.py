@@ -92,7 +92,8 @@ def distill(
     network.half().float()
     if trainer.is_world_process_zero():
         foresight = measure_foresight(network, datasets[1])
-        network.config.loss_knots = calibrate(network, features, [sources[i] for i in sorted(held_out)])
+        trained_on = [source for number, source in enumerate(sources) if number not in held_out]
+        network.config.loss_knots = calibrate(network, features, [sources[i] for i in sorted(held_out)], trained_on)
         facts = _facts(features, sources, held_out, datasets, network, foresight)
         _save(network, args, facts | seconds | {"steps": trained.global_step}, credits)
     features.wait()

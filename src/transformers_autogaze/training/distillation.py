@@ -43,7 +43,8 @@ class DistillationArguments(TrainingArguments):
         crops_per_video (`int`, *optional*, defaults to 96), crops_per_picture (`int`, *optional*, defaults to 16):
             Crops of each file, even numbers of at least 2.
         eval_share (`float`, *optional*, defaults to 0.1):
-            Share of the files, above 0 and below 1, that are not trained on but measured and calibrated on; at least one.
+            Share of the files, above 0 and below 1, that are not trained on: what comes out is measured on them, and
+            calibrated on them and some of the others; at least one.
         cache_dir (`str`, *optional*):
             Folder for crops and the encoder's features, to go on with when a run broke off, or to train on again. In
             memory by default.
@@ -90,7 +91,7 @@ class DistillationArguments(TrainingArguments):
     crops_per_video: int = field(default=96, metadata={"help": "Crops of each video."})
     crops_per_picture: int = field(default=16, metadata={"help": "Crops of each picture."})
     eval_share: float = field(
-        default=0.1, metadata={"help": "Share of the files that are measured and calibrated on instead."}
+        default=0.1, metadata={"help": "Share of the files that are not trained on but measured on."}
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder to keep crops and features in; in memory if not given."}

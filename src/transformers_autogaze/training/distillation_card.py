@@ -63,7 +63,8 @@ On the files that were not trained on ({held_out}): the share of the encoder's v
 {r2} at {scales} patches a side; of what changes between the two crops of a pair, {change_r2:.3f}.
 
 `task_loss_requirement` is the share of the encoder's feature variance that a frame may lose. What the network foretells of it
-is corrected by what the encoder lost on whole clips of these files, gazed at with thresholds, finest scale only:
+is corrected by what the encoder lost on whole clips, gazed at with thresholds, finest scale only. Clips of the files that were not
+trained on count half, those of the others the other half, so on videos unlike all of these more may be lost than is named:
 
 | foretold | {knots_foretold} |
 | --- |{rule}
