@@ -56,6 +56,33 @@ def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]
     return min(layouts, key=stretch)
 
 
+def to_levels(
+    frames: np.ndarray,
+    processor: AutoGazeVideoProcessor,
+    tiles: str,
+    size: tuple[int, int],
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """
+    Makes frames what is gazed at.
+
+    Args:
+        frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8): the frames.
+        processor ([`AutoGazeVideoProcessor`]): how to resize them, and for whole frames to what size.
+        tiles (`str`): see [`stream_gaze`].
+        size (`tuple[int, int]`): height and width in pixels of all tiles together, for `"grid"`.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put them.
+
+    Returns:
+        `torch.ByteTensor` of shape `(frames, 3, height, width)`: levels 0..255.
+    """
+    levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
+    if tiles == "whole":
+        # As the pipeline does: the processor's own size first, the selector's square in `generate`.
+        return processor.resize_levels(levels)
+    return processor.resize_levels(levels, size) if tiles == "grid" else levels
+
+
 class TileGazer:
     """Gazes at chunks of frames of one size, tile by tile, and keeps what a streaming selector remembers of each."""
 
@@ -89,15 +116,10 @@ class TileGazer:
         """
         if self.size is None:
             self._plan(frames.shape[1:3])
-        levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
+        size = self.rows * self.tile_size[0], self.cols * self.tile_size[1]
+        levels = to_levels(frames, self.processor, self.tiles, size, self.device)
         if self.tiles == "whole":
-            # As the pipeline does: the processor's own size first, the selector's square in `generate`.
-            levels = self.processor.resize_levels(levels)
             self.tile_size = tuple(levels.shape[-2:])
-        elif self.tiles == "grid":
-            levels = self.processor.resize_levels(
-                levels, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
-            )
         settings, step = self._settings(levels, is_whole)
         if self.rows * self.cols == 1:
             steps = range(0, len(levels), step)

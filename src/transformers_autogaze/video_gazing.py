@@ -202,7 +202,7 @@ def stream_gaze(
     if frame_rate is not None:
         check_rate("frame_rate", frame_rate)
     processor = AutoGazeVideoProcessor() if processor is None else processor
-    indices, frames, known_rate = _open_source(source, num_frames, fps, start_frame)
+    indices, frames, known_rate = open_source(source, num_frames, fps, start_frame)
     if tokens_per_second is not None and frame_rate is None and known_rate is None:
         raise ValueError(
             "`frame_rate` must be given with `tokens_per_second` where the source is no video file, got None"
@@ -274,10 +274,23 @@ def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_
         selector.check_task_loss_requirement(threshold_each_frame(settings["task_loss_requirement"], 1, num_frames))
 
 
-def _open_source(
-    source: Any, num_frames: int | None, fps: float | None, start_frame: int
+def open_source(
+    source: Any, num_frames: int | None = None, fps: float | None = None, start_frame: int = 0
 ) -> tuple[Sequence[int] | None, Iterator[Any], float | None]:
-    """Gives the numbers of the frames to take, those to gaze at, and how many come per second; `None` if nobody knows."""
+    """
+    Opens what [`stream_gaze`] takes.
+
+    Args:
+        source, num_frames, fps, start_frame: as in [`stream_gaze`].
+
+    Returns:
+        `tuple` of the numbers of the frames to take, those from `start_frame` on, and how many are taken per second; numbers
+        and rate are `None` if nobody knows.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the source is no video, or does not have that many frames.
+    """
     if is_video_source(source):
         metadata, frames = stream_video(source, num_frames, fps, start_frame)
         indices = metadata.frames_indices
@@ -327,7 +340,7 @@ def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
 def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.ndarray]:
     """Joins every `count` frames, and those left, into one array; `start` is the number of the first."""
     size = None
-    while (chunk := _next_frames(frames, count, size, start)) is not None:
+    while (chunk := next_frames(frames, count, size, start)) is not None:
         size, start = chunk.shape[1:3], start + len(chunk)
         yield chunk
         del chunk
@@ -343,8 +356,22 @@ def _ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
             del part
 
 
-def _next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None, start: int) -> np.ndarray | None:
-    """Takes the next `count` frames, or those left, into one array; `None` if there is none."""
+def next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None, start: int) -> np.ndarray | None:
+    """
+    Takes the next frames into one array.
+
+    Args:
+        frames (`Iterator`): arrays, tensors or pictures, each of shape `(height, width, 3)` and type uint8.
+        count (`int`): how many to take at most.
+        size (`tuple[int, int]`, *optional*): height and width that they must have; that of the first by default.
+        start (`int`): number of the first of them, for messages.
+
+    Returns:
+        `np.ndarray` of shape `(frames, height, width, 3)` and type uint8; `None` if there is no frame left.
+
+    Raises:
+        ValueError: if a frame has another shape or type.
+    """
     chunk, taken = None, 0
     while taken < count and (frame := next(frames, _END)) is not _END:
         frame = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)

@@ -90,7 +90,7 @@ def resolve_source(source: Any) -> VideoSource:
     Turns a source into something that can be opened more than once.
 
     Args:
-        source: as [`~video_decoding_autogaze.read_video`] takes it, other than a list of pictures.
+        source: as [`~video_decoding_autogaze.read_video`] takes it, other than a list of pictures; or what this gave before.
 
     Returns:
         [`VideoSource`].
@@ -99,6 +99,8 @@ def resolve_source(source: Any) -> VideoSource:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no source, or a URL cannot be read.
     """
+    if isinstance(source, VideoSource):
+        return source
     if (row := encoded_video(source)) is not None:
         if row.get("bytes") is None and row.get("path") is None:
             raise ValueError("`source` must have a `path` or `bytes`, but both are None")

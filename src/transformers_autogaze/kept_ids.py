@@ -1,0 +1,83 @@
+"""The gazes of a video as ids alone, in a temporary file once they are many, so that hardly any memory grows with its length."""
+
+from collections.abc import Iterator
+from tempfile import SpooledTemporaryFile
+
+import numpy as np
+import torch
+
+from .gazing_autogaze import GazeOutput
+from .video_gazing import GazeChunk
+
+
+_HELD = 2**24  # bytes of ids that are kept in memory
+
+
+class KeptIds:
+    """
+    The kept patches of a video that is gazed at chunk by chunk, in the order of choice.
+
+    Args:
+        chunk ([`GazeChunk`]): the first chunk, which says how all are laid out; it is not added.
+    """
+
+    def __init__(self, chunk: GazeChunk):
+        self.grid, self.frame_sampling_rate, self.extent = (
+            chunk.gaze.grid,
+            chunk.gaze.frame_sampling_rate,
+            chunk.extent,
+        )
+        self.level_size = tuple(chunk.levels.shape[-2:])
+        self.num_frames = 0
+        """Frames of the chunks that were added."""
+        self._lengths: list[int] = []
+        self._counts: list[np.ndarray] = []
+        self._per_scale = np.zeros(len(self.grid.scales), np.int64)
+        self._file = SpooledTemporaryFile(max_size=_HELD)
+
+    def add(self, chunk: GazeChunk) -> None:
+        """Adds the gaze of the next chunk."""
+        ids = [own.cpu().numpy() for own in chunk.gaze.ids_each_frame()]
+        self._counts.append(np.array([len(own) for own in ids], np.int32))
+        self._per_scale += [int(mask.sum()) for mask in chunk.gaze.gazing_mask]
+        self._lengths.append(len(chunk.frames))
+        self.num_frames += len(chunk.frames)
+        self._file.write(np.concatenate(ids).astype(np.int32).tobytes())
+
+    def __iter__(self) -> Iterator[tuple[int, int, GazeOutput]]:
+        """Yields the frames `start` to `stop` of each chunk and its gaze, without padding and scores."""
+        start = place = 0
+        for length, counts in zip(self._lengths, self._counts, strict=True):
+            # Others may read as well meanwhile.
+            self._file.seek(place)
+            size = 4 * int(counts.sum())
+            ids = np.frombuffer(self._file.read(size), np.int32).astype(np.int64)
+            place += size
+            first = np.repeat(np.arange(len(counts)), counts) * self.grid.num_patches
+            pos, counts = torch.from_numpy(ids + first)[None], torch.from_numpy(counts).long()
+            gaze = GazeOutput.from_ids(
+                pos,
+                torch.zeros_like(pos, dtype=torch.bool),
+                counts,
+                self.grid,
+                self.frame_sampling_rate,
+                clip_num_gazing_each_frame=counts[None],
+            )
+            yield start, start + length, gaze
+            start += length
+
+    def statistics(self) -> dict[str, object]:
+        """Sums up what was kept; see [`~GazeOutput.statistics`]."""
+        each_frame = [count for counts in self._counts for count in counts.tolist()]
+        frames, patches = len(each_frame), sum(each_frame)
+        return {
+            "num_frames": frames,
+            "num_patches": patches,
+            "kept_ratio": patches / (frames * self.grid.num_patches),
+            "reduction_factor": frames * self.grid.num_patches_each_scale[-1] / patches if patches else None,
+            "patches_each_frame": each_frame,
+            "patches_each_scale": {
+                str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}": int(count)
+                for scale, count in zip(self.grid.scales, self._per_scale, strict=True)
+            },
+        }

@@ -1,0 +1,162 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from transformers_autogaze import (
+    AutoGazeProcessor,
+    GazeFile,
+    GreedyGazeConfig,
+    GreedyGazeSelector,
+    OpenedVideo,
+    gaze_video,
+    prune_video,
+    read_video,
+    write_video,
+)
+
+
+SETTINGS = {"gazing_ratio": 0.4, "task_loss_requirement": 0.5}
+
+
+@pytest.fixture(scope="module")
+def selector():
+    return GreedyGazeSelector(GreedyGazeConfig([16, 32], 8))
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 13, 3), np.uint8)
+    still = blocks.repeat(5, 0).repeat(5, 1)[:36, :64]
+    return np.stack([np.roll(still, 2 * index, axis=1) for index in range(22)])
+
+
+@pytest.fixture(scope="module")
+def path(frames, tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames, fps=10)
+
+
+def ids_of(gaze) -> list[list[int]]:
+    return [ids.tolist() for ids in gaze.ids_each_frame()]
+
+
+@pytest.mark.parametrize("tiles", [{"tiles": "whole"}, {"tiles": "grid", "max_tiles": 2}, {"tiles": "native"}])
+def test_pruning_keeps_what_the_selector_chooses(selector, path, tiles):
+    pruning = prune_video(path, selector, num_frames=20, **tiles, **SETTINGS)
+    gaze = gaze_video(selector, path, num_frames=20, **tiles, **SETTINGS)
+    assert ids_of(pruning.gaze) == ids_of(gaze) and pruning.gaze.scales == gaze.scales
+    for key, value in gaze.statistics().items():
+        assert pruning.statistics[key] == (pytest.approx(value) if isinstance(value, float) else value)
+    assert pruning.frame_indices == OpenedVideo(path, num_frames=20).metadata.frames_indices
+    assert pruning.frame_times == [index / 10 for index in pruning.frame_indices]
+    assert len(pruning.psnr_each_frame) == 20 and min(pruning.psnr_each_frame) < pruning.statistics["psnr"]
+
+
+@pytest.mark.parametrize("tiles", [{"tiles": "whole"}, {"tiles": "grid", "max_tiles": 2}, {"tiles": "native"}])
+def test_the_order_of_questions_changes_no_answer(selector, path, tiles):
+    def pruning():
+        return prune_video(path, selector, num_frames=17, **tiles, **SETTINGS)
+
+    def answers(pruning):
+        yield "gaze", lambda: ids_of(pruning.gaze)
+        yield "overlay", lambda: np.stack(list(pruning.overlay())).tobytes()
+        yield "sheet", lambda: np.asarray(pruning.contact_sheet()).tobytes()
+        yield "statistics", lambda: pruning.statistics
+        yield "patches", lambda: [(kept.pixels.tolist(), kept.ids.tolist()) for kept in pruning.kept_patches()]
+
+    one = pruning()
+    together = {name: answer() for name, answer in answers(one)}
+    for name, _ in answers(one):
+        assert dict(answers(pruning()))[name]() == together[name]
+
+
+def test_what_was_begun_and_left_is_begun_anew(selector, path):
+    pruning = prune_video(path, selector, **SETTINGS)
+    next(pruning.overlay())
+    next(pruning.chunks())
+    assert ids_of(pruning.gaze) == ids_of(gaze_video(selector, path, **SETTINGS))
+
+
+def test_saved_files_hold_what_the_pruning_says(selector, path, tmp_path):
+    pruning = prune_video(path, selector, title="a clip", selector_name="greedy", **SETTINGS)
+    pruning.save(tmp_path)
+    file = GazeFile.read(tmp_path / "gaze.json")
+    assert ids_of(file.gaze) == ids_of(pruning.gaze)
+    assert file.facts["frame_indices"] == pruning.frame_indices and file.facts["settings"] == SETTINGS
+    assert file.facts["video"] == "a clip" and file.facts["selector"] == "greedy"
+    # Numbers of JSON are those of Python, but for keys and tuples.
+    assert file.facts["statistics"] == json.loads(json.dumps(pruning.statistics))
+    records = [{key: record[key] for key in ("frame", "scale", "id", "box", "order")} for record in file.records]
+    assert records == list(pruning.records())
+    overlay, metadata = read_video(tmp_path / "overlay.mp4")
+    assert len(overlay) == 22 and metadata.fps == 10
+    assert np.array_equal(Image.open(tmp_path / "contact_sheet.png"), pruning.contact_sheet())
+
+
+def test_kept_patches_are_those_that_an_encoder_sees(selector, frames):
+    pruning = prune_video(frames, selector, **SETTINGS)
+    kept = list(pruning.kept_patches())
+    assert [patches.ids.tolist() for patches in kept] == ids_of(pruning.gaze)
+    assert [patches.frame for patches in kept] == list(range(22))
+    inputs = AutoGazeProcessor()(videos=frames, return_tensors="pt")["pixel_values_videos"]
+    pixels = AutoGazeProcessor().video_processor.to_pixels(inputs)
+    small = torch.nn.functional.interpolate(pixels[0], size=(32, 32), mode="bicubic").clamp(0, 1)
+    expected = pruning.gaze.gather_patches(small[None])[0].clamp(0, 1) * 255
+    assert (torch.cat([patches.pixels for patches in kept]) - expected).abs().max() <= 0.51
+
+
+def test_without_quality_nothing_is_measured(selector, path, tmp_path):
+    pruning = prune_video(path, selector, measures_quality=False, **SETTINGS)
+    pruning.save(tmp_path, overlay=False)
+    assert "psnr" not in pruning.statistics
+    with pytest.raises(ValueError, match="`measures_quality` must be True"):
+        _ = pruning.psnr_each_frame
+
+
+def test_progress_is_told_and_can_end_the_work(selector, path, tmp_path):
+    told = []
+    prune_video(path, selector, progress=lambda *done: told.append(done), **SETTINGS).save(tmp_path / "whole")
+    assert told == [(16, 22), (22, 22)]
+
+    def stop(*_):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        prune_video(path, selector, progress=stop, **SETTINGS).save(tmp_path / "stopped")
+    assert not (tmp_path / "stopped").exists()
+
+
+def test_a_source_that_is_read_once_is_pruned_and_shown(selector, path):
+    class Pipe:
+        def __init__(self):
+            self.file = open(path, "rb")  # noqa: SIM115
+
+        def read(self, size=-1):
+            return self.file.read(size)
+
+    pruning = prune_video(Pipe(), selector, **SETTINGS)
+    assert ids_of(pruning.gaze) == ids_of(gaze_video(selector, path, **SETTINGS))
+    assert len(list(pruning.overlay())) == 22
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("missing.mp4", {}, "there is no 'missing.mp4'"),
+        (iter([np.zeros((8, 8, 3), np.uint8)]), {}, "frames whose number is known"),
+        (np.zeros((3, 8, 8, 3), np.uint8), {"gazing_ratio": 2}, "`gazing_ratio` must lie in 0..1"),
+        (np.zeros((3, 8, 8, 3), np.uint8), {"tiles": "half"}, "`tiles` must be one of"),
+        (np.zeros((3, 8, 8, 3), np.uint8), {"num_frames": 4}, "`num_frames` must be at most 3"),
+        (np.zeros((3, 8, 8, 3), np.uint8), {"tokens_per_second": 9.0}, "`frame_rate` must be given"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(selector, source, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prune_video(source, selector, **options)
+
+
+def test_an_opened_video_brings_its_own_frames(selector, path):
+    with pytest.raises(ValueError, match="`num_frames` and `fps` must be those of the OpenedVideo"):
+        prune_video(OpenedVideo(path), selector, num_frames=3)
