@@ -28,7 +28,7 @@ def clip(tmp_path_factory):
 def test_prune_writes_an_overlay_records_a_sheet_and_a_table(clip, tmp_path, capsys):
     assert main(["prune", str(clip), "--clip-ratio", "0.3", "-o", str(tmp_path / "out")]) == 0
     frames, metadata = read_video(tmp_path / "out" / "overlay.mp4")
-    assert frames.shape == (20, 66, 3 * 92 + 2 * 4, 3) and metadata.fps == 10
+    assert frames.shape[0] == 20 and frames.shape[2] == 3 * 312 + 2 * 4 and metadata.fps == 10
     gaze = json.loads((tmp_path / "out" / "gaze.json").read_text())
     statistics = gaze["statistics"]
     assert statistics["num_frames"] == 20 and len(statistics["patches_each_frame"]) == 20
@@ -78,7 +78,7 @@ def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
         "greedy": ["--gazing-ratio", "0.2", "--task-loss-requirement", "-9"],
     }[selector]
     assert main(["prune", str(clip), *arguments, *asked, "-o", str(tmp_path)]) == 0
-    assert read_video(tmp_path / "overlay.mp4")[0].shape == (3, 66, 3 * 92 + 2 * 4, 3)
+    assert len(read_video(tmp_path / "overlay.mp4")[0]) == 3
     gaze = json.loads((tmp_path / "gaze.json").read_text())
     assert list(gaze["statistics"]["patches_each_scale"])[-1] == finest
     boxes = np.array([record["box"] for record in gaze["records"]])
@@ -187,6 +187,16 @@ def test_without_an_overlay_all_else_is_the_same(clip, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "without").iterdir()) == ["contact_sheet.png", "gaze.json"]
     for name in ("gaze.json", "contact_sheet.png"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_a_timeline_is_drawn_below_both_pictures(clip, tmp_path, capsys):
+    for name, options in {"without": [], "with": ["--timeline"]}.items():
+        assert main(["prune", str(clip), *options, "-o", str(tmp_path / name)]) == 0
+    heights = {name: Image.open(tmp_path / name / "contact_sheet.png").height for name in ("with", "without")}
+    frames = {name: read_video(tmp_path / name / "overlay.mp4")[0] for name in ("with", "without")}
+    assert heights["with"] > heights["without"] + 80
+    assert frames["with"].shape[1] > frames["without"].shape[1] + 80 and len(frames["with"]) == 20
+    assert (tmp_path / "with" / "gaze.json").read_bytes() == (tmp_path / "without" / "gaze.json").read_bytes()
 
 
 @pytest.mark.parametrize("way", ["the same", "relative", "a link"])

@@ -97,7 +97,7 @@ def _prune_video(
             progress=lambda done, _: bar.update(done - bar.n),
         )
         start = time.perf_counter()
-        pruning.save(folder, overlay=not options.no_overlay)
+        pruning.save(folder, overlay=not options.no_overlay, timeline=options.timeline)
         seconds = time.perf_counter() - start
     _print_table(pruning, seconds, [folder / name for name in FILES if (folder / name).exists()])
 

@@ -6,26 +6,36 @@ This module owns colours and layout; it takes frames and a gaze and knows nothin
 
 import html
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .grid_autogaze import GazeGrid
 
 
 if TYPE_CHECKING:
     from .gazing_autogaze import GazeOutput
 
 
-# Coarse to fine; told apart with any kind of colour vision (Okabe and Ito, 2008).
-SCALE_COLOURS = ((0, 114, 178), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (86, 180, 233))
-_TINT = 90  # of 256
-_DIM = 4
+# Coarse to fine; hues apart from each other; the first four are told apart with any kind of colour vision (Okabe and Ito, 2008).
+SCALE_COLOURS = ((0, 114, 178), (0, 158, 115), (240, 228, 66), (213, 94, 0), (200, 60, 150), (130, 90, 220))
+_DIM = 0.3  # of the brightness of what is not kept
+_DARKEST, _BRIGHTEST = 0.25, 0.4  # of a scale's colour in a black pixel, and of white in a white one
+_FEWEST = 6  # pixels of a block that has an outline
+_THICKEST = 4  # pixels of an outline at most
+_MARGIN = 4  # pixels left of text
 _ROWS, _BARS = 8, 128  # clips and bars of a table
+_TEXT = 18, 28  # pixels of letters, in pictures of up to 1800 pixels and in very wide ones
 
 
 def paint_gaze(frames: np.ndarray, gaze: "GazeOutput", clip: int = 0) -> np.ndarray:
     """
-    Paints the kept patches of one clip: tinted and outlined in the colour of their scale, everything else dimmed.
+    Paints the kept patches of one clip: in shades of the colour of their scale, everything else in dark grey.
+
+    Pixels keep their brightness only, so the hue tells the finest scale that is kept there, whatever the ground is. Patches are
+    outlined, coarse ones thicker and over finer ones, so a patch stays visible under those that cover it.
 
     Args:
         frames (`np.ndarray` of shape `(frames, height, width, 3)`, uint8): the frames, of any size.
@@ -47,8 +57,8 @@ def paint_gaze(frames: np.ndarray, gaze: "GazeOutput", clip: int = 0) -> np.ndar
 
     >>> gaze = GazeOutput.from_masks([torch.tensor([[[True, False, False, False]]])], GazeGrid([32], 16))
     >>> painted = paint_gaze(np.full((1, 32, 32, 3), 200, np.uint8), gaze)
-    >>> painted[0, 8, 8].tolist(), painted[0, 24, 24].tolist()
-    ([130, 170, 192], [50, 50, 50])
+    >>> painted[0, 0, 0].tolist(), painted[0, 8, 8].tolist(), painted[0, 24, 24].tolist()
+    ([0, 114, 178], [80, 140, 173], [60, 60, 60])
 
     ```
     """
@@ -57,37 +67,156 @@ def paint_gaze(frames: np.ndarray, gaze: "GazeOutput", clip: int = 0) -> np.ndar
         raise ValueError(
             f"`frames` must be {gaze.num_frames * gaze.frame_sampling_rate} as the gaze's, got {len(frames)}"
         )
-    gaze = gaze.select(clip)
-    patch = gaze.finest_patches(*frames.shape[1:3])[0].repeat_interleave(gaze.frame_sampling_rate, 0).cpu().numpy()
-    is_edge = np.zeros(patch.shape, bool)
-    is_edge[:, 1:] |= patch[:, 1:] != patch[:, :-1]
-    is_edge[:, :, 1:] |= patch[:, :, 1:] != patch[:, :, :-1]
-    is_edge[:, 0] = is_edge[:, :, 0] = True
+    red, green, blue = (frames[..., channel].astype(np.uint16) for channel in range(3))
+    brightness = (77 * red + 150 * green + 29 * blue) >> 8
+    masks = [mask[clip].cpu().numpy().repeat(gaze.frame_sampling_rate, 0) for mask in gaze.gazing_mask]
+    layout = _layout(gaze.grid, *frames.shape[1:3])
+    # Places in the palette: 0 for what is not kept, then a fill and an outline for every scale.
+    place = np.zeros(frames.shape[:3], np.uint8)
+    kept = [mask[:, patch] for mask, (patch, _) in zip(masks, layout, strict=True)]
+    for scale, is_kept in enumerate(kept):
+        place[is_kept] = 1 + scale
+    for scale in reversed(range(len(kept))):
+        place[kept[scale] & layout[scale][1]] = 1 + len(kept) + scale
+    return _palette(len(kept))[place, brightness]
 
-    # One row per patch, and a last one, which -1 picks, for pixels that no patch covers.
-    counts = gaze.grid.num_patches_each_scale
-    scale = np.repeat(np.arange(len(counts)) % len(SCALE_COLOURS), counts)
-    colours = np.zeros((len(scale) + 1, 3), np.uint16)
-    colours[:-1] = np.array(SCALE_COLOURS)[scale]
-    is_kept = patch >= 0
-    painted = (frames.astype(np.uint16) * (256 - _TINT) + (colours * _TINT)[patch] + 128) >> 8
-    painted = painted.astype(np.uint8)
-    painted[~is_kept] = frames[~is_kept] // _DIM
-    outlined = is_edge & is_kept
-    painted[outlined] = colours[patch[outlined]]
-    return painted
+
+@lru_cache(maxsize=8)
+def _palette(count: int) -> np.ndarray:
+    """Gives the colours of every place and brightness, `(1 + 2 * count, 256, 3)`."""
+    share = np.linspace(0, 1, 256)[:, None]
+    ramps = [255 * _DIM * share.repeat(3, 1)]
+    colours = [np.array(SCALE_COLOURS[scale % len(SCALE_COLOURS)], float) for scale in range(count)]
+    for colour in colours:
+        darkest, brightest = _DARKEST * colour, (1 - _BRIGHTEST) * colour + 255 * _BRIGHTEST
+        ramps.append(darkest + (brightest - darkest) * share)
+    ramps += [np.broadcast_to(colour, (256, 3)) for colour in colours]
+    return np.stack(ramps).round().astype(np.uint8)
+
+
+@lru_cache(maxsize=4)
+def _layout(grid: GazeGrid, height: int, width: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Gives of each scale which of its patches lies over every pixel of a frame, and which pixels outline one."""
+    layout, first = [], 0
+    for patch, (rows, cols) in zip(grid.patches_at(height, width).numpy().astype(np.int32), grid.grids, strict=True):
+        side = min(height // rows, width // cols)
+        thickness = min(_THICKEST, max(1, side // 32)) if side >= _FEWEST else 0
+        is_edge = np.zeros(patch.shape, bool)
+        padded = np.pad(patch, thickness, constant_values=-1)
+        for shift in range(1, thickness + 1):
+            for down, right in ((shift, 0), (-shift, 0), (0, shift), (0, -shift)):
+                top, left = thickness + down, thickness + right
+                is_edge |= padded[top : top + height, left : left + width] != patch
+        layout.append((patch - first, is_edge))
+        first += rows * cols
+    return layout
+
+
+def name_scales(grid: GazeGrid, height: float, width: float) -> list[str]:
+    """
+    Names the scales of a grid for a legend.
+
+    Args:
+        grid ([`GazeGrid`]): the grid.
+        height, width (`float`): size in pixels of the frame that it spans.
+
+    Returns:
+        `list[str]`: coarse to fine, with the size of the block of the frame that a patch stands for.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze import GazeGrid
+    >>> from transformers_autogaze.gaze_pictures_autogaze import name_scales
+
+    >>> name_scales(GazeGrid([32, 224], 16), height=448, width=896)
+    ['32, coarsest: blocks of 448x224 pixels', '224, finest: blocks of 64x32 pixels']
+
+    ```
+    """
+    names = []
+    for index, (scale, (rows, cols)) in enumerate(zip(grid.scales, grid.grids, strict=True)):
+        name = str(scale) if isinstance(scale, int) else f"{scale[1]}x{scale[0]}"
+        ends = {0: ", coarsest", len(grid.scales) - 1: ", finest"} if len(grid.scales) > 1 else {}
+        names.append(f"{name}{ends.get(index, '')}: blocks of {width / cols:.3g}x{height / rows:.3g} pixels")
+    return names
+
+
+def text_size(width: int) -> int:
+    """Gives the height of letters in pixels that are good to read in a picture as wide as that."""
+    return min(max(width // 100, _TEXT[0]), _TEXT[1])
+
+
+def draw_legend(names: Sequence[str], width: int, heading: str = "") -> Image.Image:
+    """
+    Draws a heading and the colours of scales, over several lines where they are too long for one.
+
+    Args:
+        names (`Sequence[str]`): what to call each scale, coarse to fine; see [`name_scales`].
+        width (`int`): width of the picture in pixels.
+        heading (`str`, *optional*): text before the names.
+
+    Returns:
+        `PIL.Image.Image`: black on white, in RGB.
+    """
+    size, gap = text_size(width), 8
+    font, line = ImageFont.load_default(size=size), size + gap
+    items = [(None, heading)] * bool(heading)
+    items += [(SCALE_COLOURS[index % len(SCALE_COLOURS)], name) for index, name in enumerate(names)]
+    places, x, y = [], _MARGIN, 0
+    for colour, text in items:
+        length = round(font.getlength(text)) + (line if colour else 0) + 2 * gap
+        if x > _MARGIN and x + length > width:
+            x, y = _MARGIN, y + line
+        places.append((x, y))
+        x += length
+    picture = Image.new("RGB", (width, y + line), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    for (x, y), (colour, text) in zip(places, items, strict=True):
+        if colour is not None:
+            draw.rectangle([x, y + 4, x + size, y + 4 + size], fill=colour)
+            x += line
+        draw.text((x, y + 2), text, fill=(0, 0, 0), font=font)
+    return picture
+
+
+def draw_text(text: str, width: int, size: int | None = None) -> Image.Image:
+    """
+    Draws lines of text, smaller where they are too long.
+
+    Args:
+        text (`str`): the lines.
+        width (`int`): width of the picture in pixels.
+        size (`int`, *optional*): height of the letters in pixels; [`text_size`] by default.
+
+    Returns:
+        `PIL.Image.Image`: black on white, in RGB; as high as lines of that size are.
+    """
+    size = size or text_size(width)
+    lines, line = text.split("\n"), size + 8
+    picture = Image.new("RGB", (width, line * len(lines)), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    for number, part in enumerate(lines):
+        length = ImageFont.load_default(size=size).getlength(part)
+        font = ImageFont.load_default(size=max(6, min(size, int(size * (width - 2 * _MARGIN) / max(1, length)))))
+        draw.text((_MARGIN, line * number + line // 2), part, fill=(0, 0, 0), font=font, anchor="lm")
+    return picture
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, np.ndarray]], scales: Sequence[object], max_width: int = 2400
+    rows: Sequence[tuple[str, np.ndarray]],
+    scales: Sequence[object],
+    max_width: int = 2400,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
     """
     Lays out strips of frames below each other, one strip with its name per row, and a legend of the scales' colours.
 
     Args:
         rows (`Sequence` of `(str, np.ndarray)`): name of each row and its frames `(frames, height, width, 3)`, uint8.
-        scales (`Sequence`): the gaze's scales, for the legend.
+        scales (`Sequence`): what to call the scales in the legend, coarse to fine, such as [`name_scales`] does.
         max_width (`int`, *optional*, defaults to 2400): frames are shrunk until the sheet is at most this wide, in pixels.
+        captions (`Sequence[str]`, *optional*): what to write below each column.
 
     Returns:
         `PIL.Image.Image`: the sheet, in RGB.
@@ -95,27 +224,40 @@ def contact_sheet(
     gap, count = 4, max(len(frames) for _, frames in rows)
     height, width = rows[0][1].shape[1:3]
     shrink = min(1.0, (max_width - gap * (count + 1)) / (count * width))
-    cell = max(1, round(width * shrink)), max(1, round(height * shrink))
-    font = ImageFont.load_default(size=18)
-    title = 26
-    sheet = Image.new(
-        "RGB", (gap + count * (cell[0] + gap), title + len(rows) * (title + cell[1] + gap)), (255, 255, 255)
-    )
-    draw = ImageDraw.Draw(sheet)
-    x = gap
-    for index, scale in enumerate(scales):
-        label = f"scale {scale}"
-        draw.rectangle([x, 5, x + 16, 21], fill=SCALE_COLOURS[index % len(SCALE_COLOURS)])
-        draw.text((x + 22, 2), label, fill=(0, 0, 0), font=font)
-        x += 36 + round(draw.textlength(label, font=font))
-    y = title
+    cell = max(1, int(width * shrink)), max(1, round(height * shrink))
+    full = gap + count * (cell[0] + gap)
+    parts = [draw_legend([str(scale) for scale in scales], full, "scales")]
     for name, frames in rows:
-        draw.text((gap, y + 2), name, fill=(0, 0, 0), font=font)
+        strip = Image.new("RGB", (full, cell[1] + gap), (255, 255, 255))
         for index, frame in enumerate(frames):
             picture = Image.fromarray(frame).resize(cell, Image.Resampling.LANCZOS)
-            sheet.paste(picture, (gap + index * (cell[0] + gap), y + title))
-        y += title + cell[1] + gap
-    return sheet
+            strip.paste(picture, (gap + index * (cell[0] + gap), 0))
+        parts += [draw_text(name, full), strip]
+    if captions:
+        texts = [draw_text(caption, cell[0], size=16) for caption in captions]
+        strip = Image.new("RGB", (full, max(text.height for text in texts)), (255, 255, 255))
+        for index, text in enumerate(texts):
+            strip.paste(text, (gap + index * (cell[0] + gap), 0))
+        parts.append(strip)
+    return stack_pictures(parts)
+
+
+def stack_pictures(pictures: Sequence[Image.Image]) -> Image.Image:
+    """
+    Puts pictures below each other.
+
+    Args:
+        pictures (`Sequence[PIL.Image.Image]`): pictures in RGB, of one width.
+
+    Returns:
+        `PIL.Image.Image`
+    """
+    stacked = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)), (255, 255, 255))
+    y = 0
+    for picture in pictures:
+        stacked.paste(picture, (0, y))
+        y += picture.height
+    return stacked
 
 
 def plot_gaze(gaze: "GazeOutput", frames: np.ndarray, clip: int = 0, max_frames: int = 8) -> Image.Image:
@@ -124,7 +266,13 @@ def plot_gaze(gaze: "GazeOutput", frames: np.ndarray, clip: int = 0, max_frames:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}")
     painted = paint_gaze(frames, gaze, clip)
     shown = np.linspace(0, len(painted) - 1, min(max_frames, len(painted))).round().astype(int)
-    return contact_sheet([("frames", np.asarray(frames)[shown]), ("kept patches", painted[shown])], gaze.scales)
+    counts = gaze.num_real_each_frame[clip].tolist()
+    kept = [counts[frame // gaze.frame_sampling_rate] for frame in shown]
+    captions = [
+        f"frame {frame}\n{count} of {gaze.grid.num_patches} patches" for frame, count in zip(shown, kept, strict=True)
+    ]
+    rows = [("frames", np.asarray(frames)[shown]), ("kept patches", painted[shown])]
+    return contact_sheet(rows, name_scales(gaze.grid, *painted.shape[1:3]), captions=captions)
 
 
 def describe_gaze(gaze: "GazeOutput") -> str:

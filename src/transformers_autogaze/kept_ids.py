@@ -32,22 +32,25 @@ class KeptIds:
         """Frames of the chunks that were added."""
         self._lengths: list[int] = []
         self._counts: list[np.ndarray] = []
-        self._per_scale = np.zeros(len(self.grid.scales), np.int64)
         self._file = SpooledTemporaryFile(max_size=_HELD)
 
     def add(self, chunk: GazeChunk) -> None:
         """Adds the gaze of the next chunk."""
         ids = [own.cpu().numpy() for own in chunk.gaze.ids_each_frame()]
-        self._counts.append(np.array([len(own) for own in ids], np.int32))
-        self._per_scale += [int(mask.sum()) for mask in chunk.gaze.gazing_mask]
+        self._counts.append(torch.stack([mask[0].sum(-1) for mask in chunk.gaze.gazing_mask], -1).cpu().int().numpy())
         self._lengths.append(len(chunk.frames))
         self.num_frames += len(chunk.frames)
         self._file.write(np.concatenate(ids).astype(np.int32).tobytes())
 
+    @property
+    def counts(self) -> np.ndarray:
+        """`np.ndarray` of shape `(frames, scales)`: patches kept of every frame and scale."""
+        return np.concatenate(self._counts)
+
     def __iter__(self) -> Iterator[tuple[int, int, GazeOutput]]:
         """Yields the frames `start` to `stop` of each chunk and its gaze, without padding and scores."""
         start = place = 0
-        for length, counts in zip(self._lengths, self._counts, strict=True):
+        for length, counts in zip(self._lengths, (counts.sum(1) for counts in self._counts), strict=True):
             # Others may read as well meanwhile.
             self._file.seek(place)
             size = 4 * int(counts.sum())
@@ -68,16 +71,16 @@ class KeptIds:
 
     def statistics(self) -> dict[str, object]:
         """Sums up what was kept; see [`~GazeOutput.statistics`]."""
-        each_frame = [count for counts in self._counts for count in counts.tolist()]
-        frames, patches = len(each_frame), sum(each_frame)
+        counts = self.counts
+        frames, patches = len(counts), int(counts.sum())
         return {
             "num_frames": frames,
             "num_patches": patches,
             "kept_ratio": patches / (frames * self.grid.num_patches),
             "reduction_factor": frames * self.grid.num_patches_each_scale[-1] / patches if patches else None,
-            "patches_each_frame": each_frame,
+            "patches_each_frame": counts.sum(1).tolist(),
             "patches_each_scale": {
                 str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}": int(count)
-                for scale, count in zip(self.grid.scales, self._per_scale, strict=True)
+                for scale, count in zip(self.grid.scales, counts.sum(0), strict=True)
             },
         }

@@ -15,17 +15,19 @@ import torch
 from PIL import Image
 
 from .gaze_files_autogaze import GazeFileWriter
+from .gaze_pictures_autogaze import contact_sheet, name_scales, stack_pictures
 from .gazing_autogaze import GazeOutput
 from .kept_ids import KeptIds
 from .opened_video import OpenedVideo
 from .output_files import replacing_files
 from .processing_autogaze import AutoGazeProcessor
+from .scene_cuts import SceneCuts
 from .selection_autogaze import GazeSelector
 from .tile_gazing import FRAME_RATE, to_levels
 from .video import write_video
 from .video_gazing import GazeChunk, next_frames, stream_gaze
 from .video_rebuilding import VideoRebuilder, chunk_pixels, psnr_of
-from .visualization import PANELS, contact_sheet, draw_panels, side_by_side
+from .visualization import PANELS, FrameView, OverlayDrawer, draw_panels, draw_timeline, side_by_side
 
 
 FILES = OVERLAY, GAZE_FILE, SHEET = "overlay.mp4", "gaze.json", "contact_sheet.png"
@@ -174,6 +176,7 @@ class VideoPruning:
         self.settings, self.tiles, self.title, self.selector_name = settings, tiles, title, selector_name
         self._options, self._measures_quality, self._progress = options, measures_quality, progress
         self._kept: KeptIds | None = None
+        self._cuts: list[int] = []
         self._squared_errors: list[float] = []
         # Opened at once, so that what is wrong is said before anything is decoded.
         self._stream: Iterator[GazeChunk] | None = self._open()
@@ -219,6 +222,12 @@ class VideoPruning:
             raise ValueError("`measures_quality` must be True for the quality of frames to be known, got False")
         self._finished()
         return [psnr_of([error]) for error in self._squared_errors]
+
+    @property
+    def cuts(self) -> list[int]:
+        """The frames that begin a new scene, counted over the frames taken; see [`SceneCuts`]."""
+        self._finished()
+        return self._cuts
 
     def records(self) -> Iterator[dict[str, Any]]:
         """
@@ -268,50 +277,75 @@ class VideoPruning:
                     patches = grid.cut_patches(frame, torch.zeros_like(own), own).clamp(0, 1)
                     yield KeptPatches((patches * 255).round().byte().cpu(), own.cpu(), chunk.start + place)
 
-    def overlay(self) -> Iterator[np.ndarray]:
+    def overlay(self, timeline: bool = False) -> Iterator[np.ndarray]:
         """
-        Draws the video beside its kept patches and what they show of it.
+        Draws the video beside its kept patches and what they show of it, with a legend and what was kept so far.
+
+        Args:
+            timeline (`bool`, *optional*, defaults to `False`):
+                Whether to draw the patches of every frame over time and where scenes are cut, below. That is known only once
+                the video has been gazed at, so it is decoded twice.
 
         Yields:
             `np.ndarray` of shape `(height, width, 3)` and type uint8: one for every frame taken.
         """
-        for _, panels in self._draw(range(len(self.video))):
-            yield side_by_side(panels)
+        return self._draw_overlay([], timeline)
 
-    def contact_sheet(self) -> Image.Image:
-        """Draws some frames, evenly chosen, what was kept of them and what that shows."""
-        return self._lay_out([panels for _, panels in self._draw(self._on_sheet())])
+    def contact_sheet(self, timeline: bool = False) -> Image.Image:
+        """
+        Draws some frames, evenly chosen, what was kept of them and what that shows.
 
-    def save(self, folder: str | os.PathLike, overlay: bool = True) -> None:
+        Args:
+            timeline (`bool`, *optional*, defaults to `False`):
+                Whether to draw the patches of every frame over time and where scenes are cut, below.
+
+        Returns:
+            `PIL.Image.Image`
+        """
+        return self._lay_out(list(self._draw(self._on_sheet())), timeline)
+
+    def save(self, folder: str | os.PathLike, overlay: bool = True, timeline: bool = False) -> None:
         """
         Writes [`FILES`]: the gaze, the contact sheet and the overlay; all of them, or nothing.
 
         Args:
             folder (`str` or `os.PathLike`): where; made if it is missing. What it holds of an earlier run is replaced.
             overlay (`bool`, *optional*, defaults to `True`): whether to write the overlay, the slowest part.
+            timeline (`bool`, *optional*, defaults to `False`): whether both pictures have a timeline.
 
         Raises:
             ValueError: if `folder` is a file.
         """
         with replacing_files(folder, FILES) as unfinished:
-            shown: list[list[np.ndarray]] = []
+            shown: list[FrameView] = []
             if overlay:
                 # Times of their own only where the frames come unevenly.
                 times = getattr(self.video.metadata, "frame_times", None)
                 rate = self.video.frame_rate or FRAME_RATE
-                write_video(unfinished / OVERLAY, self._overlay_and(shown), fps=rate, times=times)
+                write_video(unfinished / OVERLAY, self._draw_overlay(shown, timeline), fps=rate, times=times)
             else:
-                shown += (panels for _, panels in self._draw(self._on_sheet()))
+                shown += self._draw(self._on_sheet())
             self._write_gaze_file(unfinished / GAZE_FILE)
-            self._lay_out(shown).save(unfinished / SHEET)
+            self._lay_out(shown, timeline).save(unfinished / SHEET)
 
-    def _overlay_and(self, shown: list[list[np.ndarray]]) -> Iterator[np.ndarray]:
-        """Draws the overlay, and fills `shown` with the panels of the contact sheet."""
-        on_sheet = self._on_sheet()
-        for number, panels in self._draw(range(len(self.video))):
-            if number in on_sheet:
-                shown.append(panels)
-            yield side_by_side(panels)
+    def _draw_overlay(self, shown: list[FrameView], timeline: bool) -> Iterator[np.ndarray]:
+        """Draws the overlay, and fills `shown` with what is on the contact sheet."""
+        on_sheet, length, drawer = self._on_sheet(), len(self.video), None
+        known = self._finished() if timeline else None
+        for view in self._draw(range(length)):
+            if view.frame in on_sheet:
+                shown.append(view)
+            if drawer is None:
+                width = side_by_side(view.panels).shape[1]
+                strip = None if known is None else self._draw_timeline(width)
+                drawer = OverlayDrawer(length if known is None else known.num_frames, strip)
+            yield drawer.draw(view)
+
+    def _draw_timeline(self, width: int) -> Image.Image:
+        kept = self._finished()
+        counts = kept.counts.repeat(kept.frame_sampling_rate, 0)
+        rate = self.video.frame_rate
+        return draw_timeline(counts, self.cuts, width, None if rate is None else len(counts) / rate)
 
     def _write_gaze_file(self, path: Path) -> None:
         kept, known = self._finished(), self.video.metadata
@@ -341,14 +375,15 @@ class VideoPruning:
 
     def _gaze_at(self) -> Iterator[GazeChunk]:
         stream, self._stream = self._stream or self._open(), None
-        kept = None
+        kept, cuts = None, SceneCuts()
         for chunk in stream:
             kept = kept or KeptIds(chunk)
             kept.add(chunk)
+            cuts.add(chunk.levels)
             yield chunk
             # What the caller lets go must be gone before the next chunk is decoded.
             del chunk
-        self._kept = kept
+        self._kept, self._cuts = kept, cuts.cuts
 
     def _look_again(self, kept: KeptIds) -> Iterator[GazeChunk]:
         """Decodes the video again, with the gaze that is known."""
@@ -363,13 +398,27 @@ class VideoPruning:
             yield chunk
             del chunk
 
-    def _draw(self, numbers: Collection[int]) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Goes through the video and draws the panels of some frames."""
+    def _draw(self, numbers: Collection[int]) -> Iterator[FrameView]:
+        """Goes through the video and draws some of its frames."""
+        times, tokens, processor = self.video.frame_times, 0, self.processor.video_processor
         for chunk, part, _, rebuilt in self._rebuild(is_shown=True):
+            grid, rate = chunk.gaze.grid, chunk.gaze.frame_sampling_rate
+            names, counts = name_scales(grid, *chunk.extent), chunk.gaze.num_real_each_frame[0].tolist()
             for place in range(part.start, part.stop):
-                if chunk.start + place in numbers:
-                    frame = rebuilt[place - part.start]
-                    yield chunk.start + place, draw_panels(chunk, place, frame, self.processor.video_processor)
+                number, kept = chunk.start + place, counts[place // rate]
+                tokens += kept if place % rate == 0 else 0
+                if number in numbers:
+                    yield FrameView(
+                        frame=number,
+                        index=chunk.frame_indices[place],
+                        time=None if times is None else times[number],
+                        kept=kept,
+                        total=grid.num_patches,
+                        tokens=tokens,
+                        dense=(number // rate + 1) * grid.num_patches_each_scale[-1],
+                        scales=names,
+                        panels=draw_panels(chunk, place, rebuilt[place - part.start], processor),
+                    )
             del chunk
 
     def _rebuild(self, is_shown: bool = False) -> Iterator[tuple[GazeChunk, slice, torch.Tensor, torch.Tensor | None]]:
@@ -403,6 +452,8 @@ class VideoPruning:
         count = min(length, _SHOWN)
         return {index * (length - 1) // max(1, count - 1) for index in range(count)}
 
-    def _lay_out(self, shown: list[list[np.ndarray]]) -> Image.Image:
-        rows = [np.stack(strip) for strip in zip(*shown, strict=True)]
-        return contact_sheet(list(zip(PANELS, rows, strict=True)), list(self.statistics["patches_each_scale"]))
+    def _lay_out(self, shown: list[FrameView], timeline: bool) -> Image.Image:
+        panels = zip(*(view.panels for view in shown), strict=True)
+        rows = [(name, np.stack(strip)) for name, strip in zip(PANELS, panels, strict=True)]
+        sheet = contact_sheet(rows, shown[0].scales, captions=[view.caption for view in shown])
+        return stack_pictures([sheet, self._draw_timeline(sheet.width)]) if timeline else sheet

@@ -30,6 +30,11 @@ def _add_command(commands: Any, name: str, usage: str) -> argparse.ArgumentParse
     command = commands.add_parser(name, description=f"{COMMANDS[name][0]}.".capitalize(), usage=usage)
     add_output(command)
     command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4, the slowest part")
+    command.add_argument(
+        "--timeline",
+        action="store_true",
+        help="draw the patches of every frame over time, and where scenes are cut, below both pictures",
+    )
     add_device(command)
     _add_selector(command.add_argument_group("what chooses"))
     _add_budgets(command.add_argument_group("how much is kept"))
