@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measurement import machine
+from measurement import machine, memory
 from transformers import AutoModel
 
 from transformers_autogaze import AUTOGAZE_SELECTOR, write_video
@@ -103,14 +103,6 @@ def measure(model: str, threads: int, command: list[str]) -> None:
     if status := autogaze(command):
         raise SystemExit(status)
     print(json.dumps({"idle": idle, "peak": memory("VmHWM")}))
-
-
-def memory(key: str) -> float:
-    """Resident memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"{key} is not in /proc/self/status")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the benchmarks share: a clock that waits for the device, and what a result says of its machine."""
+"""What the benchmarks share: a clock that waits for the device, this process's memory, and what a result says of its machine."""
 
 import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,14 @@ def now(device: str = "cpu") -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def memory(key: str) -> float:
+    """Resident memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"{key} is not in /proc/self/status")
 
 
 def machine(threads: int, device: str = "cpu", dtype: str = "float32") -> dict[str, str | int]:

@@ -1,7 +1,10 @@
 """What is no gaze model, or broken, or not whole is refused by every command, which says what is wrong."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,6 +43,34 @@ def folders(tmp_path_factory):
         (base / "videos").mkdir(exist_ok=True)
         write_video(base / "videos" / f"clip{seed}.mp4", render_demo_clip(4, 32, 48, seed), fps=4)
     return base
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_what_was_loaded_before_is_taken(folders, tmp_path):
+    """In a process of its own, as where the Hub is and what was loaded from it is read when the library is imported."""
+    cached = tmp_path / "models--someone--selector"
+    shutil.copytree(folders / "features", cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    code = """
+import sys, time
+from transformers_autogaze.checkpoints import load_selector
+start = time.monotonic()
+try:
+    load_selector("autogaze", argument="--selector")
+except ValueError as error:
+    print(error)
+model, _ = load_selector("someone/selector")
+assert time.monotonic() - start < 30
+print(model.config.model_type)
+"""
+    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    error, kind = result.stdout.splitlines()
+    assert "`--selector` must be a checkpoint's folder or Hub repository" in error
+    assert "http://127.0.0.1:9 cannot be reached" in error and kind == "autogaze_features"
+    assert "someone/selector is taken as it was loaded before" in result.stderr
 
 
 def spoil(folder, fault):

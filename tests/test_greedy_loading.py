@@ -46,6 +46,12 @@ def test_what_the_library_gives_for_loading_a_model_comes(video, dtype, tmp_path
     assert given.config.gazing_ratio == 0.3
 
 
+def test_a_configuration_and_weights_that_are_given_need_no_folder():
+    config = GreedyGazeConfig(gazing_ratio=0.3)
+    loaded = GreedyGazeSelector.from_pretrained(None, config=config, state_dict=GreedyGazeSelector().state_dict())
+    assert loaded.config.gazing_ratio == 0.3 and not loaded.training
+
+
 @pytest.mark.parametrize(
     "selector",
     [

@@ -51,6 +51,15 @@ def test_generate_names_what_is_wrong(kind, options, message):
         SELECTORS[kind]().eval().generate(VIDEO, **options)
 
 
+def test_scoring_names_an_argument_that_nobody_knows():
+    model = AutoGazeModel(small_config()).eval()
+    gaze = model.generate(VIDEO, gazing_ratio=1)
+    given = VIDEO, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame
+    with pytest.raises(TypeError, match="AutoGazeModel.forward knows no argument label; it takes .* labels,"):
+        model(*given, label=gaze.gazing_pos)
+    assert model(*given, num_items_in_batch=1).log_action_probs.shape == gaze.gazing_pos.shape
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

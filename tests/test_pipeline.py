@@ -208,5 +208,8 @@ def test_a_bad_video_does_not_end_the_others(prune, video):
 
 
 def test_unknown_arguments_are_refused(prune, video):
-    with pytest.raises(TypeError, match="gazing_rate"):
+    message = r'pipeline\("video-token-pruning"\) knows no argument gazing_rate; it takes gazing_ratio, .* batch_size'
+    with pytest.raises(TypeError, match=message):
         prune(video, gazing_rate=0.1)
+    with pytest.raises(TypeError, match=message):
+        pipeline("video-token-pruning", device="cpu", gazing_rate=0.1)

@@ -80,6 +80,23 @@ def test_a_wrapper_tells_what_its_model_tells(name):
     assert torch.equal(outputs_of(pickle.loads(pickle.dumps(WRAPPERS[name]()))), outputs_of(WRAPPERS[name]()))
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_a_misspelt_argument_is_named_and_not_ignored(name):
+    model = WRAPPERS[name]()
+    message = (
+        f"{type(model).__name__}.forward knows no argument gazing_rato; it takes .* gazing_ratio, .* logits_to_keep"
+    )
+    if name == "llava":
+        inputs = {"input_ids": torch.tensor([[5, 61, 6]]), "pixel_values_videos": [clip(3)]}
+    else:
+        inputs = make_inputs(model.mllm, [[1, (2, 4, 6), 2]])
+    for given in (inputs, {"input_ids": torch.tensor([[5, 6]])}):
+        with pytest.raises(TypeError, match=message):
+            model(**given, gazing_rato=0.5)
+    output = model(**inputs, gazing_ratio=0.5, logits_to_keep=1, use_cache=False, output_hidden_states=True)
+    assert output.logits.shape[1] == 1 and output.hidden_states is not None
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_saved_wrapper_comes_back_as_it_was(name, tmp_path):
     model = WRAPPERS[name]()

@@ -5,6 +5,7 @@ Loading of checkpoints for the command line: what is foreign, broken or incomple
 gets a new head. A command has no use for random weights.
 """
 
+import functools
 import json
 import os
 import re
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.utils import get_session
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -47,6 +51,7 @@ _FAULTS = {
 }
 _UNUSED = r"(^|\.)(pooler|head|mask_token)(\.|$)"  # parts of towers that features do not pass
 _SHOWN, _LONGEST = 5, 400  # names of weights, and characters of an error, in a message
+_PATIENCE = 5  # seconds for the Hub to answer
 
 T = TypeVar("T")
 
@@ -232,7 +237,32 @@ def _find(name: str | os.PathLike, argument: str) -> str:
         raise ValueError(
             f"`{argument}` must be a checkpoint's folder or Hub repository, but there is no folder {name!r}"
         )
-    return str(SHIPPED_SELECTORS[name]) if name in SHIPPED_SELECTORS and not os.path.isdir(name) else name
+    if os.path.isdir(name):
+        return name
+    name = str(SHIPPED_SELECTORS.get(name, name))
+    return name if os.path.isdir(name) or is_offline_mode() or _hub_answers() else _find_in_cache(name, argument)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached, asked once: loading from it would try for minutes, file by file."""
+    try:
+        get_session().head(ENDPOINT, timeout=_PATIENCE)
+        return True
+    except Exception:  # Of which library the errors are depends on the release of huggingface_hub.
+        return False
+
+
+def _find_in_cache(name: str, argument: str) -> str:
+    """Gives the folder of a repository that was loaded from the Hub before."""
+    config = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
+    if not isinstance(config, str):
+        raise ValueError(
+            f"`{argument}` must be a checkpoint's folder or Hub repository, but the config.json of {name!r} cannot be loaded: "
+            f"there is no such folder, {ENDPOINT} cannot be reached, and it was not loaded from there before"
+        )
+    logger.warning(f"{ENDPOINT} cannot be reached; {name} is taken as it was loaded before.")
+    return os.path.dirname(config)
 
 
 def _reading(name: str, argument: str, what: str, read: Callable[[], T]) -> T:

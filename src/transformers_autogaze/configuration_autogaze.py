@@ -88,6 +88,10 @@ class GazeSelectorConfig(PreTrainedConfig):
         ValueError: if a scale, the factor or a standard deviation is out of range.
     """
 
+    # What holds where a selector does not say otherwise: RGB frames, each gazed at; a stream of any length is one clip.
+    num_channels = 3
+    frame_sampling_rate = 1
+    max_num_frames = None
     __eq__ = have_equal_content
 
     def __init__(
@@ -455,34 +459,15 @@ def _from_published_layout(published: dict[str, Any]) -> dict[str, Any]:
     vision, decoder = gaze["vision_model_config"], gaze["gaze_decoder_config"]
     scales = sorted(int(scale) for scale in str(published["scales"]).split("+"))
     patch_area = sum(scale**2 for scale in scales) / published["num_vision_tokens_each_frame"]
-    decoder_keys = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "vocab_size",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "attention_bias",
-        "attention_dropout",
-        "mlp_bias",
-        "num_multi_token_pred",
-    )
-    own_keys = (
-        "max_num_frames",
-        "gazing_ratio_config",
-        "gazing_ratio_each_frame_config",
-        "task_loss_requirement_config",
-        "has_task_loss_requirement_during_training",
-        "has_task_loss_requirement_during_inference",
-        "torch_dtype",
-    )
+    decoder_keys = """
+        hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act vocab_size
+        max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling attention_bias attention_dropout mlp_bias
+        num_multi_token_pred
+    """.split()
+    own_keys = """
+        max_num_frames gazing_ratio_config gazing_ratio_each_frame_config task_loss_requirement_config
+        has_task_loss_requirement_during_training has_task_loss_requirement_during_inference torch_dtype
+    """.split()
     return {
         "model_type": "autogaze",
         "scales": scales,

@@ -70,10 +70,6 @@ class FeatureGazeConfig(GazeSelectorConfig):
     """
 
     model_type = "autogaze_features"
-    num_channels = 3
-    frame_sampling_rate = 1
-    max_num_frames = None  # A stream of any length is one clip.
-
     __eq__ = have_equal_content
 
     def __init__(

@@ -52,9 +52,6 @@ class GreedyGazeConfig(GazeSelectorConfig):
     """
 
     model_type = "autogaze_greedy"
-    num_channels = 3
-    frame_sampling_rate = 1
-    max_num_frames = None  # A stream of any length is one clip.
     __eq__ = have_equal_content
 
     def __init__(
@@ -146,13 +143,18 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args, config: GreedyGazeConfig | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        config: GreedyGazeConfig | None = None,
+        **kwargs,
     ) -> "GreedyGazeSelector":
         """
         Loads a selector from its `config.json`; there are no weights.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository of the Hub.
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder or a repository of the Hub; `None` where `config` tells all.
             config (`GreedyGazeConfig`, *optional*): a configuration to use instead of the one that lies there.
             kwargs:
                 Values of the configuration to use instead of those that lie there, such as `gazing_ratio`, and the arguments
@@ -180,9 +182,11 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
             config, kwargs = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-        loaded = super().from_pretrained(None, *args, config=config, state_dict={}, **dtype, **kwargs)
+        kwargs.setdefault("state_dict", {})
+        loaded = super().from_pretrained(None, *args, config=config, **dtype, **kwargs)
         selector = loaded[0] if isinstance(loaded, tuple) else loaded
-        selector.name_or_path = selector.config.name_or_path = str(pretrained_model_name_or_path)
+        if pretrained_model_name_or_path is not None:
+            selector.name_or_path = selector.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -8,7 +8,7 @@ from .greedy_autogaze import GreedyGazeConfig
 from .selection_autogaze import GazeSelector
 
 
-_TEXT = """---
+METADATA = """---
 library_name: transformers
 pipeline_tag: video-classification
 tags:
@@ -17,7 +17,9 @@ tags:
   - autogaze
   - custom_code
 ---
-
+"""
+"""What the Hub is told of every checkpoint."""
+_TEXT = """
 # {title}
 
 A selector of patches of a video: it tells which ones a vision encoder needs to see, before the encoder runs. It is of the kind
@@ -79,7 +81,7 @@ def make_card(model: GazeSelector, title: str = "A selector of patches", made: M
         "frames of a clip": getattr(config, "max_num_frames", None) or "any number",
     }
     is_over_time = isinstance(config, (FeatureGazeConfig, GreedyGazeConfig))
-    return _TEXT.format(
+    return METADATA + _TEXT.format(
         title=title,
         kind=config.model_type,
         setting="clip_ratio=0.25" if is_over_time else "gazing_ratio=0.25",

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .canvas_measures_autogaze import MeasuringSearch  # noqa: F401
@@ -35,7 +35,7 @@ from .generation_autogaze import GazeDecoding
 from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
 from .measured_stopping_autogaze import FrameMeter  # noqa: F401
-from .selection_autogaze import GazeGenerationMixin, check_pixels, draw_settings, resize_frames
+from .selection_autogaze import GazeGenerationMixin, check_names, check_pixels, draw_settings, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
@@ -282,6 +282,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
 
         Raises:
             ValueError: if an argument does not fit the others; the message names it.
+            TypeError: if there is no such argument.
         """
         counts, num_slots = num_gazing_each_frame, gazing_pos.shape[-1]
         self._check_video(pixel_values_videos)
@@ -298,6 +299,8 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         recorded = outputs_to_record(self.config, attention, output_hidden_states, output_attentions)
         frames = resize_frames(pixel_values_videos, self.config.image_size)
         if not torch.compiler.is_compiling():
+            name = f"{type(self).__name__}.forward"
+            check_names(name, kwargs, [self.forward], TransformersKwargs.__annotations__)
             check_pixels(frames)
 
         device = gazing_pos.device

@@ -28,7 +28,7 @@ from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .processing_autogaze import AutoGazeProcessor
-from .selection_autogaze import GazeSelector, resize_frames
+from .selection_autogaze import GazeSelector, check_names, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 from .video_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
 from .video_frames_autogaze import flatten_videos
@@ -164,6 +164,7 @@ class VideoTokenPruningPipeline(Pipeline):
 
         Raises:
             ValueError: if the one video cannot be read or an argument is out of range.
+            TypeError: if there is no such argument.
         """
         if isinstance(videos, Dataset):
             return super().__call__(videos, **kwargs)
@@ -204,6 +205,7 @@ class VideoTokenPruningPipeline(Pipeline):
         fps: float | None = None,
         return_patches: bool | None = None,
         return_reconstruction: bool | None = None,
+        **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         preprocess = {"num_frames": num_frames, "fps": fps, "target_scales": target_scales}
         forward = {
@@ -216,6 +218,9 @@ class VideoTokenPruningPipeline(Pipeline):
             "return_patches": return_patches,
             "return_reconstruction": return_reconstruction,
         }
+        check_names(
+            'pipeline("video-token-pruning")', unknown, [self._sanitize_parameters], ("batch_size", "num_workers")
+        )
         # Only what is given, or a call's silence would undo the pipeline's own defaults.
         parts = (preprocess, forward, {})
         return tuple({key: value for key, value in part.items() if value is not None} for part in parts)

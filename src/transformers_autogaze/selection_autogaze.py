@@ -6,7 +6,7 @@ This module owns everything about gazing that does not depend on how patches are
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 
 import torch
@@ -328,6 +328,32 @@ class GazeSelector:
         if video.shape[1] % rate:
             raise ValueError(f"`pixel_values_videos` must hold a multiple of {rate} frames, got {video.shape[1]}")
         return video.shape[1] // rate
+
+
+def check_names(
+    owner: str, given: Iterable[str], functions: Iterable[Callable[..., object]], others: Iterable[str] = ()
+) -> None:
+    """
+    Checks names of arguments where Python itself does not.
+
+    Args:
+        owner (`str`): what they are given to.
+        given (`Iterable[str]`): their names.
+        functions (`Iterable[Callable]`): those whose named arguments it takes.
+        others (`Iterable[str]`, *optional*): what it takes beside these.
+
+    Raises:
+        TypeError: if one is not known.
+    """
+    known = [
+        name
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    known = dict.fromkeys([*known, *others])
+    if unknown := [name for name in given if name not in known]:
+        raise TypeError(f"{owner} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}")
 
 
 def check_pixels(frames: torch.Tensor) -> None:

@@ -12,8 +12,22 @@ from transformers_autogaze import (
     FeatureGazeConfig,
     FeatureGazeModel,
     GazeOutput,
+    GreedyGazeConfig,
     GreedyGazeSelector,
 )
+
+
+class ModelTest(ModelTesterMixin):
+    """The library's tests of a model, but for those that do not apply."""
+
+    test_resize_embeddings = False  # ids are the patches of a grid
+    reasons: dict[str, str] = {}
+    """By the start of the name of a test: why it does not apply."""
+
+    def setUp(self):
+        for name, reason in self.reasons.items():
+            if self._testMethodName.startswith(name):
+                self.skipTest(reason)
 
 
 class AutoGazeTester:
@@ -57,11 +71,9 @@ _KEPT = (
 )
 
 
-class AutoGazeModelTest(ModelTesterMixin, unittest.TestCase):
+class AutoGazeModelTest(ModelTest, unittest.TestCase):
     all_model_classes = (AutoGazeModel,)
-    test_resize_embeddings = False  # ids are the patches of a grid
 
-    # By the start of the name of a test: why it does not apply.
     reasons = {
         "test_batching_equivalence": _ONE_BATCH,
         "test_eager_matches_sdpa_inference": _ONE_BATCH,
@@ -71,9 +83,7 @@ class AutoGazeModelTest(ModelTesterMixin, unittest.TestCase):
     }
 
     def setUp(self):
-        for name, reason in self.reasons.items():
-            if self._testMethodName.startswith(name):
-                self.skipTest(reason)
+        super().setUp()
         self.model_tester = AutoGazeTester()
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -85,51 +95,55 @@ class AutoGazeModelTest(ModelTesterMixin, unittest.TestCase):
 
 
 class SelectorTester:
-    """For selectors that only gaze."""
+    """For selectors whose `forward` is `generate`."""
 
-    is_training = False
+    batch_size, is_training = 2, False
 
     def __init__(self, config):
         self.config = config
 
     def prepare_config_and_inputs_for_common(self):
-        return self.config, {"pixel_values_videos": torch.zeros(1, 2, 3, 32, 32, device=torch_device)}
+        generator = torch.Generator().manual_seed(0)
+        videos = torch.randn(self.batch_size, 2, 3, 32, 32, generator=generator).to(torch_device)
+        return self.config, {"pixel_values_videos": videos}
 
 
-class FeatureGazeModelTest(ModelTesterMixin, unittest.TestCase):
+_CHOICE = "calling it gives a choice of patches: no hidden states, and no gradient"
+_FLAGS = "subtracts outputs, of which some are flags; tests/test_feature_gaze.py and tests/test_greedy.py compare them"
+
+
+class FeatureGazeModelTest(ModelTest, unittest.TestCase):
     all_model_classes = (FeatureGazeModel,)
-    test_resize_embeddings = False
     has_attentions = False
 
-    # The others call the model: it has `generate` alone, which tests/test_feature_gaze.py tests.
-    applies = (
-        "test_can_init_all_missing_weights",
-        "test_config_",
-        "test_correct_missing_keys",
-        "test_from_pretrained_no_checkpoint",
-        "test_init_weights_can_init_buffers",
-        "test_initialization",
-        "test_keep_in_fp32_modules",
-        "test_load_save_without_tied_weights",
-        "test_model_is_small",
-        "test_save_load_keys_to_ignore_on_save",
-        "test_tied_weights_keys",
-        "test_torch_save_load",
-    )
+    reasons = {
+        "test_batching_equivalence": _FLAGS,
+        "test_model_outputs_equivalence": _FLAGS,
+        "test_hidden_states_output": _CHOICE,
+        "test_retain_grad_hidden_states_attentions": _CHOICE,
+        "test_model_get_set_embeddings": "a network of convolutions looks at pixels; there are no tokens to embed",
+    }
 
     def setUp(self):
-        if not self._testMethodName.startswith(self.applies):
-            self.skipTest("calls the model, which has `generate` alone; tests/test_feature_gaze.py tests that")
+        super().setUp()
         self.model_tester = SelectorTester(
             FeatureGazeConfig(hidden_sizes=[8, 16, 32], depths=[1, 1, 1], feature_size=8)
         )
 
 
-class GreedyGazeSelectorTest(FeatureGazeModelTest):
+class GreedyGazeSelectorTest(ModelTest, unittest.TestCase):
     all_model_classes = (GreedyGazeSelector,)
+    has_attentions = False
+
+    reasons = {
+        **FeatureGazeModelTest.reasons,
+        "test_init_weights_can_init_buffers": "its one buffer has no content: it tells the device and the precision",
+        "test_load_save_without_tied_weights": "there are no weights, and so no file of them",
+    }
 
     def setUp(self):
-        self.skipTest("it has no weights and no `forward`; tests/test_greedy.py tests it")
+        super().setUp()
+        self.model_tester = SelectorTester(GreedyGazeConfig())
 
 
 if __name__ == "__main__":

@@ -205,11 +205,9 @@ class GazeVideoLM(ModelWrapper):
         """
         name = pretrained_model_name_or_path
         facts = read_wrapper_file(name, cls, kwargs)
-        given = {"gaze_model": gaze_model, "processor": processor, "gaze_processor": gaze_processor}
-        parts = load_gazing_parts(name, facts, given, kwargs)
+        parts = load_gazing_parts(name, facts, kwargs, gaze_model, processor, gaze_processor)
         embedding = load_time_embedding(name, facts, time_embedding, kwargs)
-        settings = {} if facts is None else facts["settings"]
-        return cls(cls._load_wrapped(name, facts, kwargs), **parts, **settings, time_embedding=embedding).eval()
+        return cls(cls._load_wrapped(name, facts, kwargs), **parts, time_embedding=embedding).eval()
 
     def _save_parts(self, folder: Path) -> dict[str, Any]:
         return {
@@ -268,6 +266,7 @@ class GazeVideoLM(ModelWrapper):
         Raises:
             ValueError: as [`~GazeVideoLM.prepare_inputs`].
         """
+        self._check_names(kwargs)
         if not has_videos(self.adapter, input_ids, pixel_values_videos, kwargs):
             return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         starts_padded = attention_mask is not None and not bool(attention_mask[:, 0].all())

@@ -153,10 +153,8 @@ class GazeQwenVL(ModelWrapper):
         """
         name = pretrained_model_name_or_path
         facts = read_wrapper_file(name, cls, kwargs)
-        given = {"gaze_model": gaze_model, "processor": processor, "gaze_processor": gaze_processor}
-        parts = load_gazing_parts(name, facts, given, kwargs)
-        settings = {} if facts is None else facts["settings"]
-        return cls(cls._load_wrapped(name, facts, kwargs), **parts, **settings).eval()
+        parts = load_gazing_parts(name, facts, kwargs, gaze_model, processor, gaze_processor)
+        return cls(cls._load_wrapped(name, facts, kwargs), **parts).eval()
 
     def _save_parts(self, folder: Path) -> dict[str, Any]:
         parts = save_gazing_parts(self, folder, self.processor, self.gaze_processor)
@@ -204,6 +202,7 @@ class GazeQwenVL(ModelWrapper):
         Raises:
             ValueError: as [`~GazeQwenVL.prepare_inputs`].
         """
+        self._check_names(kwargs)
         given = {
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,

@@ -16,9 +16,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
-from transformers.utils import PushToHubMixin, cached_file
+from transformers.utils import PushToHubMixin, TransformersKwargs, cached_file
 
 from ..output_files import replacing
+from ..selection_autogaze import check_names
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
@@ -52,6 +53,9 @@ _DELEGATED = frozenset(
         "supports_gradient_checkpointing",
     )
 )
+
+# By the decorators of `forward`, under an older name, and by PEFT.
+_ALWAYS_TAKEN = ("return_dict", "past_key_values", "adapter_names")
 
 
 def hub_arguments(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
@@ -119,6 +123,13 @@ class ModelWrapper(PushToHubMixin, nn.Module):
         """The precision of the wrapped model."""
         model = without_peft(self.wrapped)
         return model.dtype if hasattr(model, "dtype") else next(model.parameters()).dtype
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        """Checks further arguments of `forward`: a model of the library takes what it does not know in silence."""
+        model = without_peft(self.wrapped)
+        functions = (self.forward, model.forward, model.get_decoder().forward, model.loss_function)
+        others = (*TransformersKwargs.__annotations__, *_ALWAYS_TAKEN)
+        check_names(f"{type(self).__name__}.forward", given, functions, others)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Gives the weights as `nn.Module.state_dict`, each tied one once, under its first name."""
@@ -234,17 +245,23 @@ def save_gazing_parts(wrapper: Any, folder: Path, processor: Any, gaze_processor
 
 
 def load_gazing_parts(
-    name: str | os.PathLike, facts: Mapping[str, Any] | None, given: Mapping[str, Any], kwargs: Mapping[str, Any]
+    name: str | os.PathLike,
+    facts: Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any],
+    gaze_model: Any,
+    processor: Any,
+    gaze_processor: Any,
 ) -> dict[str, Any]:
-    """Gives `gaze_model`, `processor` and `gaze_processor`: those given, or else those that were saved."""
-    parts, facts = dict(given), facts or {}
-    if parts["gaze_model"] is None and facts.get("has_gaze_model"):
-        parts["gaze_model"] = AutoModel.from_pretrained(_fetch(name, _SELECTOR, kwargs))
-    if parts["processor"] is None and facts.get("normalization"):
-        parts["processor"] = SimpleNamespace(**facts["normalization"])
-    if parts["gaze_processor"] is None and facts.get("has_gaze_processor"):
-        parts["gaze_processor"] = AutoGazeVideoProcessor.from_pretrained(_fetch(name, _PROCESSOR, kwargs))
-    return parts
+    """Gives `gaze_model`, `processor` and `gaze_processor`: those given, or else those that were saved, and the settings."""
+    facts = facts or {}
+    if gaze_model is None and facts.get("has_gaze_model"):
+        gaze_model = AutoModel.from_pretrained(_fetch(name, _SELECTOR, kwargs))
+    if processor is None and facts.get("normalization"):
+        processor = SimpleNamespace(**facts["normalization"])
+    if gaze_processor is None and facts.get("has_gaze_processor"):
+        gaze_processor = AutoGazeVideoProcessor.from_pretrained(_fetch(name, _PROCESSOR, kwargs))
+    parts = {"gaze_model": gaze_model, "processor": processor, "gaze_processor": gaze_processor}
+    return {**parts, **facts.get("settings", {})}
 
 
 def _fetch(name: str | os.PathLike, part: str, kwargs: Mapping[str, Any]) -> str:

@@ -5,19 +5,11 @@ from typing import Any
 
 import torch
 
+from ..model_cards import METADATA
 from .distillation import DistillationArguments
 
 
-_TEXT = """---
-library_name: transformers
-pipeline_tag: video-classification
-tags:
-  - video
-  - token-pruning
-  - autogaze
-  - custom_code
----
-
+_TEXT = """
 # A selector distilled from {encoder}
 
 A small network that foresees what the vision encoder {encoder} would make of every place of a frame, and a search on what it
@@ -85,7 +77,7 @@ def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: st
         `str`: the card in Markdown.
     """
     foretold, measured = zip(*facts["knots"], strict=True)
-    text = _TEXT.format(
+    text = METADATA + _TEXT.format(
         **{
             **facts,
             **{name: getattr(args, name) for name in ("num_components", "whitening", "learning_rate", "weight_decay")},
