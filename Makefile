@@ -16,7 +16,7 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests lint weights autogaze-weights clean
+.PHONY: demo test common-tests wheel-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -32,6 +32,21 @@ common-tests: $(INSTALLED)
 		transformers==$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)")
 	tar -xzf outputs/common/transformers-*.tar.gz -C outputs/common --one-top-level=library --strip-components=1
 	TRANSFORMERS_TESTS=$(CURDIR)/outputs/common/library $(VENV)/bin/python -m pytest tests/common/common_*.py
+
+# What is released: wheel and source distribution are built and looked into, and the wheel is tried in a new environment, with the
+# interpreter PYTHON.
+RELEASE = outputs/release
+wheel-test:
+	rm -rf $(RELEASE)
+	mkdir -p $(RELEASE)/trial
+	$(PYTHON) -m venv $(RELEASE)/builder
+	$(RELEASE)/builder/bin/python -m pip install --quiet build twine
+	$(RELEASE)/builder/bin/python -m build --outdir $(RELEASE)/dist .
+	$(RELEASE)/builder/bin/python -m twine check --strict $(RELEASE)/dist/*
+	$(RELEASE)/builder/bin/python tests/release/check_distributions.py $(RELEASE)/dist
+	$(PYTHON) -m venv $(RELEASE)/installed
+	$(RELEASE)/installed/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) $(RELEASE)/dist/*.whl
+	cd $(RELEASE)/trial && ../installed/bin/python $(CURDIR)/tests/release/try_installed.py $(CURDIR)/README.md
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -242,8 +242,12 @@ def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None
             "learning rate": f"{args.learning_rate:g}",
             "seed": args.seed,
         }
+        is_on_hub = options.model is not None and not Path(options.model).is_dir()
+        card = make_card(
+            trainer.model, Path(options.output_dir).name, made, base_model=options.model if is_on_hub else None
+        )
         with replacing(Path(options.output_dir) / "README.md") as unfinished:
-            unfinished.write_text(make_card(trainer.model, Path(options.output_dir).name, made), encoding="utf-8")
+            unfinished.write_text(card, encoding="utf-8")
         print(f"written: {options.output_dir}")
 
 

@@ -1,8 +1,8 @@
 """Closed-form reconstruction of a video from its gazed patches, and the greedy gaze that serves it best.
 
-This module owns what kept patches are worth in pixels: the reconstruction that needs no weights (DESIGN, "Closed-form
-reconstruction"), its error, the search on that error under budgets per frame, and the error as a task loss. The canvas
-and the search on it are those of `canvas_search_autogaze`, as are budgets over time.
+This module owns what kept patches are worth in pixels: the reconstruction that needs no weights (docs/design.md,
+section 5.2), its error, the search on that error under budgets per frame, and the error as a task loss. The canvas and
+the search on it are those of `canvas_search_autogaze`, as are budgets over time.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _LEAST_MSE = 1e-10
 
 def mse_to_task_loss(mse: torch.Tensor) -> torch.Tensor:
     """
-    Turns mean squared errors into task losses, `(40 - PSNR) / 20` (DESIGN, "Our task loss").
+    Turns mean squared errors into task losses, `(40 - PSNR) / 20` (docs/design.md, section 5.3).
 
     Args:
         mse (`torch.FloatTensor` of any shape): mean squared errors of pixels in 0..1; below 1e-10 they count as 1e-10.
@@ -125,7 +125,7 @@ class CompositeReconstruction(MeasuringSearch):
     Frame `t` starts as the reconstruction of frame `t - 1`, mid-grey before the first. Its gazed patches are laid over
     that, coarse to fine: a patch is cut out of the frame resized to its scale (bicubic, antialiased) and blown up to
     the block it covers (bicubic inside the block, clamped to 0..1). What no gazed patch covers keeps the old pixels;
-    patches of the finest scale are the frame itself (DESIGN, "Closed-form reconstruction").
+    patches of the finest scale are the frame itself (docs/design.md, section 5.2).
 
     [`~CompositeReconstruction.search`] chooses under budgets per frame; [`~CanvasSearch.search_clip`] and
     [`~CanvasSearch.search_stream`] under budgets over time.

@@ -160,7 +160,7 @@ class GazeSelectorConfig(PreTrainedConfig):
 
 class AutoGazeVisionConfig(PreTrainedConfig):
     """
-    Configuration of the vision stem: patch embedding and causal 3-D convolutions (SPEC, "The model", step 2).
+    Configuration of the vision stem: patch embedding and causal 3-D convolutions (docs/specification.md, section 2.2).
 
     Args:
         hidden_size (`int`, *optional*, defaults to 192): channels of the convolutions.
@@ -221,7 +221,9 @@ class AutoGazeVisionConfig(PreTrainedConfig):
 
 class AutoGazeDecoderConfig(LlamaConfig):
     """
-    Configuration of the gaze decoder, a small Llama that proposes several patches a step (SPEC, "The model", step 4).
+    Configuration of the gaze decoder, a small Llama that proposes several patches a step.
+
+    See docs/specification.md, section 2.4.
 
     Args:
         num_multi_token_pred (`int`, *optional*, defaults to 10): patches proposed by one decoding step.
@@ -280,7 +282,7 @@ class AutoGazeConfig(GazeSelectorConfig):
         decoding_positions (`str`, *optional*, defaults to `"sequential"`):
             Where chosen patches are encoded while a frame is decoded. `"sequential"`: at their true positions, as when
             a gaze is scored. `"frame_tail"`: again and again at the last positions of the prompt, as the published
-            weights were trained (SPEC, "Positions while decoding").
+            weights were trained (docs/specification.md, section 4.5).
         stopping (`str`, *optional*, defaults to `"predicted"`):
             What ends a frame that has a threshold. `"predicted"`: the losses that the model predicts, as published.
             `"measured"`: the loss of the closed-form reconstruction after every patch, so that every frame meets its
@@ -451,7 +453,7 @@ def _strategies(name: str, given: dict | None, defaults: dict[str, dict]) -> dic
 
 def _from_published_layout(published: dict[str, Any]) -> dict[str, Any]:
     """
-    Turns the nested configuration of the published checkpoint into this package's (SPEC, "The model").
+    Turns the nested configuration of the published checkpoint into this package's (docs/specification.md, section 2).
 
     The published file repeats the library's defaults of its time; only what describes the model is read.
     """

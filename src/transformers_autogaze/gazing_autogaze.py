@@ -25,7 +25,9 @@ from .grid_autogaze import GazeGrid
 @dataclass
 class GazeOutput(ModelOutput):
     """
-    The patches that a selector kept of a batch of clips, with the keys of the published code (SPEC, "Output keys").
+    The patches that a selector kept of a batch of clips, with the keys of the published code.
+
+    See docs/specification.md, section 8.
 
     Slots are ordered frame by frame and, inside a frame, in the order of choice. In a batch, every frame is padded to
     its longest count.
@@ -345,7 +347,7 @@ class GazeOutput(ModelOutput):
 
     def gather_patches(self, video: torch.Tensor) -> torch.Tensor:
         """
-        Cuts the kept patches out of the frames, resized to every scale (SPEC, "The vision tower").
+        Cuts the kept patches out of the frames, resized to every scale (docs/specification.md, section 10).
 
         Args:
             video (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):

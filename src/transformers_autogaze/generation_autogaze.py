@@ -22,7 +22,9 @@ from .selection_autogaze import GazeSelector, frames_to_pixels, pixel_scale_and_
 
 class GazeCache:
     """
-    What the model remembers of the clips it has gazed at, to go on with their next frames (SPEC, "Streaming").
+    What the model remembers of the clips it has gazed at, to go on with their next frames.
+
+    See docs/specification.md, section 6.
 
     It holds the decoder's keys and values, per clip and without padding, the last frames of every causal convolution,
     and the chosen patches that the decoder has not read yet. Pass it as `past_key_values`; every call fills it further.

@@ -177,7 +177,7 @@ class GazeGrid:
 
     def cut_patches(self, frames: torch.Tensor, frame: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """
-        Cuts patches out of frames that are resized to every scale (SPEC, "The vision tower").
+        Cuts patches out of frames that are resized to every scale (docs/specification.md, section 10).
 
         Args:
             frames (`torch.FloatTensor` of shape `(frames, channels, height, width)`):
@@ -205,7 +205,7 @@ class GazeGrid:
 
     def for_encoder(self, image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> "GazeGrid":
         """
-        Matches this grid, a selector's, to an encoder: the grid to gaze for (SPEC, "Other resolutions").
+        Matches this grid, a selector's, to an encoder: the grid to gaze for (docs/specification.md, section 7).
 
         A grid of one scale becomes that of the encoder's own patches. With several, the frame becomes the number of this
         grid's tiles that comes nearest to the encoder's own patches, one at least; whole tiles, so that the patches of all
@@ -288,7 +288,7 @@ class GazeGrid:
         Returns:
             `tuple`: `gazing_pos` and `if_padded_gazing` of shape `(batch, N)`, `num_gazing_each_frame` of shape
             `(num_frames,)`. Padding of frame `t` holds the id before the first of that frame, as the published code
-            has it (SPEC, "Other resolutions").
+            has it (docs/specification.md, section 7).
         """
         mask = torch.cat(list(masks), dim=-1)
         num_each_frame = mask.sum(-1).amax(0)

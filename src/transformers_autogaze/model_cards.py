@@ -1,26 +1,20 @@
 """Cards of checkpoints, made from what is known of them: what a selector is and how it was made. No figure is foreign."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from .feature_network_autogaze import FeatureGazeConfig
 from .greedy_autogaze import GreedyGazeConfig
 from .selection_autogaze import GazeSelector
 
 
-METADATA = """---
-library_name: transformers
-pipeline_tag: video-classification
-tags:
-  - video
-  - token-pruning
-  - autogaze
-  - custom_code
----
-"""
-"""What the Hub is told of every checkpoint."""
-_TEXT = """
-# {title}
+TASK = "other"
+"""Task of a selector on the Hub: choosing patches is none of its tasks, and classifying videos would be wrong."""
+_TAGS = ("video", "token-pruning", "autogaze", "custom_code")
+
+_TEXT = """# {title}
 
 A selector of patches of a video: it tells which ones a vision encoder needs to see, before the encoder runs. It is of the kind
 `{kind}` of the package `transformers-autogaze`.
@@ -49,7 +43,52 @@ None were measured for this card. `autogaze evaluate` measures a checkpoint on v
 """
 
 
-def make_card(model: GazeSelector, title: str = "A selector of patches", made: Mapping[str, Any] | None = None) -> str:
+def card_metadata(
+    title: str, tags: Sequence[str] = (), base_model: str | None = None, results: Sequence[EvalResult] = ()
+) -> str:
+    """
+    Makes the metadata of a card, which the Hub reads.
+
+    Datasets are not among them: the Hub takes its own data sets only, and selectors learn from files.
+
+    Args:
+        title (`str`): name of the model, to which results belong.
+        tags (`Sequence[str]`, *optional*): tags beside those of all selectors.
+        base_model (`str`, *optional*): Hub repository of the model that the weights come from.
+        results (`Sequence[EvalResult]`, *optional*): what was measured.
+
+    Returns:
+        `str`: a block of YAML between lines of dashes, with a line break at the end.
+
+    Example:
+
+    ```python
+    >>> from huggingface_hub import ModelCard
+    >>> from transformers_autogaze.model_cards import card_metadata
+
+    >>> ModelCard(card_metadata("A selector", base_model="you/autogaze")).data.base_model
+    'you/autogaze'
+
+    ```
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        eval_results=list(results) or None,
+        library_name="transformers",
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=title if results else None,  # what results belong to
+        pipeline_tag=TASK,
+        tags=[*_TAGS, *tags],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def make_card(
+    model: GazeSelector,
+    title: str = "A selector of patches",
+    made: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+) -> str:
     """
     Makes the card of a selector.
 
@@ -57,6 +96,7 @@ def make_card(model: GazeSelector, title: str = "A selector of patches", made: M
         model ([`GazeSelector`]): the selector.
         title (`str`, *optional*, defaults to `"A selector of patches"`): its heading.
         made (`Mapping[str, Any]`, *optional*): how it was made, such as `{"steps": 1000}`; nothing is known by default.
+        base_model (`str`, *optional*): Hub repository of the model that training started from.
 
     Returns:
         `str`: the card in Markdown, with the metadata of the Hub.
@@ -81,13 +121,14 @@ def make_card(model: GazeSelector, title: str = "A selector of patches", made: M
         "frames of a clip": getattr(config, "max_num_frames", None) or "any number",
     }
     is_over_time = isinstance(config, (FeatureGazeConfig, GreedyGazeConfig))
-    return METADATA + _TEXT.format(
+    text = _TEXT.format(
         title=title,
         kind=config.model_type,
         setting="clip_ratio=0.25" if is_over_time else "gazing_ratio=0.25",
         facts=_table(facts),
         made=_table(made) if made else "Nothing is recorded of how it was made.",
     )
+    return f"{card_metadata(title, base_model=base_model)}\n{text}"
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -1,5 +1,5 @@
 """
-The AutoGaze model: vision stem, connector and gaze decoder (SPEC, "The model").
+The AutoGaze model: vision stem, connector and gaze decoder (docs/specification.md, section 2).
 
 This module owns the network and scoring a given gaze (`forward`); how patches are chosen is in `generation_autogaze`.
 
@@ -253,7 +253,9 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         **kwargs,
     ) -> AutoGazeModelOutput:
         """
-        Scores a given gaze: how likely each of its patches is, and what loss is predicted after it (SPEC, "Scoring").
+        Scores a given gaze: how likely each of its patches is, and what loss is predicted after it.
+
+        See docs/specification.md, section 5.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):

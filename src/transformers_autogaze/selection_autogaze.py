@@ -378,7 +378,7 @@ def check_pixels(frames: torch.Tensor) -> None:
 
 def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
     """
-    Resizes every frame, whatever its aspect ratio was (SPEC, "The model", step 1).
+    Resizes every frame, whatever its aspect ratio was (docs/specification.md, section 2.1).
 
     Args:
         video (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): frames.
@@ -414,7 +414,7 @@ def draw_settings(
     config, num_frames: int, is_training: bool, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, float | None]:
     """
-    Draws a ratio for every frame, and a threshold, as the configuration says (SPEC, "Choosing patches").
+    Draws a ratio for every frame, and a threshold, as the configuration says (docs/specification.md, section 4.2).
 
     Args:
         config (`AutoGazeConfig`): names the strategies and their numbers.

@@ -274,7 +274,7 @@ def budget_each_frame(
     gazing_ratio: Number | Sequence[Number] | torch.Tensor, num_frames: int, num_patches: int
 ) -> torch.Tensor:
     """
-    Turns a share of patches into a number of patches for every frame (SPEC, "Choosing patches").
+    Turns a share of patches into a number of patches for every frame (docs/specification.md, section 4.1).
 
     Args:
         gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`):

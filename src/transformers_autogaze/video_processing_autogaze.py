@@ -52,8 +52,7 @@ class AutoGazeVideosKwargs(VideosKwargs, total=False):
 
 class AutoGazeVideoProcessor(BaseVideoProcessor):
     r"""
-    Turns videos into the pixel values that AutoGaze was trained on (SPEC, "Preprocessing of the published
-    checkpoint").
+    Turns videos into the pixel values that AutoGaze was trained on (docs/specification.md, section 9).
 
     Per frame: resize, optionally crop, multiply by `rescale_factor` and subtract 1 (`offset`), then normalise with
     `image_mean` and `image_std` **as well**. The defaults are those of the published checkpoint, so a folder with its

@@ -1,8 +1,8 @@
 """
 NVILA-HD-Video: a selector of this package in the place of the one inside its published processor.
 
-This module knows the attributes and keys by which that processor and its model pass gazes on (SPEC, "NVILA-HD-Video's
-side"). The processor and the model themselves are not part of this package.
+This module knows the attributes and keys by which that processor and its model pass gazes on (docs/specification.md,
+section 11). The processor and the model themselves are not part of this package.
 """
 
 from collections.abc import Mapping, Sequence

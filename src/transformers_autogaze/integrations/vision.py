@@ -118,8 +118,8 @@ class GazeVisionModel(ModelWrapper):
     It uses the layers and weights of the tower as they are. Each kept patch is cut out of its frame, resized to the patch's
     scale, and embedded by the tower's own patch embedding; it gets the tower's positions, resized to that scale or, for
     rotary ones, taken at its true centre. Tokens of one clip form one sequence, clips of a batch lie one behind the other,
-    and no padding is ever computed (SPEC, "The vision tower"). A tower's prefix tokens (CLS, registers) stand before every
-    frame that kept a patch.
+    and no padding is ever computed (docs/specification.md, section 10). A tower's prefix tokens (CLS, registers) stand
+    before every frame that kept a patch.
 
     The tower itself stays what it is: called directly, it works as before, and saving it gives the same files.
 

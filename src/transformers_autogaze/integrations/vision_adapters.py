@@ -102,7 +102,7 @@ class VisionAdapter:
 
     def positions(self, grid: GazeGrid) -> torch.Tensor | None:
         """
-        Resizes the learned positions to every scale, bicubically (SPEC, "The vision tower").
+        Resizes the learned positions to every scale, bicubically (docs/specification.md, section 10).
 
         Args:
             grid (`GazeGrid`): the scales.

@@ -58,8 +58,9 @@ class L1Loss(nn.Module):
 
 class FeatureLoss(nn.Module):
     """
-    Mean squared distance of the patch tokens of a vision model over its last four hidden states (SPEC, "The
-    reconstruction model").
+    Mean squared distance of the patch tokens of a vision model over its last four hidden states.
+
+    See docs/specification.md, section 12.2.
 
     Any vision model of the library will do that takes `pixel_values` and has a `config.patch_size`, such as DINOv2 with
     registers or SigLIP 2. Tokens that are no patches (CLS, registers) do not count. Its weights are frozen; gradients
@@ -163,8 +164,9 @@ class WeightedLoss(nn.Module):
 
 def published_loss(dinov2: PreTrainedModel, siglip2: PreTrainedModel, std: Sequence[float]) -> WeightedLoss:
     """
-    Puts together the published loss: L1 on normalised pixels + 0.3 DINOv2 + 0.3 SigLIP 2 features (SPEC, "The
-    reconstruction model").
+    Puts together the published loss: L1 on normalised pixels + 0.3 DINOv2 + 0.3 SigLIP 2 features.
+
+    See docs/specification.md, section 12.2.
 
     Args:
         dinov2 (`PreTrainedModel`): DINOv2 with registers, published at size base.

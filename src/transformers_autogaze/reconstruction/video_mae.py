@@ -1,8 +1,8 @@
 """
 The published learned reconstruction: a masked autoencoder that sees the gazed patches of a video alone.
 
-This module owns the network and its configuration (SPEC, "The reconstruction model"); what a reconstruction is worth it
-asks of `losses`, and what ids mean of the gaze. Nothing else of the package needs it.
+This module owns the network and its configuration (docs/specification.md, section 12.1); what a reconstruction is worth
+it asks of `losses`, and what ids mean of the gaze. Nothing else of the package needs it.
 """
 
 from collections.abc import Callable, Sequence

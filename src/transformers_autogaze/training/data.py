@@ -31,7 +31,7 @@ _SORTED_BATCHES = 16  # whose clips are sorted by the length of their labels
 @dataclass
 class BudgetSchedule:
     """
-    Draws, clip by clip, how many patches the labels of each frame hold (SPEC, "Training").
+    Draws, clip by clip, how many patches the labels of each frame hold (docs/specification.md, section 13.1).
 
     The share of all patches that a clip may use is drawn first, then spread over its frames; in some clips a frame ends
     earlier, as soon as its task loss is low enough.

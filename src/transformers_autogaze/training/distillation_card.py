@@ -1,16 +1,17 @@
 """The card of a distilled selector: what it was made from and how, and what it is worth, from the facts of the run."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 
-from ..model_cards import METADATA
+from ..model_cards import TASK, card_metadata
 from .distillation import DistillationArguments
 
 
-_TEXT = """
-# A selector distilled from {encoder}
+_TEXT = """# A selector distilled from {encoder}
 
 A small network that foresees what the vision encoder {encoder} would make of every place of a frame, and a search on what it
 foresees: it tells which patches of a video the encoder needs to see, before the encoder runs. Made by `autogaze distill` of
@@ -101,4 +102,31 @@ def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: st
     )
     if credits:
         text += f"\n## Data, licences and credits\n\n{credits.strip()}\n"
-    return text
+    encoder = facts["encoder"]
+    metadata = card_metadata(
+        f"A selector distilled from {encoder}",
+        tags=["distillation"],
+        base_model=encoder if "/" in encoder else None,  # the name of a folder is no repository
+        results=_results(facts),
+    )
+    return f"{metadata}\n{text}"
+
+
+def _results(facts: Mapping[str, Any]) -> list[EvalResult]:
+    """Gives what was measured on the files that were held out, as the Hub lists it."""
+    values = {
+        "R2 of the encoder's features, finest scale": facts["r2"][-1],
+        "R2 of what changes between two crops of a place": facts["change_r2"],
+    }
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="files",
+            dataset_name=f"{len(facts['held_out'])} files that were not trained on",
+            metric_type="r_squared",
+            metric_name=name,
+            metric_value=round(float(value), 3),
+        )
+        for name, value in values.items()
+        if math.isfinite(value)
+    ]

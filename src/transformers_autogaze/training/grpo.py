@@ -1,5 +1,7 @@
 """
-Stage 2 of training: reinforcement learning on the model's own gazes, with group-relative advantages (SPEC, "Training").
+Stage 2 of training: reinforcement learning on the model's own gazes, with group-relative advantages.
+
+See docs/specification.md, section 13.2.
 
 This module owns the rollouts, their advantages and the trainer. What a gaze is worth it asks of a reconstruction, any
 callable like [`CompositeReconstruction`]; where clips come from is the dataset's affair.
@@ -138,7 +140,9 @@ def slot_advantages(
     rewards: torch.Tensor, rewarded: Sequence[int], gaze: GazeOutput, group_size: int, discount: float
 ) -> torch.Tensor:
     """
-    Credits every choice with what came of it, compared with the other gazes of its group (SPEC, "Training").
+    Credits every choice with what came of it, compared with the other gazes of its group.
+
+    See docs/specification.md, section 13.2.
 
     A reward's advantage is what it is above the mean of its group. It goes to every patch chosen up to the end of its
     frame, times `discount` for each real slot in between; the last one before it gets it whole. Advantages of several
@@ -189,7 +193,7 @@ def _last_real_slots(gaze: GazeOutput, frames: Sequence[int]) -> torch.Tensor:
 
 class AutoGazeGRPOTrainer(GazeClipTrainer):
     """
-    Trains an [`AutoGazeModel`] on gazes that it samples itself (SPEC, "Training", stage 2).
+    Trains an [`AutoGazeModel`] on gazes that it samples itself (docs/specification.md, section 13.2).
 
     For every clip a group of gazes is sampled at a temperature that falls from step to step. A few frames of each are
     reconstructed; gazes that reconstruct better than the rest of their group become likelier, the others less likely,

@@ -1,5 +1,5 @@
 """
-Stage 1 of training: the next patches of labels, and the task loss after each (SPEC, "Training").
+Stage 1 of training: the next patches of labels, and the task loss after each (docs/specification.md, section 13.1).
 
 This module owns the trainer and its arguments. Clips and labels come from `data`.
 """
