@@ -41,7 +41,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 
 def save_tiny(family: str, folder: Path) -> Path:
     """Writes a model of a family with its processor into a folder."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(family)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def save_tiny(family: str, folder: Path) -> Path:
     return folder
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """Makes a token of every byte."""
     vocabulary = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -74,7 +74,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT
     )
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    is_llava = family == "llava_onevision"
+    tokenizer.image_token, tokenizer.video_token = SPECIAL[-2:] if is_llava else SPECIAL[-4:-2]
     return tokenizer
 
 

@@ -50,6 +50,8 @@ class GazedModel:
 
     own_name: str
     """What lmms-eval calls its own model of this MLLM. Some tasks have words for it."""
+    logs_totals: bool = True
+    """Whether lmms-eval's own model logs seconds and tokens of answers in total."""
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class GazedModel:
         results = super().generate_until([self._noting(request, i, costs) for i, request in enumerate(requests)])
         self._note(None, costs)
         if costs:
-            _log_means(list(costs.values()))
+            _log_means(list(costs.values()), self.logs_totals)
         texts = [unwrap_generation_output(result)[0] for result in results]
         return [GenerationResult(text, costs.get(i)) for i, text in enumerate(texts)]
 
@@ -141,6 +143,7 @@ class GazeLlavaOnevision(GazedModel, LlavaHf):
     """`gaze_llava_onevision`: lmms-eval's `llava_hf` (simple) with a selector; see [`GazedModel`] for its arguments."""
 
     own_name = "llava_hf"
+    logs_totals = False
 
     def _wrap(
         self, mllm: PreTrainedModel, gaze_model: GazeSelector, gaze_processor: AutoGazeVideoProcessor
@@ -171,9 +174,13 @@ def _ask_as(own_name: str, requests: list[Instance]) -> None:
                 task.lmms_eval_specific_kwargs = words[own_name]
 
 
-def _log_means(costs: list[AnswerCosts]) -> None:
-    """Puts means over samples into `throughput` of lmms-eval's results."""
+def _log_means(costs: list[AnswerCosts], are_totals_logged: bool) -> None:
+    """Puts means over samples into `throughput` of lmms-eval's results, and totals where they are not there yet."""
     names = [name for name in costs[0].to_dict() if name.endswith(("input_tokens", "seconds"))]
     means = {name: mean(getattr(cost, name) for cost in costs) for name in names}
-    # Seconds in total and tokens of answers are logged by lmms-eval's own model.
-    log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=means)
+    seconds = sum(cost.choosing_seconds + cost.encoding_seconds + cost.answering_seconds for cost in costs)
+    tokens = sum(cost.output_tokens for cost in costs)
+    if are_totals_logged:  # lmms-eval adds them up
+        seconds, tokens = 0.0, 0
+    speed = tokens / seconds if seconds else 0.0
+    log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=speed, additional_metrics=means)
