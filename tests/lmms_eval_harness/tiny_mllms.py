@@ -113,7 +113,13 @@ def make_qwen_processor(family: str, tokenizer: PreTrainedTokenizerFast):
 
 
 def make_llava(text: dict, ids: dict[str, int]) -> PreTrainedModel:
-    vision = {**SIZE, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "vision_use_head": False}
+    vision = {
+        **SIZE,
+        "model_type": "siglip_vision_model",
+        "image_size": 56,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
     config = LlavaOnevisionConfig(
         text_config={**text, "model_type": "qwen2"},
         vision_config=vision,

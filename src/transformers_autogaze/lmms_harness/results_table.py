@@ -47,7 +47,9 @@ def read_rows(folders: Iterable[Path]) -> list[dict[str, str]]:
     for folder in folders:
         files = sorted(Path(folder).rglob("*_results.json"))
         if not files:
-            raise ValueError(f"`RESULTS` must be folders that lmms-eval wrote to, but {str(folder)!r} holds no *_results.json")
+            raise ValueError(
+                f"`RESULTS` must be folders that lmms-eval wrote to, but {str(folder)!r} holds no *_results.json"
+            )
         for file in files:
             try:
                 rows += _rows_of(file)

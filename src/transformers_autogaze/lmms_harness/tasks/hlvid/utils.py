@@ -17,7 +17,9 @@ def doc_to_visual(doc: dict[str, Any]) -> list[str]:
     """Finds the video of a question: `video_path` in the folder that the environment names, or its file name alone."""
     folder = os.environ.get(_FOLDER)
     if not folder:
-        raise ValueError(f"the environment variable {_FOLDER} must name the folder of HLVid's videos, but it is not set")
+        raise ValueError(
+            f"the environment variable {_FOLDER} must name the folder of HLVid's videos, but it is not set"
+        )
     path = Path(doc["video_path"])
     for place in (Path(folder) / path, Path(folder) / path.name):
         if place.is_file():
