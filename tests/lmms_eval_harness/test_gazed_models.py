@@ -145,10 +145,11 @@ def test_with_everything_kept_answers_are_those_of_lmms_evals_own_model(run, fam
             (FAMILIES[family], ""),
             (gazed(family), "selector=none"),
             (gazed(family), "gazing_ratio=1"),
+            (gazed(family), "gazing_ratio=0.25"),
         )
     ]
     assert answers[0] == answers[1] == answers[2]
-    assert len(set(answers[0])) > 1
+    assert len(set(answers[0])) > 1 and answers[3] != answers[0]
 
 
 def test_without_a_selector_no_seconds_go_into_choosing(run):

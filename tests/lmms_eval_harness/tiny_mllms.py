@@ -44,7 +44,7 @@ def save_tiny(family: str, folder: Path) -> Path:
     tokenizer = make_tokenizer(family)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "vocab_size": len(tokenizer)}
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # answers of these differ from video to video
     if family == "llava_onevision":
         mllm = make_llava({**TEXT, **ends}, ids)
         pixels = {"size": {"height": 56, "width": 56}}
