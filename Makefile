@@ -14,9 +14,10 @@ WEIGHTS ?= outputs/weights
 PACKED = src/transformers_autogaze/pretrained/features
 AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
+LMMS_VENV ?= .venv-lmms-eval
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests wheel-test lint weights autogaze-weights clean
+.PHONY: demo test common-tests wheel-test lint weights autogaze-weights lmms-eval-test clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -47,6 +48,15 @@ wheel-test:
 	$(PYTHON) -m venv $(RELEASE)/installed
 	$(RELEASE)/installed/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) $(RELEASE)/dist/*.whl
 	cd $(RELEASE)/trial && ../installed/bin/python $(CURDIR)/tests/release/try_installed.py $(CURDIR)/README.md
+
+# The tests with lmms-eval, in an environment of its own: it needs an older PyAV. On the videos of AUTOGAZE_TEST_VIDEOS, or on drawn ones.
+lmms-eval-test: $(LMMS_VENV)/installed
+	$(LMMS_VENV)/bin/python -m pytest tests/lmms_eval_harness
+
+$(LMMS_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --editable ".[lmms-eval]" pytest
+	touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -84,4 +94,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(LMMS_VENV) outputs

@@ -1,6 +1,7 @@
 """Where videos come from: what is opened, what is refused, and that nothing else is read."""
 
 import base64
+import enum
 import functools
 import http.server
 import io
@@ -19,6 +20,7 @@ from transformers.video_utils import VideoMetadata
 
 from transformers_autogaze import AutoGazeVideoProcessor, GreedyGazeSelector, read_video, stream_gaze, stream_video
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video_sources_autogaze import _best_stream
 
 
 CASES = Path(__file__).parent / "fixtures" / "videos"
@@ -294,6 +296,19 @@ def test_the_stream_that_the_command_line_takes_is_taken(tmp_path, first, defaul
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     assert read_video(path)[1].width == taken
+
+
+@pytest.mark.parametrize("kind", [enum.Flag, enum.IntFlag])
+def test_a_cover_picture_is_no_video_whatever_kind_of_flags_pyav_gives(tmp_path, monkeypatch, kind):
+    """Releases before 16 have flags that are no numbers."""
+    flags = kind("Disposition", {"none": 0, "default": 1, "attached_pic": 0x400})
+
+    def stream(disposition, size):
+        return SimpleNamespace(disposition=disposition, codec_context=SimpleNamespace(width=size, height=size))
+
+    video = [stream(flags.attached_pic, 90), stream(flags.default, 30), stream(flags.none, 40)]
+    container = SimpleNamespace(streams=SimpleNamespace(video=video), format=SimpleNamespace(name="mp4"))
+    assert _best_stream(container, "name") is video[1]
 
 
 def test_text_files_are_refused_whatever_they_are_read_from():

@@ -297,13 +297,20 @@ def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
         ) from error
 
 
+def _disposition(stream: Any) -> int:
+    """Gives what a file says of the part that a stream plays, as FFmpeg's flags; 0 where PyAV does not tell."""
+    # Releases of PyAV before 16 give flags that are no numbers.
+    flags = getattr(stream, "disposition", 0)
+    return int(getattr(flags, "value", flags))
+
+
 def _best_stream(container: Any, name: str) -> Any:
     def area(stream: Any) -> int:
-        is_default = int(getattr(stream, "disposition", 0)) & _DEFAULT
+        is_default = _disposition(stream) & _DEFAULT
         context = stream.codec_context
         return context.width * context.height + _DEFAULT_BONUS * bool(is_default)
 
-    streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & _COVER_PICTURE]
+    streams = [s for s in container.streams.video if not _disposition(s) & _COVER_PICTURE]
     # FFmpeg draws text files as a terminal would.
     is_text = container.format.name == "tty"
     known = [stream for stream in streams if stream.codec_context is not None]

@@ -78,7 +78,7 @@ def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: st
         `str`: the card in Markdown.
     """
     foretold, measured = zip(*facts["knots"], strict=True)
-    text = METADATA + _TEXT.format(
+    text = _TEXT.format(
         **{
             **facts,
             **{name: getattr(args, name) for name in ("num_components", "whitening", "learning_rate", "weight_decay")},

@@ -1,0 +1,33 @@
+"""
+What lmms-eval needs to judge gazed MLLMs: its models, and the benchmark HLVid as a task.
+
+lmms-eval finds the models by the entry point `lmms_eval.models`, and the task by `--include_path`, see `docs/benchmarks.md`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+TASKS = Path(__file__).parent / "tasks"
+"""Folder of tasks, for `--include_path`."""
+
+
+def model_manifests() -> list["ModelManifest"]:
+    """
+    Lists the models for lmms-eval, which loads their modules when one is asked for.
+
+    Returns:
+        `list[ModelManifest]`: names of models and where their classes are.
+    """
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    models, nvila_hd = f"{__name__}.models", f"{__name__}.nvila_hd"
+    return [
+        ModelManifest("gaze_qwen2_5_vl", chat_class_path=f"{models}.GazeQwen2_5_VL"),
+        ModelManifest("gaze_qwen3_vl", chat_class_path=f"{models}.GazeQwen3_VL"),
+        ModelManifest("gaze_nvila_hd", chat_class_path=f"{nvila_hd}.GazeNvilaHD"),
+        ModelManifest("gaze_llava_onevision", simple_class_path=f"{models}.GazeLlavaOnevision"),
+    ]
