@@ -88,7 +88,10 @@ def write_qwen3_vl(folder: Path) -> None:
     video = {"shortest_edge": 2 * 32 * 32, "longest_edge": 16 * 128 * 128}
     Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(
-            patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+            patch_size=16,
+            size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+            image_mean=[0.5] * 3,  # as for videos: vLLM normalises both in the model
+            image_std=[0.5] * 3,
         ),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(size=video),
@@ -98,7 +101,7 @@ def write_qwen3_vl(folder: Path) -> None:
         **TEXT,
         "head_dim": 64,
         "vocab_size": len(tokenizer) + 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10], "mrope_interleaved": True},
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
     }
