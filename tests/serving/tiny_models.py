@@ -25,7 +25,15 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 TEMPLATE = (
     "{{% for m in messages %}}<|im_start|>{{{{m.role}}}}\n"
     "{{% if m.content is string %}}{{{{m.content}}}}{{% else %}}{{% for c in m.content %}}"
@@ -101,7 +109,12 @@ def write_qwen3_vl(folder: Path) -> None:
         **TEXT,
         "head_dim": 64,
         "vocab_size": len(tokenizer) + 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10], "mrope_interleaved": True},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [12, 10, 10],
+            "mrope_interleaved": True,
+        },
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
     }
