@@ -106,7 +106,7 @@ def test_a_prefix_that_is_cached_gives_the_same_answer(engine, reference):
 def test_without_arguments_logits_are_those_of_plain_vllm(engine, qwen_folder):
     environment = {**os.environ, "VLLM_PLUGINS": ""}
     command = [sys.executable, "-m", "serving.test_vllm_offline", str(qwen_folder)]
-    options = {"cwd": Path(__file__).parents[1], "env": environment, "timeout": 240}
+    options = {"cwd": Path(__file__).parents[1], "env": environment, "timeout": 600}
     plain = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     assert plain.returncode == 0, plain.stderr[-2000:]
     request = make_request([VIDEO, "What?"], [make_video(seed=7)])
