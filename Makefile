@@ -4,6 +4,7 @@
 #     make demo CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
 
@@ -16,7 +17,7 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests lint weights autogaze-weights clean
+.PHONY: demo test vllm-test common-tests lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -32,6 +33,14 @@ common-tests: $(INSTALLED)
 		transformers==$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)")
 	tar -xzf outputs/common/transformers-*.tar.gz -C outputs/common --one-top-level=library --strip-components=1
 	TRANSFORMERS_TESTS=$(CURDIR)/outputs/common/library $(VENV)/bin/python -m pytest tests/common/common_*.py
+
+# The plug-in for vLLM, in an environment of its own, for vLLM wants versions of torch and transformers that it was built with.
+vllm-test: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest tests/serving
+
+$(VLLM_VENV)/installed: pyproject.toml tests/serving/environment.sh
+	PYTHON=$(PYTHON) bash tests/serving/environment.sh $(VLLM_VENV)
+	touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -69,4 +78,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VLLM_VENV) outputs

@@ -7,6 +7,7 @@ This module knows no engine.
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ GAZE_SETTINGS = ("gazing_ratio", "task_loss_requirement", "clip_ratio", "tokens_
 GAZE_ARGUMENTS = ("gaze_model", *GAZE_SETTINGS)
 """These, and the selector that chooses."""
 DEFAULT_GAZE_MODEL = "features"
+_PACKED = [name for name, place in SHIPPED_SELECTORS.items() if isinstance(place, Path)]
 _MANY_FRAMES = 2**20
 
 _loading = Lock()
@@ -73,7 +75,9 @@ def read_settings(configured: Mapping[str, Any], requested: Mapping[str, Any]) -
     name = DEFAULT_GAZE_MODEL if given["gaze_model"] is None else given["gaze_model"]
     if requested.get("gaze_model") is not None:
         # A folder or repository that clients name is not to be loaded into the server.
-        known = dict.fromkeys((*SHIPPED_SELECTORS, configured.get("gaze_model") or DEFAULT_GAZE_MODEL))
+        known = list(_PACKED)
+        if configured.get("gaze_model") not in (None, *known):
+            known.append(configured["gaze_model"])
         if name not in known:
             raise ValueError(
                 f"`gaze_model` of a request must be one of {', '.join(map(repr, known))}, got {name!r}; another selector "
