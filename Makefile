@@ -4,6 +4,7 @@
 #     make demo CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
 
@@ -17,7 +18,7 @@ STEPS ?= 2500
 LMMS_VENV ?= .venv-lmms-eval
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests wheel-test lint weights autogaze-weights lmms-eval-test clean
+.PHONY: demo test common-tests wheel-test vllm-test lmms-eval-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -58,6 +59,14 @@ $(LMMS_VENV)/installed: pyproject.toml
 	$(LMMS_VENV)/bin/python -m pip install --quiet --editable ".[lmms-eval]" pytest
 	touch $@
 
+# The plug-in for vLLM, in an environment of its own, for vLLM wants versions of torch and transformers that it was built with.
+vllm-test: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest tests/serving
+
+$(VLLM_VENV)/installed: pyproject.toml tests/serving/environment.sh
+	PYTHON=$(PYTHON) bash tests/serving/environment.sh $(VLLM_VENV)
+	touch $@
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -94,4 +103,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) outputs
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) outputs

@@ -325,15 +325,42 @@ def _packed_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Computes attention of `(1, heads, tokens, head_dim)` by the running plan; gives `(1, tokens, heads, head_dim)`."""
     plan, implementation, extend = _running.get()
-    plan = plan.to(query.device)
     if extend is not None:
         key, value = extend(key, value)
+    return attend(module, query, key, value, plan.to(query.device), implementation, scaling, dropout), None
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: PackedAttention,
+    implementation: str = "sdpa",
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """
+    Computes the attention of one packed sequence.
+
+    Args:
+        module (`nn.Module`): the layer that attends.
+        query (`torch.FloatTensor` of shape `(1, heads, tokens, head_dim)`): queries of the sequence.
+        key, value (`torch.FloatTensor` of shape `(1, heads, keys, head_dim)`): what the plan's keys count.
+        plan (`PackedAttention`): which tokens see which, on the same device.
+        implementation (`str`, *optional*, defaults to `"sdpa"`): what computes each piece.
+        scaling (`float`, *optional*): what scores are multiplied by; `head_dim**-0.5` by default.
+        dropout (`float`, *optional*, defaults to 0.0): share of weights to drop.
+
+    Returns:
+        `torch.FloatTensor` of shape `(1, tokens, heads, head_dim)`
+    """
     options = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "dropout": dropout}
     if implementation == "flex_attention":
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        attend_piece = ALL_ATTENTION_FUNCTIONS[implementation]
         if plan.key_index is not None:
             key, value = key[:, :, plan.key_index], value[:, :, plan.key_index]
-        return attend(module, query, key, value, plan.block_mask, **options)[0], None
+        return attend_piece(module, query, key, value, plan.block_mask, **options)[0]
     if "flash" in implementation:
         index, arguments = plan.flash_arguments
         if index is not None:
@@ -341,24 +368,24 @@ def _packed_attention_forward(
         # Which kernel it is, transformers reads off the configuration.
         module.config._attn_implementation = implementation
         try:
-            attend = ALL_ATTENTION_FUNCTIONS[implementation]
-            return attend(module, query, key, value, None, **options, **arguments)[0], None
+            attend_piece = ALL_ATTENTION_FUNCTIONS[implementation]
+            return attend_piece(module, query, key, value, None, **options, **arguments)[0]
         finally:
             module.config._attn_implementation = _NAME
-    attend = _eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    attend_piece = _eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     outputs = []
     if plan.key_index is not None:
         calls, rows = plan.shared_calls
         for call in calls:
             parts = query[:, :, call.queries], key[:, :, call.keys], value[:, :, call.keys]
-            outputs.append(attend(module, *parts, call.mask, is_causal=False, **options)[0])
+            outputs.append(attend_piece(module, *parts, call.mask, is_causal=False, **options)[0])
         output = torch.cat(outputs, dim=1)
-        return output if rows is None else output[:, rows], None
+        return output if rows is None else output[:, rows]
     for queries, keys, has_mask in plan.chunks:
         parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
         mask = plan.mask(queries, keys) if has_mask else None
-        outputs.append(attend(module, *parts, mask, is_causal=False, **options)[0])
-    return torch.cat(outputs, dim=1) if outputs else query.transpose(1, 2), None
+        outputs.append(attend_piece(module, *parts, mask, is_causal=False, **options)[0])
+    return torch.cat(outputs, dim=1) if outputs else query.transpose(1, 2)
 
 
 def _eager_attention(

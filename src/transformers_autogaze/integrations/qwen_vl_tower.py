@@ -5,6 +5,11 @@ This module knows the layers of these towers. Where units lie is `qwen_vl_units`
 becomes of their tokens, its caller's.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +20,72 @@ from .qwen_vl_units import UnitPlaces, locate_units
 
 
 UNIT_ATTENTION_CHOICES = ("canvas", "frame")
+
+
+class UnitPlan(NamedTuple):
+    """
+    How a tower runs on some merge units: in which order, where their patches lie, and which of them see which.
+
+    Args:
+        order (`torch.LongTensor` of shape `(kept,)`):
+            For each place in the sequence of the tower the kept unit that is there, counted in the order of tokens.
+        video (`torch.LongTensor` of shape `(patches,)`): the row of `grid_thw` that a patch of the sequence belongs to.
+        rows, cols (`torch.LongTensor` of shape `(patches,)`): where in its frame, counted in patches.
+        frames, windows ([`PackedAttention`]): which patches see which, in layers of full attention and in others.
+    """
+
+    order: torch.Tensor
+    video: torch.Tensor
+    rows: torch.Tensor
+    cols: torch.Tensor
+    frames: PackedAttention
+    windows: PackedAttention
+
+    def to(self, device: torch.device) -> "UnitPlan":
+        """Moves the plan to a device."""
+        return UnitPlan(*(part.to(device) for part in self))
+
+    def sort(self, patches: torch.Tensor) -> torch.Tensor:
+        """Puts patches `(patches, ..)` of the kept units, which lie in the order of tokens, into the tower's."""
+        order = self.order.to(patches.device)
+        return patches.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+
+    def restore(self, features: torch.Tensor) -> torch.Tensor:
+        """Puts what a tower gives for its units, `(kept, ..)`, into the order of tokens."""
+        return features[torch.argsort(self.order).to(features.device)]
+
+    def attention(self, tower: nn.Module, layer: int) -> PackedAttention:
+        """Gives the plan of a layer."""
+        return self.frames if layer in getattr(tower, "fullatt_block_indexes", (layer,)) else self.windows
+
+
+def plan_units(tower: nn.Module, grid_thw: torch.Tensor, is_kept: torch.Tensor, attention: str) -> UnitPlan:
+    """
+    Plans how a tower runs on the kept merge units alone.
+
+    Args:
+        tower (`nn.Module`):
+            What has a `spatial_merge_size` and, if layers attend in windows, `window_size`, `patch_size` and
+            `fullatt_block_indexes`: a tower of transformers, or of an engine that names these alike.
+        grid_thw, is_kept, attention: as in [`encode_units`].
+
+    Returns:
+        [`UnitPlan`], on the device of `is_kept`.
+    """
+    merge, device = tower.spatial_merge_size, is_kept.device
+    places = UnitPlaces(*(of_unit[is_kept] for of_unit in locate_units(grid_thw.to(device), merge)))
+    order, window = _sort_by_window(tower, places)
+    places, window = UnitPlaces(*(of_unit[order] for of_unit in places)), [of_unit[order] for of_unit in window]
+    # The patches of a unit, row by row: (units, merge * merge).
+    inside = torch.arange(merge * merge, device=device)
+    return UnitPlan(
+        order=order,
+        video=places.video.repeat_interleave(merge * merge),
+        rows=(places.row[:, None] * merge + inside // merge).flatten(),
+        cols=(places.col[:, None] * merge + inside % merge).flatten(),
+        frames=_plan(places, [], attention, merge * merge),
+        windows=_plan(places, window, attention, merge * merge),
+    )
 
 
 def encode_units(
@@ -45,40 +116,31 @@ def encode_units(
         `tuple`: `torch.FloatTensor` of shape `(kept, out_hidden_size)`, in the order of their tokens, and a `list` of as
         many more of them for the first layers of the language model (Qwen3-VL's deepstack; empty for Qwen2.5-VL).
     """
-    merge, device = tower.spatial_merge_size, pixel_values.device
-    is_kept = is_kept.to(device)
-    places = UnitPlaces(*(of_unit[is_kept] for of_unit in locate_units(grid_thw.to(device), merge)))
-    order, window = _sort_by_window(tower, places)
-    units = is_kept.nonzero().flatten()[order]
-    patches = pixel_values.unflatten(0, (-1, merge * merge))[units].flatten(0, 1)
+    merge = tower.spatial_merge_size
+    is_kept = is_kept.to(pixel_values.device)
+    plan = plan_units(tower, grid_thw, is_kept, attention)
+    patches = plan.sort(pixel_values.unflatten(0, (-1, merge * merge))[is_kept].flatten(0, 1))
 
     weight = tower.patch_embed.proj.weight
     # Where accelerate brings in the weights of every module when it runs, they are nowhere before.
     hidden_states = tower.patch_embed(patches if weight.is_meta else patches.to(weight.device))
-    device = hidden_states.device
-    places = UnitPlaces(*(of_unit[order].to(device) for of_unit in places))
-    frames = _plan(places, [], attention, merge * merge)
-    windows = _plan(places, [of_unit[order].to(device) for of_unit in window], attention, merge * merge)
-    # The patches of a unit, row by row: (units, merge * merge).
-    inside = torch.arange(merge * merge, device=device)
-    rows = (places.row[:, None] * merge + inside // merge).flatten()
-    cols = (places.col[:, None] * merge + inside % merge).flatten()
+    plan = plan.to(hidden_states.device)
     if hasattr(tower, "pos_embed"):
-        video = places.video.repeat_interleave(merge * merge)
-        hidden_states = hidden_states + _learned_positions(tower, grid_thw, video, rows, cols).to(hidden_states)
-    angles = torch.stack([rows, cols], dim=-1)[..., None].float() * tower.rotary_pos_emb.inv_freq.to(device).float()
+        table = tower.pos_embed(torch.arange(tower.num_grid_per_side**2, device=hidden_states.device))
+        positions = learned_positions(plan, grid_thw, partial(_resize_positions, table))
+        hidden_states = hidden_states + positions.to(hidden_states)
+    frequencies = tower.rotary_pos_emb.inv_freq.to(hidden_states.device).float()
+    angles = torch.stack([plan.rows, plan.cols], dim=-1)[..., None].float() * frequencies
     angles = angles.flatten(1).repeat(1, 2)
     position_embeddings = (angles.cos(), angles.sin())
 
     deepstack = []
     for number, block in enumerate(tower.blocks):
-        sees_frame = number in getattr(tower, "fullatt_block_indexes", (number,))
-        hidden_states = _run_block(block, hidden_states, frames if sees_frame else windows, position_embeddings)
+        hidden_states = _run_block(block, hidden_states, plan.attention(tower, number), position_embeddings)
         if number in getattr(tower, "deepstack_visual_indexes", ()):
             merger = tower.deepstack_merger_list[list(tower.deepstack_visual_indexes).index(number)]
             deepstack.append(merger(hidden_states))  # in the order of tokens, for there are no windows here
-    features = tower.merger(hidden_states)
-    return features[torch.argsort(order).to(features.device)], deepstack
+    return plan.restore(tower.merger(hidden_states)), deepstack
 
 
 def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -149,15 +211,32 @@ def _run_block(
     return run_checkpointed(block, run, hidden_states)
 
 
-def _learned_positions(
-    tower: nn.Module, grid_thw: torch.Tensor, video: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor
+def learned_positions(
+    plan: UnitPlan, grid_thw: torch.Tensor, positions_of: Callable[[int, int], torch.Tensor]
 ) -> torch.Tensor:
-    """Reads the position table, resized to the grid of each patch's video, at the rows and columns of patches."""
-    side = tower.num_grid_per_side
-    table = tower.pos_embed(torch.arange(side * side, device=video.device)).view(1, side, side, -1).permute(0, 3, 1, 2)
-    positions = table.new_empty(len(video), table.shape[1])
+    """
+    Gathers the learned positions of a plan's patches.
+
+    Args:
+        plan ([`UnitPlan`]): where patches lie.
+        grid_thw (`torch.LongTensor` of shape `(videos, 3)`): as in [`encode_units`].
+        positions_of (`Callable[[int, int], torch.Tensor]`):
+            Gives the tower's positions `(rows, cols, hidden_size)` for frames of so many rows and columns of patches.
+
+    Returns:
+        `torch.FloatTensor` of shape `(patches, hidden_size)`
+    """
+    positions = None
     for height, width in {(height, width) for _, height, width in grid_thw.tolist()}:
-        resized = F.interpolate(table, (height, width), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
-        is_here = ((grid_thw[:, 1] == height) & (grid_thw[:, 2] == width)).to(table.device)[video]
-        positions = positions.masked_scatter(is_here[:, None], resized[rows[is_here], cols[is_here]])
+        table = positions_of(height, width)
+        positions = table.new_empty(len(plan.video), table.shape[-1]) if positions is None else positions
+        is_here = ((grid_thw[:, 1] == height) & (grid_thw[:, 2] == width)).to(table.device)[plan.video]
+        positions = positions.masked_scatter(is_here[:, None], table[plan.rows[is_here], plan.cols[is_here]])
     return positions
+
+
+def _resize_positions(table: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Resizes a square table of positions `(places, hidden_size)` to frames of so many patches."""
+    side = math.isqrt(len(table))
+    table = table.view(1, side, side, -1).permute(0, 3, 1, 2)
+    return F.interpolate(table, (rows, cols), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)

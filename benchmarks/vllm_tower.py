@@ -1,0 +1,172 @@
+"""
+How long does a tower of Qwen2.5-VL or Qwen3-VL take in vLLM, by what is kept of a video?
+
+vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which runs the
+whole tower and then drops as many tokens. Towers have the size of Qwen2.5-VL-7B's and Qwen3-VL-8B's; random weights cost what
+trained ones do. How long the selector gazes, on the API server, is measured as well. All cases run in turn; a first run of
+each is a warm-up. Prints a table and writes JSON. It needs vLLM.
+
+    python benchmarks/vllm_tower.py video.mp4 --threads 2 --runs 5 -o vllm_tower.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from measurement import DTYPES, machine, now
+from transformers import AutoModel, Qwen2_5_VLConfig, Qwen3VLConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
+from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
+from vllm.multimodal.video_prune.evs import compute_retention_mask
+
+from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeVideoProcessor, read_video
+from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
+from transformers_autogaze.integrations.qwen_vl_units import fold_units, kept_units
+from transformers_autogaze.serving.vllm_tower import encode_kept_units
+
+
+WHOLE = "vLLM's own"
+TOWERS = {
+    "qwen2_5_vl": (Qwen2_5_VisionTransformer, Qwen2_5_VLConfig, {"hidden_size": 1280, "intermediate_size": 3420}),
+    "qwen3_vl": (
+        Qwen3_VisionTransformer,
+        Qwen3VLConfig,
+        {"hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "deepstack_visual_indexes": [8, 16, 24]},
+    ),
+}
+DEPTHS = {"qwen2_5_vl": 32, "qwen3_vl": 27}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", nargs="?", help="a path; a drawn clip by default")
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.25, 0.5, 1.0])
+    parser.add_argument("--num-frames", type=int, default=64)
+    parser.add_argument("--side", type=int, default=448, help="height and width of frames in pixels")
+    parser.add_argument("--layers", type=int, help="layers of the towers; as many as real ones by default")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path, default=Path("vllm_tower.json"))
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    frames = render_demo_clip(options.num_frames) if options.video is None else None
+    frames = read_video(options.video, options.num_frames)[0] if frames is None else frames
+    rows = []
+    print(f"{device}, {options.dtype}, {options.threads} threads, torch {torch.__version__}, median of {options.runs}")
+    print(f"{'':<34} {'units':>15} {'tower s':>9} {'of whole':>9} {'gazing s':>9}")
+    with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "nccl" if device == "cuda" else "gloo")
+        initialize_model_parallel()
+        for name in options.towers:
+            tower = make_tower(name, options.layers).to(device, DTYPES[options.dtype]).eval()
+            for row in measure(tower, frames, options.side, options.ratios, options.runs, device):
+                rows.append({"tower": name, **row})
+                print(
+                    f"{name + ', ' + row['case']:<34} {row['units']:>6} of {row['all_units']:<5} {row['seconds']:>9.2f} "
+                    f"{row['of_whole']:>9.2f} {row['gazing_seconds']:>9.2f}"
+                )
+    result = {
+        "machine": machine(options.threads, device, options.dtype),
+        "num_frames": len(frames),
+        "side": options.side,
+        "layers": options.layers,
+        "runs": options.runs,
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    os._exit(0)  # vLLM's groups of processes wait for each other otherwise
+
+
+def make_tower(name: str, layers: int | None) -> torch.nn.Module:
+    """Makes a tower of vLLM with random weights."""
+    build, config, sizes = TOWERS[name]
+    depth = layers or DEPTHS[name]
+    sizes = {**sizes, "depth": depth, "out_hidden_size": 3584 if name == "qwen2_5_vl" else 4096}
+    if "deepstack_visual_indexes" in sizes:
+        sizes["deepstack_visual_indexes"] = [layer for layer in sizes["deepstack_visual_indexes"] if layer < depth]
+    torch.manual_seed(0)
+    tower = build(config(vision_config=sizes).vision_config)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for module in tower.modules():
+        # vLLM's layers on a CPU bring their weights into another form once they are loaded.
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            method.process_weights_after_loading(module)
+    return tower
+
+
+@torch.no_grad()
+def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> list[dict]:
+    """Runs all cases in turn; gives a row for each."""
+    merge, patch = tower.spatial_merge_size, tower.patch_size
+    processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
+    size = (side // (merge * patch) * merge * patch,) * 2
+    levels = processor.resize_levels(torch.from_numpy(frames[: len(frames) // 2 * 2]).permute(0, 3, 1, 2), size)
+    pixels = fold_units(processor.to_pixel_values(levels), merge, patch)
+    grid = torch.tensor([[len(levels) // 2, size[0] // patch, size[1] // patch]])
+    units = (int(grid[0, 0]), size[0] // patch // merge, size[1] // patch // merge)
+    gazer = UnitGazer(AutoModel.from_pretrained(DEFAULT_SELECTOR).eval(), processor, None, UnitSizes(merge, patch, 2))
+    on_device = pixels.to(device, tower.dtype)
+
+    def whole() -> torch.Tensor:
+        return tower(on_device, grid.tolist())
+
+    cases = {WHOLE: whole}
+    kept, gazing = {}, {}
+    for ratio in ratios:
+        start = now()
+        gaze = gazer.gaze(pixels, grid, gazing_ratio=ratio)[0]
+        gazing[ratio] = now() - start
+        kept[ratio] = kept_units(gaze, units)[0].flatten()
+        patches = pixels.unflatten(0, (-1, merge**2))[kept[ratio]].flatten(0, 1).to(device, tower.dtype)
+        cases[f"gazing_ratio {ratio:g}"] = lambda patches=patches, ratio=ratio: encode_kept_units(
+            tower, patches, grid, kept[ratio]
+        )
+        if ratio < 1:
+            cases[f"EVS, {ratio:g} of tokens"] = lambda ratio=ratio: prune(whole(), grid, merge, ratio)
+    seconds: dict[str, list[float]] = {case: [] for case in cases}
+    for run in range(runs + 1):
+        for case, call in cases.items():
+            start = now(device)
+            call()
+            if run:
+                seconds[case].append(now(device) - start)
+    of_whole = statistics.median(seconds[WHOLE])
+    rows = []
+    for case, times in seconds.items():
+        ratio = 1.0 if case == WHOLE else float(case.replace(",", "").split()[1])
+        is_gazed = case.startswith("gazing")
+        rows.append(
+            {
+                "case": case,
+                "units": int(kept[ratio].sum()) if ratio in kept else units[0] * units[1] * units[2],
+                "all_units": units[0] * units[1] * units[2],
+                "seconds": statistics.median(times),
+                "of_whole": statistics.median(times) / of_whole,
+                "gazing_seconds": gazing[ratio] if is_gazed else 0.0,
+                "all_seconds": times,
+            }
+        )
+    return rows
+
+
+def prune(features: torch.Tensor, grid: torch.Tensor, merge: int, ratio: float) -> torch.Tensor:
+    """Drops tokens as EVS does."""
+    is_kept = compute_retention_mask(features, grid[0].tolist(), spatial_merge_size=merge, q=1 - ratio)
+    return features[is_kept]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Gaze in engines that serve video MLLMs."""

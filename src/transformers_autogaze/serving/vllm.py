@@ -1,0 +1,20 @@
+"""
+The plug-in for vLLM: Qwen2.5-VL and Qwen3-VL whose towers see the gazed merge units of videos only.
+
+vLLM calls [`register`] in each of its processes. This module imports nothing of vLLM before.
+"""
+
+_MODELS = ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
+
+
+def register() -> None:
+    """
+    Puts the models that can gaze in the places of vLLM's own; called by vLLM, any number of times.
+
+    They are vLLM's own until a request, or the engine's `mm_processor_kwargs`, says how much to keep of videos: then a
+    selector gazes at the frames in vLLM's processor, and the tower and the language model get the kept merge units alone.
+    """
+    from vllm import ModelRegistry
+
+    for name in _MODELS:
+        ModelRegistry.register_model(name, f"transformers_autogaze.serving.vllm_models:Gaze{name}")

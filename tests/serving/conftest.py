@@ -1,0 +1,130 @@
+"""What the tests in engines share. They need vLLM; `make vllm-test` makes an environment with it and runs them."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
+
+from transformers_autogaze.checkpoints import load_selector
+from transformers_autogaze.integrations import GazeQwenVL
+
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+
+# Before vLLM is imported: small, on as many cores as there are, and nothing sent anywhere.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "enforce_eager": True,
+    "limit_mm_per_prompt": {"video": 2, "image": 1},
+    "max_num_batched_tokens": 64,  # prompts are longer, so that they come in chunks
+    "max_num_seqs": 4,
+}
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TOKENS = 12
+Video = tuple[np.ndarray, dict]
+
+
+def make_video(frames: int = 8, height: int = 112, width: int = 112, seed: int = 0) -> Video:
+    """Makes frames of noise in which a rectangle moves over a still ground, as vLLM takes them."""
+    generator = np.random.default_rng(seed)
+    ground = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    video = np.repeat(ground[None], frames, axis=0)
+    for frame in range(frames):
+        left = 8 * frame % (width - 32)
+        video[frame, 24:56, left : left + 32] = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    metadata = {
+        "fps": 2.0,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+        "duration": frames / 2,
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+    return video, metadata
+
+
+def make_prompt(*parts: str) -> str:
+    """Writes a question around videos and pictures."""
+    return f"<|im_start|>user\n{''.join(parts)}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@cache
+def _selector(name: str):
+    return load_selector(name)
+
+
+class Reference:
+    """What [`GazeQwenVL`] in transformers answers."""
+
+    def __init__(self, folder: Path):
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def answer(self, prompt: str, videos: list[Video], images: list = (), gaze_model: str = "features", **settings):
+        """Gives the length of the prompt that the language model reads and the tokens of the answer."""
+        media = {
+            "videos": [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames, _ in videos],
+            "video_metadata": [
+                VideoMetadata(**{key: value for key, value in metadata.items() if key != "do_sample_frames"})
+                for _, metadata in videos
+            ],
+            "do_sample_frames": False,
+        }
+        media = media if videos else {}
+        inputs = self.processor(text=[prompt], images=list(images) or None, **media, return_tensors="pt")
+        options = {"max_new_tokens": TOKENS, "do_sample": False}
+        length = inputs["input_ids"].shape[1]
+        if not settings:
+            return length, self.mllm.generate(**inputs, **options)[0, length:].tolist()
+        selector, processor = _selector(gaze_model)
+        model = GazeQwenVL(self.mllm, selector, self.processor, processor.video_processor)
+        left = model.prepare_inputs(**inputs, **settings).input_ids.shape[1]
+        return left, model.generate(**inputs, **settings, **options)[0, length:].tolist()
+
+
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
+def qwen_folder(request, tmp_path_factory) -> Path:
+    """A tiny MLLM in a folder."""
+    from . import tiny_models
+
+    folder = tmp_path_factory.mktemp(request.param)
+    getattr(tiny_models, f"write_{request.param}")(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(qwen_folder) -> Reference:
+    return Reference(qwen_folder)
+
+
+@pytest.fixture(scope="session")
+def engine(qwen_folder) -> Iterator:
+    """The tiny MLLM in vLLM."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(qwen_folder), **ENGINE)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+
+
+transformers.logging.set_verbosity_error()

