@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LMMS_VENV ?= .venv-lmms-eval
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
 
@@ -15,7 +16,6 @@ WEIGHTS ?= outputs/weights
 PACKED = src/transformers_autogaze/pretrained/features
 AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
-LMMS_VENV ?= .venv-lmms-eval
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
 .PHONY: demo test common-tests wheel-test vllm-test lmms-eval-test lint weights autogaze-weights clean
