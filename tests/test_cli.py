@@ -178,6 +178,19 @@ def test_of_several_videos_each_gets_its_folder_and_a_bad_one_stops_none(clip, t
     assert json.loads((videos / "out" / "clip-2" / "gaze.json").read_text())["video"] == str(clip)
 
 
+def test_in_a_folder_that_an_earlier_run_wrote_to_only_its_own_overlay_is_left_out(clip, tmp_path, capsys):
+    for name in ("overlay.mp4", "clip.mp4"):
+        shutil.copy(clip, tmp_path / name)
+    (tmp_path / "gaze.json").write_text("{}")
+    arguments = ["prune", str(tmp_path), "--num-frames", "2", "--no-overlay", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "out" / "gaze.json").read_text())["video"] == str(tmp_path / "clip.mp4")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "clip.mp4").unlink()
+    assert main(arguments) == 2
+    assert "must hold videos beside those that an earlier run wrote" in capsys.readouterr().err
+
+
 def test_without_an_overlay_all_else_is_the_same(clip, tmp_path, capsys):
     for folder in ("with", "without"):
         assert main(["prune", str(clip), "-o", str(tmp_path / folder)]) == 0

@@ -20,7 +20,7 @@ from .demo import render_demo_clip
 from .opened_video import OpenedVideo
 from .output_files import check_folder, check_not_inputs
 from .processing_autogaze import AutoGazeProcessor
-from .pruning import FILES, GAZE_FILE, VideoPruning, prune_video
+from .pruning import FILES, GAZE_FILE, OVERLAY, VideoPruning, prune_video
 from .selection_autogaze import GazeSelector
 from .training.videos import find_videos
 from .video import write_video
@@ -113,8 +113,11 @@ def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
                 f"VIDEO must be a video file, a folder of videos or an http(s) URL, but there is no {item!r}"
             )
         if os.path.isdir(item):
-            # What an earlier run wrote there is no video to prune.
-            paths = [Path(p) for p in find_videos(Path(item)) if not Path(p).with_name(GAZE_FILE).exists()]
+            paths = [path for path in map(Path, find_videos(Path(item))) if not _is_overlay(path)]
+            if not paths:
+                raise ValueError(
+                    f"VIDEO folder {item!r} must hold videos beside those that an earlier run wrote, found none"
+                )
             found = {str(path): str(path.relative_to(item).with_suffix("")) for path in paths}
         else:
             path = urlsplit(item).path if is_url and not os.path.exists(item) else item
@@ -126,6 +129,11 @@ def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
             names[video] = next(place for place in places if place not in taken)
             taken.add(names[video])
     return names
+
+
+def _is_overlay(path: Path) -> bool:
+    """Whether an earlier run wrote this video."""
+    return path.name == OVERLAY and path.with_name(GAZE_FILE).exists()
 
 
 def _open(video: str, options: argparse.Namespace) -> OpenedVideo:
