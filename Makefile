@@ -43,12 +43,12 @@ wheel-test:
 	rm -rf $(RELEASE)
 	mkdir -p $(RELEASE)/trial
 	$(PYTHON) -m venv $(RELEASE)/builder
-	$(RELEASE)/builder/bin/python -m pip install --quiet build twine
+	$(RELEASE)/builder/bin/python -m pip install --quiet --no-compile build twine
 	$(RELEASE)/builder/bin/python -m build --outdir $(RELEASE)/dist .
 	$(RELEASE)/builder/bin/python -m twine check --strict $(RELEASE)/dist/*
 	$(RELEASE)/builder/bin/python tests/release/check_distributions.py $(RELEASE)/dist
 	$(PYTHON) -m venv $(RELEASE)/installed
-	$(RELEASE)/installed/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) $(RELEASE)/dist/*.whl
+	$(RELEASE)/installed/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) $(RELEASE)/dist/*.whl
 	cd $(RELEASE)/trial && ../installed/bin/python $(CURDIR)/tests/release/try_installed.py $(CURDIR)/README.md
 
 # The tests with lmms-eval, in an environment of its own: it needs an older PyAV. On the videos of AUTOGAZE_TEST_VIDEOS, or on drawn ones.
