@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import BatchFeature
@@ -33,7 +34,7 @@ class Processor:
 
     def __call__(self, text, videos, return_tensors):
         self.asked.append((text, videos))
-        frames = torch.rand(2, 16, 3, 392, 392, generator=torch.Generator().manual_seed(0))
+        frames = torch.rand(1, 4, 3, 392, 392, generator=torch.Generator().manual_seed(0))
         info = self._get_gazing_info_from_videos(
             {"pixel_values_videos_tiles_autogaze": [frames], "pixel_values_videos_thumbnails_autogaze": [frames[:1]]}
         )
@@ -54,12 +55,10 @@ class Model(torch.nn.Module):
 @pytest.fixture
 def load(monkeypatch):
     def call(**arguments):
-        monkeypatch.setattr(
-            nvila_hd.AutoProcessor,
-            "from_pretrained",
-            lambda name, trust_remote_code, **settings: Processor(**settings),
-        )
-        monkeypatch.setattr(nvila_hd.AutoModel, "from_pretrained", lambda name, **settings: Model())
+        parts = {"AutoProcessor": lambda name, trust_remote_code, **settings: Processor(**settings)}
+        parts["AutoModel"] = lambda name, **settings: Model()
+        for part, from_pretrained in parts.items():
+            monkeypatch.setattr(nvila_hd, part, SimpleNamespace(from_pretrained=from_pretrained))
         return nvila_hd.GazeNvilaHD(**arguments)
 
     return call
@@ -78,6 +77,7 @@ VIDEO_PART, TEXT_PART = {"type": "video", "url": "clip.mp4"}, {"type": "text", "
 
 def test_it_is_asked_as_its_card_says_and_says_what_that_took(load):
     model = load()
+    assert model.processor.task_loss_requirement_tile == 0.6
     [result] = ask(model, VIDEO_PART, TEXT_PART)
     assert model.processor.asked == [(f"{VIDEO}\n\nWhat?", "clip.mp4")] and result.text == "B"
     costs = result.token_counts.to_dict()
@@ -87,9 +87,9 @@ def test_it_is_asked_as_its_card_says_and_says_what_that_took(load):
 
 def test_a_selector_of_this_package_takes_the_place_of_the_one_inside(load):
     model = load(selector=str(GREEDY_SELECTOR), gazing_ratio=0.02, max_batch_size_autogaze=2)
-    assert model.processor.gazing_ratio_tile == 0.02 and model.processor.task_loss_requirement_tile == 0.6
+    assert model.processor.gazing_ratio_tile == 0.02 and model.processor.task_loss_requirement_tile is None
     [result] = ask(model, VIDEO_PART, TEXT_PART)
-    assert result.token_counts.input_tokens == 16 * int(0.02 * 1060)
+    assert result.token_counts.input_tokens == 4 * int(0.02 * 1060)
 
 
 def test_without_a_selector_everything_is_kept(load):
@@ -106,7 +106,8 @@ def test_without_a_selector_everything_is_kept(load):
         ({"batch_size": 2}, "`batch_size` must be 1"),
     ],
 )
-def test_wrong_settings_are_refused(load, arguments, message):
+def test_wrong_settings_are_refused(load, monkeypatch, arguments, message):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=message):
         load(**arguments)
 

@@ -35,7 +35,8 @@ class GazeNvilaHD(lmms):
             What chooses patches of tiles: the AutoGaze inside the published processor, a selector of four scales as in
             [`GazedModel`], or `none`, which keeps everything.
         gazing_ratio, task_loss_requirement (`float`, *optional*):
-            How much of a tile's frames to keep; the published settings by default.
+            How much of a tile's frames to keep; the published ratios by default and, for the published selector, its
+            threshold.
         num_video_frames, num_video_frames_thumbnail, max_tiles_video, max_batch_size_autogaze, max_batch_size_siglip (`int`, *optional*):
             As in the published processor and MLLM, whose defaults they are.
         device_map (`str`, *optional*, defaults to `"auto"`): as in `from_pretrained`.
@@ -65,8 +66,10 @@ class GazeNvilaHD(lmms):
     ):
         super().__init__()
         settings: dict[str, Any] = {}
+        if selector != _PUBLISHED:  # whose threshold is a loss as that one predicts it
+            settings["task_loss_requirement_tile"] = None
         if selector == _DENSE:
-            settings = {"gazing_ratio_tile": 1, "task_loss_requirement_tile": None}
+            settings["gazing_ratio_tile"] = 1
         if gazing_ratio is not None:
             budget_each_frame(gazing_ratio, 1, 1)
             settings["gazing_ratio_tile"] = gazing_ratio
