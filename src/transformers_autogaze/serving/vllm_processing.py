@@ -111,6 +111,9 @@ class _GazeProcessor:
         hf_processor_mm_kwargs: Mapping[str, object],
     ) -> list[torch.Tensor]:
         """Gazes at videos; says of every unit whether it is kept, video by video."""
+        for number, frames in enumerate(grids[:, 0].tolist()):
+            if not frames:
+                raise ValueError(f"video {number} must have frames to gaze at, got none")
         vision = self.info.get_hf_config().vision_config
         selector, gaze_processor = load_gaze_model(settings.gaze_model)
         sizes = UnitSizes(vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size)
