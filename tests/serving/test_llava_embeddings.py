@@ -99,7 +99,7 @@ def test_a_model_that_cannot_gaze_refuses_the_settings(engine):
         "multi_modal_data": {"video": [make_video(8, 56, 56)[0]]},
         "mm_processor_kwargs": {"gazing_ratio": 0.25},
     }
-    with pytest.raises(ValueError, match="gazing_ratio"):
+    with pytest.raises(ValueError, match="`gazing_ratio` must not be given to LlavaOnevision"):
         engine.generate([request], GREEDY, use_tqdm=False)
 
 

@@ -70,6 +70,8 @@ class GazeQwen3VLProcessingInfo(_GazeInfo, Qwen3VLProcessingInfo):
 class _GazeProcessor:
     """Gazes after the processor of vLLM has run; first among the bases."""
 
+    can_gaze = True
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM finds out with these how much memory it needs: for a whole video.
         inputs = super().get_dummy_inputs(*args, **kwargs)
