@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from measurement import DTYPES, machine, now
 from transformers import AutoModel, Qwen2_5_VLConfig, Qwen3VLConfig
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
@@ -65,7 +65,8 @@ def main() -> None:
     rows = []
     print(f"{device}, {options.dtype}, {options.threads} threads, torch {torch.__version__}, median of {options.runs}")
     print(f"{'':<34} {'units':>15} {'tower s':>9} {'of whole':>9} {'gazing s':>9}")
-    with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as folder:
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "nccl" if device == "cuda" else "gloo")
         initialize_model_parallel()
         for name in options.towers:

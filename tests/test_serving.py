@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from transformers_autogaze import FEATURES_SELECTOR, FeatureGazeModel, GreedyGazeSelector
+from transformers_autogaze import FEATURES_SELECTOR, FeatureGazeModel, GazeGrid, GreedyGazeSelector
 from transformers_autogaze.serving.settings import GazeSettings, load_gaze_model, read_settings
 
 
@@ -71,3 +71,12 @@ def test_a_selector_is_loaded_once():
     assert load_gaze_model("features")[0] is selector
     assert isinstance(load_gaze_model("greedy")[0], GreedyGazeSelector)
     assert torch.tensor(processor.image_mean).allclose(torch.tensor(selector.config.image_mean))
+
+
+def test_a_selector_does_not_remember_every_size_that_it_ever_saw():
+    selector = GreedyGazeSelector()
+    for side in range(2, 42):
+        assert selector.for_grid(GazeGrid([(8, 8 * side)], 8)).config.scales == [(8, 8 * side)]
+    assert len(selector._for_grid) <= 16
+    again = GazeGrid([(8, 16)], 8)
+    assert selector.for_grid(again) is selector.for_grid(again)

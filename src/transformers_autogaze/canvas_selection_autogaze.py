@@ -17,6 +17,9 @@ from .selection_autogaze import GazeSelector
 from .token_budgets_autogaze import ClipBudget, RateControl, StreamBudget
 
 
+_MOST_GRIDS = 16  # that are remembered, as a server is given videos of any size
+
+
 class CanvasGazeCache:
     """What a selector on a canvas remembers of a stream: the canvas, and the account of a budget over time."""
 
@@ -117,14 +120,17 @@ class CanvasGazeSelector(GazeSelector):
         """
         if grid == self.config.grid:
             return self
-        if grid not in self._for_grid:
+        other = self._for_grid.get(grid)
+        if other is None:
             settings = {**self.config.to_diff_dict(), "scales": grid.scales, "patch_size": grid.patch_size}
             # A shallow copy has its parts in common with this one, wherever they are moved.
             other = copy.copy(self)
             other.config = type(self.config)(**settings)
             other.search = self.make_search(grid)
+            if len(self._for_grid) >= _MOST_GRIDS:
+                self._for_grid.pop(next(iter(self._for_grid)), None)
             self._for_grid[grid] = other
-        return self._for_grid[grid]
+        return other
 
     def _gaze(
         self,

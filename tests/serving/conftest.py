@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from transformers_autogaze.checkpoints import load_selector
@@ -114,17 +115,58 @@ def reference(qwen_folder) -> Reference:
     return Reference(qwen_folder)
 
 
-@pytest.fixture(scope="session")
-def engine(qwen_folder) -> Iterator:
-    """The tiny MLLM in vLLM."""
+@contextmanager
+def run_engine(folder: Path, **settings) -> Iterator:
+    """Runs vLLM in this process."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(str(qwen_folder), **ENGINE)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    cleanup_dist_env_and_memory()
+    llm = LLM(str(folder), **{**ENGINE, **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="session")
+def plain_logprobs(qwen_folder) -> list[list[float]]:
+    """What vLLM itself, without the plug-in, gives for the request of [`dense_request`]."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # once in a process; what it registers is taken back here
+    config = AutoConfig.from_pretrained(qwen_folder)
+    (name,) = config.architectures
+    gazing = ModelRegistry.models[name]
+    ModelRegistry.register_model(name, f"vllm.model_executor.models.{config.model_type}:{name}")
+    try:
+        with run_engine(qwen_folder) as engine:
+            return find_logprobs(engine, dense_request())
+    finally:
+        ModelRegistry.models[name] = gazing
+
+
+@pytest.fixture(scope="session")
+def engine(qwen_folder, plain_logprobs) -> Iterator:
+    """The tiny MLLM in vLLM, with the plug-in; one engine at a time is in the process."""
+    with run_engine(qwen_folder) as engine:
+        yield engine
+
+
+def dense_request() -> dict:
+    """Asks about a whole video."""
+    return {"prompt": make_prompt(VIDEO, "What?"), "multi_modal_data": {"video": [make_video(seed=7)]}}
+
+
+def find_logprobs(engine, request: dict) -> list[list[float]]:
+    """Gives the logarithms of the likeliest tokens' probabilities, token by token of the answer."""
+    from vllm import SamplingParams
+
+    options = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5)
+    output = engine.generate([request], options, use_tqdm=False)[0].outputs[0]
+    return [sorted(entry.logprob for entry in place.values()) for place in output.logprobs]
 
 
 transformers.logging.set_verbosity_error()

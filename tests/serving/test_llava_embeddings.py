@@ -3,15 +3,14 @@
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm import SamplingParams
 
 from transformers_autogaze import GreedyGazeSelector
 from transformers_autogaze.integrations import GazeVideoLM
 from transformers_autogaze.serving.llava_embeddings import embed_for_vllm
 
 from . import tiny_models
-from .conftest import ENGINE, TOKENS, make_video
+from .conftest import TOKENS, make_video, run_engine
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -34,12 +33,8 @@ def model(folder) -> GazeVideoLM:
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    settings = {**ENGINE, "limit_mm_per_prompt": {"image": 2, "video": 1}}
-    engine = LLM(str(folder), **settings, enable_mm_embeds=True)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
-    del engine
-    cleanup_dist_env_and_memory()
+    with run_engine(folder, limit_mm_per_prompt={"image": 2, "video": 1}, enable_mm_embeds=True) as engine:
+        yield engine
 
 
 def make_pixels(model: GazeVideoLM, frames: int = 8, seed: int = 0) -> torch.Tensor:
@@ -104,7 +99,7 @@ def test_a_model_that_cannot_gaze_refuses_the_settings(engine):
         "multi_modal_data": {"video": [make_video(8, 56, 56)[0]]},
         "mm_processor_kwargs": {"gazing_ratio": 0.25},
     }
-    with pytest.raises(ValueError, match="gazing_ratio"):
+    with pytest.raises(ValueError, match="`gazing_ratio` must not be given to LlavaOnevision"):
         engine.generate([request], GREEDY, use_tqdm=False)
 
 

@@ -1,18 +1,13 @@
 """Qwen2.5-VL and Qwen3-VL in vLLM against `GazeQwenVL` in transformers, for the same videos, settings and selectors."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from vllm import SamplingParams
 
-from .conftest import ENGINE, IMAGE, TOKENS, VIDEO, make_prompt, make_video
+from .conftest import IMAGE, TOKENS, VIDEO, dense_request, find_logprobs, make_prompt, make_video
 
 
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -41,12 +36,6 @@ def answer(engine, *requests: dict) -> list[tuple[int, list[int]]]:
     """Gives the length of each prompt and the tokens of the answer."""
     outputs = engine.generate(list(requests), SamplingParams(**GREEDY), use_tqdm=False)
     return [(len(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs]
-
-
-def logprobs(engine, request: dict) -> list[list[float]]:
-    """Gives the logarithms of the likeliest tokens' probabilities, token by token of the answer."""
-    output = engine.generate([request], SamplingParams(**GREEDY, logprobs=5), use_tqdm=False)[0].outputs[0]
-    return [sorted(entry.logprob for entry in place.values()) for place in output.logprobs]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -103,14 +92,8 @@ def test_a_prefix_that_is_cached_gives_the_same_answer(engine, reference):
         assert answer(engine, request) == [reference.answer(request["prompt"], videos, **QUARTER)]
 
 
-def test_without_arguments_logits_are_those_of_plain_vllm(engine, qwen_folder):
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
-    command = [sys.executable, "-m", "serving.test_vllm_offline", str(qwen_folder)]
-    options = {"cwd": Path(__file__).parents[1], "env": environment, "timeout": 600}
-    plain = subprocess.run(command, **options, capture_output=True, text=True, check=False)
-    assert plain.returncode == 0, plain.stderr[-2000:]
-    request = make_request([VIDEO, "What?"], [make_video(seed=7)])
-    assert logprobs(engine, request) == json.loads(plain.stdout.splitlines()[-1])
+def test_without_arguments_logits_are_those_of_plain_vllm(engine, plain_logprobs):
+    assert find_logprobs(engine, dense_request()) == plain_logprobs
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -126,16 +109,3 @@ def test_a_video_without_frames_is_refused(engine):
     with pytest.raises(ValueError):
         answer(engine, make_request([VIDEO, "What?"], [(np.zeros((0, 112, 112, 3), np.uint8), metadata)], **QUARTER))
     assert len(answer(engine, make_request([VIDEO, "What?"], [(video, metadata)], **QUARTER))) == 1
-
-
-def print_plain_logprobs(folder: Path) -> None:
-    """Prints what vLLM itself gives, without the plug-in."""
-    from vllm import LLM, ModelRegistry
-
-    engine = LLM(str(folder), **ENGINE)
-    assert "transformers_autogaze" not in repr(ModelRegistry.models)
-    print(json.dumps(logprobs(engine, make_request([VIDEO, "What?"], [make_video(seed=7)]))))
-
-
-if __name__ == "__main__":
-    print_plain_logprobs(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -209,3 +210,11 @@ def _save(mllm: PreTrainedModel, folder: Path) -> None:
             nn.init.normal_(parameter, std=0.5 if "embed" in name else 1.5 * parameter[0].numel() ** -0.5)
     mllm.generation_config.eos_token_id = None
     mllm.save_pretrained(folder)
+    if "siglip" in str(mllm.config):
+        # As in published checkpoints, whose names vLLM knows.
+        file = folder / "model.safetensors"
+        weights = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): weight
+            for name, weight in load_file(file).items()
+        }
+        save_file(weights, file, {"format": "pt"})

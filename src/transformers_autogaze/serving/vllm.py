@@ -13,8 +13,12 @@ def register() -> None:
 
     They are vLLM's own until a request, or the engine's `mm_processor_kwargs`, says how much to keep of videos: then a
     selector gazes at the frames in vLLM's processor, and the tower and the language model get the kept merge units alone.
+    Other models refuse such a request.
     """
     from vllm import ModelRegistry
 
+    from .vllm_guard import refuse_elsewhere
+
     for name in _MODELS:
         ModelRegistry.register_model(name, f"transformers_autogaze.serving.vllm_models:Gaze{name}")
+    refuse_elsewhere()

@@ -70,6 +70,8 @@ class GazeQwen3VLProcessingInfo(_GazeInfo, Qwen3VLProcessingInfo):
 class _GazeProcessor:
     """Gazes after the processor of vLLM has run; first among the bases."""
 
+    can_gaze = True
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM finds out with these how much memory it needs: for a whole video.
         inputs = super().get_dummy_inputs(*args, **kwargs)
@@ -111,6 +113,9 @@ class _GazeProcessor:
         hf_processor_mm_kwargs: Mapping[str, object],
     ) -> list[torch.Tensor]:
         """Gazes at videos; says of every unit whether it is kept, video by video."""
+        for number, frames in enumerate(grids[:, 0].tolist()):
+            if not frames:
+                raise ValueError(f"video {number} must have frames to gaze at, got none")
         vision = self.info.get_hf_config().vision_config
         selector, gaze_processor = load_gaze_model(settings.gaze_model)
         sizes = UnitSizes(vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size)
