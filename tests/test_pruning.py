@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from transformers_autogaze import (
     read_video,
     write_video,
 )
+from transformers_autogaze.demo import render_demo_clip
 
 
 SETTINGS = {"gazing_ratio": 0.4, "task_loss_requirement": 0.5}
@@ -160,3 +163,14 @@ def test_what_is_wrong_is_said_at_once(selector, source, options, message):
 def test_an_opened_video_brings_its_own_frames(selector, path):
     with pytest.raises(ValueError, match="`num_frames` and `fps` must be those of the OpenedVideo"):
         prune_video(OpenedVideo(path), selector, num_frames=3)
+
+
+def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("video.mp4", render_demo_clip(num_frames=32, height=96, width=128), fps=16)
+    guide = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(block, "pruning.md", "exec"), names)
+    assert names["pruning"].frame_indices == [0, 8, 16, 24]
+    assert names["patches"].pixels.shape[1:] == (3, 16, 16) and Path("pruned", "gaze.json").exists()
