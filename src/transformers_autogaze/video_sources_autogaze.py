@@ -32,6 +32,8 @@ PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 # FFmpeg's flags of a stream that is a still picture, such as the cover of a song, and of the one to show by default.
 _COVER_PICTURE, _DEFAULT = 0x400, 0x1
+# Texts in a file that are no UTF-8 are no reason to refuse it. PyAV 19 reads them and has no option for it any more.
+_METADATA_OPTIONS = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 # What FFmpeg's command line grants the default stream over others, in pixels.
 _DEFAULT_BONUS = 5_000_000
 # Formats that hold what they show. Left out are those that name other files or addresses (concat, hls, dash, imf, sdp,
@@ -286,7 +288,7 @@ def open_video(source: VideoSource, threads: str = "AUTO") -> Iterator[tuple[Any
 def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
     try:
         # Not as `options`, which older PyAV hands on to streams, too, past the end of those that are known so far.
-        return av.open(target, container_options=options, metadata_errors="ignore")
+        return av.open(target, container_options=options, **_METADATA_OPTIONS)
     except FFmpegError as error:
         # So FFmpeg calls a format that is not among those to open.
         is_refused = error.errno == errno.EINVAL
