@@ -18,7 +18,15 @@ import torch
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from transformers_autogaze import AutoGazeVideoProcessor, GreedyGazeSelector, read_video, stream_gaze, stream_video
+from transformers_autogaze import (
+    AutoGazeVideoProcessor,
+    GreedyGazeSelector,
+    prune_video,
+    read_video,
+    stream_gaze,
+    stream_video,
+)
+from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.video import write_video
 from transformers_autogaze.video_sources_autogaze import _best_stream
 
@@ -243,6 +251,20 @@ def test_decoders_and_loaded_videos_are_sampled_by_their_rate(kind):
     assert len(processor([video, video])["pixel_values_videos"]) == 2
     (chunk,) = stream_gaze(GreedyGazeSelector(), video, fps=2, tokens_per_second=100)
     assert chunk.frame_indices == [0, 5, 10, 15] and np.array_equal(chunk.frames, frames[::5])
+
+
+def test_frames_of_torchcodec_equal_those_of_pyav(tmp_path):
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # the package, or the FFmpeg or CUDA that it is built for
+        pytest.skip(f"torchcodec cannot be loaded: {error}")
+    path = write_video(tmp_path / "clip.mp4", render_demo_clip(20, 48, 64), fps=10)
+    expected, _ = read_video(path, fps=2)
+    (chunk,) = stream_gaze(GreedyGazeSelector(), VideoDecoder(str(path)), fps=2)
+    assert chunk.frame_indices == [0, 5, 10, 15] and np.array_equal(chunk.frames, expected)
+    pruning = prune_video(VideoDecoder(str(path)), GreedyGazeSelector(), fps=2, task_loss_requirement=0.7)
+    records = list(prune_video(path, GreedyGazeSelector(), fps=2, task_loss_requirement=0.7).records())
+    assert list(pruning.records()) == records and pruning.frame_times == [0, 0.5, 1, 1.5]
 
 
 def test_pictures_are_one_video(tmp_path):
