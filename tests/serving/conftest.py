@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -131,7 +132,7 @@ def run_engine(folder: Path, **settings) -> Iterator:
 
 
 @pytest.fixture(scope="session")
-def plain_logprobs(qwen_folder) -> list[list[float]]:
+def plain_logprobs(qwen_folder, tmp_path_factory) -> list[list[float]]:
     """What vLLM itself, without the plug-in, gives for the request of [`dense_request`]."""
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
@@ -141,8 +142,11 @@ def plain_logprobs(qwen_folder) -> list[list[float]]:
     (name,) = config.architectures
     gazing = ModelRegistry.models[name]
     ModelRegistry.register_model(name, f"vllm.model_executor.models.{config.model_type}:{name}")
+    # In a folder of its own, as vLLM remembers what class a folder's model is of.
+    folder = shutil.copytree(qwen_folder, tmp_path_factory.mktemp("plain") / "model")
     try:
-        with run_engine(qwen_folder) as engine:
+        with run_engine(folder) as engine:
+            assert not has_plugin(engine)
             return find_logprobs(engine, dense_request())
     finally:
         ModelRegistry.models[name] = gazing
@@ -153,6 +157,11 @@ def engine(qwen_folder, plain_logprobs) -> Iterator:
     """The tiny MLLM in vLLM, with the plug-in; one engine at a time is in the process."""
     with run_engine(qwen_folder) as engine:
         yield engine
+
+
+def has_plugin(engine) -> bool:
+    """Whether an engine's processor can gaze."""
+    return hasattr(engine.renderer.mm_processor, "can_gaze")
 
 
 def dense_request() -> dict:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from vllm import SamplingParams
 
-from .conftest import IMAGE, TOKENS, VIDEO, dense_request, find_logprobs, make_prompt, make_video
+from .conftest import IMAGE, TOKENS, VIDEO, dense_request, find_logprobs, has_plugin, make_prompt, make_video
 
 
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -93,6 +93,7 @@ def test_a_prefix_that_is_cached_gives_the_same_answer(engine, reference):
 
 
 def test_without_arguments_logits_are_those_of_plain_vllm(engine, plain_logprobs):
+    assert has_plugin(engine)
     assert find_logprobs(engine, dense_request()) == plain_logprobs
 
 
