@@ -111,7 +111,8 @@ def measure(
                 "budget": budget,
                 "bound": cosine(gaze) + spare,
                 "canvas": cosine(gaze, tower(values[None], gaze).last_hidden_state.float()),
-                "pixels": cosine(pixels),
+                # In the order of places, as the features are taken.
+                "pixels": cosine(GazeOutput.from_masks(pixels.gazing_mask, tower.grid)),
                 "evs": cosine(keep_dissimilar(dense, count, tower.grid)),
             }
         )
