@@ -28,7 +28,7 @@ def launch(host: str | None = None, port: int | None = None, device: str | None 
         ValueError: if torch cannot compute there.
     """
     try:
-        import gradio as gr
+        import gradio  # noqa: F401
         from starlette.middleware import Middleware
     except ImportError as error:
         raise ImportError('the page needs Gradio: pip install "transformers-autogaze[app]"') from error
@@ -53,7 +53,7 @@ def launch(host: str | None = None, port: int | None = None, device: str | None 
         blocks.launch(
             server_name=host,
             server_port=port,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=_theme(),
             css=_CSS.read_text(encoding="utf-8"),
             max_file_size=max_upload,
             app_kwargs={"middleware": [guard]},
@@ -64,6 +64,27 @@ def launch(host: str | None = None, port: int | None = None, device: str | None 
             mcp_server=False,
             enable_monitoring=False,
         )
+
+
+def _theme() -> Any:
+    """Gradio's own colours with fonts of the visitor's machine, and small print that is dark enough to read."""
+    import gradio as gr
+
+    small_print = {
+        "body_text_color_subdued": "*neutral_600",
+        "body_text_color_subdued_dark": "*neutral_400",
+        "block_info_text_color": "*neutral_600",
+        "block_info_text_color_dark": "*neutral_400",
+        "block_title_text_color": "*neutral_700",
+        "block_title_text_color_dark": "*neutral_200",
+        # White on it has a contrast of 5 to 1.
+        "button_primary_background_fill": "*primary_700",
+        "button_primary_background_fill_hover": "*primary_800",
+        "button_primary_background_fill_dark": "*primary_700",
+        "button_primary_background_fill_hover_dark": "*primary_800",
+    }
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return gr.themes.Default(**fonts).set(**small_print)
 
 
 def _stop_at_sigterm() -> None:

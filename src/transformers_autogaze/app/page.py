@@ -11,11 +11,12 @@ import gradio as gr
 
 from transformers_autogaze_cli.prune import SELECTORS
 
+from ..pruning import GAZE_FILE, OVERLAY
 from .choices import BUDGETS, OF_MLLM, PATCHES, TILES, Choices
 from .jobs import Cancelled, Job, JobBoard
 from .limits import Limits
 from .mllm_tokens import MLLMS, NVILA
-from .reports import describe_error, figures, message, progress, timeline
+from .reports import caption_of, describe_error, figures, message, progress, timeline
 from .uploads import VisitorFiles
 from .work import Result, Selectors, prune_for_page
 
@@ -68,7 +69,7 @@ class Page:
             label="Video",
             sources=["upload", "webcam"],
             include_audio=True,
-            height=280,
+            height=320,
             webcam_options=gr.WebcamOptions(mirror=False),
             elem_id="video",
         )
@@ -99,23 +100,24 @@ class Page:
 
     def _lay_out_results(self) -> None:
         self.status = gr.HTML(message("Nothing is pruned yet."), elem_id="status", container=False)
-        self.parts: list[Any] = []
-        self.columns, self.overlays, self.downloads = [], [], []
+        self.columns, self.captions, self.overlays, self.downloads = [], [], [], []
         with gr.Row():
             for number in (1, 2):
-                with gr.Column(visible=False, min_width=300) as column:
+                # Side by side where there is room for three panels each, else below each other.
+                with gr.Column(visible=False, min_width=480) as column:
+                    self.captions.append(gr.HTML(container=False))
                     overlay = gr.Video(
                         interactive=False,
                         autoplay=True,
                         loop=True,
                         buttons=[],
+                        show_label=False,
                         elem_classes="autogaze-overlay",
                         elem_id=f"overlay-{number}",
                     )
                     with gr.Row():
-                        files = [
-                            gr.DownloadButton(label, size="sm", min_width=120) for label in ("Overlay", "gaze.json")
-                        ]
+                        names = OVERLAY, GAZE_FILE
+                        files = [gr.DownloadButton(f"Download {name}", size="sm", min_width=140) for name in names]
                 self.columns.append(column)
                 self.overlays.append(overlay)
                 self.downloads.append(files)
@@ -125,7 +127,8 @@ class Page:
     def _connect(self, blocks: gr.Blocks) -> None:
         chosen = [self.selector, self.second, self.budget, self.ratio, self.threshold, self.num_frames]
         chosen += [self.patches, self.tiles, self.max_tiles, self.mllm]
-        shown = [self.start, self.cancel, self.status, self.timeline, self.figures, *self.columns, *self.overlays]
+        shown = [self.start, self.cancel, self.status, self.timeline, self.figures, *self.columns, *self.captions]
+        shown += self.overlays
         shown += [button for files in self.downloads for button in files]
         # The calls are the page's own; what they take is nobody's interface.
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
@@ -157,7 +160,7 @@ class Page:
         seconds = "" if known.duration is None else f", {known.duration:.1f} seconds"
         return message(f"{path.name}: {known.total_num_frames} frames of {known.width}x{known.height}{seconds}.")
 
-    async def prune(self, video: str | None, *chosen: Any, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+    async def prune(self, request: gr.Request, video: str | None, *chosen: Any) -> AsyncIterator[dict[Any, Any]]:
         """Prunes a video and tells how far it is."""
         visitor = request.session_hash
         try:
@@ -216,9 +219,11 @@ class Page:
             self.timeline: timeline(results),
             self.figures: figures(results, choices),
         }
-        for result, column, overlay, files in zip(results, self.columns, self.overlays, self.downloads, strict=False):
+        parts = zip(results, self.columns, self.captions, self.overlays, self.downloads, strict=False)
+        for result, column, caption, overlay, files in parts:
             shown[column] = gr.update(visible=True)
-            shown[overlay] = gr.update(value=str(result.overlay), label=f"{result.selector}: original, kept, rebuilt")
+            shown[caption] = caption_of(result)
+            shown[overlay] = gr.update(value=str(result.overlay))
             for button, file in zip(files, (result.overlay, result.gaze_file), strict=True):
                 shown[button] = gr.update(value=str(file))
         return shown

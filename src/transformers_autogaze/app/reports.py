@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from ..visualization import PANELS
 from .choices import Choices
 from .work import Result
 
@@ -23,6 +24,11 @@ def progress(stage: str, done: int, total: int) -> str:
     count = f" {done} of {total}" if total else ""
     stage = html.escape(stage)
     return f'<p class="autogaze-status">{stage}{count}</p><progress {known} aria-label="{stage}"></progress>'
+
+
+def caption_of(result: Result) -> str:
+    """Says what the panels of an overlay are."""
+    return f"<p><b>{html.escape(result.selector)}</b>: {', '.join(PANELS)}</p>"
 
 
 def figures(results: Sequence[Result], choices: Choices) -> str:
