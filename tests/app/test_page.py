@@ -10,9 +10,8 @@ import pytest
 
 PATIENCE = 240_000  # milliseconds that a slow machine may take for one step
 
-pytestmark = pytest.mark.skipif(
-    not pytest.importorskip("gradio") or not pytest.importorskip("playwright"), reason="needs the extra `app`"
-)
+pytest.importorskip("gradio")
+pytest.importorskip("playwright")
 
 
 class Visitor:

@@ -56,7 +56,7 @@ def unit_grid(height: int, width: int) -> GazeGrid:
     >>> from transformers_autogaze.app.mllm_tokens import unit_grid
 
     >>> unit_grid(288, 512).grids, unit_grid(1080, 1920).grids
-    ([(10, 18)], [(12, 21)])
+    (((10, 18),), ((12, 21),))
 
     ```
     """
@@ -114,7 +114,7 @@ def _count_places(gaze: GazeOutput) -> TokenCount:
 
 def _count_nvila(gaze: GazeOutput) -> TokenCount | None:
     rows, cols = (own // tile for own, tile in zip(gaze.grid.grids[-1], NVILA_TILE.grids[-1], strict=True))
-    if gaze.grid.grids != [(rows * tall, cols * wide) for tall, wide in NVILA_TILE.grids]:
+    if list(gaze.grid.grids) != [(rows * tall, cols * wide) for tall, wide in NVILA_TILE.grids]:
         return None
     # AutoGaze's own patches are others in pixels, of frames of another size; four quarters of 224 are a tile of 392.
     sizes = [(rows * tall, cols * wide) for tall, wide in NVILA_TILE.sizes]
