@@ -30,22 +30,22 @@ UPLOADED = "a" * 64
 
 
 @pytest.fixture(scope="module")
-def selectors():
+def loaded():
     return Selectors()
 
 
-def run(clips, selectors, folder, clip="good", **changes):
+def run(clips, loaded, folder, clip="good", **changes):
     told: list[str] = []
     choices = Choices(**{**GOOD, **changes})
     results = prune_for_page(
-        clips[clip], "clip.mp4", choices, Limits(), selectors, folder / "results", lambda *stage: told.append(stage)
+        clips[clip], "clip.mp4", choices, Limits(), loaded, folder / "results", lambda *stage: told.append(stage)
     )
     return results, told
 
 
-def test_the_page_keeps_what_prune_video_keeps(clips, selectors, tmp_path):
-    (result,), told = run(clips, selectors, tmp_path)
-    pruning = prune_video(str(clips["good"]), *selectors("finest"), num_frames=8, clip_ratio=0.25)
+def test_the_page_keeps_what_prune_video_keeps(clips, loaded, tmp_path):
+    (result,), told = run(clips, loaded, tmp_path)
+    pruning = prune_video(str(clips["good"]), *loaded("finest"), num_frames=8, clip_ratio=0.25)
     saved = GazeOutput.load(result.gaze_file)
     assert torch.equal(saved.gazing_pos, pruning.gaze.gazing_pos)
     assert result.statistics == pruning.statistics and result.times == pruning.frame_times
@@ -53,17 +53,17 @@ def test_the_page_keeps_what_prune_video_keeps(clips, selectors, tmp_path):
     assert ("finest: reading frames", 8, 8) in told and ("finest: drawing", 8, 8) in told
 
 
-def test_merge_units_are_kept_in_the_share_that_was_asked_for(clips, selectors, tmp_path):
-    (result,), _ = run(clips, selectors, tmp_path, patches="The MLLM's own", mllm="Qwen2.5-VL", num_frames=7)
+def test_merge_units_are_kept_in_the_share_that_was_asked_for(clips, loaded, tmp_path):
+    (result,), _ = run(clips, loaded, tmp_path, patches="The MLLM's own", mllm="Qwen2.5-VL", num_frames=7)
     # 128x96 pixels are 5x3 units, in 3 pairs of frames, as a last frame has no other.
     assert tuple(result.tokens) == (round(45 * 0.25), 45)
     assert result.statistics["num_frames"] == 3 and len(result.times) == 3
 
 
 @pytest.mark.parametrize(("max_tiles", "tiles"), [(1, 1), (2, 2)])
-def test_tiles_of_nvila_are_gazed_at_in_its_own_patches(clips, selectors, tmp_path, max_tiles, tiles):
+def test_tiles_of_nvila_are_gazed_at_in_its_own_patches(clips, loaded, tmp_path, max_tiles, tiles):
     given = {"patches": "The MLLM's own", "mllm": "NVILA-HD-Video", "selectors": ("greedy",), "num_frames": 2}
-    (result,), _ = run(clips, selectors, tmp_path, **given, max_tiles=max_tiles)
+    (result,), _ = run(clips, loaded, tmp_path, **given, max_tiles=max_tiles)
     kept, whole = result.tokens
     assert whole == 2 * 1060 * (tiles + 1) and kept == result.statistics["num_patches"] + 2 * 1060
 
@@ -148,7 +148,7 @@ def test_choices_out_of_range_are_refused(changes, reason):
         ({"num_frames": 1, "patches": "The MLLM's own", "mllm": "Qwen2.5-VL"}, {}, "2 frames at least"),
     ],
 )
-def test_limits_are_said_before_a_selector_gazes(clips, selectors, tmp_path, changes, limits, reason):
+def test_limits_are_said_before_a_selector_gazes(clips, loaded, tmp_path, changes, limits, reason):
     told = []
     with pytest.raises(ValueError, match=reason):
         prune_for_page(
@@ -156,20 +156,20 @@ def test_limits_are_said_before_a_selector_gazes(clips, selectors, tmp_path, cha
             "clip.mp4",
             Choices(**{**GOOD, **changes}),
             Limits(**limits),
-            selectors,
+            loaded,
             tmp_path / "results",
             lambda *stage: told.append(stage),
         )
     assert not any("reading" in stage or "choosing" in stage for stage, _, _ in told)
 
 
-def test_work_ends_where_it_is_cancelled(clips, selectors, tmp_path):
+def test_work_ends_where_it_is_cancelled(clips, loaded, tmp_path):
     def report(stage, done, total):
         if "drawing" in stage and done == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        prune_for_page(clips["good"], "clip.mp4", Choices(**GOOD), Limits(), selectors, tmp_path / "results", report)
+        prune_for_page(clips["good"], "clip.mp4", Choices(**GOOD), Limits(), loaded, tmp_path / "results", report)
     assert not list((tmp_path / "results").rglob("*.mp4"))
 
 
