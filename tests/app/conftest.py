@@ -33,7 +33,7 @@ def clips(tmp_path_factory) -> dict[str, Path]:
     return {
         "good": write_video(folder / "good.mp4", moving_clip(8), fps=8),
         "other": write_video(folder / "other.mp4", moving_clip(6, seed=1), fps=8),
-        "large": write_video(folder / "large.mp4", moving_clip(16, 960, 1280), fps=8),
+        "large": write_video(folder / "large.mp4", moving_clip(16, 720, 960), fps=8),
         "long": write_video(folder / "long.mp4", moving_clip(61), fps=0.9),
         "broken": broken,
     }

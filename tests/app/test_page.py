@@ -116,7 +116,7 @@ def test_two_selectors_are_compared_on_the_example(visit):
 def test_work_can_be_cancelled_and_something_else_done(visit, clips, server):
     with visit() as visitor:
         visitor.upload(clips["large"])
-        visitor.wait_for("16 frames of 1280x960")
+        visitor.wait_for("16 frames of 960x720")
         visitor.page.get_by_role("button", name="More choices").click()
         visitor.page.get_by_label("Frames as large as they are").check()
         visitor.button("Prune").click()

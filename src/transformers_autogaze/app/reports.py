@@ -4,13 +4,13 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from ..visualization import PANELS
 from .choices import Choices
 from .work import Result
 
 
 _COLOURS = ("var(--autogaze-first)", "var(--autogaze-second)")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 150, 40, 22  # of the timeline, in units of its drawing
+# Of the timeline, in units of its drawing.
+_WIDTH, _HEIGHT, _LEFT, _MARGIN, _FLOOR = 640, 150, 40, 8, 128
 
 
 def message(text: str, is_error: bool = False) -> str:
@@ -27,8 +27,8 @@ def progress(stage: str, done: int, total: int) -> str:
 
 
 def caption_of(result: Result) -> str:
-    """Says what the panels of an overlay are."""
-    return f"<p><b>{html.escape(result.selector)}</b>: {', '.join(PANELS)}</p>"
+    """Says whose overlay it is."""
+    return f"<h3>{html.escape(result.selector)}</h3>"
 
 
 def figures(results: Sequence[Result], choices: Choices) -> str:
@@ -77,16 +77,24 @@ def _figures_of(result: Result, choices: Choices) -> dict[str, str]:
 
 
 def timeline(results: Sequence[Result]) -> str:
-    """Draws the patches of every frame over time, a curve for each selector."""
+    """Draws the patches of every frame over time, a curve for each selector, and where scenes are cut."""
     counts = [result.statistics["patches_each_frame"] for result in results]
+    cuts = results[0].cuts
     most, end = max(1, *map(max, counts)), max(results[0].times[-1], 1e-9)
-    inner_width, inner_height = _WIDTH - _LEFT - 8, _HEIGHT - _BOTTOM - 8
-    drawn = []
+
+    def x_of(time: float) -> float:
+        return _LEFT + time / end * (_WIDTH - _LEFT - _MARGIN)
+
+    def y_of(count: int) -> float:
+        return _MARGIN + (1 - count / most) * (_FLOOR - _MARGIN)
+
+    drawn = [
+        f'<line x1="{x_of(cut):.1f}" y1="{_MARGIN}" x2="{x_of(cut):.1f}" y2="{_FLOOR}" class="autogaze-cut">'
+        f"<title>a new scene, {cut:.2f} s</title></line>"
+        for cut in cuts
+    ]
     for number, (result, values) in enumerate(zip(results, counts, strict=True)):
-        points = [
-            (_LEFT + time / end * inner_width, 8 + (1 - value / most) * inner_height)
-            for time, value in zip(result.times, values, strict=True)
-        ]
+        points = [(x_of(time), y_of(value)) for time, value in zip(result.times, values, strict=True)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         dash = ' stroke-dasharray="6 3"' if number else ""
         drawn.append(f'<polyline points="{line}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2"{dash}/>')
@@ -95,23 +103,26 @@ def timeline(results: Sequence[Result]) -> str:
             f"<title>{html.escape(result.selector)}, {time:.2f} s: {value} patches</title></circle>"
             for (x, y), time, value in zip(points, result.times, values, strict=True)
         )
-    floor = _HEIGHT - _BOTTOM
-    axes = (
-        f'<line x1="{_LEFT}" y1="{floor}" x2="{_WIDTH - 8}" y2="{floor}" stroke="currentColor" opacity="0.4"/>'
-        f'<line x1="{_LEFT}" y1="8" x2="{_LEFT}" y2="{floor}" stroke="currentColor" opacity="0.4"/>'
-        + _text(_LEFT - 6, 16, str(most), "end")
-        + _text(_LEFT - 6, floor, "0", "end")
-        + _text(_LEFT, _HEIGHT - 6, "0 s", "start")
-        + _text(_WIDTH - 8, _HEIGHT - 6, f"{end:.1f} s", "end")
-    )
+    names = [*(html.escape(result.selector) for result in results), *["a new scene"] * bool(cuts)]
+    colours = [*_COLOURS[: len(results)], "var(--autogaze-cut)"]
     legend = "".join(
-        f'<span><i style="background:{_COLOURS[number]}"></i>{html.escape(result.selector)}</span>'
-        for number, result in enumerate(results)
+        f'<span><i style="background:{colour}"></i>{name}</span>' for name, colour in zip(names, colours, strict=False)
     )
     return (
         f'<figure class="autogaze-timeline"><figcaption>Patches kept of every frame {legend}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Patches kept of every frame over time">'
-        f"{axes}{''.join(drawn)}</svg></figure>"
+        f"{_axes(most, end)}{''.join(drawn)}</svg></figure>"
+    )
+
+
+def _axes(most: int, end: float) -> str:
+    right = _WIDTH - _MARGIN
+    return (
+        f'<path d="M{_LEFT} {_MARGIN}V{_FLOOR}H{right}" fill="none" stroke="currentColor" opacity="0.4"/>'
+        + _text(_LEFT - 6, _MARGIN + 8, str(most), "end")
+        + _text(_LEFT - 6, _FLOOR, "0", "end")
+        + _text(_LEFT, _HEIGHT - 6, "0 s", "start")
+        + _text(right, _HEIGHT - 6, f"{end:.1f} s", "end")
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch.overrides import TorchFunctionMode
+
 from ..checkpoints import load_selector
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
@@ -21,6 +23,7 @@ from .limits import Limits
 from .mllm_tokens import TokenCount, count_mllm_tokens
 
 
+_REPORTED_EACH = 16  # calls of torch; more often would cost small ones time
 Report = Callable[[str, int, int], None]
 """Is told what is done now, how much of it, and of how much; an error that it raises ends the work."""
 
@@ -33,6 +36,7 @@ class Result(NamedTuple):
         selector (`str`): its name.
         statistics (`dict`): see [`VideoPruning.statistics`].
         times (`list[float]`): when each frame of the gaze is shown, in seconds, or their numbers.
+        cuts (`list[float]`): when a new scene begins, in the same way.
         tokens ([`TokenCount`], *optional*): what the MLLM reads; `None` if the gaze is not for it.
         seconds, gazing_seconds (`float`): time in all, and of choosing alone.
         overlay, gaze_file (`Path`): files to download.
@@ -41,6 +45,7 @@ class Result(NamedTuple):
     selector: str
     statistics: dict[str, Any]
     times: list[float]
+    cuts: list[float]
     tokens: TokenCount | None
     seconds: float
     gazing_seconds: float
@@ -82,9 +87,23 @@ class _WatchedVideo(OpenedVideo):
             yield frame
 
 
+class _Reporting(TorchFunctionMode):
+    """Reports while torch computes, whatever it does, so that long computations can be cancelled."""
+
+    def __init__(self, report: Callable[[], None]):
+        super().__init__()
+        self.report, self.count = report, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count % _REPORTED_EACH == 0:
+            self.report()
+        return function(*args, **(kwargs or {}))
+
+
 class _WatchedSelector:
     """
-    A selector that reports when it starts to choose, and measures how long it takes.
+    A selector that reports while it chooses, and measures how long it takes.
 
     It can choose for several frames at once, as Qwen's merge units need.
     """
@@ -105,13 +124,12 @@ class _WatchedSelector:
         return _WatchedSelector(self.selector.for_grid(grid), self.report, self.frames_of_token, self.times)
 
     def generate(self, video: Any, **options: Any) -> GazeOutput:
-        self.report("choosing patches", 0, 0)
         start = time.perf_counter()
         if self.frames_of_token > 1:
             options["tubelet_size"] = self.frames_of_token
-        gaze = self.selector.generate(video, **options)
+        with _Reporting(lambda: self.report("choosing patches", 0, 0)):
+            gaze = self.selector.generate(video, **options)
         self.times.append(time.perf_counter() - start)
-        self.report("choosing patches", 0, 0)
         return gaze
 
 
@@ -187,6 +205,7 @@ def _prune(
         selector=selector_name,
         statistics=pruning.statistics,
         times=shown_at[:: gaze.frame_sampling_rate],
+        cuts=[shown_at[frame] for frame in pruning.cuts],
         tokens=count_mllm_tokens(choices.mllm, gaze, height, width),
         seconds=time.perf_counter() - start,
         gazing_seconds=sum(watched.times),
