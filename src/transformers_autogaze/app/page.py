@@ -141,6 +141,8 @@ class Page:
         self.budget.change(
             lambda budget: gr.update(visible=BUDGETS.get(budget) is not None), self.budget, self.ratio, **quiet
         )
+        # Screen readers say what changes there.
+        blocks.load(None, js="() => document.getElementById('status').setAttribute('aria-live', 'polite')")
         blocks.unload(self.leave)
 
     def take_example(self) -> str:
