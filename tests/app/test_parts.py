@@ -204,6 +204,10 @@ def test_jobs_are_cancelled_where_they_report_and_while_they_wait():
         with pytest.raises(Cancelled):
             job.result()
     assert running.stage == "counting" and waiting.stage == ""
+    last = board.start("Ada", work)
+    board.close()
+    with pytest.raises(Cancelled):
+        last.result()
 
 
 def test_only_uploads_are_taken(tmp_path):

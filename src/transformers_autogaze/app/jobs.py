@@ -120,6 +120,14 @@ class JobBoard:
         if job is not None:
             job.cancel()
 
+    def close(self) -> None:
+        """Cancels all jobs and waits for their end; no other can start."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.cancel()
+        self._pool.shutdown()
+
     def num_before(self, job: Job) -> int:
         """Tells how many jobs came before this one and have not ended."""
         with self._lock:

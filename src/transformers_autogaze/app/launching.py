@@ -41,29 +41,32 @@ def launch(host: str | None = None, port: int | None = None, device: str | None 
     from .uploads import VisitorFiles
     from .work import Selectors
 
-    selectors = Selectors(check_device(device))
+    selectors, board = Selectors(check_device(device)), JobBoard()
     _stop_at_sigterm()
     with tempfile.TemporaryDirectory(prefix="autogaze-app-", ignore_cleanup_errors=True) as folder:
         files, limits = VisitorFiles(Path(folder)), Limits()
         # Gradio reads them when the page is built.
         os.environ |= {"GRADIO_TEMP_DIR": str(files.folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-        blocks = Page(files, limits, selectors, JobBoard()).build()
+        blocks = Page(files, limits, selectors, board).build()
         max_upload = limits.megabytes * 10**6
         guard = Middleware(UploadGuard, files=files, max_upload=max_upload, max_total=_ROOM * max_upload)
-        blocks.launch(
-            server_name=host,
-            server_port=port,
-            theme=_theme(),
-            css=_CSS.read_text(encoding="utf-8"),
-            max_file_size=max_upload,
-            app_kwargs={"middleware": [guard]},
-            footer_links=[],
-            run_history=False,
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            enable_monitoring=False,
-        )
+        try:
+            blocks.launch(
+                server_name=host,
+                server_port=port,
+                theme=_theme(),
+                css=_CSS.read_text(encoding="utf-8"),
+                max_file_size=max_upload,
+                app_kwargs={"middleware": [guard]},
+                footer_links=[],
+                run_history=False,
+                share=False,
+                ssr_mode=False,
+                mcp_server=False,
+                enable_monitoring=False,
+            )
+        finally:
+            board.close()
 
 
 def _theme() -> Any:
