@@ -80,9 +80,11 @@ class Page:
         self.ratio = gr.Slider(0.01, 1, value=0.25, step=0.01, label="Share to keep")
         self.mllm = gr.Dropdown(list(MLLMS), value=MLLMS[0], label="Count tokens for")
         with gr.Accordion("More choices", open=False):
-            self.threshold = gr.Number(
-                value=None,
-                label="Threshold (may be empty)",
+            # No number field, which makes a zero of nothing.
+            self.threshold = gr.Textbox(
+                label="Threshold",
+                placeholder="none",
+                max_length=20,
                 info="Loss at which a frame is good enough. features: share of the encoder's variance, 0 to 1; the others: (40 - PSNR) / 20.",
             )
             self.num_frames = gr.Slider(1, self.limits.frames, value=16, step=1, label="Frames, evenly over the video")
@@ -99,13 +101,13 @@ class Page:
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
 
     def _lay_out_results(self) -> None:
-        self.status = gr.HTML(message("Nothing is pruned yet."), elem_id="status", container=False)
+        self.status = gr.HTML(message("Nothing is pruned yet."), elem_id="status", container=False, padding=False)
         self.columns, self.captions, self.overlays, self.downloads = [], [], [], []
         with gr.Row():
             for number in (1, 2):
                 # Side by side where there is room for three panels each, else below each other.
                 with gr.Column(visible=False, min_width=480) as column:
-                    self.captions.append(gr.HTML(container=False))
+                    self.captions.append(gr.HTML(container=False, padding=False))
                     overlay = gr.Video(
                         interactive=False,
                         autoplay=True,
@@ -121,8 +123,8 @@ class Page:
                 self.columns.append(column)
                 self.overlays.append(overlay)
                 self.downloads.append(files)
-        self.timeline = gr.HTML(elem_id="timeline", container=False)
-        self.figures = gr.HTML(elem_id="figures", container=False)
+        self.timeline = gr.HTML(elem_id="timeline", container=False, padding=False)
+        self.figures = gr.HTML(elem_id="figures", container=False, padding=False)
 
     def _connect(self, blocks: gr.Blocks) -> None:
         chosen = [self.selector, self.second, self.budget, self.ratio, self.threshold, self.num_frames]
@@ -255,7 +257,11 @@ def show_tiles(patches: str, tiles: str, mllm: str) -> tuple[dict[str, Any], dic
 
 
 def _read_choices(
-    selector: str, second: str, budget: str, ratio: float, threshold: float | None, num_frames: int, *others: Any
+    selector: str, second: str, budget: str, ratio: float, threshold: str, num_frames: int, *others: Any
 ) -> Choices:
     selectors = (selector,) if second == NO_SECOND else (selector, second)
-    return Choices(selectors, budget, ratio, threshold, num_frames, *others)
+    try:
+        loss = float(threshold) if threshold.strip() else None
+    except ValueError as error:
+        raise ValueError(f"The threshold must be a number, or empty, got {threshold!r}.") from error
+    return Choices(selectors, budget, ratio, loss, num_frames, *others)

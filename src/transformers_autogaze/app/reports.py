@@ -10,7 +10,7 @@ from .work import Result
 
 _COLOURS = ("var(--autogaze-first)", "var(--autogaze-second)")
 # Of the timeline, in units of its drawing.
-_WIDTH, _HEIGHT, _LEFT, _MARGIN, _FLOOR = 640, 150, 40, 8, 128
+_WIDTH, _HEIGHT, _LEFT, _MARGIN, _FLOOR = 640, 160, 56, 8, 134
 
 
 def message(text: str, is_error: bool = False) -> str:
