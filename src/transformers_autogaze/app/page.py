@@ -257,11 +257,13 @@ def show_tiles(patches: str, tiles: str, mllm: str) -> tuple[dict[str, Any], dic
 
 
 def _read_choices(
-    selector: str, second: str, budget: str, ratio: float, threshold: str, num_frames: int, *others: Any
+    selector: str, second: str, budget: str, ratio: float, threshold: str | None, num_frames: int, *others: Any
 ) -> Choices:
     selectors = (selector,) if second == NO_SECOND else (selector, second)
+    # A field that was never shown sends nothing.
+    threshold = (threshold or "").strip()
     try:
-        loss = float(threshold) if threshold.strip() else None
+        loss = float(threshold) if threshold else None
     except ValueError as error:
         raise ValueError(f"The threshold must be a number, or empty, got {threshold!r}.") from error
     return Choices(selectors, budget, ratio, loss, num_frames, *others)
