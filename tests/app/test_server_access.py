@@ -195,7 +195,7 @@ def test_no_file_of_the_server_is_served(server, secret):
 
 
 def test_names_of_uploads_stay_in_the_folder(server, clips):
-    for name in ("../../escaped.mp4", "/tmp/escaped.mp4", "..", ".hidden.mp4"):
+    for name in ("../../escaped.mp4", "/tmp/escaped.mp4", ".hidden.mp4"):
         path = upload(server, name, clips["good"].read_bytes())
         assert os.path.realpath(path) == path and path.startswith(f"{server.folder}/")
         assert len(os.path.relpath(path, server.folder).split("/")) == 2
