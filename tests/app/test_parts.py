@@ -60,9 +60,15 @@ def test_merge_units_are_kept_in_the_share_that_was_asked_for(clips, loaded, tmp
     assert result.statistics["num_frames"] == 3 and len(result.times) == 3
 
 
-@pytest.mark.parametrize(("max_tiles", "tiles"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("max_tiles", "tiles"), [(1, 1), (4, 4)])
 def test_tiles_of_nvila_are_gazed_at_in_its_own_patches(clips, loaded, tmp_path, max_tiles, tiles):
-    given = {"patches": "The MLLM's own", "mllm": "NVILA-HD-Video", "selectors": ("greedy",), "num_frames": 2}
+    given = {
+        "patches": "The MLLM's own",
+        "mllm": "NVILA-HD-Video",
+        "selectors": ("greedy",),
+        "ratio": 0.02,
+        "num_frames": 2,
+    }
     (result,), _ = run(clips, loaded, tmp_path, **given, max_tiles=max_tiles)
     kept, whole = result.tokens
     assert whole == 2 * 1060 * (tiles + 1) and kept == result.statistics["num_patches"] + 2 * 1060
