@@ -8,6 +8,7 @@ VLLM_VENV ?= .venv-vllm
 LMMS_VENV ?= .venv-lmms-eval
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
+APP_VENV ?= .venv-app
 
 # Where the encoder and the videos lie that the default weights are made of, and what else they need.
 SHARED ?= ../shared
@@ -18,13 +19,22 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests wheel-test vllm-test lmms-eval-test lint weights autogaze-weights clean
+.PHONY: demo test common-tests wheel-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The web page in an environment of its own. Its tests in a browser need Chromium (on Debian: apt-get install chromium).
+app-test: $(APP_VENV)/installed
+	$(APP_VENV)/bin/python -m pytest tests/app
+
+$(APP_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(APP_VENV)
+	$(APP_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[app]" pytest playwright
+	touch $@
 
 # The tests that the library itself has for every model, of the version that is installed; they are in its source distribution.
 # Those that do not apply are skipped and say why.
@@ -104,4 +114,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) outputs
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(APP_VENV) outputs

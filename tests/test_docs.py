@@ -14,7 +14,7 @@ import transformers_autogaze
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(transformers_autogaze.__path__, "transformers_autogaze.")
 )
-EXTRAS = ("lmms_eval", "vllm")  # packages that modules for them need
+EXTRAS = ("lmms_eval", "vllm", "gradio", "ray")  # packages that modules for them need
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 COMMANDS = {
     "prune": ("prune videos and show what was kept", "transformers_autogaze_cli.prune"),
     "demo": ("prune a clip that is rendered on the spot", "transformers_autogaze_cli.prune"),
+    "app": ("serve a web page that prunes videos and shows what is kept", "transformers_autogaze_cli.app"),
     "evaluate": (
         "measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
         "transformers_autogaze.cli_evaluation",
