@@ -15,6 +15,10 @@ from typing import Any, NoReturn
 COMMANDS = {
     "prune": ("prune videos and show what was kept", "transformers_autogaze_cli.prune"),
     "demo": ("prune a clip that is rendered on the spot", "transformers_autogaze_cli.prune"),
+    "prune-dataset": (
+        "prune any number of videos on Ray, a row for each in Parquet shards",
+        "transformers_autogaze_cli.prune_dataset",
+    ),
     "evaluate": (
         "measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
         "transformers_autogaze.cli_evaluation",
