@@ -272,9 +272,10 @@ def _check_unlike(identities: pa.ChunkedArray, id_column: str | None) -> None:
 
 def _first_of_each(plan: pa.Table) -> pa.Table:
     """Leaves one of the videos of one name."""
-    numbered = plan.append_column("number", pa.array(range(plan.num_rows), pa.int64()))
-    first = numbered.group_by("identity").aggregate([("number", "min")])["number_min"]
-    return plan if len(first) == plan.num_rows else plan.take(pc.array_take(first, pc.array_sort_indices(first)))
+    first: dict[str, int] = {}
+    for place, identity in enumerate(plan["identity"].to_pylist()):
+        first.setdefault(identity, place)
+    return plan if len(first) == plan.num_rows else plan.take(list(first.values()))
 
 
 def split_plan(plan: pa.Table, num_rows: int) -> Iterator[tuple[int, int]]:

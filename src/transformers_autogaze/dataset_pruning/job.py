@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +30,8 @@ from .worker import VIDEOS, PruneWorker
 _READ, _MOST_READS = 16, 10_000  # videos that a task reads, and tasks, at least and at most where there are many
 _READER_CPUS = 0.5
 _AHEAD = 2  # videos that wait at each worker
-_STORE = 2**27  # bytes of Ray's object store for each worker, where Ray is started here
+_STORE = 2**27  # bytes of Ray's object store for each core, where Ray is started here
+_LONGEST = 400  # characters of an error of Ray
 
 
 def prune_dataset(
@@ -161,9 +162,10 @@ def _prune(
         else:
             parts = ray.data.from_arrow(parts)
             videos = parts.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=_READER_CPUS)
+        selector = os.path.abspath(settings.selector) if os.path.isdir(settings.selector) else settings.selector
         names = videos.map_batches(
             PruneWorker,
-            fn_constructor_args=(settings, folder.absolute(), "cuda" if gpus else "cpu"),
+            fn_constructor_args=(settings.replace(selector=selector), folder.absolute(), "cuda" if gpus else "cpu"),
             compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=_AHEAD),
             batch_size=1,
             batch_format="pyarrow",
@@ -179,32 +181,46 @@ def _ray(workers: int | None, gpus: float) -> Iterator[int]:
     """Connects to Ray, or starts it; gives the number of workers that it has room for."""
     import ray
 
-    is_running, quiet = ray.is_initialized(), {"log_to_driver": False, "logging_level": "ERROR"}
-    if not is_running and os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    elif not is_running:
-        # One core more than workers, or nobody could read.
-        wanted = workers or max(1, _cores() - 1)
-        ray.init(
-            "local", num_cpus=wanted + 1, object_store_memory=(wanted + 1) * _STORE, include_dashboard=False, **quiet
-        )
+    is_running = ray.is_initialized()
+    if not is_running:
+        _start_ray(workers)
     try:
-        room = ray.cluster_resources()
-        most = int(room.get("CPU", 0) - _READER_CPUS)
-        if gpus:
-            most = min(most, int(room.get("GPU", 0) / gpus + 1e-6))
-        if not 1 <= (workers or most) <= most:
-            raise ValueError(
-                f"`--workers` must be 1 to {most}, got {workers}: Ray has {room.get('CPU', 0):g} CPUs and {room.get('GPU', 0):g} "
-                f"GPUs, of which each worker takes 1 and {gpus:g}, and half a CPU is left to read"
-                if most >= 1
-                else f"`--gpus-per-worker` must leave room for a worker, got {gpus:g}: Ray has {room.get('CPU', 0):g} CPUs and "
-                f"{room.get('GPU', 0):g} GPUs"
-            )
-        yield workers or most
+        yield _count_workers(workers, gpus, ray.cluster_resources())
     finally:
         if not is_running:
             ray.shutdown()
+
+
+def _count_workers(workers: int | None, gpus: float, room: Mapping[str, float]) -> int:
+    """Gives how many workers there are to be, no more than Ray has room for; half a CPU is left to read."""
+    cpus, all_gpus = room.get("CPU", 0), room.get("GPU", 0)
+    most = int(cpus - _READER_CPUS)
+    if gpus:
+        most = min(most, int(all_gpus) * int(1 / gpus + 1e-6) if gpus <= 1 else int(all_gpus / gpus))
+    has = f"Ray has {cpus:g} CPUs and {all_gpus:g} GPUs"
+    if most < 1:
+        raise ValueError(
+            f"`--gpus-per-worker` must leave room for a worker, which takes a CPU as well, got {gpus:g}: {has}"
+        )
+    if workers is not None and workers > most:
+        raise ValueError(f"`--workers` must be 1 to {most}, got {workers}: {has}, of which each takes 1 and {gpus:g}")
+    return workers or most
+
+
+def _start_ray(workers: int | None) -> None:
+    """Connects to the cluster that the environment names, or starts Ray on this machine."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not os.environ.get("RAY_ADDRESS"):
+        # One core more than workers, or nobody could read.
+        cores = 1 + (workers or max(1, _cores() - 1))
+        options |= {"address": "local", "num_cpus": cores, "object_store_memory": cores * _STORE}
+        options |= {"include_dashboard": False}
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises any kind.
+        raise OSError(f"Ray cannot be started or reached: {' '.join(str(error).split())[:_LONGEST]}") from error
 
 
 def _cores() -> int:
@@ -228,7 +244,7 @@ def _check(source: str, output: str | os.PathLike, workers: int | None, gpus: fl
         raise ImportError(
             f"prune-dataset needs Ray Data: pip install 'transformers-autogaze[ray]' ({error})"
         ) from error
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", os.fspath(output)):
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", os.fspath(output)):  # A Path has one slash of a URL's two.
         raise ValueError(
             f"OUTPUT must be a folder that all machines see, got {os.fspath(output)!r}; copy the shards to an object store once "
             "they are written"
@@ -238,7 +254,7 @@ def _check(source: str, output: str | os.PathLike, workers: int | None, gpus: fl
     for name, value in {"--workers": 1 if workers is None else workers, "--rows-per-shard": rows_per_shard}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-    if not (0 <= gpus <= 1 or (gpus < 1000 and gpus == int(gpus))):
+    if not (0 <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
         raise ValueError(
             f"`--gpus-per-worker` must be a share of a GPU, 0..1, or a whole number of them, got {gpus:g}"
         )
