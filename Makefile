@@ -4,6 +4,7 @@
 #     make demo CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
+RAY_VENV ?= .venv-ray
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
 
@@ -16,7 +17,7 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests lint weights autogaze-weights clean
+.PHONY: demo test common-tests ray-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -32,6 +33,17 @@ common-tests: $(INSTALLED)
 		transformers==$$($(VENV)/bin/python -c "import transformers; print(transformers.__version__)")
 	tar -xzf outputs/common/transformers-*.tar.gz -C outputs/common --one-top-level=library --strip-components=1
 	TRANSFORMERS_TESTS=$(CURDIR)/outputs/common/library $(VENV)/bin/python -m pytest tests/common/common_*.py
+
+# Datasets of videos on Ray, in an environment of its own; RAY_CHECK=1 prunes 500 videos as well, which takes minutes.
+ray-test: $(RAY_VENV)/installed
+	$(RAY_VENV)/bin/python -m pytest tests/test_dataset_pruning.py tests/ray
+	$(if $(RAY_CHECK),mkdir -p outputs)
+	$(if $(RAY_CHECK),$(RAY_VENV)/bin/python benchmarks/dataset_pruning.py $(SHARED)/videos/train -o outputs/dataset_pruning.json)
+
+$(RAY_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[ray]" pytest
+	touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -69,4 +81,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(RAY_VENV) outputs
