@@ -5,6 +5,7 @@ Ray says who does what and when; what is done lies in the other modules. Every w
 frames nor rows pass through the process that started it all.
 """
 
+import logging
 import os
 import re
 import time
@@ -211,6 +212,8 @@ def _start_ray(workers: int | None) -> None:
     """Connects to the cluster that the environment names, or starts Ray on this machine."""
     import ray
 
+    # It warns of its own bars, which are off, and of workers that take their time to start.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not os.environ.get("RAY_ADDRESS"):
         # One core more than workers, or nobody could read.
