@@ -309,7 +309,7 @@ def test_a_video_that_ends_its_process_again_and_again_becomes_a_row(clips, tmp_
 )
 def test_bad_arguments_end_with_a_message_before_any_work(clips, tmp_path, capsys, arguments, message):
     if message not in ("the following arguments are required: OUTPUT", "`--max-tiles` needs `--tiles grid`"):
-        pytest.importorskip("ray")
+        pytest.importorskip("ray.data")
     filled = [argument.format(clips=clips, out=tmp_path / "out") for argument in arguments]
     assert main(["prune-dataset", *filled]) == 2
     error = capsys.readouterr().err

@@ -12,6 +12,7 @@ from transformers_autogaze import prune_video, write_video
 from transformers_autogaze.dataset_pruning import PruneSettings, gaze_of_row, prune_dataset, read_rows
 
 
+pytest.importorskip("ray.data")  # As "ray" alone, this folder would be found.
 ray = pytest.importorskip("ray")
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
