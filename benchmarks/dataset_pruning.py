@@ -63,7 +63,7 @@ def make_videos(source: Path, folder: Path, count: int, broken: int) -> Path:
     is_broken = set(draw.sample(range(count), broken))
     for number in range(count):
         path = folder / "clips" / f"{number:05}.mp4"
-        frames, start, length = originals[number % len(originals)], draw.randrange(60), draw.randint(8, 16)
+        frames, start, length = originals[number % len(originals)], draw.randrange(30), draw.randint(8, 16)
         height, width = draw.choice(SIZES), draw.choice(SIZES)
         if not path.exists():
             taken = islice(stream_video(frames, start_frame=start)[1], length)
