@@ -7,6 +7,8 @@ were finished have been taken away. Checks that all of these wrote the same rows
 and every broken one a reason. Prints a table and writes the same as JSON; ends with status 1 where a check failed.
 
     python benchmarks/dataset_pruning.py ../shared/videos/train -o dataset_pruning.json
+
+Ray is started for every run, unless RAY_ADDRESS names one that runs on this machine with room for two workers.
 """
 
 import argparse
@@ -125,6 +127,9 @@ def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | 
         if kill_at is not None and count >= kill_at:
             process.send_signal(signal.SIGKILL)
             process.wait()
+            while len(rows_in(output)) > count:  # Workers notice a little later that nobody waits for them.
+                count = len(rows_in(output))
+                time.sleep(10)
         time.sleep(0.5)
     seconds = time.perf_counter() - start
     if kill_at is None and process.returncode:
@@ -158,20 +163,28 @@ def memory_of(pid: int) -> dict[str, int]:
     while len(own) > before:
         before = len(own)
         own |= {child for child, parent in parents.items() if parent in own}
+    if os.environ.get("RAY_ADDRESS"):  # Workers are no children then.
+        own |= {process for process in parents if title_of(process).startswith(b"ray::")}
     sizes = {"all": 0, "worker": 0, "driver": 0}
     for process in own:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-            title = Path(f"/proc/{process}/cmdline").read_bytes()
         except OSError:
             continue
         size = 1024 * next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
         sizes["all"] += size
-        if b"PruneWorker" in title:
+        if b"PruneWorker" in title_of(process):
             sizes["worker"] = max(sizes["worker"], size)
         if process == pid:
             sizes["driver"] = size
     return sizes
+
+
+def title_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def rows_in(output: Path) -> list[Path]:
