@@ -4,11 +4,12 @@
 #     make demo CONSTRAINTS=/dev/null
 PYTHON ?= python3
 VENV ?= .venv
+APP_VENV ?= .venv-app
+RAY_VENV ?= .venv-ray
 VLLM_VENV ?= .venv-vllm
 LMMS_VENV ?= .venv-lmms-eval
 CONSTRAINTS ?= constraints.txt
 INSTALLED = $(VENV)/installed
-APP_VENV ?= .venv-app
 
 # Where the encoder and the videos lie that the default weights are made of, and what else they need.
 SHARED ?= ../shared
@@ -19,7 +20,7 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests wheel-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
+.PHONY: demo test common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -78,6 +79,17 @@ $(VLLM_VENV)/installed: pyproject.toml tests/serving/environment.sh
 	PYTHON=$(PYTHON) bash tests/serving/environment.sh $(VLLM_VENV)
 	touch $@
 
+# Datasets of videos on Ray, in an environment of its own; RAY_CHECK=1 prunes 500 videos as well, which takes minutes.
+ray-test: $(RAY_VENV)/installed
+	$(RAY_VENV)/bin/python -m pytest tests/test_dataset_pruning.py tests/ray
+	$(if $(RAY_CHECK),mkdir -p outputs)
+	$(if $(RAY_CHECK),$(RAY_VENV)/bin/python benchmarks/dataset_pruning.py $(SHARED)/videos/train -o outputs/dataset_pruning.json)
+
+$(RAY_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[ray]" pytest
+	touch $@
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -114,4 +126,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(APP_VENV) outputs
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(APP_VENV) $(RAY_VENV) outputs

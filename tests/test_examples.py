@@ -24,6 +24,7 @@ PRINTS = {
     "distill.py": "FeatureGazeModel: kept ",
     "finetune_tower.py": "FeatureGazeModel; tower, head and processor in classifier",
     "llava_onevision_video_qa.py": "FeatureGazeModel: 99 tokens for the video, 785 without gazing",
+    "prune_with_datasets.py": "3 videos, 1 with an error: pruned.parquet",
     "qwen_vl_video_qa.py": "FeatureGazeModel: 360 of 1440 merge units, 364 of 1444 tokens",
 }
 

@@ -16,6 +16,10 @@ COMMANDS = {
     "prune": ("prune videos and show what was kept", "transformers_autogaze_cli.prune"),
     "demo": ("prune a clip that is rendered on the spot", "transformers_autogaze_cli.prune"),
     "app": ("serve a web page that prunes videos and shows what is kept", "transformers_autogaze_cli.app"),
+    "prune-dataset": (
+        "prune any number of videos on Ray, a row for each in Parquet shards",
+        "transformers_autogaze_cli.prune_dataset",
+    ),
     "evaluate": (
         "measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
         "transformers_autogaze.cli_evaluation",

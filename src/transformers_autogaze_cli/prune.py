@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
         metavar="VIDEO",
         help="path or http(s) URL of a video, or a folder of videos; of several, each gets a folder of its own in OUT",
     )
-    _add_frames(prune.add_argument_group("which frames, and how they are seen"))
+    add_frames(prune.add_argument_group("which frames, and how they are seen"))
     _add_command(commands, "demo", "autogaze demo -o OUT [options]")
 
 
@@ -36,13 +36,14 @@ def _add_command(commands: Any, name: str, usage: str) -> argparse.ArgumentParse
         help="draw the patches of every frame over time, and where scenes are cut, below both pictures",
     )
     add_device(command)
-    _add_selector(command.add_argument_group("what chooses"))
-    _add_budgets(command.add_argument_group("how much is kept"))
+    add_selector(command.add_argument_group("what chooses"))
+    add_budgets(command.add_argument_group("how much is kept"))
     command.set_defaults(run=_run, command=name)
     return command
 
 
-def _add_selector(group: Any) -> None:
+def add_selector(group: Any) -> None:
+    """Adds what chooses."""
     group = group.add_mutually_exclusive_group()
     group.add_argument(
         "--selector",
@@ -55,7 +56,8 @@ def _add_selector(group: Any) -> None:
     )
 
 
-def _add_budgets(group: Any) -> None:
+def add_budgets(group: Any) -> None:
+    """Adds how much is kept."""
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
         "--clip-ratio",
@@ -86,7 +88,8 @@ def _add_budgets(group: Any) -> None:
     )
 
 
-def _add_frames(group: Any) -> None:
+def add_frames(group: Any) -> None:
+    """Adds which frames are taken, and how they are seen."""
     frames = group.add_mutually_exclusive_group()
     frames.add_argument(
         "--num-frames", type=a_count, metavar="N", help="how many frames to take, evenly (default: all)"

@@ -1,0 +1,232 @@
+"""
+What does `autogaze prune-dataset` make of 500 videos, some of them broken, and what does it cost?
+
+Makes short cuts of the videos in a folder and breaks some of them. Then, each in a process of its own: all of them with two workers
+and with one; as many as 100 with two, for the memory; and all with two, killed in the middle and gone on with, after the videos that
+were finished have been taken away. Checks that all of these wrote the same rows, that every good one has the gaze of `prune_video`
+and every broken one a reason. Prints a table and writes the same as JSON; ends with status 1 where a check failed.
+
+    python benchmarks/dataset_pruning.py ../shared/videos/train -o dataset_pruning.json
+
+Ray is started for every run, unless RAY_ADDRESS names one that runs on this machine with room for two workers.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from measurement import machine
+
+from transformers_autogaze import prune_video, stream_video, write_video
+from transformers_autogaze.dataset_pruning import PruneSettings, gaze_of_row, read_rows
+
+
+FIRST = 100  # videos of the small run
+SIZES = (160, 176, 192, 208, 224)
+BREAKS = ("empty", "text", "cut", "noise", "missing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("videos", type=Path, help="folder of videos to cut")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--broken", type=int, default=20)
+    parser.add_argument("--selector", default="features")
+    parser.add_argument("--work", type=Path, help="folder to work in, kept afterwards (default: a temporary one)")
+    parser.add_argument("--check", type=int, help="how many good rows to compare with prune_video (default: all)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("dataset_pruning.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.work or Path(temporary)
+        listing = make_videos(options.videos, folder, options.count, options.broken)
+        results = measure(listing, folder, options.selector)
+        faults = check(listing, folder, options)
+    results["faults"] = faults
+    results["machine"] = machine(1)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(faults) or "all checks passed")
+    sys.exit(bool(faults))
+
+
+def make_videos(source: Path, folder: Path, count: int, broken: int) -> Path:
+    """Writes the cuts, `list.txt` of all of them and `first.txt` of the first ones."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    originals = sorted(source.rglob("*.mp4"))
+    draw = random.Random(0)
+    is_broken = set(draw.sample(range(count), broken))
+    for number in range(count):
+        path = folder / "clips" / f"{number:05}.mp4"
+        frames, start, length = originals[number % len(originals)], draw.randrange(30), draw.randint(8, 16)
+        height, width = draw.choice(SIZES), draw.choice(SIZES)
+        if not path.exists():
+            taken = islice(stream_video(frames, start_frame=start)[1], length)
+            write_video(path, (frame[:height, :width] for frame in taken), fps=10)
+            if number in is_broken:
+                break_video(path, BREAKS[number % len(BREAKS)], draw.randbytes(4000))
+    for name, some in (("list.txt", range(count)), ("first.txt", range(min(count, FIRST)))):
+        (folder / name).write_text("".join(f"clips/{number:05}.mp4\n" for number in some))
+    return folder / "list.txt"
+
+
+def break_video(path: Path, how: str, noise: bytes) -> None:
+    whole = path.read_bytes()
+    contents = {"empty": b"", "text": b"no video\n", "cut": whole[: len(whole) // 3], "noise": noise}
+    path.with_suffix(".broken").write_text(how)
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(contents[how])
+
+
+def measure(listing: Path, folder: Path, selector: str) -> dict[str, Any]:
+    """Runs the command with two workers and one, on fewer videos, and with a break."""
+    results: dict[str, Any] = {}
+    for name, source, workers in (
+        ("two workers", listing, 2),
+        ("one worker", listing, 1),
+        ("two workers, 100 videos", listing.with_name("first.txt"), 2),
+    ):
+        results[name] = run(source, folder / name.replace(" ", "_"), workers, selector)
+        print(f"{name:<28}{results[name]}", flush=True)
+    output, count = folder / "broken_off", len(listing.read_text().splitlines())
+    results["killed"] = run(listing, output, 2, selector, kill_at=count // 2)
+    finished = {row["identity"] for path in rows_in(output) for row in read(path)}
+    # A second look at one of these would now find no file.
+    for name in finished:
+        path = folder / name
+        if path.exists():
+            path.rename(path.with_suffix(".away"))
+    results["gone on with"] = run(listing, output, 2, selector)
+    for path in (folder / "clips").glob("*.away"):
+        path.rename(path.with_suffix(".mp4"))
+    results["killed"]["finished"] = len(finished)
+    print(f"{'killed':<28}{results['killed']}\n{'gone on with':<28}{results['gone on with']}", flush=True)
+    return results
+
+
+def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | None = None) -> dict[str, Any]:
+    """Runs the command; gives the seconds it took, the rate in the middle of the run and the most memory of all its processes."""
+    command = [sys.executable, "-m", "transformers_autogaze_cli", "prune-dataset", str(source), str(output)]
+    command += ["--workers", str(workers), "--selector", selector]
+    start, most, seen = time.perf_counter(), {"all": 0, "worker": 0, "driver": 0}, []
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        count = len(rows_in(output))
+        seen.append((time.perf_counter() - start, count))
+        for kind, size in memory_of(process.pid).items():
+            most[kind] = max(most[kind], size)
+        if kill_at is not None and count >= kill_at:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            while len(rows_in(output)) > count:  # Workers notice a little later that nobody waits for them.
+                count = len(rows_in(output))
+                time.sleep(10)
+        time.sleep(0.5)
+    seconds = time.perf_counter() - start
+    if kill_at is None and process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    return {
+        "seconds": round(seconds, 1),
+        "videos_per_second": middle_rate(seen),
+        "MiB": {kind: round(size / 2**20) for kind, size in most.items()},
+        "table": process.stdout.read().splitlines(),
+    }
+
+
+def middle_rate(seen: list[tuple[float, int]]) -> float | None:
+    """The rate between the first and the last tenth of the rows, without the start of Ray and its workers."""
+    most = max(count for _, count in seen)
+    middle = [(seconds, count) for seconds, count in seen if 0.1 * most <= count <= 0.9 * most]
+    if len(middle) < 2 or middle[-1][0] == middle[0][0]:
+        return None
+    return round((middle[-1][1] - middle[0][1]) / (middle[-1][0] - middle[0][0]), 2)
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Proportional memory in bytes of a process and all that it started, of the largest worker, and of the process itself."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    own, before = {pid}, 0
+    while len(own) > before:
+        before = len(own)
+        own |= {child for child, parent in parents.items() if parent in own}
+    if os.environ.get("RAY_ADDRESS"):  # Workers are no children then.
+        own |= {process for process in parents if title_of(process).startswith(b"ray::")}
+    sizes = {"all": 0, "worker": 0, "driver": 0}
+    for process in own:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        size = 1024 * next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+        sizes["all"] += size
+        if b"PruneWorker" in title_of(process):
+            sizes["worker"] = max(sizes["worker"], size)
+        if process == pid:
+            sizes["driver"] = size
+    return sizes
+
+
+def title_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def rows_in(output: Path) -> list[Path]:
+    return list((output / "unfinished").glob("*.parquet")) + list(output.glob("shard-*.parquet"))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=["identity"]).to_pylist()
+
+
+def check(listing: Path, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Gives what is not as it should be."""
+    names = listing.read_text().split()
+    rows = read_rows(folder / "two_workers")
+    faults = []
+    for name in ("one_worker", "broken_off"):
+        if read_rows(folder / name) != rows:
+            faults.append(f"{name}: other rows than with two workers")
+        for path in sorted((folder / "two_workers").glob("shard-*")):
+            if path.read_bytes() != (folder / name / path.name).read_bytes():
+                faults.append(f"{name}: another {path.name}")
+    rows = {row["identity"]: row for row in rows.to_pylist()}
+    if set(rows) != set(names):
+        faults.append(f"{len(rows)} rows of {len(names)} videos")
+    settings = PruneSettings(selector=options.selector)
+    selector, processor = settings.load()
+    broken = {name for name in names if (folder / name).with_suffix(".broken").exists()}
+    good = [name for name in names if name not in broken]
+    faults += [f"{name}: no reason" for name in sorted(broken) if not rows[name]["error"]]
+    for name in good if options.check is None else random.Random(1).sample(good, options.check):
+        gaze = prune_video(folder / name, selector, processor).gaze
+        expected = [ids.tolist() for ids in gaze.ids_each_frame()]
+        found = None if rows[name]["error"] else [ids.tolist() for ids in gaze_of_row(rows[name]).ids_each_frame()]
+        if found != expected:
+            faults.append(f"{name}: not the gaze of prune_video ({rows[name]['error']})")
+    reasons = {rows[name]["error"][:60]: None for name in sorted(broken)}
+    print(f"{len(good)} good videos, {len(broken)} broken: {', '.join(map(repr, reasons))}")
+    return faults
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,282 @@
+"""
+The folder that rows are written to: each as soon as it is known, many together in a shard when all of them are.
+
+A row that is there is whole and stays, whenever a run breaks off. This module knows nothing of videos and workers.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..output_files import check_folder, replacing
+from .samples import join_samples
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs from one folder.
+    fcntl = None
+
+_NUMBERS = pa.list_(pa.int32())
+ROWS = pa.schema(
+    [
+        ("identity", pa.string()),
+        ("error", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fps", pa.float64()),
+        ("duration", pa.float64()),
+        ("frame_indices", _NUMBERS),
+        ("frame_times", pa.list_(pa.float64())),
+        ("scales", pa.list_(_NUMBERS)),
+        ("patch_size", pa.int32()),
+        ("frame_sampling_rate", pa.int32()),
+        ("extent", _NUMBERS),
+        ("ids", _NUMBERS),
+        ("patches_each_frame", _NUMBERS),
+        ("patches_each_scale", pa.list_(pa.int64())),
+        ("num_frames", pa.int64()),
+        ("num_patches", pa.int64()),
+        ("kept_ratio", pa.float64()),
+        ("reduction_factor", pa.float64()),
+        ("psnr", pa.float64()),
+    ]
+)
+"""Columns of the rows; docs/scale.md says what they are."""
+_SETTINGS, _UNFINISHED, _LOCK = "settings.json", "unfinished", "lock"
+_VERSION = 1
+_WRITTEN = 2**25  # bytes of rows that are written together
+
+
+class PrunedFolder:
+    """
+    A folder of rows, which one run at a time writes to.
+
+    It holds `shard-00000.parquet` and so on, with `shard-00000.tar` where kept patches are written, and `settings.json`. In
+    `unfinished/` lie the rows that wait for the others of their shard, a file each.
+
+    Args:
+        folder (`str` or `os.PathLike`): where; made if it is missing.
+        settings (`Mapping[str, Any]`): what the rows are made with. All rows of a folder are made alike.
+
+    Attributes:
+        shards (`list[Path]`): the shards that are whole.
+
+    Raises:
+        ValueError: if the folder is a file, another run writes to it, or its rows were made with other settings.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any]):
+        self.folder = Path(folder)
+        check_folder(self.folder)
+        self.unfinished = self.folder / _UNFINISHED
+        self._check_settings(dict(settings))
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.unfinished / _LOCK).open("a")
+        try:
+            self._lock_folder()
+            self._write_settings(dict(settings))
+            self._tidy()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "PrunedFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    @property
+    def shards(self) -> list[Path]:
+        return find_shards(self.folder)
+
+    def finished(self) -> set[str]:
+        """Gives what is in the shards, by the names of the videos."""
+        return {name for shard in self.shards for name in pq.read_table(shard, columns=["identity"])[0].to_pylist()}
+
+    def waiting(self) -> set[str]:
+        """Gives the keys of the rows that wait for their shard; see [`key_of`]."""
+        return {path.stem for path in self.unfinished.glob("*.parquet")}
+
+    def free_numbers(self) -> Iterator[int]:
+        """Gives numbers that no shard has, the least first: a run that goes on gives each shard the number it would have had."""
+        taken = {int(path.stem.rpartition("-")[2]) for path in self.shards}
+        return (number for number in count() if number not in taken)
+
+    def close(self) -> None:
+        """Removes what is of no use once every row is in a shard."""
+        if not self.waiting():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.folder / _SETTINGS
+        if not path.exists():
+            if find_shards(self.folder):
+                raise ValueError(
+                    f"OUTPUT must be a folder that is new or of an earlier run, but {str(path)!r} is missing"
+                )
+            return
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            version, made_with = known["version"], known["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"OUTPUT: {str(path)!r} must be a file of an earlier run, but reading it gave {error}"
+            ) from error
+        if version != _VERSION:
+            raise ValueError(
+                f"OUTPUT: {str(path)!r} must be of version {_VERSION}, got {version}; give another folder"
+            )
+        for name, value in settings.items():
+            if made_with.get(name) != value:
+                raise ValueError(
+                    f"OUTPUT {str(self.folder)!r} has rows that were made with `{name}` {made_with.get(name)}, but it is {value} "
+                    "now: give the same settings, or another folder"
+                )
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        if not (self.folder / _SETTINGS).exists():
+            with replacing(self.folder / _SETTINGS) as unfinished:
+                unfinished.write_text(
+                    json.dumps({"version": _VERSION, "settings": settings}, indent=1), encoding="utf-8"
+                )
+
+    def _lock_folder(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"OUTPUT {str(self.folder)!r} is being written to by another process: wait for it, or give another folder"
+            ) from None
+
+    def _tidy(self) -> None:
+        """Removes what a run that broke off left behind: what was not whole, and rows that are in a shard."""
+        for path in self.unfinished.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == ".tries" or (path.suffix == ".parquet" and not _is_whole(path)):
+                path.unlink()
+        for path in self.folder.glob(".unfinished-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        keys = {key_of(name) for name in self.finished()} if self.waiting() else ()
+        for key in keys:
+            _remove_parts(self.unfinished, key)
+
+
+def key_of(identity: str) -> str:
+    """Gives a name for the files of a video, of letters and digits alone."""
+    return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def find_shards(folder: str | os.PathLike) -> list[Path]:
+    """Finds the shards of a folder, in order."""
+    return sorted(Path(folder).glob("shard-*.parquet"))
+
+
+def tar_of(folder: Path, identity: str) -> Path:
+    """Gives the place of the kept patches of a video that wait for their shard; `folder` is the folder `unfinished`."""
+    return folder / f"{key_of(identity)}.tar"
+
+
+def write_row(folder: Path, row: Mapping[str, Any]) -> None:
+    """
+    Writes a row that waits for its shard.
+
+    Args:
+        folder (`Path`): the folder `unfinished`.
+        row (`Mapping[str, Any]`): the row; what is no column is left out.
+    """
+    key = key_of(row["identity"])
+    with replacing(folder / f"{key}.parquet") as unfinished:
+        pq.write_table(pa.Table.from_pylist([dict(row)], ROWS), unfinished)
+
+
+def count_try(folder: Path, identity: str) -> int:
+    """
+    Counts how often a video was begun in a run, that one which ends its process is not begun for ever.
+
+    Args:
+        folder (`Path`): the folder `unfinished`.
+        identity (`str`): the video.
+
+    Returns:
+        `int`: the number of this attempt, from 1.
+    """
+    path = folder / f"{key_of(identity)}.tries"
+    with path.open("ab") as file:
+        file.write(b".")
+    return path.stat().st_size
+
+
+def write_shard(folder: Path, number: int, identities: Sequence[str]) -> None:
+    """
+    Makes a shard of rows that wait.
+
+    Args:
+        folder (`Path`): the folder that the shards are in.
+        number (`int`): the number of the shard.
+        identities (`Sequence[str]`): the videos whose rows it has, in order.
+    """
+    keys, unfinished = [key_of(identity) for identity in identities], folder / _UNFINISHED
+    tars = [path for identity in identities if (path := tar_of(unfinished, identity)).exists()]
+    if tars:
+        with replacing(folder / f"shard-{number:05}.tar") as beside:
+            join_samples(beside, tars)
+    with replacing(folder / f"shard-{number:05}.parquet") as beside, pq.ParquetWriter(beside, ROWS) as writer:
+        parts: list[pa.Table] = []
+        for key in keys:
+            parts.append(pq.read_table(unfinished / f"{key}.parquet", schema=ROWS))
+            if sum(part.nbytes for part in parts) > _WRITTEN:
+                writer.write_table(pa.concat_tables(parts).combine_chunks())
+                parts = []
+        if parts:
+            writer.write_table(pa.concat_tables(parts).combine_chunks())
+    for key in keys:
+        _remove_parts(unfinished, key)
+
+
+def read_rows(folder: str | os.PathLike, columns: Sequence[str] | None = None) -> pa.Table:
+    """
+    Reads the rows of a folder, ordered by `identity`.
+
+    Args:
+        folder (`str` or `os.PathLike`): what `autogaze prune-dataset` wrote.
+        columns (`Sequence[str]`, *optional*): the columns to read; all by default.
+
+    Returns:
+        `pa.Table`
+
+    Raises:
+        ValueError: if the folder has no shard.
+    """
+    shards = find_shards(folder)
+    if not shards:
+        raise ValueError(f"`folder` must hold shards that `autogaze prune-dataset` wrote, got {str(folder)!r}")
+    wanted = None if columns is None else list(dict.fromkeys([*columns, "identity"]))
+    table = pa.concat_tables([pq.read_table(shard, columns=wanted) for shard in shards])
+    table = table.take(pc.sort_indices(table, sort_keys=[("identity", "ascending")]))
+    return table if columns is None else table.select(list(columns))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return pq.read_metadata(path).num_rows == 1
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _remove_parts(folder: Path, key: str) -> None:
+    for suffix in (".parquet", ".tar", ".tries"):
+        (folder / f"{key}{suffix}").unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""What `autogaze prune-dataset` takes; the work is `transformers_autogaze.dataset_pruning`'s."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from . import COMMANDS
+from .arguments import a_count, a_name, a_number, a_path
+from .prune import SELECTORS, add_budgets, add_frames, add_selector
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `prune-dataset` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
+    name = "prune-dataset"
+    command = commands.add_parser(
+        name,
+        description=f"{COMMANDS[name][0]}. ".capitalize()
+        + "A video that cannot be read is a row with its error; the same "
+        "command goes on with a run that broke off. Ray runs on this machine, or on the cluster that RAY_ADDRESS names.",
+        usage="autogaze prune-dataset INPUT OUTPUT [options]",
+    )
+    command.add_argument(
+        "source",
+        type=a_name,
+        metavar="INPUT",
+        help="folder of videos, pattern such as 'clips/*.mp4', .txt list of paths or URLs, or .parquet or .lance table; here or "
+        "at a URL that fsspec opens, such as s3://, gs:// or hf://",
+    )
+    command.add_argument(
+        "output", type=a_path, metavar="OUTPUT", help="folder to write to, which all machines of a cluster see"
+    )
+    command.add_argument(
+        "--patches", action="store_true", help="write the pixels of kept patches as well, in WebDataset tars"
+    )
+    command.add_argument(
+        "--psnr", action="store_true", help="rebuild the frames from the kept patches to measure the quality"
+    )
+    _add_tables(command.add_argument_group("tables"))
+    _add_workers(command.add_argument_group("how it is run"))
+    add_selector(command.add_argument_group("what chooses"))
+    add_budgets(command.add_argument_group("how much is kept"))
+    add_frames(command.add_argument_group("which frames, and how they are seen"))
+    command.set_defaults(run=_run)
+
+
+def _add_tables(group: Any) -> None:
+    group.add_argument(
+        "--video-column",
+        type=a_name,
+        default="video",
+        metavar="NAME",
+        help="column of paths, URLs or contents of videos (default: video)",
+    )
+    group.add_argument(
+        "--id-column",
+        type=a_name,
+        metavar="NAME",
+        help="column that says what each video is called (default: the path or URL, or the table and the number of the row)",
+    )
+
+
+def _add_workers(group: Any) -> None:
+    group.add_argument(
+        "--workers",
+        type=a_count,
+        metavar="N",
+        help="videos that are pruned at a time (default: the cores but one, or as many as the GPUs have room for)",
+    )
+    group.add_argument(
+        "--gpus-per-worker",
+        type=a_number,
+        default=0,
+        metavar="F",
+        help="share of a GPU that each worker takes, such as 0.25 (default: 0, all on the CPU)",
+    )
+    group.add_argument(
+        "--rows-per-shard", type=a_count, default=1024, metavar="N", help="videos of a shard (default: 1024)"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from transformers_autogaze.dataset_pruning import PruneSettings, prune_dataset
+
+    if options.max_tiles is not None and options.tiles != "grid":
+        raise ValueError(f"`--max-tiles` needs `--tiles grid`, got {options.max_tiles} with `--tiles {options.tiles}`")
+    known = {
+        **vars(options),
+        "selector": options.model or options.selector or SELECTORS[0],
+        "measures_quality": options.psnr,
+        "keeps_patches": options.patches,
+    }
+    settings = PruneSettings(**{field.name: known[field.name] for field in fields(PruneSettings)})
+    summary = prune_dataset(
+        options.source,
+        options.output,
+        settings,
+        video_column=options.video_column,
+        id_column=options.id_column,
+        workers=options.workers,
+        gpus_per_worker=options.gpus_per_worker,
+        rows_per_shard=options.rows_per_shard,
+    )
+    print(summary)
+    return 0
