@@ -153,11 +153,17 @@ def test_a_source_that_is_read_once_is_pruned_and_shown(selector, path):
         (np.zeros((3, 8, 8, 3), np.uint8), {"tiles": "half"}, "`tiles` must be one of"),
         (np.zeros((3, 8, 8, 3), np.uint8), {"num_frames": 4}, "`num_frames` must be at most 3"),
         (np.zeros((3, 8, 8, 3), np.uint8), {"tokens_per_second": 9.0}, "`frame_rate` must be given"),
+        (np.zeros((3, 8, 8, 3), np.uint8), {"frame_rate": 0}, "`frame_rate` must be a number above 0"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(selector, source, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prune_video(source, selector, **options)
+
+
+def test_an_overlay_of_frames_runs_at_the_rate_that_is_given(selector, frames, tmp_path):
+    prune_video(frames, selector, frame_rate=5, **SETTINGS).save(tmp_path)
+    assert read_video(tmp_path / "overlay.mp4")[1].fps == 5
 
 
 def test_an_opened_video_brings_its_own_frames(selector, path):

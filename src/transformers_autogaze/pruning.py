@@ -136,7 +136,7 @@ def prune_video(
         processor=AutoGazeProcessor() if processor is None else processor,
         settings=settings,
         tiles=tiles,
-        options={"max_tiles": max_tiles, "frame_rate": frame_rate or video.frame_rate},
+        options={"max_tiles": max_tiles, "frame_rate": video.frame_rate if frame_rate is None else frame_rate},
         measures_quality=measures_quality,
         title=title,
         selector_name=selector_name or getattr(selector, "name_or_path", None) or None,
@@ -182,7 +182,7 @@ class VideoPruning:
         self._stream: Iterator[GazeChunk] | None = self._open()
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
         return f"VideoPruning({self.title!r}, {len(self.video)} frames, {settings})"
 
     @property
@@ -321,7 +321,7 @@ class VideoPruning:
             if overlay:
                 # Times of their own only where the frames come unevenly.
                 times = getattr(self.video.metadata, "frame_times", None)
-                rate = self.video.frame_rate or FRAME_RATE
+                rate = self._options["frame_rate"] or FRAME_RATE
                 write_video(unfinished / OVERLAY, self._draw_overlay(shown, timeline), fps=rate, times=times)
             else:
                 shown += self._draw(self._on_sheet())
@@ -344,7 +344,7 @@ class VideoPruning:
     def _draw_timeline(self, width: int) -> Image.Image:
         kept = self._finished()
         counts = kept.counts.repeat(kept.frame_sampling_rate, 0)
-        rate = self.video.frame_rate
+        rate = self._options["frame_rate"]
         return draw_timeline(counts, self.cuts, width, None if rate is None else len(counts) / rate)
 
     def _write_gaze_file(self, path: Path) -> None:
