@@ -325,29 +325,16 @@ class VideoPruning:
                 write_video(unfinished / OVERLAY, self._draw_overlay(shown, timeline), fps=rate, times=times)
             else:
                 shown += self._draw(self._on_sheet())
-            self._write_gaze_file(unfinished / GAZE_FILE)
+            self.write_gaze_file(unfinished / GAZE_FILE)
             self._lay_out(shown, timeline).save(unfinished / SHEET)
 
-    def _draw_overlay(self, shown: list[FrameView], timeline: bool) -> Iterator[np.ndarray]:
-        """Draws the overlay, and fills `shown` with what is on the contact sheet."""
-        on_sheet, length, drawer = self._on_sheet(), len(self.video), None
-        known = self._finished() if timeline else None
-        for view in self._draw(range(length)):
-            if view.frame in on_sheet:
-                shown.append(view)
-            if drawer is None:
-                width = side_by_side(view.panels).shape[1]
-                strip = None if known is None else self._draw_timeline(width)
-                drawer = OverlayDrawer(length if known is None else known.num_frames, strip)
-            yield drawer.draw(view)
+    def write_gaze_file(self, path: str | os.PathLike) -> None:
+        """
+        Writes the gaze alone: `gaze.json`, as `docs/gaze_file.md` describes it.
 
-    def _draw_timeline(self, width: int) -> Image.Image:
-        kept = self._finished()
-        counts = kept.counts.repeat(kept.frame_sampling_rate, 0)
-        rate = self._options["frame_rate"]
-        return draw_timeline(counts, self.cuts, width, None if rate is None else len(counts) / rate)
-
-    def _write_gaze_file(self, path: Path) -> None:
+        Args:
+            path (`str` or `os.PathLike`): the file; one that is there is replaced.
+        """
         kept, known = self._finished(), self.video.metadata
         with GazeFileWriter(known.frames_indices, self.video.frame_times) as writer:
             for record in self.records():
@@ -368,6 +355,25 @@ class VideoPruning:
                 duration=known.duration,
                 statistics=self.statistics,
             )
+
+    def _draw_overlay(self, shown: list[FrameView], timeline: bool) -> Iterator[np.ndarray]:
+        """Draws the overlay, and fills `shown` with what is on the contact sheet."""
+        on_sheet, length, drawer = self._on_sheet(), len(self.video), None
+        known = self._finished() if timeline else None
+        for view in self._draw(range(length)):
+            if view.frame in on_sheet:
+                shown.append(view)
+            if drawer is None:
+                width = side_by_side(view.panels).shape[1]
+                strip = None if known is None else self._draw_timeline(width)
+                drawer = OverlayDrawer(length if known is None else known.num_frames, strip)
+            yield drawer.draw(view)
+
+    def _draw_timeline(self, width: int) -> Image.Image:
+        kept = self._finished()
+        counts = kept.counts.repeat(kept.frame_sampling_rate, 0)
+        rate = self._options["frame_rate"]
+        return draw_timeline(counts, self.cuts, width, None if rate is None else len(counts) / rate)
 
     def _open(self) -> Iterator[GazeChunk]:
         options = {**self.settings, **self._options, "tiles": self.tiles}

@@ -199,7 +199,7 @@ def _prune(
     # Times of their own only where the frames come unevenly.
     times = getattr(video.metadata, "frame_times", None)
     write_video(overlay, _drawing(pruning, report), fps=video.frame_rate or FRAME_RATE, times=times)
-    pruning._write_gaze_file(gaze_file)
+    pruning.write_gaze_file(gaze_file)
     gaze, shown_at = pruning.gaze, pruning.frame_times or list(map(float, pruning.frame_indices))
     return Result(
         selector=selector_name,
