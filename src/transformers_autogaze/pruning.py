@@ -7,7 +7,6 @@ in chunks, so a long video takes no more memory than a short one.
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
