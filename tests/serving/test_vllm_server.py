@@ -58,6 +58,7 @@ def client(qwen_folder, media, tmp_path_factory):
         str(qwen_folder),
         "--enforce-eager",
     ]
+    command += ["--enforce-eager", "--trust-request-mm-kwargs"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(
