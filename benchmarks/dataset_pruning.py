@@ -145,6 +145,8 @@ def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | 
 def middle_rate(seen: list[tuple[float, int]]) -> float | None:
     """The rate between the first and the last tenth of the rows, without the start of Ray and its workers."""
     most = max(count for _, count in seen)
+    # Once all are there, they leave for their shard.
+    seen = seen[: 1 + next(place for place, (_, count) in enumerate(seen) if count == most)]
     middle = [(seconds, count) for seconds, count in seen if 0.1 * most <= count <= 0.9 * most]
     if len(middle) < 2 or middle[-1][0] == middle[0][0]:
         return None
