@@ -8,11 +8,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers_autogaze_cli import COMMANDS
-from transformers_autogaze_cli.arguments import a_name, a_path
+from transformers_autogaze_cli.arguments import a_name, a_path, add_command
 
 from .checkpoints import check_weights_files
-from .cli_training import check_output, dataclass_arguments, from_arguments
+from .cli_dataclasses import check_output, dataclass_arguments, from_arguments
 from .output_files import check_not_inputs
 from .training.distill import distill
 from .training.distillation import DistillationArguments
@@ -20,10 +19,10 @@ from .training.distillation import DistillationArguments
 
 def add_commands(commands: Any) -> None:
     """Adds `distill` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "distill",
         parents=[dataclass_arguments(DistillationArguments)],
-        description=f"{COMMANDS['distill'][0]}.".capitalize(),
         usage="autogaze distill ENCODER VIDEOS_OR_PICTURES ... -o DIR [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -24,7 +24,7 @@ COMMANDS = {
         "measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
         "transformers_autogaze.cli_evaluation",
     ),
-    "label": ("label videos by greedy search, once, to train on later", "transformers_autogaze.cli_training"),
+    "label": ("label videos by greedy search, once, to train on later", "transformers_autogaze.cli_labels"),
     "train": ("train a model on labels (stage 1)", "transformers_autogaze.cli_training"),
     "train-grpo": (
         "train a model further on gazes that it samples itself (stage 2)",

@@ -3,17 +3,12 @@
 import argparse
 from typing import Any
 
-from . import COMMANDS
-from .arguments import a_count, a_name, add_device
+from .arguments import a_count, a_name, add_command, add_device
 
 
 def add_commands(commands: Any) -> None:
     """Adds `app` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
-    app = commands.add_parser(
-        "app",
-        description=f"{COMMANDS['app'][0]}.".capitalize(),
-        usage="autogaze app [options]",
-    )
+    app = add_command(commands, "app", usage="autogaze app [options]")
     app.add_argument(
         "--host", type=a_name, metavar="HOST", help="address to listen at (default: 127.0.0.1, this machine alone)"
     )

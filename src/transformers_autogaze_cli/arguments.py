@@ -1,9 +1,16 @@
-"""Arguments that several commands have, spelled and checked alike."""
+"""Commands and the arguments that several of them have, spelled and checked alike."""
 
 import argparse
 import math
 from pathlib import Path
 from typing import Any
+
+from . import COMMANDS
+
+
+def add_command(commands: Any, name: str, more: str = "", **options: Any) -> argparse.ArgumentParser:
+    """Adds one of `COMMANDS`, which says what it does, and more where there is more to say."""
+    return commands.add_parser(name, description=f"{COMMANDS[name][0]}.".capitalize() + more, **options)
 
 
 def a_name(text: str) -> str:

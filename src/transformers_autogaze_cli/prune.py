@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from . import COMMANDS
-from .arguments import a_count, a_name, a_number, add_device, add_output
+from .arguments import a_count, a_name, a_number, add_command, add_device, add_output
 
 
 SELECTORS = ("features", "finest", "greedy", "autogaze")
@@ -27,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_command(commands: Any, name: str, usage: str) -> argparse.ArgumentParser:
     """Adds a command with the arguments that both have."""
-    command = commands.add_parser(name, description=f"{COMMANDS[name][0]}.".capitalize(), usage=usage)
+    command = add_command(commands, name, usage=usage)
     add_output(command)
     command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4, the slowest part")
     command.add_argument(

@@ -4,19 +4,17 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from . import COMMANDS
-from .arguments import a_count, a_name, a_number, a_path
+from .arguments import a_count, a_name, a_number, a_path, add_command
 from .prune import SELECTORS, add_budgets, add_frames, add_selector
 
 
 def add_commands(commands: Any) -> None:
     """Adds `prune-dataset` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
-    name = "prune-dataset"
-    command = commands.add_parser(
-        name,
-        description=f"{COMMANDS[name][0]}. ".capitalize()
-        + "A video that cannot be read is a row with its error; the same "
-        "command goes on with a run that broke off. Ray runs on this machine, or on the cluster that RAY_ADDRESS names.",
+    command = add_command(
+        commands,
+        "prune-dataset",
+        more=" A video that cannot be read is a row with its error; the same command goes on with a run that broke off. "
+        "Ray runs on this machine, or on the cluster that RAY_ADDRESS names.",
         usage="autogaze prune-dataset INPUT OUTPUT [options]",
     )
     command.add_argument(

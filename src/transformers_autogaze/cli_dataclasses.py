@@ -1,0 +1,57 @@
+"""Dataclasses of settings on the command line: every field is an argument of the same name."""
+
+import argparse
+import dataclasses
+from collections.abc import Collection
+from typing import TypeVar, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .output_files import check_folder, check_not_inputs
+
+
+Settings = TypeVar("Settings")
+
+
+def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
+    """
+    Makes a parent parser with one argument for every field of some dataclasses.
+
+    Fields of their own come first, each dataclass in a group; those of [`~transformers.TrainingArguments`] come last.
+    """
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+    own, others = [], []
+    for settings in types:
+        names = {field.name for field in dataclasses.fields(settings) if field.init}
+        of_trainer = names & inherited if issubclass(settings, TrainingArguments) else set()
+        own.append(_select_fields(settings, names - of_trainer, f"{settings.__name__}, of this package"))
+        others.append(_select_fields(settings, of_trainer, "TrainingArguments, of transformers"))
+    return HfArgumentParser([made for made in (*own, *others) if dataclasses.fields(made)], add_help=False)
+
+
+def _select_fields(settings: type, names: Collection[str], group: str) -> type:
+    """Makes a dataclass of some fields of another one, for a group of arguments of that name."""
+    hints = get_type_hints(settings)
+    fields = []
+    for field in dataclasses.fields(settings):
+        if field.name in names:
+            default = {"default": field.default, "default_factory": field.default_factory, "metadata": field.metadata}
+            default = {key: value for key, value in default.items() if value is not dataclasses.MISSING}
+            if field.name == "output_dir":
+                default["metadata"] = {**field.metadata, "aliases": ["-o", "--output"]}
+            fields.append((field.name, hints[field.name], dataclasses.field(**default)))
+    return dataclasses.make_dataclass(settings.__name__, fields, namespace={"_argument_group_name": group})
+
+
+def from_arguments(settings: type[Settings], options: argparse.Namespace) -> Settings:
+    """Builds a dataclass from arguments that [`dataclass_arguments`] made."""
+    names = [field.name for field in dataclasses.fields(settings) if field.init]
+    return settings(**{name: getattr(options, name) for name in names})
+
+
+def check_output(output: str | None, *inputs: str | None) -> None:
+    """Checks that a checkpoint can be written to a folder, and that none to start from lies there."""
+    if not output or not output.strip():
+        raise ValueError(f"`--output` must name a folder to write to, got {output!r}")
+    check_folder(output)
+    check_not_inputs([output], [path for path in inputs if path is not None])

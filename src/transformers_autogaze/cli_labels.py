@@ -1,0 +1,62 @@
+"""The command line of labels: `autogaze label`, a thin layer over `training.labels`."""
+
+import argparse
+from typing import Any
+
+from transformers_autogaze_cli.arguments import a_count, a_number, a_path, add_command, add_device, add_output
+
+from .checkpoints import check_device
+from .cli_training_inputs import load_task, task_arguments
+from .configuration_autogaze import AutoGazeConfig
+from .training.label_files import read_labels
+from .training.labels import GreedyLabeller, label_videos
+from .training.videos import VideoCollection
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `label` to the commands of the command line, an action of `argparse`'s `add_subparsers`."""
+    label = add_command(
+        commands,
+        "label",
+        parents=[task_arguments()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    label.add_argument("videos", type=a_path, metavar="VIDEOS", help="folder of videos")
+    add_output(label, "FILE", "JSON file to write")
+    label.add_argument("--num-frames", type=a_count, default=16, metavar="N", help="frames to take of each video")
+    label.add_argument(
+        "--gazing-ratio", type=a_number, default=0.1, metavar="R", help="share of patches to choose, 0..1"
+    )
+    label.add_argument("--task-loss-requirement", type=a_number, metavar="L", help="loss at which a frame is done")
+    label.add_argument("--shard", default="1/1", metavar="I/N", help="label only the I-th of N parts of the videos")
+    label.add_argument("--batch-size", type=a_count, default=8, metavar="N", help="clips to search together")
+    label.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode")
+    add_device(label)
+    label.set_defaults(run=_label)
+
+
+def _label(options: argparse.Namespace) -> None:
+    try:
+        shard, num_shards = (int(part) for part in options.shard.split("/"))
+    except ValueError:
+        raise ValueError(f"`--shard` must be two numbers such as 3/16, got {options.shard!r}") from None
+    grid = AutoGazeConfig().grid
+    device = check_device(options.device)
+    videos = VideoCollection(options.videos)
+    labeller = GreedyLabeller(
+        grid,
+        load_task(options, grid),
+        gazing_ratio=options.gazing_ratio,
+        task_loss_requirement=options.task_loss_requirement,
+    )
+    written = label_videos(
+        videos,
+        labeller,
+        options.output,
+        options.num_frames,
+        options.batch_size,
+        options.num_workers,
+        device,
+        (shard, num_shards),
+    )
+    print(f"{written}: {len(read_labels(written))} videos labelled, {videos.num_skipped} skipped")
