@@ -10,7 +10,8 @@ from . import COMMANDS
 
 def add_command(commands: Any, name: str, more: str = "", **options: Any) -> argparse.ArgumentParser:
     """Adds one of `COMMANDS`, which says what it does, and more where there is more to say."""
-    return commands.add_parser(name, description=f"{COMMANDS[name][0]}.".capitalize() + more, **options)
+    what = COMMANDS[name][0]
+    return commands.add_parser(name, description=f"{what[0].upper()}{what[1:]}.{more}", **options)
 
 
 def a_name(text: str) -> str:
