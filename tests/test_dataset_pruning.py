@@ -229,8 +229,11 @@ def test_a_run_that_goes_on_gives_shards_the_numbers_they_would_have_had(clips, 
     assert read_rows(tmp_path, ["num_frames"]).to_pydict() == {"num_frames": [6, 6, 6]}
 
 
-def test_rows_of_one_folder_are_made_alike_and_by_one_run(tmp_path):
-    with folder_of(tmp_path, clip_ratio=0.2):
+def test_rows_of_one_folder_are_made_alike_and_by_one_run(clips, selector, tmp_path):
+    with folder_of(tmp_path, clip_ratio=0.5):
+        pass  # it made no row, so others may be made here
+    with folder_of(tmp_path, clip_ratio=0.2) as folder:
+        shards.write_row(folder.unfinished, prune_to_row("a", clips / "a.mp4", selector))
         with pytest.raises(ValueError, match="is being written to by another process"):
             folder_of(tmp_path, clip_ratio=0.2)
     with pytest.raises(ValueError, match="`clip_ratio` 0.2, but it is 0.3 now"):

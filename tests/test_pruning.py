@@ -180,3 +180,33 @@ def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
     exec(compile(block, "pruning.md", "exec"), names)
     assert names["pruning"].frame_indices == [0, 8, 16, 24]
     assert names["patches"].pixels.shape[1:] == (3, 16, 16) and Path("pruned", "gaze.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("selector", GreedyGazeSelector),
+        ("selector", "greedy"),
+        ("processor", "published"),
+        ("progress", 5),
+        ("title", 5),
+        ("task_loss_requirement", float("inf")),
+        ("clip_ratio", [0.5, 0.5]),
+    ],
+)
+def test_what_could_not_be_used_or_written_is_refused_before_any_work(name, value):
+    arguments = {"source": np.zeros((2, 32, 32, 3), np.uint8), "selector": GreedyGazeSelector(), name: value}
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        prune_video(**arguments)
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), torch.tensor(0.5), np.array(0.5)], ids=["scalar", "tensor", "array"]
+)
+def test_numbers_and_names_of_any_kind_are_written(number, tmp_path):
+    frames = np.zeros((2, 32, 32, 3), np.uint8)
+    pruning = prune_video(frames, GreedyGazeSelector(), clip_ratio=number, title=tmp_path, selector_name=tmp_path)
+    pruning.save(tmp_path / "saved", overlay=False)
+    assert pruning.settings == {"clip_ratio": 0.5}
+    written = json.loads((tmp_path / "saved" / "gaze.json").read_text())
+    assert written["video"] == written["selector"] == str(tmp_path)

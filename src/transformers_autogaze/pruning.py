@@ -5,8 +5,10 @@ Everything that prunes whole videos (the command line, pages, jobs over many vid
 in chunks, so a long video takes no more memory than a short one.
 """
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,18 +118,19 @@ def prune_video(
         raise ValueError(
             f"`num_frames` and `fps` must be those of the OpenedVideo, got {num_frames} and {fps} beside one"
         )
+    _check_parts(selector, processor, progress)
     asked = {
         "clip_ratio": clip_ratio,
         "tokens_per_second": tokens_per_second,
         "gazing_ratio": gazing_ratio,
         "task_loss_requirement": task_loss_requirement,
     }
-    settings = {name: value for name, value in asked.items() if value is not None}
+    settings = {name: _finite(name, value) for name, value in asked.items() if value is not None}
     if not settings:
         share = getattr(selector.config, "clip_ratio", None)
         settings = {"gazing_ratio": 0.75, "task_loss_requirement": 0.7} if share is None else {"clip_ratio": share}
     if title is None and isinstance(source, (str, os.PathLike)):
-        title = os.fspath(source)
+        title = source
     video = source if isinstance(source, OpenedVideo) else OpenedVideo(source, num_frames, fps)
     return VideoPruning(
         video=video,
@@ -137,10 +140,36 @@ def prune_video(
         tiles=tiles,
         options={"max_tiles": max_tiles, "frame_rate": video.frame_rate if frame_rate is None else frame_rate},
         measures_quality=measures_quality,
-        title=title,
-        selector_name=selector_name or getattr(selector, "name_or_path", None) or None,
+        title=_name("title", title),
+        selector_name=_name("selector_name", selector_name or getattr(selector, "name_or_path", None) or None),
         progress=progress,
     )
+
+
+def _check_parts(selector: Any, processor: Any, progress: Any) -> None:
+    """Checks what must be able to do something; classes that came with a checkpoint are not those of this package."""
+    if isinstance(selector, type) or not callable(getattr(selector, "generate", None)):
+        raise ValueError(
+            f"`selector` must be a loaded selector, such as AutoModel.from_pretrained(DEFAULT_SELECTOR), got {selector!r}"
+        )
+    if processor is not None and not hasattr(processor, "video_processor"):
+        raise ValueError(f"`processor` must be an AutoGazeProcessor, got {processor!r}")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"`progress` must be a function of the frames done and those in all, got {progress!r}")
+
+
+def _finite(name: str, value: Any) -> float:
+    """Takes a number, of a tensor or an array as well, as it can be written to a file."""
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}")
+    return float(number)
+
+
+def _name(argument: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"`{argument}` must be text or a path, got {value!r}")
+    return None if value is None else os.fspath(value)
 
 
 class VideoPruning:

@@ -137,7 +137,8 @@ class PrunedFolder:
             raise ValueError(
                 f"OUTPUT: {str(path)!r} must be of version {_VERSION}, got {version}; give another folder"
             )
-        for name, value in settings.items():
+        # What a run without a single row was made with binds nobody.
+        for name, value in settings.items() if self.shards or self.waiting() else ():
             if made_with.get(name) != value:
                 raise ValueError(
                     f"OUTPUT {str(self.folder)!r} has rows that were made with `{name}` {made_with.get(name)}, but it is {value} "
@@ -145,7 +146,7 @@ class PrunedFolder:
                 )
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
-        if not (self.folder / _SETTINGS).exists():
+        if not (self.folder / _SETTINGS).exists() or not (self.shards or self.waiting()):
             with replacing(self.folder / _SETTINGS) as unfinished:
                 unfinished.write_text(
                     json.dumps({"version": _VERSION, "settings": settings}, indent=1), encoding="utf-8"
