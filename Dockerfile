@@ -1,9 +1,9 @@
 # The command line, on a CPU:
 #     docker build --tag autogaze .
-#     docker run --rm --volume "$PWD:/work" autogaze prune video.mp4 -o pruned
+#     docker run --rm --volume "$PWD:/videos" autogaze prune video.mp4 -o pruned
 # On a CUDA GPU, whose driver and container toolkit the host has; torch brings the rest of CUDA:
 #     docker build --tag autogaze:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-#     docker run --rm --gpus all --volume "$PWD:/work" autogaze:cuda prune video.mp4 --device cuda -o pruned
+#     docker run --rm --gpus all --volume "$PWD:/videos" autogaze:cuda prune video.mp4 --device cuda -o pruned
 ARG PYTHON_VERSION=3.13
 FROM python:${PYTHON_VERSION}-slim
 
@@ -15,8 +15,8 @@ RUN pip install --no-cache-dir torch --index-url "${TORCH_INDEX}"
 COPY . /package
 RUN pip install --no-cache-dir "/package${EXTRAS}" && rm -r /package
 
-# Files in /work belong to whoever runs the container with --user; models from the Hub are kept beside them.
-ENV HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+# Files in /videos belong to whoever runs the container with --user; models from the Hub are kept beside them.
+ENV HF_HOME=/videos/.cache/huggingface
+WORKDIR /videos
 ENTRYPOINT ["autogaze"]
 CMD ["--help"]

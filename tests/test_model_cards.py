@@ -62,7 +62,7 @@ SELECTORS = {
 def test_the_card_of_a_selector_says_what_the_hub_asks_for(tmp_path, kind):
     card = card_of(make_card(SELECTORS[kind](), 'Mine: "the first"', {"steps": 3}), tmp_path)
     data = card.data
-    assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "other", None)
+    assert (data.get("library_name"), data.pipeline_tag, data.model_name) == ("transformers", "other", None)
     assert {"video", "token-pruning", "autogaze", "custom_code"} <= set(data.tags)
     assert data.base_model is None and data.datasets is None and data.metrics is None and data.eval_results is None
     assert card.text.startswith('\n# Mine: "the first"') and "| steps | 3 |" in card.text

@@ -10,9 +10,9 @@ python=${PYTHON:-python3}
 # So is torchvision built for CUDA. It imports where its operators are declared, and no processor calls them.
 packages=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 cat > "$packages/torchvision_operators.py" <<'PYTHON'
-import torch
+from torch import library
 
-operators = torch.library.Library("torchvision", "DEF")
+operators = library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
     operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 PYTHON
