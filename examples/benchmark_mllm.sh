@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Judges a video MLLM with lmms-eval on one GPU: whole videos, gazed ones, or pruned by vLLM's EVS. Needs the Hub, or its cache.
+# Evaluates a video MLLM with lmms-eval on one GPU: without pruning, with a selector, or with vLLM's EVS. Needs the Hub, or its cache.
 #
-#     examples/benchmark_mllm.sh qwen2_5_vl dense             # lmms-eval's own preprocessing, whole videos, tokens and seconds logged
+#     examples/benchmark_mllm.sh qwen2_5_vl dense             # no pruning, with tokens and seconds logged
 #     examples/benchmark_mllm.sh qwen2_5_vl gaze              # the same with a selector before the tower
-#     examples/benchmark_mllm.sh qwen2_5_vl own               # lmms-eval's own model, which logs less
+#     examples/benchmark_mllm.sh qwen2_5_vl own               # lmms-eval's own model, which does not log these
 #     examples/benchmark_mllm.sh qwen2_5_vl vllm-dense        # through `vllm serve`, which this script starts and stops
 #     examples/benchmark_mllm.sh qwen2_5_vl vllm-gaze
-#     examples/benchmark_mllm.sh qwen2_5_vl vllm-evs          # drops tokens after the tower, as many as the gaze drops before it
+#     examples/benchmark_mllm.sh qwen2_5_vl vllm-evs          # drops tokens after the tower, as many as vllm-gaze drops before it
 #
-# MLLMs are qwen2_5_vl and qwen3_vl and, not through vLLM, llava_onevision and nvila_hd. docs/benchmarks.md says how to install what.
+# MLLMs: qwen2_5_vl and qwen3_vl, and without vLLM also llava_onevision and nvila_hd. docs/benchmarks.md explains the installation.
 set -euo pipefail
 
 mllm=${1:?name an MLLM: qwen2_5_vl, qwen3_vl, llava_onevision or nvila_hd}
 method=${2:?name a method: dense, gaze, own, vllm-dense, vllm-gaze or vllm-evs}
 TASKS=${TASKS:-videomme,mlvu_dev,longvideobench_val_v,mvbench,hlvid}  # hlvid reads its videos from HLVID_VIDEOS
 FRAMES=${FRAMES:-64}
-PIXELS=${PIXELS:-200704}      # of a frame, at most: 448x448
+PIXELS=${PIXELS:-200704}      # maximum of a frame: 448x448
 RATIO=${RATIO:-0.25}          # share of a video's tokens to keep
-SELECTOR=${SELECTOR:-features}  # for nvila_hd one of four scales, such as greedy, or published: the one inside
+SELECTOR=${SELECTOR:-features}  # for nvila_hd one with four scales, such as greedy, or published: the one inside its processor
 OUTPUT=${OUTPUT:-outputs/benchmarks}
 PYTHON=${PYTHON:-.venv-lmms-eval/bin/python}
 VLLM=${VLLM:-vllm}            # of an environment with transformers-autogaze[vllm]
@@ -37,11 +37,11 @@ nvila_hd) name=nvidia/NVILA-8B-HD-Video frames="num_video_frames=$FRAMES,num_vid
 esac
 kept="clip_ratio=$RATIO"
 case $mllm/$method in
-llava_onevision/vllm-* | nvila_hd/vllm-* | nvila_hd/own) echo "there is no $method for $mllm" >&2; exit 2 ;;
+llava_onevision/vllm-* | nvila_hd/vllm-* | nvila_hd/own) echo "$mllm does not support the method $method" >&2; exit 2 ;;
 nvila_hd/gaze) [[ $SELECTOR == published ]] && kept="" || kept="gazing_ratio=$RATIO" ;;
 esac
 
-evaluate() { # a model of lmms-eval, its arguments, further options
+evaluate() { # arguments: model of lmms-eval, its model_args, further options
     local model=$1 arguments=$2
     shift 2
     "$PYTHON" -m lmms_eval --model "$model" --model_args "$arguments" --tasks "$TASKS" --batch_size 1 \
@@ -50,7 +50,7 @@ evaluate() { # a model of lmms-eval, its arguments, further options
     "$PYTHON" -m transformers_autogaze.lmms_harness.results_table "$OUTPUT/$mllm/$method"
 }
 
-serve_and_evaluate() { # options of `vllm serve`
+serve_and_evaluate() { # arguments: options of `vllm serve`
     "$VLLM" serve "$name" --port "$PORT" --max-model-len 65536 --allowed-local-media-path / "$@" &
     local server=$!
     trap "kill $server" EXIT

@@ -23,7 +23,7 @@ class Visitor:
         self.page.set_default_timeout(PATIENCE)
         self.errors: list[str] = []
         self.foreign: list[str] = []
-        self.page.on("console", lambda told: self.errors.append(told.text) if told.type == "error" else None)
+        self.page.on("console", lambda entry: self.errors.append(entry.text) if entry.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on(
             "request", lambda sent: self.foreign.append(sent.url) if not self._is_own(sent.url, url) else None
@@ -46,7 +46,11 @@ class Visitor:
 
     def choose(self, label: str, option: str) -> None:
         self.page.get_by_label(label, exact=True).click()
-        self.page.get_by_role("option", name=option, exact=True).click()
+        choice = self.page.get_by_role("option", name=option, exact=True)
+        choice.click()
+        choice.wait_for(
+            state="hidden"
+        )  # the list closes with an animation, and the next list may have the same option
 
     def figures(self) -> dict[str, list[str]]:
         rows = self.page.locator("#figures tr").all()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from transformers_autogaze import GazeGrid, GazeOutput, prune_video
+from transformers_autogaze.app import launch
 from transformers_autogaze.app.choices import Choices
-from transformers_autogaze.app.jobs import Cancelled, JobBoard
+from transformers_autogaze.app.jobs import Cancelled, JobQueue
 from transformers_autogaze.app.limits import Limits
 from transformers_autogaze.app.mllm_tokens import LLAVA_PLACES, NVILA_TILE, count_mllm_tokens, unit_grid
 from transformers_autogaze.app.uploads import VisitorFiles
@@ -35,22 +36,22 @@ def loaded():
 
 
 def run(clips, loaded, folder, clip="good", **changes):
-    told: list[str] = []
+    reports: list[str] = []
     choices = Choices(**{**GOOD, **changes})
     results = prune_for_page(
-        clips[clip], "clip.mp4", choices, Limits(), loaded, folder / "results", lambda *stage: told.append(stage)
+        clips[clip], "clip.mp4", choices, Limits(), loaded, folder / "results", lambda *stage: reports.append(stage)
     )
-    return results, told
+    return results, reports
 
 
 def test_the_page_keeps_what_prune_video_keeps(clips, loaded, tmp_path):
-    (result,), told = run(clips, loaded, tmp_path)
+    (result,), reports = run(clips, loaded, tmp_path)
     pruning = prune_video(str(clips["good"]), *loaded("finest"), num_frames=8, clip_ratio=0.25)
     saved = GazeOutput.load(result.gaze_file)
     assert torch.equal(saved.gazing_pos, pruning.gaze.gazing_pos)
     assert result.statistics == pruning.statistics and result.times == pruning.frame_times
     assert result.overlay.stat().st_size > 1000 and 0 < result.gazing_seconds < result.seconds
-    assert ("finest: reading frames", 8, 8) in told and ("finest: drawing", 8, 8) in told
+    assert ("finest: reading frames", 8, 8) in reports and ("finest: drawing", 8, 8) in reports
 
 
 def test_merge_units_are_kept_in_the_share_that_was_asked_for(clips, loaded, tmp_path):
@@ -155,7 +156,7 @@ def test_choices_out_of_range_are_refused(changes, reason):
     ],
 )
 def test_limits_are_said_before_a_selector_gazes(clips, loaded, tmp_path, changes, limits, reason):
-    told = []
+    reports = []
     with pytest.raises(ValueError, match=reason):
         prune_for_page(
             clips["good"],
@@ -164,9 +165,9 @@ def test_limits_are_said_before_a_selector_gazes(clips, loaded, tmp_path, change
             Limits(**limits),
             loaded,
             tmp_path / "results",
-            lambda *stage: told.append(stage),
+            lambda *stage: reports.append(stage),
         )
-    assert not any("reading" in stage or "choosing" in stage for stage, _, _ in told)
+    assert not any("reading" in stage or "choosing" in stage for stage, _, _ in reports)
 
 
 def test_work_ends_where_it_is_cancelled(clips, loaded, tmp_path):
@@ -180,21 +181,21 @@ def test_work_ends_where_it_is_cancelled(clips, loaded, tmp_path):
 
 
 def test_a_visitor_has_one_job_and_the_next_one_waits():
-    board, go = JobBoard(max_running=1, max_waiting=1), threading.Event()
-    first = board.start("Ada", lambda job: go.wait(10))
+    queue, go = JobQueue(max_running=1, max_waiting=1), threading.Event()
+    first = queue.start("Ada", lambda job: go.wait(10))
     with pytest.raises(ValueError, match="still being worked on"):
-        board.start("Ada", lambda job: None)
-    second = board.start("Bob", lambda job: "Bob's")
-    assert board.num_before(second) == 1 and not second.is_done
+        queue.start("Ada", lambda job: None)
+    second = queue.start("Bob", lambda job: "Bob's")
+    assert queue.num_ahead(second) == 1 and not second.is_done
     with pytest.raises(ValueError, match="Too many videos are waiting"):
-        board.start("Cy", lambda job: None)
+        queue.start("Cy", lambda job: None)
     go.set()
     assert first.result() is True and second.result() == "Bob's"
-    assert board.start("Ada", lambda job: "again").result() == "again"
+    assert queue.start("Ada", lambda job: "again").result() == "again"
 
 
 def test_jobs_are_cancelled_where_they_report_and_while_they_wait():
-    board, started = JobBoard(), threading.Event()
+    queue, started = JobQueue(), threading.Event()
 
     def work(job):
         started.set()
@@ -202,16 +203,16 @@ def test_jobs_are_cancelled_where_they_report_and_while_they_wait():
             job.report("counting", number, 1000)
             time.sleep(0.01)
 
-    running, waiting = board.start("Ada", work), board.start("Bob", work)
+    running, waiting = queue.start("Ada", work), queue.start("Bob", work)
     started.wait(10)
-    board.cancel("Bob")
-    board.cancel("Ada")
+    queue.cancel("Bob")
+    queue.cancel("Ada")
     for job in (waiting, running):
         with pytest.raises(Cancelled):
             job.result()
     assert running.stage == "counting" and waiting.stage == ""
-    last = board.start("Ada", work)
-    board.close()
+    last = queue.start("Ada", work)
+    queue.close()
     with pytest.raises(Cancelled):
         last.result()
 
@@ -255,6 +256,12 @@ def test_files_go_with_their_visitor_or_when_they_are_old(tmp_path):
     assert shared.exists()
     VisitorFiles(tmp_path, max_age=-1).sweep()
     assert not shared.exists()
+
+
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_out_of_range_is_refused(port):
+    with pytest.raises(ValueError, match=f"`--port` must be in 1..65535, got {port}"):
+        launch(port=port)
 
 
 def test_the_limits_are_said_in_words():

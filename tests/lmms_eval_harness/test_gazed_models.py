@@ -1,4 +1,4 @@
-"""lmms-eval runs gazed MLLMs from end to end: small random ones, on questions about videos of this machine."""
+"""lmms-eval runs gazed MLLMs from end to end: tiny ones with random weights, on questions about local videos."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from lmms_eval.__main__ import cli_evaluate  # noqa: E402
 from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.models import get_model  # noqa: E402
 from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
-from tiny_mllms import save_tiny  # noqa: E402
+from multiple_choice_mllms import save_tiny  # noqa: E402
 
 
 FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "llava_onevision": "llava_hf"}

@@ -104,10 +104,10 @@ class Reference:
 @pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
 def qwen_folder(request, tmp_path_factory) -> Path:
     """A tiny MLLM in a folder."""
-    from . import tiny_models
+    import tiny_mllms
 
     folder = tmp_path_factory.mktemp(request.param)
-    getattr(tiny_models, f"write_{request.param}")(folder)
+    getattr(tiny_mllms, f"write_{request.param}")(folder)
     return folder
 
 

@@ -1,6 +1,7 @@
 """LLaVA-OneVision in vLLM on embeddings of gazed videos, against `GazeVideoLM` in transformers."""
 
 import pytest
+import tiny_mllms
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import SamplingParams
@@ -9,7 +10,6 @@ from transformers_autogaze import GreedyGazeSelector
 from transformers_autogaze.integrations import GazeVideoLM
 from transformers_autogaze.serving.llava_embeddings import embed_for_vllm
 
-from . import tiny_models
 from .conftest import TOKENS, make_video, run_engine
 
 
@@ -21,7 +21,7 @@ PROMPT = "<|im_start|>user\n{}" + QUESTION + "<|im_end|>\n<|im_start|>assistant\
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava_onevision")
-    tiny_models.write_llava_onevision(folder)
+    tiny_mllms.write_llava_onevision(folder)
     return folder
 
 

@@ -1,8 +1,9 @@
 """
-A web page that prunes a visitor's video and shows what was kept: `autogaze app`, or a Space of the Hub.
+A web page that prunes uploaded videos and shows the kept patches: `autogaze app`, or a Space of the Hub.
 
-[`launch`] serves it. The pieces know one thing each: `page` what visitors see, `choices` and `limits` what they may ask for, `jobs`
-how it runs, `work` what is done, `uploads` and `guard` whose files are whose, `reports` and `mllm_tokens` what is told.
+[`launch`] serves it. `page` has the components and their event handlers, `choices` and `limits` the settings and their bounds,
+`jobs` a queue of background jobs, `work` the pruning itself, `uploads` and `guard` the files and who may access them, `reports` the
+results as HTML, and `mllm_tokens` the token counts of MLLMs.
 """
 
 from .launching import launch

@@ -1,4 +1,4 @@
-"""What a visitor chooses, and what it means to [`prune_video`]."""
+"""The settings that a visitor chooses on the page, and the arguments of [`prune_video`] that they stand for."""
 
 import math
 from dataclasses import dataclass
@@ -16,32 +16,32 @@ BUDGETS = {
     "Share of every frame": "gazing_ratio",
     "None: threshold alone": None,
 }
-"""Kinds of budgets, and the argument of [`prune_video`] that each is."""
+"""Labels of the kinds of budgets, and the argument of [`prune_video`] that each sets."""
 PATCHES = OWN, FOUR_SCALES, OF_MLLM = ("The selector's own", "Four scales (32 to 224 pixels)", "The MLLM's own")
-"""Which patches are chosen from."""
+"""Labels of the grids of patches that a selector can choose from."""
 TILES = {"Whole frames, resized": "whole", "Grid of tiles": "grid", "Frames as large as they are": "native"}
-"""How frames are seen, and what [`prune_video`] calls it."""
+"""Labels of the ways to resize or tile frames, and the value of `tiles` of [`prune_video`] for each."""
 _FOUR_SCALES = GazeGrid([32, 64, 112, 224], patch_size=16)
 
 
 @dataclass(frozen=True)
 class Choices:
     """
-    What a visitor chooses.
+    The settings that a visitor chooses.
 
     Args:
         selectors (`tuple[str, ...]`): names of one or two selectors.
         budget (`str`): one of [`BUDGETS`].
-        ratio (`float`): share to keep, above 0 and up to 1; of no matter where there is no budget.
-        threshold (`float`, *optional*): loss at which a frame is good enough.
-        num_frames (`int`): frames to take, at most.
+        ratio (`float`): share of patches to keep, above 0 and up to 1; ignored if there is no budget.
+        threshold (`float`, *optional*): loss at which no further patches of a frame are chosen.
+        num_frames (`int`): maximum number of frames to take.
         patches (`str`): one of [`PATCHES`].
-        tiles (`str`): one of [`TILES`]; of no matter for the MLLM's own patches.
-        max_tiles (`int`): tiles of a frame at most, where they are laid out in a grid.
-        mllm (`str`): one of [`MLLMS`], whose tokens are counted.
+        tiles (`str`): one of [`TILES`]; ignored for the MLLM's own patches.
+        max_tiles (`int`): maximum number of tiles of a frame, for a grid of tiles.
+        mllm (`str`): one of [`MLLMS`], the model whose tokens are counted.
 
     Raises:
-        ValueError: if one is out of range, or they do not go together.
+        ValueError: if a setting is out of range, or there is neither a budget nor a threshold.
     """
 
     selectors: tuple[str, ...]
@@ -76,17 +76,17 @@ class Choices:
 
     @property
     def frames_of_token(self) -> int:
-        """Frames that are kept or dropped together."""
+        """Number of consecutive frames that each token covers."""
         return QWEN_UNIT.frames if self.patches == OF_MLLM and self.mllm == QWEN else 1
 
     def settings(self) -> dict[str, float]:
-        """Gives budget and threshold as arguments of [`prune_video`]."""
+        """Returns budget and threshold as arguments of [`prune_video`]."""
         budget = BUDGETS[self.budget]
         settings = {} if budget is None else {budget: float(self.ratio)}
         return settings if self.threshold is None else settings | {"task_loss_requirement": float(self.threshold)}
 
     def layout(self) -> dict[str, str | int]:
-        """Gives how frames are seen as arguments of [`prune_video`]."""
+        """Returns `tiles` and `max_tiles` as arguments of [`prune_video`]."""
         if self.patches == OF_MLLM:
             tiles = "grid" if self.mllm == NVILA else "whole"
         else:
@@ -94,17 +94,17 @@ class Choices:
         return {"tiles": tiles} | ({"max_tiles": int(self.max_tiles)} if tiles == "grid" else {})
 
     def grid(self, height: int, width: int) -> GazeGrid | None:
-        """Gives the patches to choose from in frames of this size; `None` for the selector's own."""
+        """Returns the grid of patches to choose from in frames of this size; `None` for the selector's own grid."""
         if self.patches == OWN:
             return None
         return _FOUR_SCALES if self.patches == FOUR_SCALES else mllm_grid(self.mllm, height, width)
 
     def count_frames(self, total: int, limits: Limits) -> int:
         """
-        Tells how many frames to take of a video of so many.
+        Returns the number of frames to take from a video that has `total` frames.
 
         Raises:
-            ValueError: if the choice is beyond the limit, or the video has too few.
+            ValueError: if the setting is above the limit, or there are fewer frames than a token covers.
         """
         if self.num_frames > limits.frames:
             raise ValueError(f"Frames must be {limits.frames} at most, got {self.num_frames}.")
@@ -117,7 +117,7 @@ class Choices:
         return count
 
     def count_pixels(self, tile_size: tuple[int, int], height: int, width: int) -> int:
-        """Tells how many pixels of a frame of this size are gazed at, in tiles of another."""
+        """Returns how many pixels the selector processes for a frame of this size."""
         layout = self.layout()
         if layout["tiles"] == "native":
             return height * width

@@ -1,7 +1,7 @@
 """
-Jobs that run in threads while a page waits: one for each visitor, so many at a time, and each can be cancelled.
+A queue of jobs that run in background threads: one job per visitor, a limited number at a time, each of which can be cancelled.
 
-This module knows nothing of pages or videos.
+This module is independent of the page and of videos.
 """
 
 import threading
@@ -16,11 +16,11 @@ class Cancelled(Exception):
 
 class Job:
     """
-    A job, and how far it is.
+    A job and its progress.
 
     Attributes:
-        stage (`str`): what it does now; empty while it waits.
-        done, total (`int`): how much of the stage is done; `total` is 0 where nobody knows.
+        stage (`str`): what the job is doing; empty while it waits.
+        done, total (`int`): finished and total steps of the stage; `total` is 0 if it is unknown.
     """
 
     def __init__(self):
@@ -30,56 +30,56 @@ class Job:
 
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
         """
-        Says how far it is; the work calls it often.
+        Sets the progress. The job's function calls this often.
 
         Raises:
-            Cancelled: if the job was cancelled, which ends the work.
+            Cancelled: if the job was cancelled.
         """
         if self._is_cancelled.is_set():
             raise Cancelled
         self.stage, self.done, self.total = stage, done, total
 
     def cancel(self) -> None:
-        """Ends the job, at once if it still waits, otherwise when it reports next."""
+        """Cancels the job: at once if it still waits, otherwise at its next call of [`~Job.report`]."""
         self._is_cancelled.set()
         self._future.cancel()
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether it was cancelled; the work may go on a little."""
+        """Whether the job was cancelled; its function may still run until its next call of [`~Job.report`]."""
         return self._is_cancelled.is_set()
 
     @property
     def is_done(self) -> bool:
-        """Whether the work has ended."""
+        """Whether the job has ended."""
         return self._future.done()
 
     def result(self) -> Any:
         """
-        Gives what the work returned, and raises what it raised; waits for its end.
+        Waits for the job's end, and returns what its function returned or raises what it raised.
 
         Raises:
-            Cancelled: if it was cancelled.
+            Cancelled: if the job was cancelled.
         """
         if self._future.cancelled():
             raise Cancelled
         return self._future.result()
 
 
-class JobBoard:
+class JobQueue:
     """
-    Runs jobs.
+    Runs jobs in background threads, in the order in which they were started.
 
     Args:
-        max_running (`int`, *optional*, defaults to 1): jobs that run at a time.
-        max_waiting (`int`, *optional*, defaults to 16): jobs that wait at most.
+        max_running (`int`, *optional*, defaults to 1): maximum number of jobs that run at a time.
+        max_waiting (`int`, *optional*, defaults to 16): maximum number of jobs that wait.
 
     Example:
 
     ```python
-    >>> from transformers_autogaze.app.jobs import JobBoard
+    >>> from transformers_autogaze.app.jobs import JobQueue
 
-    >>> JobBoard().start("Ada", lambda job: 6 * 7).result()
+    >>> JobQueue().start("Ada", lambda job: 6 * 7).result()
     42
 
     ```
@@ -88,19 +88,19 @@ class JobBoard:
     def __init__(self, max_running: int = 1, max_waiting: int = 16):
         self._max_jobs = max_running + max_waiting
         self._pool = ThreadPoolExecutor(max_running, thread_name_prefix="autogaze-app")
-        self._jobs: dict[Hashable, Job] = {}  # in the order in which they came
+        self._jobs: dict[Hashable, Job] = {}  # in the order in which they were started
         self._lock = threading.Lock()
 
     def start(self, visitor: Hashable, work: Callable[[Job], Any]) -> Job:
         """
-        Starts a job, or lets it wait.
+        Adds a job to the queue; it runs as soon as a thread is free.
 
         Args:
-            visitor (`Hashable`): whose it is.
-            work (`Callable[[Job], Any]`): what to do; it calls [`~Job.report`].
+            visitor (`Hashable`): the owner of the job.
+            work (`Callable[[Job], Any]`): the function to run; it calls [`~Job.report`].
 
         Raises:
-            ValueError: if the visitor has a job that has not ended, or too many wait.
+            ValueError: if the visitor has a job that has not ended, or too many jobs wait.
         """
         job = Job()
         with self._lock:
@@ -121,15 +121,15 @@ class JobBoard:
             job.cancel()
 
     def close(self) -> None:
-        """Cancels all jobs and waits for their end; no other can start."""
+        """Cancels all jobs and waits for their end; no further job can start."""
         with self._lock:
             jobs = list(self._jobs.values())
         for job in jobs:
             job.cancel()
         self._pool.shutdown()
 
-    def num_before(self, job: Job) -> int:
-        """Tells how many jobs came before this one and have not ended."""
+    def num_ahead(self, job: Job) -> int:
+        """Returns how many jobs ahead of this one have not ended."""
         with self._lock:
             jobs = list(self._jobs.values())
         return jobs.index(job) if job in jobs else 0

@@ -1,4 +1,4 @@
-"""How long and large videos may be, and how much work they may make: checked before a selector is loaded."""
+"""Limits on the length and size of a video, and on the work of pruning it."""
 
 import os
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ from ..opened_video import OpenedVideo
 
 
 _MEGABYTE = 10**6
+_MAX_FRAME_RATE = 240  # limits the number of frames that are decoded, whatever duration a file claims
 
 
 @dataclass(frozen=True)
 class Limits:
     """
-    What visitors may ask for.
+    Upper limits on a video and on the work of pruning it.
 
     Args:
-        seconds (`float`): length of a video.
+        seconds (`float`): length of the video.
         megabytes (`int`): size of its file, in units of 10**6 bytes.
         pixels (`int`): pixels of a frame.
-        frames (`int`): frames taken from a video.
-        gazed_pixels (`int`): pixels that are gazed at in all frames together.
+        frames (`int`): frames taken from the video.
+        gazed_pixels (`int`): pixels that the selector processes, over all frames.
 
     Example:
 
@@ -46,42 +47,42 @@ class Limits:
 
     def open(self, path: Path, name: str) -> OpenedVideo:
         """
-        Opens a video of these limits.
+        Opens a video and checks it against the limits.
 
         Args:
             path (`Path`): its file.
-            name (`str`): what to call it in messages.
+            name (`str`): its name in error messages.
 
         Raises:
-            ValueError: if it is no video, or beyond a limit.
+            ValueError: if the file is no video, or exceeds a limit.
         """
         size = os.stat(path).st_size
         if size > self.megabytes * _MEGABYTE:
             raise ValueError(f"{name} has {size / _MEGABYTE:.0f} MB. {self}")
         video = OpenedVideo(str(path))
-        known = video.metadata
-        # A file that tells no rate is as long as one of 30 frames per second.
-        seconds = known.duration or known.total_num_frames / (known.fps or 30)
-        if seconds > self.seconds or known.total_num_frames > self.seconds * 240:
-            raise ValueError(f"{name} has {seconds:.0f} seconds and {known.total_num_frames} frames. {self}")
-        if known.width * known.height > self.pixels:
-            raise ValueError(f"{name} has {known.width}x{known.height} pixels. {self}")
+        metadata = video.metadata
+        # The length of a file without a frame rate is estimated at 30 frames per second.
+        seconds = metadata.duration or metadata.total_num_frames / (metadata.fps or 30)
+        if seconds > self.seconds or metadata.total_num_frames > self.seconds * _MAX_FRAME_RATE:
+            raise ValueError(f"{name} has {seconds:.0f} seconds and {metadata.total_num_frames} frames. {self}")
+        if metadata.width * metadata.height > self.pixels:
+            raise ValueError(f"{name} has {metadata.width}x{metadata.height} pixels. {self}")
         return video
 
     def check_work(self, num_frames: int, pixels: int) -> None:
         """
-        Checks how much is to be gazed at.
+        Checks the number of pixels that the selector processes.
 
         Args:
-            num_frames (`int`): frames.
-            pixels (`int`): pixels that are gazed at in each.
+            num_frames (`int`): number of frames.
+            pixels (`int`): pixels of each frame that the selector processes.
 
         Raises:
-            ValueError: if it is too much.
+            ValueError: if they are more than `gazed_pixels`.
         """
         if num_frames * pixels > self.gazed_pixels:
-            most = self.gazed_pixels // pixels
+            max_frames = self.gazed_pixels // pixels
             raise ValueError(
-                f"{num_frames} frames are too many where {pixels / 1e6:.1f} million pixels of each are gazed at. Take "
-                f"{most} frames at most, or fewer tiles."
+                f"{num_frames} frames are too many if the selector processes {pixels / 1e6:.1f} million pixels of each. Take "
+                f"{max_frames} frames at most, or fewer tiles."
             )

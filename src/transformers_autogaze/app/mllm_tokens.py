@@ -1,7 +1,7 @@
 """
-What a video costs an MLLM: the tokens that its language model reads, with a gaze and without one.
+The number of tokens that the language model of an MLLM reads for a video, with pruning and without.
 
-This module knows the patches of three MLLMs and counts with the code of `integrations`. It loads no MLLM.
+The tokens are counted with the code of `integrations`; no MLLM is loaded.
 """
 
 import math
@@ -18,22 +18,22 @@ from ..integrations.video_tokens import count_tokens
 LLAVA_ONEVISION, QWEN, NVILA = MLLMS = ("LLaVA-OneVision", "Qwen2.5-VL", "NVILA-HD-Video")
 """MLLMs whose tokens are counted."""
 LLAVA_PLACES = GazeGrid([378], patch_size=27)
-"""What LLaVA-OneVision pools a frame of 384x384 pixels to: 14x14 tokens, and a new line after the video."""
+"""The 14x14 places that LLaVA-OneVision pools a frame of 384x384 pixels to; each is a token."""
 NVILA_TILE = GazeGrid([56, 112, 196, 392], patch_size=14)
-"""The patches of a tile of NVILA-HD-Video."""
+"""The patches of a tile of NVILA-HD-Video; each is a token."""
 QWEN_UNIT = UnitSizes(merge_size=2, patch_size=14, frames=2)
-"""What Qwen2.5-VL makes one token of."""
+"""The merge unit of Qwen2.5-VL, which becomes one token."""
 MAX_UNITS = 256
-"""Merge units of a frame at most: what `max_pixels=256 * 28 * 28` sets in Qwen2.5-VL's processor."""
+"""Maximum number of merge units of a frame, as with `max_pixels=256 * 28 * 28` in Qwen2.5-VL's processor."""
 
 
 class TokenCount(NamedTuple):
     """
-    What the language model reads of a video.
+    Number of tokens that the language model reads for a video.
 
     Args:
-        kept (`int`): tokens with the gaze.
-        whole (`int`): tokens without it.
+        kept (`int`): tokens of the kept patches.
+        whole (`int`): tokens of the whole video.
     """
 
     kept: int
@@ -42,13 +42,13 @@ class TokenCount(NamedTuple):
 
 def unit_grid(height: int, width: int) -> GazeGrid:
     """
-    Lays out the merge units of Qwen2.5-VL, as its processor resizes frames.
+    Makes the grid of Qwen2.5-VL's merge units, in frames resized as its processor does.
 
     Args:
         height, width (`int`): size of the video's frames in pixels.
 
     Returns:
-        [`GazeGrid`]: a patch for every unit, [`MAX_UNITS`] at most.
+        [`GazeGrid`]: one patch for every merge unit, at most [`MAX_UNITS`].
 
     Example:
 
@@ -70,7 +70,7 @@ def unit_grid(height: int, width: int) -> GazeGrid:
 
 def count_mllm_tokens(mllm: str, gaze: GazeOutput, height: int, width: int) -> TokenCount | None:
     """
-    Counts what an MLLM's language model reads of a video.
+    Counts the tokens that an MLLM's language model reads for a video.
 
     Args:
         mllm (`str`): one of [`MLLMS`].
@@ -78,13 +78,13 @@ def count_mllm_tokens(mllm: str, gaze: GazeOutput, height: int, width: int) -> T
         height, width (`int`): size of the video's frames in pixels.
 
     Returns:
-        [`TokenCount`]; `None` for NVILA-HD-Video and a gaze that is not for whole tiles of it.
+        [`TokenCount`]; `None` for NVILA-HD-Video if the grid does not consist of whole tiles of it.
 
-        A gaze of one scale that was made for other patches keeps every token of LLaVA-OneVision and Qwen2.5-VL that a kept
-        patch reaches into. Of a gaze of several scales every kept patch is a token of LLaVA-OneVision.
+        If the grid is not the MLLM's own, Qwen2.5-VL, and LLaVA-OneVision for a single scale, get every token whose area
+        overlaps a kept patch. LLaVA-OneVision gets one token per kept patch for several scales.
 
     Raises:
-        ValueError: if there is no such MLLM.
+        ValueError: if `mllm` is none of [`MLLMS`].
     """
     if mllm == QWEN:
         return _count_units(gaze, *unit_grid(height, width).grids[0])
@@ -116,11 +116,12 @@ def _count_nvila(gaze: GazeOutput) -> TokenCount | None:
     rows, cols = (own // tile for own, tile in zip(gaze.grid.grids[-1], NVILA_TILE.grids[-1], strict=True))
     if list(gaze.grid.grids) != [(rows * tall, cols * wide) for tall, wide in NVILA_TILE.grids]:
         return None
-    # AutoGaze's own patches are others in pixels, of frames of another size; four quarters of 224 are a tile of 392.
+    # Only the number of patches matters, not their size in pixels: 2x2 tiles of the published AutoGaze, of 224 pixels with
+    # patches of 16, have as many patches at every scale as one tile of 392 pixels with patches of 14.
     sizes = [(rows * tall, cols * wide) for tall, wide in NVILA_TILE.sizes]
     whole = GazeGrid(sizes, NVILA_TILE.patch_size)
     tiles = GazeOutput.from_masks(whole.split_tiles(gaze.gazing_mask, NVILA_TILE), NVILA_TILE)
-    # Its settings keep whole frames, which it sees beside the tiles, with all their patches.
+    # The published settings keep all patches of the thumbnails: whole frames that are encoded beside the tiles.
     info = gaze_to_nvila(tiles, GazeOutput.full(NVILA_TILE, 1, gaze.num_frames))
     kept = sum(int((~info[f"if_padded_gazing_{kind}"]).sum()) for kind in ("tiles", "thumbnails"))
     return TokenCount(kept, gaze.num_frames * NVILA_TILE.num_patches * (rows * cols + 1))
@@ -128,7 +129,7 @@ def _count_nvila(gaze: GazeOutput) -> TokenCount | None:
 
 def mllm_grid(mllm: str, height: int, width: int) -> GazeGrid:
     """
-    Gives the patches that an MLLM makes tokens of, to gaze at: of the whole frame, or of a tile for NVILA-HD-Video.
+    Returns the grid of the patches that become an MLLM's tokens: in the whole frame, or in a tile for NVILA-HD-Video.
 
     Args:
         mllm (`str`): one of [`MLLMS`].

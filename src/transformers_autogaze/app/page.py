@@ -1,4 +1,4 @@
-"""The page: what visitors see and choose, and what happens when they ask for something."""
+"""The page: its components and event handlers."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from transformers_autogaze_cli.prune import SELECTORS
 
 from ..pruning import GAZE_FILE, OVERLAY
 from .choices import BUDGETS, OF_MLLM, PATCHES, TILES, Choices
-from .jobs import Cancelled, Job, JobBoard
+from .jobs import Cancelled, Job, JobQueue
 from .limits import Limits
 from .mllm_tokens import MLLMS, NVILA
 from .reports import caption_of, describe_error, figures, message, progress, timeline
@@ -24,32 +24,32 @@ from .work import Result, Selectors, prune_for_page
 logger = logging.getLogger(__name__)
 
 NO_SECOND = "none"
-_LOOK_AGAIN = 0.3  # seconds between two looks at a job
+_POLL_INTERVAL = 0.3  # seconds between two status updates of a job
 _ABOUT = """# AutoGaze
-Keep the patches of a video that matter, before a vision encoder sees it. Drop a video or record one, choose how much is kept, and \
-see which patches that are, and what they save."""
+Keep only the patches of a video that matter, before it reaches a vision encoder. Drop a video or record one, choose how much to \
+keep, and see which patches are kept and how many tokens that saves."""
 _SELECTORS_INFO = (
-    "features: distilled from DINOv2, the default. finest, greedy: search on pixels, of one scale or four. autogaze: the published "
-    "weights, fetched from the Hub (no commercial use); it needs a share of every frame, or a threshold alone."
+    "features: distilled from DINOv2, the default. finest, greedy: greedy search on pixels, at one scale or four. autogaze: the "
+    "published weights, downloaded from the Hub (no commercial use), which need a share of every frame or a threshold alone."
 )
 
 
 class Page:
     """
-    The page and what it works with.
+    The page's components and event handlers.
 
     Args:
-        files ([`VisitorFiles`]): where the files of visitors lie.
-        limits ([`Limits`]): what visitors may ask for.
-        selectors ([`Selectors`]): what chooses.
-        board ([`JobBoard`]): what runs their jobs.
+        files ([`VisitorFiles`]): the files of visitors.
+        limits ([`Limits`]): limits on videos and on the work.
+        selectors ([`Selectors`]): loads the selectors.
+        queue ([`JobQueue`]): runs the jobs.
     """
 
-    def __init__(self, files: VisitorFiles, limits: Limits, selectors: Selectors, board: JobBoard):
-        self.files, self.limits, self.selectors, self.board = files, limits, selectors, board
+    def __init__(self, files: VisitorFiles, limits: Limits, selectors: Selectors, queue: JobQueue):
+        self.files, self.limits, self.selectors, self.queue = files, limits, selectors, queue
 
     def build(self) -> gr.Blocks:
-        """Lays out the page and connects it."""
+        """Lays out the components and connects the event handlers."""
         max_age = int(self.files.max_age)
         with gr.Blocks(
             title="AutoGaze", analytics_enabled=False, delete_cache=(600, max_age), fill_width=True
@@ -64,7 +64,7 @@ class Page:
         return blocks
 
     def _lay_out_choices(self) -> None:
-        # With its sound, as taking it out would need FFmpeg's command line.
+        # With sound: Gradio would need FFmpeg's command line to remove it.
         self.video = gr.Video(
             label="Video",
             sources=["upload", "webcam"],
@@ -80,19 +80,19 @@ class Page:
         self.ratio = gr.Slider(0.01, 1, value=0.25, step=0.01, label="Share to keep")
         self.mllm = gr.Dropdown(list(MLLMS), value=MLLMS[0], label="Count tokens for")
         with gr.Accordion("More choices", open=False):
-            # No number field, which makes a zero of nothing.
+            # Not a `gr.Number`, which turns an empty field into 0.
             self.threshold = gr.Textbox(
                 label="Threshold",
                 placeholder="none",
                 max_length=20,
-                info="Loss at which a frame is good enough. features: share of the encoder's variance, 0 to 1; the others: (40 - PSNR) / 20.",
+                info="Loss at which no more patches of a frame are chosen. features: share of the encoder's variance, 0 to 1; others: (40 - PSNR) / 20.",
             )
             self.num_frames = gr.Slider(1, self.limits.frames, value=16, step=1, label="Frames, evenly over the video")
             self.patches = gr.Radio(
                 list(PATCHES),
                 value=PATCHES[0],
                 label="Patches to choose from",
-                info="Of Qwen2.5-VL these are merge units, 28x28 pixels in two frames.",
+                info="Qwen2.5-VL's own are merge units: 28x28 pixels of two frames.",
             )
             self.tiles = gr.Radio(list(TILES), value=next(iter(TILES)), label="Frames are seen as")
             self.max_tiles = gr.Slider(1, 12, value=4, step=1, label="Tiles of a frame at most", visible=False)
@@ -105,7 +105,7 @@ class Page:
         self.columns, self.captions, self.overlays, self.downloads = [], [], [], []
         with gr.Row():
             for number in (1, 2):
-                # Side by side where there is room for three panels each, else below each other.
+                # Side by side if the window is wide enough for three panels each, otherwise below each other.
                 with gr.Column(visible=False, min_width=480) as column:
                     self.captions.append(gr.HTML(container=False, padding=False))
                     overlay = gr.Video(
@@ -127,88 +127,95 @@ class Page:
         self.figures = gr.HTML(elem_id="figures", container=False, padding=False)
 
     def _connect(self, blocks: gr.Blocks) -> None:
-        chosen = [self.selector, self.second, self.budget, self.ratio, self.threshold, self.num_frames]
-        chosen += [self.patches, self.tiles, self.max_tiles, self.mllm]
-        shown = [self.start, self.cancel, self.status, self.timeline, self.figures, *self.columns, *self.captions]
-        shown += self.overlays
-        shown += [button for files in self.downloads for button in files]
-        # The calls are the page's own; what they take is nobody's interface.
-        quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        self.start.click(self.prune, [self.video, *chosen], shown, **quiet)
-        self.cancel.click(self.stop, None, self.cancel, **quiet)
-        self.example.click(self.take_example, None, self.video, **quiet)
-        self.video.change(self.look_at, self.video, self.status, **quiet)
-        for part in (self.patches, self.tiles, self.mllm):
-            part.change(show_tiles, [self.patches, self.tiles, self.mllm], [self.tiles, self.max_tiles], **quiet)
+        choices = [self.selector, self.second, self.budget, self.ratio, self.threshold, self.num_frames]
+        choices += [self.patches, self.tiles, self.max_tiles, self.mllm]
+        results = [self.start, self.cancel, self.status, self.timeline, self.figures, *self.columns, *self.captions]
+        results += self.overlays
+        results += [button for files in self.downloads for button in files]
+        # Private: these handlers are no public API.
+        options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+        self.start.click(self.prune, [self.video, *choices], results, **options)
+        self.cancel.click(self.stop, None, self.cancel, **options)
+        self.example.click(self.take_example, None, self.video, **options)
+        self.video.change(self.describe_video, self.video, self.status, **options)
+        for component in (self.patches, self.tiles, self.mllm):
+            component.change(
+                show_tiles, [self.patches, self.tiles, self.mllm], [self.tiles, self.max_tiles], **options
+            )
         self.budget.change(
-            lambda budget: gr.update(visible=BUDGETS.get(budget) is not None), self.budget, self.ratio, **quiet
+            lambda budget: gr.update(visible=BUDGETS.get(budget) is not None), self.budget, self.ratio, **options
         )
-        # Screen readers say what changes there.
+        # With this attribute screen readers announce changes of the status.
         blocks.load(None, js="() => document.getElementById('status').setAttribute('aria-live', 'polite')")
         blocks.unload(self.leave)
 
     def take_example(self) -> str:
-        """Puts the example where a visitor's video goes."""
+        """Returns the example clip, which becomes the video to prune."""
         return str(self.files.example())
 
-    def look_at(self, video: str | None, request: gr.Request) -> str:
-        """Says what a video is as soon as it is there, and what is wrong with it."""
+    def describe_video(self, video: str | None, request: gr.Request) -> str:
+        """Checks a video as soon as it is uploaded, and returns its size and length or an error message."""
         if not video:
             return message("Nothing is pruned yet.")
         try:
             path = self.files.check_upload(video)
             self.files.remember(request.session_hash, path)
-            known = self.limits.open(path, path.name).metadata
+            metadata = self.limits.open(path, path.name).metadata
         except (OSError, ValueError) as error:
             return message(describe_error(error, {video: Path(video).name}), is_error=True)
-        seconds = "" if known.duration is None else f", {known.duration:.1f} seconds"
-        return message(f"{path.name}: {known.total_num_frames} frames of {known.width}x{known.height}{seconds}.")
+        size = f"{metadata.total_num_frames} frames of {metadata.width}x{metadata.height}"
+        seconds = "" if metadata.duration is None else f", {metadata.duration:.1f} seconds"
+        return message(f"{path.name}: {size}{seconds}.")
 
-    async def prune(self, request: gr.Request, video: str | None, *chosen: Any) -> AsyncIterator[dict[Any, Any]]:
-        """Prunes a video and tells how far it is."""
+    async def prune(self, request: gr.Request, video: str | None, *settings: Any) -> AsyncIterator[dict[Any, Any]]:
+        """Prunes a video, and yields updates of the components: the progress, then the results."""
         visitor = request.session_hash
         try:
             path = self.files.check_upload(video)
-            choices = _read_choices(*chosen)
+            choices = _read_choices(*settings)
             self.files.remember(visitor, path)
-            job = self.board.start(visitor, partial(self._work, path, choices, visitor))
+            job = self.queue.start(visitor, partial(self._work, path, choices, visitor))
         except ValueError as error:
             yield {self.status: message(describe_error(error, {}), is_error=True)}
             return
-        yield {self.start: gr.update(interactive=False), self.cancel: gr.update(interactive=True), **self._hidden()}
+        yield {
+            self.start: gr.update(interactive=False),
+            self.cancel: gr.update(interactive=True),
+            **self._clear_results(),
+        }
         try:
-            async for told in self._watch(job):
-                yield {self.status: told}
-            shown = self._show(job, choices, path)
+            async for status in self._poll(job):
+                yield {self.status: status}
+            results = self._show_results(job, choices, path)
         finally:
-            # The visitor has gone, or Gradio stops.
+            # Not done here: the visitor has closed the page, or Gradio stops.
             if not job.is_done:
                 job.cancel()
-        yield {self.start: gr.update(interactive=True), self.cancel: gr.update(interactive=False), **shown}
+        yield {self.start: gr.update(interactive=True), self.cancel: gr.update(interactive=False), **results}
 
-    async def _watch(self, job: Job) -> AsyncIterator[str]:
-        """Tells how far a job is until it has ended."""
+    async def _poll(self, job: Job) -> AsyncIterator[str]:
+        """Yields the status of a job whenever it changes, until the job has ended."""
         last = None
         while not job.is_done:
-            before = self.board.num_before(job)
+            ahead = self.queue.num_ahead(job)
             if job.is_cancelled:
                 now = message("Cancelling.")
-            elif not job.stage and before:
-                now = progress(f"Waiting for {before} other video{'s' * (before > 1)}", 0, 0)
+            elif not job.stage and ahead:
+                now = progress(f"Waiting for {ahead} other video{'s' * (ahead > 1)}", 0, 0)
             else:
                 now = progress(job.stage or "Starting", job.done, job.total)
             if now != last:
                 yield now
             last = now
-            await asyncio.sleep(_LOOK_AGAIN)
+            await asyncio.sleep(_POLL_INTERVAL)
 
     def _work(self, path: Path, choices: Choices, visitor: str, job: Job) -> list[Result]:
         self.files.sweep()
         folder = self.files.new_results(visitor)
         return prune_for_page(path, path.name, choices, self.limits, self.selectors, folder, job.report)
 
-    def _show(self, job: Job, choices: Choices, path: Path) -> dict[Any, Any]:
-        """Gives what the page shows of a job that has ended."""
+    def _show_results(self, job: Job, choices: Choices, path: Path) -> dict[Any, Any]:
+        """Returns updates of the components for a job that has ended."""
         try:
             results = job.result()
         except Cancelled:
@@ -217,50 +224,50 @@ class Page:
             return {self.status: message(describe_error(error, {str(path): path.name}), is_error=True)}
         except Exception:
             logger.exception("A job failed")
-            return {self.status: message("That did not work; the fault is on our side.", is_error=True)}
-        shown = {
+            return {self.status: message("Pruning failed because of an internal error.", is_error=True)}
+        updates = {
             self.status: message(f"Done in {sum(result.seconds for result in results):.1f} s."),
             self.timeline: timeline(results),
             self.figures: figures(results, choices),
         }
         parts = zip(results, self.columns, self.captions, self.overlays, self.downloads, strict=False)
         for result, column, caption, overlay, files in parts:
-            shown[column] = gr.update(visible=True)
-            shown[caption] = caption_of(result)
-            shown[overlay] = gr.update(value=str(result.overlay))
+            updates[column] = gr.update(visible=True)
+            updates[caption] = caption_of(result)
+            updates[overlay] = gr.update(value=str(result.overlay))
             for button, file in zip(files, (result.overlay, result.gaze_file), strict=True):
-                shown[button] = gr.update(value=str(file))
-        return shown
+                updates[button] = gr.update(value=str(file))
+        return updates
 
-    def _hidden(self) -> dict[Any, Any]:
-        """Takes away what is shown of an earlier video."""
-        hidden: dict[Any, Any] = {column: gr.update(visible=False) for column in self.columns}
-        hidden |= {overlay: gr.update(value=None) for overlay in self.overlays}
-        return hidden | {self.timeline: "", self.figures: ""}
+    def _clear_results(self) -> dict[Any, Any]:
+        """Returns updates of the components that hide earlier results."""
+        updates: dict[Any, Any] = {column: gr.update(visible=False) for column in self.columns}
+        updates |= {overlay: gr.update(value=None) for overlay in self.overlays}
+        return updates | {self.timeline: "", self.figures: ""}
 
     def stop(self, request: gr.Request) -> dict[str, Any]:
         """Cancels a visitor's job."""
-        self.board.cancel(request.session_hash)
+        self.queue.cancel(request.session_hash)
         return gr.update(interactive=False)
 
     def leave(self, request: gr.Request) -> None:
-        """Ends and removes what belongs to a visitor who leaves."""
-        self.board.cancel(request.session_hash)
+        """Cancels the job and removes the files of a visitor who closes the page."""
+        self.queue.cancel(request.session_hash)
         self.files.forget(request.session_hash)
 
 
 def show_tiles(patches: str, tiles: str, mllm: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shows the choices of tiles where they matter."""
-    of_mllm = patches == OF_MLLM
-    is_grid = mllm == NVILA if of_mllm else TILES.get(tiles) == "grid"
-    return gr.update(visible=not of_mllm), gr.update(visible=is_grid)
+    """Hides the settings of tiles that are ignored with the other settings."""
+    is_of_mllm = patches == OF_MLLM
+    is_grid = mllm == NVILA if is_of_mllm else TILES.get(tiles) == "grid"
+    return gr.update(visible=not is_of_mllm), gr.update(visible=is_grid)
 
 
 def _read_choices(
     selector: str, second: str, budget: str, ratio: float, threshold: str | None, num_frames: int, *others: Any
 ) -> Choices:
     selectors = (selector,) if second == NO_SECOND else (selector, second)
-    # A field that was never shown sends nothing.
+    # Gradio sends `None` for a field that was never shown.
     threshold = (threshold or "").strip()
     try:
         loss = float(threshold) if threshold else None

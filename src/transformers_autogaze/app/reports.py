@@ -1,4 +1,4 @@
-"""What the page shows in words, tables and curves, as HTML that follows the page's colours."""
+"""Results as HTML: messages, progress, the table of figures and the timeline."""
 
 import html
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from .work import Result
 
 
 _COLOURS = ("var(--autogaze-first)", "var(--autogaze-second)")
-# Of the timeline, in units of its drawing.
+# Layout of the timeline, in units of the SVG view box.
 _WIDTH, _HEIGHT, _LEFT, _MARGIN, _FLOOR = 640, 160, 56, 8, 134
 
 
 def message(text: str, is_error: bool = False) -> str:
-    """Writes a line of status."""
+    """Returns a status line."""
     return f'<p class="autogaze-{"error" if is_error else "status"}">{html.escape(text)}</p>'
 
 
 def progress(stage: str, done: int, total: int) -> str:
-    """Writes how far the work is."""
+    """Returns a progress bar with a caption; it has no value if `total` is 0."""
     known = f'value="{done}" max="{total}"' if total else ""
     count = f" {done} of {total}" if total else ""
     stage = html.escape(stage)
@@ -27,12 +27,12 @@ def progress(stage: str, done: int, total: int) -> str:
 
 
 def caption_of(result: Result) -> str:
-    """Says whose overlay it is."""
+    """Returns the heading above the overlay of a selector."""
     return f"<h3>{html.escape(result.selector)}</h3>"
 
 
 def figures(results: Sequence[Result], choices: Choices) -> str:
-    """Writes what was kept as a table, a column for each selector."""
+    """Returns a table of what was kept, with a column for each selector."""
     rows = {"": [result.selector for result in results]}
     for result in results:
         for name, value in _figures_of(result, choices).items():
@@ -45,22 +45,19 @@ def figures(results: Sequence[Result], choices: Choices) -> str:
         for name, values in rows.items()
         for cell in ["td" if name else "th"]
     )
-    notes = "" if all(result.tokens for result in results) else f"<p>{html.escape(_no_count(choices.mllm))}</p>"
+    note = f"Tokens of {choices.mllm} are counted only for the MLLM's own patches."
+    notes = "" if all(result.tokens for result in results) else f"<p>{html.escape(note)}</p>"
     return f'<div class="autogaze-figures"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table>{notes}</div>'
 
 
-def _no_count(mllm: str) -> str:
-    return f"Tokens of {mllm} are counted where its own patches are chosen from."
-
-
 def _figures_of(result: Result, choices: Choices) -> dict[str, str]:
-    known = result.statistics
-    count, kept, factor = known["num_frames"], known["num_patches"], known["reduction_factor"]
-    scales = known["patches_each_scale"]
+    statistics = result.statistics
+    count, kept, factor = statistics["num_frames"], statistics["num_patches"], statistics["reduction_factor"]
+    scales = statistics["patches_each_scale"]
     unit = "a frame" if choices.frames_of_token == 1 else f"for {choices.frames_of_token} frames"
     figures = {
         "Patches kept": f"{kept:,}, {kept / count:.1f} {unit}",
-        "Of a dense encoder's": f"{1 / factor:.1%} ({round(factor * kept):,})" if factor else "0%",
+        "Share of a dense encoder's": f"{1 / factor:.1%} ({round(factor * kept):,})" if factor else "0%",
     }
     if len(scales) > 1:
         figures["At each scale"] = ", ".join(f"{number:,} at {scale}" for scale, number in scales.items())
@@ -71,13 +68,13 @@ def _figures_of(result: Result, choices: Choices) -> dict[str, str]:
     else:
         saved = 1 - tokens.kept / tokens.whole
         figures[name] = f"{tokens.kept:,} of {tokens.whole:,} ({saved:.0%} saved)"
-    figures["Rebuilt from them"] = f"{known['psnr']:.1f} dB PSNR"
-    figures["Time"] = f"{result.seconds:.1f} s, {result.gazing_seconds:.1f} s of it to choose"
+    figures["Reconstruction"] = f"{statistics['psnr']:.1f} dB PSNR"
+    figures["Time"] = f"{result.seconds:.1f} s, of which {result.gazing_seconds:.1f} s in the selector"
     return figures
 
 
 def timeline(results: Sequence[Result]) -> str:
-    """Draws the patches of every frame over time, a curve for each selector, and where scenes are cut."""
+    """Draws the kept patches of every frame over time, with a curve for each selector, and the scene cuts."""
     counts = [result.statistics["patches_each_frame"] for result in results]
     cuts = results[0].cuts
     most, end = max(1, *map(max, counts)), max(results[0].times[-1], 1e-9)
@@ -88,7 +85,7 @@ def timeline(results: Sequence[Result]) -> str:
     def y_of(count: int) -> float:
         return _MARGIN + (1 - count / most) * (_FLOOR - _MARGIN)
 
-    drawn = [
+    marks = [
         f'<line x1="{x_of(cut):.1f}" y1="{_MARGIN}" x2="{x_of(cut):.1f}" y2="{_FLOOR}" class="autogaze-cut">'
         f"<title>a new scene, {cut:.2f} s</title></line>"
         for cut in cuts
@@ -97,8 +94,8 @@ def timeline(results: Sequence[Result]) -> str:
         points = [(x_of(time), y_of(value)) for time, value in zip(result.times, values, strict=True)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         dash = ' stroke-dasharray="6 3"' if number else ""
-        drawn.append(f'<polyline points="{line}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2"{dash}/>')
-        drawn += (
+        marks.append(f'<polyline points="{line}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2"{dash}/>')
+        marks += (
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_COLOURS[number]}">'
             f"<title>{html.escape(result.selector)}, {time:.2f} s: {value} patches</title></circle>"
             for (x, y), time, value in zip(points, result.times, values, strict=True)
@@ -111,7 +108,7 @@ def timeline(results: Sequence[Result]) -> str:
     return (
         f'<figure class="autogaze-timeline"><figcaption>Patches kept of every frame {legend}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Patches kept of every frame over time">'
-        f"{_axes(most, end)}{''.join(drawn)}</svg></figure>"
+        f"{_axes(most, end)}{''.join(marks)}</svg></figure>"
     )
 
 
@@ -131,8 +128,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def describe_error(error: Any, names: dict[str, str]) -> str:
-    """Says what is at fault, without the names that files have on the server."""
+    """Returns an error message in which each path on the server, a key of `names`, is replaced by a name."""
     text = str(error)
     for path, name in names.items():
         text = text.replace(path, name)
-    return text[0].upper() + text[1:] if text else "That did not work."
+    return text[0].upper() + text[1:] if text else "The video could not be pruned."

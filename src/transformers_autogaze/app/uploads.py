@@ -1,8 +1,8 @@
 """
-The files of visitors: where they lie, which of them the page takes, and when they go.
+The files of visitors: where they are stored, which of them the page accepts, and when they are removed.
 
-Everything lies in one temporary folder. A visitor's browser says which uploaded file to work on, so a name from there is not
-to be trusted: only files in that folder are taken, and of those only what was uploaded.
+All files are in one temporary folder. The path of the video to prune comes from a visitor's browser and so is not trusted: only
+uploads in that folder are accepted.
 """
 
 import re
@@ -18,7 +18,7 @@ from ..video import write_video
 
 
 _EXAMPLE, _RESULTS = "example", "results"
-_UPLOADED = r"[0-9a-f]{64}"  # a folder that Gradio makes for an upload
+_UPLOADED = r"[0-9a-f]{64}"  # name of the folder that Gradio makes for an upload
 
 
 class VisitorFiles:
@@ -26,8 +26,8 @@ class VisitorFiles:
     The files of all visitors.
 
     Args:
-        folder (`Path`): where they lie; Gradio puts uploads there, too.
-        max_age (`float`, *optional*, defaults to 3600): seconds after which a file is removed in any case.
+        folder (`Path`): where they are stored; Gradio writes uploads there, too.
+        max_age (`float`, *optional*, defaults to 3600): seconds after which [`~VisitorFiles.sweep`] removes a file.
     """
 
     def __init__(self, folder: Path, max_age: float = 3600):
@@ -38,42 +38,40 @@ class VisitorFiles:
 
     def check_upload(self, name: object) -> Path:
         """
-        Checks that a name is that of an uploaded file, or of the example.
+        Checks that a name is the path of an uploaded file or of the example clip.
 
         Args:
-            name: what a browser sent.
+            name: the value that a browser sent.
 
         Returns:
             `Path`: the file.
 
         Raises:
-            ValueError: if it is anything else, or is no longer there.
+            ValueError: if it is anything else, or the file was removed.
         """
         if not name:
-            raise ValueError("Choose a video first: drop one, record one, or take the example.")
-        wrong = ValueError("Only a video that was uploaded here can be taken.")
+            raise ValueError("Choose a video first: drop one, record one, or take the example clip.")
+        wrong = ValueError("Only a video that was uploaded here can be pruned.")
         if not isinstance(name, str) or "\0" in name:
             raise wrong
         path = Path(name)
-        parts = (
-            path.parts[len(self.folder.parts) :] if path.parts[: len(self.folder.parts)] == self.folder.parts else ()
-        )
+        parts = path.relative_to(self.folder).parts if path.is_relative_to(self.folder) else ()
         if len(parts) != 2 or not re.fullmatch(rf"{_UPLOADED}|{_EXAMPLE}", parts[0]) or parts[1] == "..":
             raise wrong
         if not path.exists():
-            raise ValueError("The video is no longer here. Upload it again.")
-        # A link would lead out of the folder.
+            raise ValueError("The video was removed. Upload it again.")
+        # A symbolic link could lead out of the folder.
         if path.resolve() != path or not path.is_file():
             raise wrong
         return path
 
     def holds(self, name: str) -> bool:
-        """Tells whether a name is that of a place in the folder, whatever is there."""
+        """Whether a name is an absolute path inside the folder; the file need not exist."""
         path = Path(name)
         return path.is_absolute() and ".." not in path.parts and path.is_relative_to(self.folder)
 
     def example(self) -> Path:
-        """Gives the example, which is drawn if it is not there."""
+        """Returns the path of the example clip, which is rendered at the first call."""
         path = self.folder / _EXAMPLE / "demo.mp4"
         with self._lock:
             if not path.exists():
@@ -82,13 +80,13 @@ class VisitorFiles:
         return path
 
     def remember(self, visitor: Hashable, upload: Path) -> None:
-        """Notes whose an upload is, so that it goes with the visitor."""
+        """Records that an upload belongs to a visitor, for [`~VisitorFiles.forget`] to remove."""
         if upload.parent.name != _EXAMPLE:
             with self._lock:
                 self._uploads.setdefault(visitor, set()).add(upload)
 
     def new_results(self, visitor: Hashable) -> Path:
-        """Gives a visitor a new, empty folder for results; what the last one held is removed."""
+        """Makes a new folder for a visitor's results, and removes the visitor's previous one."""
         folder = self.folder / _RESULTS / secrets.token_hex(16)
         folder.mkdir(parents=True)
         with self._lock:
@@ -98,10 +96,10 @@ class VisitorFiles:
         return folder
 
     def forget(self, visitor: Hashable) -> None:
-        """Removes all that belongs to a visitor alone."""
+        """Removes all files of a visitor that no other visitor has."""
         with self._lock:
             uploads, results = self._uploads.pop(visitor, set()), self._results.pop(visitor, None)
-            # Equal uploads of two visitors are one file.
+            # Gradio stores equal uploads of two visitors as one file.
             others = set().union(*self._uploads.values())
         for upload in uploads - others:
             shutil.rmtree(upload.parent, ignore_errors=True)
@@ -109,18 +107,18 @@ class VisitorFiles:
             shutil.rmtree(results, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Removes what is old, whosever it is."""
+        """Removes all uploads and results that are older than `max_age`."""
         end = time.time() - self.max_age
         folders = [path for path in self.folder.glob("*") if path.name not in (_EXAMPLE, _RESULTS)]
         for folder in [*folders, *(self.folder / _RESULTS).glob("*")]:
             try:
                 if folder.stat().st_mtime < end:
                     shutil.rmtree(folder, ignore_errors=True)
-            except FileNotFoundError:  # Another visitor's call was quicker.
+            except FileNotFoundError:  # removed by a call of another visitor
                 pass
 
     def size(self) -> int:
-        """Gives the bytes that lie in the folder."""
+        """Returns the total size of all files in bytes."""
         total = 0
         for path in self.folder.rglob("*"):
             try:

@@ -1,4 +1,4 @@
-"""The work behind the page: a video and choices in, files and figures out, by [`prune_video`]."""
+"""Prunes a video for the page by [`prune_video`], with progress, and writes the files to download."""
 
 import copy
 import threading
@@ -18,14 +18,14 @@ from ..pruning import GAZE_FILE, OVERLAY, VideoPruning, prune_video
 from ..selection_autogaze import GazeSelector
 from ..tile_gazing import FRAME_RATE
 from ..video import write_video
-from .choices import OF_MLLM, Choices
+from .choices import OF_MLLM, OWN, Choices
 from .limits import Limits
 from .mllm_tokens import TokenCount, count_mllm_tokens
 
 
-_REPORTED_EACH = 16  # calls of torch; more often would cost small ones time
+_CALLS_PER_REPORT = 16  # calls of torch functions between two reports, whose overhead is so negligible
 Report = Callable[[str, int, int], None]
-"""Is told what is done now, how much of it, and of how much; an error that it raises ends the work."""
+"""Called with the current stage, its finished steps and their total, 0 if unknown. An exception that it raises ends the work."""
 
 
 class Result(NamedTuple):
@@ -33,12 +33,12 @@ class Result(NamedTuple):
     What one selector kept of a video.
 
     Args:
-        selector (`str`): its name.
+        selector (`str`): name of the selector.
         statistics (`dict`): see [`VideoPruning.statistics`].
-        times (`list[float]`): when each frame of the gaze is shown, in seconds, or their numbers.
-        cuts (`list[float]`): when a new scene begins, in the same way.
-        tokens ([`TokenCount`], *optional*): what the MLLM reads; `None` if the gaze is not for it.
-        seconds, gazing_seconds (`float`): time in all, and of choosing alone.
+        times (`list[float]`): time stamp of each frame of the gaze in seconds, or the frame index if the video has no time stamps.
+        cuts (`list[float]`): the same for the first frame of each new scene.
+        tokens ([`TokenCount`], *optional*): tokens of the MLLM; `None` if they cannot be counted for this gaze.
+        seconds, gazing_seconds (`float`): total time, and the time in the selector.
         overlay, gaze_file (`Path`): files to download.
     """
 
@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 
 class Selectors:
-    """Selectors, each loaded when it is first asked for."""
+    """Loads selectors by name and caches them."""
 
     def __init__(self, device: Any = "cpu"):
         self.device = device
@@ -63,10 +63,10 @@ class Selectors:
 
     def __call__(self, name: str) -> tuple[GazeSelector, AutoGazeProcessor]:
         """
-        Gives a selector and its processor.
+        Returns a selector and its processor.
 
         Raises:
-            ValueError: if it cannot be loaded.
+            ValueError: if the selector cannot be loaded.
         """
         with self._lock:
             if name not in self._loaded:
@@ -74,8 +74,8 @@ class Selectors:
             return self._loaded[name]
 
 
-class _WatchedVideo(OpenedVideo):
-    """A video that reports every frame that is decoded."""
+class _ReportingVideo(OpenedVideo):
+    """A video that reports every decoded frame."""
 
     report: Report | None = None
 
@@ -87,8 +87,8 @@ class _WatchedVideo(OpenedVideo):
             yield frame
 
 
-class _Reporting(TorchFunctionMode):
-    """Reports while torch computes, whatever it does, so that long computations can be cancelled."""
+class _ReportingMode(TorchFunctionMode):
+    """Calls `report` between calls of torch functions, so that long computations can be cancelled."""
 
     def __init__(self, report: Callable[[], None]):
         super().__init__()
@@ -96,23 +96,23 @@ class _Reporting(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        if self.count % _REPORTED_EACH == 0:
+        if self.count % _CALLS_PER_REPORT == 0:
             self.report()
         return function(*args, **(kwargs or {}))
 
 
-class _WatchedSelector:
+class _ReportingSelector:
     """
-    A selector that reports while it chooses, and measures how long it takes.
+    Wraps a selector: reports while it runs, and measures the time of every call.
 
-    It can choose for several frames at once, as Qwen's merge units need.
+    Patches can be chosen for several consecutive frames at a time, as Qwen's merge units need.
     """
 
     def __init__(
         self, selector: GazeSelector, report: Report, frames_of_token: int = 1, times: list[float] | None = None
     ):
         self.selector, self.report, self.frames_of_token = selector, report, frames_of_token
-        self.times = [] if times is None else times  # in seconds, of every call
+        self.times = [] if times is None else times  # seconds of every call
         self.config = copy.copy(selector.config)
         if frames_of_token > 1:
             self.config.frame_sampling_rate = frames_of_token
@@ -120,14 +120,14 @@ class _WatchedSelector:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.selector, name)
 
-    def for_grid(self, grid: GazeGrid) -> "_WatchedSelector":
-        return _WatchedSelector(self.selector.for_grid(grid), self.report, self.frames_of_token, self.times)
+    def for_grid(self, grid: GazeGrid) -> "_ReportingSelector":
+        return _ReportingSelector(self.selector.for_grid(grid), self.report, self.frames_of_token, self.times)
 
     def generate(self, video: Any, **options: Any) -> GazeOutput:
         start = time.perf_counter()
         if self.frames_of_token > 1:
             options["tubelet_size"] = self.frames_of_token
-        with _Reporting(lambda: self.report("choosing patches", 0, 0)):
+        with _ReportingMode(lambda: self.report("choosing patches", 0, 0)):
             gaze = self.selector.generate(video, **options)
         self.times.append(time.perf_counter() - start)
         return gaze
@@ -141,36 +141,35 @@ def prune_for_page(
 
     Args:
         path (`Path`): the video's file.
-        name (`str`): what to call it.
-        choices ([`Choices`]), limits ([`Limits`]): what is asked for, and what may be.
-        selectors ([`Selectors`]): where they come from.
-        folder (`Path`): where to write; a folder for each selector is made in it.
+        name (`str`): name of the video in messages and in `gaze.json`.
+        choices ([`Choices`]), limits ([`Limits`]): the settings and their limits.
+        selectors ([`Selectors`]): loads the selectors.
+        folder (`Path`): where to write; each selector gets a subfolder.
         report (`Callable[[str, int, int], None]`): see [`Report`].
 
     Returns:
         `list[Result]`: one for each selector.
 
     Raises:
-        ValueError: if something is out of range, or the video cannot be read.
+        ValueError: if a setting or the video exceeds a limit, or the video cannot be read.
     """
     report("opening the video", 0, 0)
-    known = limits.open(path, name).metadata
-    count = choices.count_frames(known.total_num_frames, limits)
+    count = choices.count_frames(limits.open(path, name).metadata.total_num_frames, limits)
     results = []
     for number, selector_name in enumerate(choices.selectors, 1):
-        place = folder / f"{number}-{selector_name}"
-        place.mkdir(parents=True)
-        video = _WatchedVideo(str(path), num_frames=count)
+        subfolder = folder / f"{number}-{selector_name}"
+        subfolder.mkdir(parents=True)
+        video = _ReportingVideo(str(path), num_frames=count)
 
-        def reported(stage: str, done: int = 0, total: int = 0, name: str = selector_name) -> None:
-            report(f"{name}: {stage}", done, total)
+        def report_with_name(stage: str, done: int = 0, total: int = 0, selector: str = selector_name) -> None:
+            report(f"{selector}: {stage}", done, total)
 
-        results.append(_prune(video, name, selector_name, choices, limits, selectors, place, reported))
+        results.append(_prune(video, name, selector_name, choices, limits, selectors, subfolder, report_with_name))
     return results
 
 
 def _prune(
-    video: _WatchedVideo,
+    video: _ReportingVideo,
     name: str,
     selector_name: str,
     choices: Choices,
@@ -184,11 +183,11 @@ def _prune(
     selector, processor = _fit(selectors, selector_name, choices, height, width)
     tile_size = selector.config.grid.sizes[-1]
     limits.check_work(len(video), choices.count_pixels(tile_size, height, width))
-    watched = _WatchedSelector(selector, report, choices.frames_of_token)
+    reporting = _ReportingSelector(selector, report, choices.frames_of_token)
     video.report = report
     pruning = prune_video(
         video,
-        watched,
+        reporting,
         processor,
         **choices.layout(),
         **choices.settings(),
@@ -196,25 +195,25 @@ def _prune(
         selector_name=selector_name,
     )
     overlay, gaze_file = folder / OVERLAY, folder / GAZE_FILE
-    # Times of their own only where the frames come unevenly.
+    # `frame_times` is set only if the frames are not evenly spaced.
     times = getattr(video.metadata, "frame_times", None)
-    write_video(overlay, _drawing(pruning, report), fps=video.frame_rate or FRAME_RATE, times=times)
+    write_video(overlay, _draw_overlay(pruning, report), fps=video.frame_rate or FRAME_RATE, times=times)
     pruning.write_gaze_file(gaze_file)
-    gaze, shown_at = pruning.gaze, pruning.frame_times or list(map(float, pruning.frame_indices))
+    gaze, frame_times = pruning.gaze, pruning.frame_times or list(map(float, pruning.frame_indices))
     return Result(
         selector=selector_name,
         statistics=pruning.statistics,
-        times=shown_at[:: gaze.frame_sampling_rate],
-        cuts=[shown_at[frame] for frame in pruning.cuts],
+        times=frame_times[:: gaze.frame_sampling_rate],
+        cuts=[frame_times[frame] for frame in pruning.cuts],
         tokens=count_mllm_tokens(choices.mllm, gaze, height, width),
         seconds=time.perf_counter() - start,
-        gazing_seconds=sum(watched.times),
+        gazing_seconds=sum(reporting.times),
         overlay=overlay,
         gaze_file=gaze_file,
     )
 
 
-def _drawing(pruning: VideoPruning, report: Report) -> Iterator[Any]:
+def _draw_overlay(pruning: VideoPruning, report: Report) -> Iterator[Any]:
     total = len(pruning.video)
     for number, frame in enumerate(pruning.overlay(), 1):
         report("drawing", number, total)
@@ -224,15 +223,15 @@ def _drawing(pruning: VideoPruning, report: Report) -> Iterator[Any]:
 def _fit(
     selectors: Selectors, name: str, choices: Choices, height: int, width: int
 ) -> tuple[GazeSelector, AutoGazeProcessor]:
-    """Gives a selector for the chosen patches, and a processor that resizes frames to what it looks at."""
+    """Returns a selector for the chosen patches, and a processor that resizes frames to the size of their grid."""
     selector, processor = selectors(name)
     grid = choices.grid(height, width)
     if grid is None:
         return selector, processor
     if not selector.takes_any_grid:
-        raise ValueError(f"{name} has patches of its own: choose these for it.")
+        raise ValueError(f"{name} works only with '{OWN}' patches, got {choices.patches!r}.")
     if choices.patches == OF_MLLM:
-        # The frames that an MLLM gets are of another size than the selector's own.
+        # Frames for an MLLM have another size than those for the selector's own patches.
         tall, wide = grid.sizes[-1]
         processor = copy.copy(processor)
         processor.video_processor = copy.copy(processor.video_processor)

@@ -1,7 +1,7 @@
 """
-What lmms-eval needs to judge gazed MLLMs: its models, and the benchmark HLVid as a task.
+Extensions of lmms-eval: MLLMs with a selector as its models, and the benchmark HLVid as a task.
 
-lmms-eval finds the models by the entry point `lmms_eval.models`, and the task by `--include_path`, see `docs/benchmarks.md`.
+lmms-eval finds the models by the entry point `lmms_eval.models`, and the task by `--include_path`; see `docs/benchmarks.md`.
 """
 
 from pathlib import Path
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 TASKS = Path(__file__).parent / "tasks"
-"""Folder of tasks, for `--include_path`."""
+"""Folder of the tasks, for `--include_path`."""
 
 
 def model_manifests() -> list["ModelManifest"]:
     """
-    Lists the models for lmms-eval, which loads their modules when one is asked for.
+    Lists the models for lmms-eval, which imports the module of a model when it is selected.
 
     Returns:
-        `list[ModelManifest]`: names of models and where their classes are.
+        `list[ModelManifest]`: names of the models and import paths of their classes.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,7 +1,7 @@
 """
-What an answer costs: tokens that the language model reads, and seconds of choosing, of encoding and of answering.
+Measures each answer: the tokens that the language model reads, and the seconds of selector, vision tower and language model.
 
-This module stands between lmms-eval's models, which prepare inputs and ask, and the MLLM, which answers.
+lmms-eval's models prepare inputs and call `generate` of a [`MeasuredMLLM`], which calls the MLLM.
 """
 
 import time
@@ -20,15 +20,15 @@ from ..integrations.qwen_vl import GazeQwenVL
 @dataclass
 class AnswerCosts(TokenCounts):
     """
-    What one answer took, logged by lmms-eval as the `token_counts` of a sample.
+    Tokens and seconds of one answer, which lmms-eval logs as the `token_counts` of a sample.
 
     Args:
-        input_tokens (`int`): tokens that the language model read before it answered.
+        input_tokens (`int`): tokens of the prompt that the language model read.
         output_tokens (`int`): tokens of the answer.
-        whole_input_tokens (`int`): tokens of the prompt with everything of its videos.
+        whole_input_tokens (`int`): tokens of the prompt without pruning.
         choosing_seconds (`float`): seconds of the selector; 0 without one.
-        encoding_seconds (`float`): seconds from there until the language model begins to read: the vision tower.
-        answering_seconds (`float`): seconds from there until the answer is whole: the language model.
+        encoding_seconds (`float`): seconds of the vision tower, up to the start of the language model.
+        answering_seconds (`float`): seconds of the language model, up to the end of the answer.
     """
 
     whole_input_tokens: int | None = None
@@ -37,20 +37,20 @@ class AnswerCosts(TokenCounts):
     answering_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives what is known, by name."""
+        """Returns the values that are not `None`, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class MeasuredMLLM:
     """
-    Stands in for an MLLM: answers as it does, or as its gazed wrapper, and says what that took.
+    Wraps an MLLM and measures every call of `generate`, for one prompt at a time.
 
-    Prompts are answered one at a time. All that is not `generate` is the MLLM's own.
+    All other attributes are those of the MLLM.
 
     Args:
         mllm ([`~transformers.PreTrainedModel`]): the MLLM.
-        gazed ([`GazeQwenVL`] or [`GazeVideoLM`], *optional*): its wrapper. Without it videos are read whole.
-        settings (`dict[str, float]`, *optional*): how much the selector keeps, as arguments of the wrapper's `gaze`.
+        gazed ([`GazeQwenVL`] or [`GazeVideoLM`], *optional*): its wrapper with a selector. Without it videos are not pruned.
+        settings (`dict[str, float]`, *optional*): budgets and thresholds, as arguments of the wrapper's `gaze`.
     """
 
     def __init__(
@@ -64,27 +64,27 @@ class MeasuredMLLM:
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "mllm":  # while a copy is made, before it has attributes
+        if name == "mllm":  # `copy.copy` asks for attributes before any is set
             raise AttributeError(name)
         return getattr(self.mllm, name)
 
     def generate(self, **inputs: Any) -> torch.Tensor:
         """
-        Answers a prompt, and leaves what it took in `costs`.
+        Answers a prompt, and sets `costs`.
 
         Args:
-            inputs: what the MLLM's processor gives, and options of its `generate`.
+            inputs: the outputs of the MLLM's processor, and arguments of its `generate`.
 
         Returns:
-            `torch.LongTensor` of shape `(1, length)`: the prompt as it was given, then the answer.
+            `torch.LongTensor` of shape `(1, length)`: the prompt without pruning, then the answer.
 
         Raises:
-            ValueError: as the wrapper; the error stays in `error`, as lmms-eval takes one for an empty answer.
+            ValueError: as the wrapper. Also stored in `error`: some models of lmms-eval catch it and log an empty answer.
         """
-        watch = _Watch(self.mllm.device)
-        handle = self.mllm.model.language_model.register_forward_pre_hook(watch.see_prompt, with_kwargs=True)
+        watch = _Stopwatch(self.mllm.device)
+        handle = self.mllm.model.language_model.register_forward_pre_hook(watch.on_language_model, with_kwargs=True)
         try:
-            output = self._answer(watch, inputs)
+            output = self._generate(watch, inputs)
         except Exception as error:
             self.error = error
             raise
@@ -95,37 +95,37 @@ class MeasuredMLLM:
             input_tokens=watch.prompt_tokens,
             output_tokens=output.shape[1] - length,
             whole_input_tokens=length,
-            choosing_seconds=watch.chosen - watch.begun,
+            choosing_seconds=watch.chosen - watch.started,
             encoding_seconds=watch.encoded - watch.chosen,
-            answering_seconds=watch.now() - watch.encoded,
+            answering_seconds=synchronized_time(self.mllm.device) - watch.encoded,
         )
         return output
 
-    def _answer(self, watch: "_Watch", inputs: dict[str, Any]) -> torch.Tensor:
+    def _generate(self, watch: "_Stopwatch", inputs: dict[str, Any]) -> torch.Tensor:
         if self.gazed is None or inputs.get("pixel_values_videos") is None:
             return self.mllm.generate(**inputs)
         grids = [inputs["video_grid_thw"]] if "video_grid_thw" in inputs else []
         gaze = self.gazed.gaze(inputs["pixel_values_videos"], *grids, **self.settings)
-        watch.chosen = watch.now()
+        watch.chosen = synchronized_time(watch.device)
         return self.gazed.generate(**inputs, gaze=gaze)
 
 
-class _Watch:
-    """Notes when the selector, the tower and the language model begin, and how much the latter reads at first."""
+def synchronized_time(device: torch.device) -> float:
+    """Returns the time in seconds after all work on the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Stopwatch:
+    """Records when selector, vision tower and language model start, and how many tokens the latter reads first."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.begun = self.chosen = self.now()
-        self.encoded: float = self.begun
+        self.started = self.chosen = self.encoded = synchronized_time(device)
         self.prompt_tokens: int | None = None
 
-    def now(self) -> float:
-        """Waits for the device, and gives the time in seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def see_prompt(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Is called before every call of the language model; the first one reads the prompt."""
+    def on_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the language model, whose first call reads the prompt."""
         if self.prompt_tokens is None:
-            self.encoded, self.prompt_tokens = self.now(), kwargs["inputs_embeds"].shape[1]
+            self.encoded, self.prompt_tokens = synchronized_time(self.device), kwargs["inputs_embeds"].shape[1]

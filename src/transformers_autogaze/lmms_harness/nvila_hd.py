@@ -1,11 +1,10 @@
 """
-NVILA-HD-Video as a model of lmms-eval, which has none of its own.
+NVILA-HD-Video as a model of lmms-eval, which has no model of it.
 
-Processor and MLLM are the published remote code; a selector of this package can take the place of the one inside, see
+Processor and MLLM are the published remote code; a selector of this package can replace the one inside, see
 `integrations.nvila`.
 """
 
-import time
 from typing import Any
 
 import torch
@@ -17,34 +16,34 @@ from transformers import AutoModel, AutoProcessor
 
 from ..checkpoints import load_selector
 from ..integrations.nvila import attach
-from ..token_budgets_autogaze import budget_each_frame, threshold_each_frame
-from .measuring import AnswerCosts
+from .measuring import AnswerCosts, synchronized_time
+from .settings import NO_SELECTOR, read_settings
 
 
-_PUBLISHED, _DENSE = "published", "none"
-_GAZES = "_get_gazing_info_from_videos"
+_PUBLISHED = "published"
+_GAZING_METHOD = "_get_gazing_info_from_videos"
 
 
 class GazeNvilaHD(lmms):
     """
-    `gaze_nvila_hd`: NVILA-HD-Video, asked as its card says.
+    `gaze_nvila_hd`: NVILA-HD-Video, called as its model card describes.
 
     Args:
         pretrained (`str`, *optional*, defaults to `"nvidia/NVILA-8B-HD-Video"`): a folder or a repository of the Hub.
         selector (`str`, *optional*, defaults to `"published"`):
-            What chooses patches of tiles: the AutoGaze inside the published processor, a selector of four scales as in
-            [`GazedModel`], or `none`, which keeps everything.
+            The selector of patches of tiles: the AutoGaze inside the published processor, a selector with four scales as
+            in [`GazedModel`], or `none`, which keeps all patches.
         gazing_ratio, task_loss_requirement (`float`, *optional*):
-            How much of a tile's frames to keep; the published ratios by default and, for the published selector, its
-            threshold.
+            Share of a tile's patches to keep in every frame, and threshold; the published ratios by default and, for the
+            published selector, its threshold.
         num_video_frames, num_video_frames_thumbnail, max_tiles_video, max_batch_size_autogaze, max_batch_size_siglip (`int`, *optional*):
-            As in the published processor and MLLM, whose defaults they are.
+            As in the published processor and MLLM, with the same defaults.
         device_map (`str`, *optional*, defaults to `"auto"`): as in `from_pretrained`.
-        batch_size (`int`, *optional*, defaults to 1): must be 1, as seconds are those of one answer.
-        device (`str`, *optional*): is not used; `device_map` decides.
+        batch_size (`int`, *optional*, defaults to 1): must be 1, as times are measured per answer.
+        device (`str`, *optional*): unused, as lmms-eval passes it; see `device_map`.
 
     Raises:
-        ValueError: if a setting is out of range or there is no such selector.
+        ValueError: if a setting is out of range, the selector does not exist, or settings are given with `none`.
     """
 
     is_simple = False
@@ -65,25 +64,16 @@ class GazeNvilaHD(lmms):
         device: str | None = None,
     ):
         super().__init__()
-        settings: dict[str, Any] = {}
-        if selector != _PUBLISHED:  # whose threshold is a loss as that one predicts it
-            settings["task_loss_requirement_tile"] = None
-        if selector == _DENSE:
+        given = read_settings(
+            selector, batch_size, gazing_ratio=gazing_ratio, task_loss_requirement=task_loss_requirement
+        )
+        settings: dict[str, Any] = {f"{name}_tile": value for name, value in given.items()}
+        if selector != _PUBLISHED:  # The published threshold is one of the loss that the published selector predicts.
+            settings.setdefault("task_loss_requirement_tile", None)
+        if selector == NO_SELECTOR:
             settings["gazing_ratio_tile"] = 1
-        if gazing_ratio is not None:
-            budget_each_frame(gazing_ratio, 1, 1)
-            settings["gazing_ratio_tile"] = gazing_ratio
-        if task_loss_requirement is not None:
-            threshold_each_frame(task_loss_requirement, 1, 1)
-            settings["task_loss_requirement_tile"] = task_loss_requirement
-        if selector == _DENSE and {gazing_ratio, task_loss_requirement} != {None}:
-            raise ValueError(
-                f"`gazing_ratio` and `task_loss_requirement` must not be given with `selector` {_DENSE!r}"
-            )
-        if str(batch_size) != "1":
-            raise ValueError(f"`batch_size` must be 1, as seconds are those of one answer, got {batch_size!r}")
         gaze_model = None
-        if selector not in (_PUBLISHED, _DENSE):
+        if selector not in (_PUBLISHED, NO_SELECTOR):
             gaze_model, _ = load_selector(selector, argument="selector")
         self.processor = AutoProcessor.from_pretrained(
             pretrained,
@@ -99,25 +89,20 @@ class GazeNvilaHD(lmms):
         ).eval()
         if gaze_model is not None:
             attach(self.processor, gaze_model.to(self.model.device))
-        self._time_gazing()
+        self._measure_selector()
 
-    def _time_gazing(self) -> None:
-        """Notes the seconds that the processor's selector takes."""
-        gazes, self._choosing_seconds = getattr(self.processor, _GAZES), 0.0
+    def _measure_selector(self) -> None:
+        """Adds the seconds of every call of the processor's selector to `_choosing_seconds`."""
+        gaze, self._choosing_seconds = getattr(self.processor, _GAZING_METHOD), 0.0
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = self._now()
+        def measured_gaze(*args: Any, **kwargs: Any) -> Any:
+            start = synchronized_time(self.model.device)
             try:
-                return gazes(*args, **kwargs)
+                return gaze(*args, **kwargs)
             finally:
-                self._choosing_seconds += self._now() - begun
+                self._choosing_seconds += synchronized_time(self.model.device) - start
 
-        setattr(self.processor, _GAZES, timed)
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+        setattr(self.processor, _GAZING_METHOD, measured_gaze)
 
     @torch.no_grad()
     def _answer(self, video: str, question: str, options: dict[str, Any]) -> GenerationResult:
@@ -128,14 +113,14 @@ class GazeNvilaHD(lmms):
             name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
-        length, begun = inputs["input_ids"].shape[1], self._now()
+        length, start = inputs["input_ids"].shape[1], synchronized_time(self.model.device)
         output = self.model.generate(**inputs, **options)[:, length:]
-        # The published code tells nobody when its tower is done, so that seconds of answering include it.
+        # The published code does not report the end of its vision tower, so `answering_seconds` includes the tower.
         costs = AnswerCosts(
             input_tokens=length,
             output_tokens=output.shape[1],
             choosing_seconds=self._choosing_seconds,
-            answering_seconds=self._now() - begun,
+            answering_seconds=synchronized_time(self.model.device) - start,
         )
         return GenerationResult(self.processor.batch_decode(output, skip_special_tokens=True)[0].strip(), costs)
 
@@ -144,25 +129,25 @@ class GazeNvilaHD(lmms):
         Answers requests, each about one video.
 
         Args:
-            requests (`list[Instance]`): what tasks ask.
+            requests (`list[Instance]`): the requests of lmms-eval's tasks.
 
         Returns:
-            `list[GenerationResult]`, each with its [`AnswerCosts`]; seconds of encoding are among those of answering.
+            `list[GenerationResult]`, each with its [`AnswerCosts`]; `answering_seconds` includes the vision tower.
 
         Raises:
-            ValueError: if a task shows anything but one video.
+            ValueError: if a request has pictures, or not exactly one video.
         """
         results = []
         for request in tqdm(requests, desc="Model Responding"):
-            _, doc_to_messages, given, number, task, split = request.arguments
-            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][number]))
+            _, doc_to_messages, generation_kwargs, doc_id, task, split = request.arguments
+            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
             images, videos, _ = messages.extract_media()
             if images or len(videos) != 1:
                 raise ValueError(
                     f"`tasks` must show one video, but {task!r} shows {len(videos)} videos and {len(images)} pictures"
                 )
             texts = [part.text for message in messages.messages for part in message.content if part.type == "text"]
-            options = {"max_new_tokens": given.get("max_new_tokens", 16), "do_sample": False}
+            options = {"max_new_tokens": generation_kwargs.get("max_new_tokens", 16), "do_sample": False}
             results.append(self._answer(videos[0], "\n".join(texts), options))
         return results
 

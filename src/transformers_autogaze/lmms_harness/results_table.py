@@ -1,10 +1,10 @@
 """
-Accuracy, tokens and seconds of lmms-eval's results in one table:
+Prints accuracy, tokens and seconds from lmms-eval's result files as one table:
 
     python -m transformers_autogaze.lmms_harness.results_table RESULTS..
 
-Needs files that were written with `--output_path` and `--log_samples`. Tokens and seconds are those that the gazed models log;
-lmms-eval's own models leave most of these places empty.
+The files must have been written with `--output_path` and `--log_samples`. The models of this package log tokens and seconds;
+those of lmms-eval itself log only some of them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ _COLUMNS = {
     "task": "task",
     "accuracy": "accuracy",
     "input_tokens": "tokens read",
-    "whole_input_tokens": "of",
+    "whole_input_tokens": "unpruned",
     "choosing_seconds": "choosing, s",
     "encoding_seconds": "encoding, s",
     "answering_seconds": "answering, s",
@@ -37,11 +37,11 @@ def read_rows(folders: Iterable[Path]) -> list[dict[str, str]]:
         folders (`Iterable[Path]`): folders to search for results, at any depth.
 
     Returns:
-        `list[dict[str, str]]`, one per file and task, with a text for every column; `-` where nothing was logged. A group
-        without an accuracy of its own has the mean of its tasks.
+        `list[dict[str, str]]`, one per file and task, with a text for every column that was logged. The accuracy of a group
+        of tasks is the mean over its tasks.
 
     Raises:
-        ValueError: if a folder holds no results, or a file cannot be read.
+        ValueError: if a folder contains no results, or a file cannot be read.
     """
     rows = []
     for folder in folders:
@@ -60,7 +60,7 @@ def read_rows(folders: Iterable[Path]) -> list[dict[str, str]]:
 
 def write_table(rows: Sequence[dict[str, str]]) -> str:
     """
-    Writes rows as a table in Markdown.
+    Formats rows as a table in Markdown, with `-` for what was not logged.
 
     Example:
 
@@ -97,7 +97,7 @@ def _rows_of(file: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(results: list[dict[str, Any]]) -> str:
-    """Gives the first measure of a task, or its mean over tasks, with the ends of its interval where the task gives them."""
+    """Returns the first metric of a task with its interval, if there is one, or its mean over several tasks."""
     firsts = []
     for result in results:
         names = [name for name, value in result.items() if isinstance(value, (int, float)) and "_stderr" not in name]
@@ -114,7 +114,7 @@ def _accuracy(results: list[dict[str, Any]]) -> str:
 
 
 def _costs_of(file: Path, task: str) -> list[dict[str, float]]:
-    """Reads what the answers to a task's questions took, from the file of samples beside that of results."""
+    """Reads the costs of the answers to a task's questions, from the file of samples beside that of results."""
     samples = file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl"))
     if not samples.is_file():
         return []
@@ -133,7 +133,7 @@ def _means(costs: list[dict[str, float]]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder that lmms-eval wrote to")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="output folder of lmms-eval")
     try:
         print(write_table(read_rows(parser.parse_args().results)))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""HLVid for lmms-eval: what to show and to ask, and how answers count. `README.md` beside this file says more."""
+"""HLVid for lmms-eval: videos, prompts and scoring. See `README.md` beside this file."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _RESAMPLINGS, _SEED = 10_000, 0
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[str]:
-    """Finds the video of a question: `video_path` in the folder that the environment names, or its file name alone."""
+    """Returns the video of a question: `video_path`, or its file name alone, in the folder `HLVID_VIDEOS`."""
     folder = os.environ.get(_FOLDER)
     if not folder:
         raise ValueError(
@@ -28,12 +28,12 @@ def doc_to_visual(doc: dict[str, Any]) -> list[str]:
 
 
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
-    """Gives a question, which has its options and the instruction to answer by a letter in it."""
+    """Returns a question, which includes its options and the instruction to answer with a letter."""
     return doc["question"].strip()
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
-    """Compares the first letter of A to D that stands alone in a response with the answer."""
+    """Scores a response: its first letter of A to D that stands alone must be the answer."""
     match = _LETTER.search(results[0])
     letter = match.group(1) if match else None
     item = {
@@ -47,29 +47,29 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[s
 
 
 def accuracy(items: list[dict[str, Any]]) -> float:
-    """Gives the percentage of questions that were answered right."""
+    """Returns the percentage of correct answers."""
     right, questions = _count_each_video(items)
     return float(100 * right.sum() / questions.sum())
 
 
 def accuracy_of_videos(items: list[dict[str, Any]]) -> float:
-    """Gives the mean over videos of the percentage of their questions that were answered right."""
+    """Returns the mean over videos of the percentage of correct answers."""
     right, questions = _count_each_video(items)
     return float(100 * (right / questions).mean())
 
 
 def accuracy_low(items: list[dict[str, Any]]) -> float:
-    """Gives the lower end of the interval that holds 95 % of the accuracies over resampled videos."""
+    """Returns the lower end of the 95 % bootstrap interval of the accuracy, over resampled videos."""
     return float(np.percentile(_resampled_accuracies(items), 2.5))
 
 
 def accuracy_high(items: list[dict[str, Any]]) -> float:
-    """Gives the upper end of the interval that holds 95 % of the accuracies over resampled videos."""
+    """Returns the upper end of the 95 % bootstrap interval of the accuracy, over resampled videos."""
     return float(np.percentile(_resampled_accuracies(items), 97.5))
 
 
 def _count_each_video(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Counts right answers and questions of each video."""
+    """Counts correct answers and questions of each video."""
     counts: dict[str, list[float]] = {}
     for item in items:
         count = counts.setdefault(item["video_path"], [0.0, 0])
@@ -80,7 +80,7 @@ def _count_each_video(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarr
 
 
 def _resampled_accuracies(items: list[dict[str, Any]]) -> np.ndarray:
-    """Draws as many videos as there are, with replacement: questions of one video are not independent."""
+    """Returns accuracies over videos drawn with replacement; questions of one video are not independent."""
     right, questions = _count_each_video(items)
     drawn = np.random.default_rng(_SEED).integers(len(right), size=(_RESAMPLINGS, len(right)))
     return 100 * right[drawn].sum(1) / questions[drawn].sum(1)

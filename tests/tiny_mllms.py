@@ -1,4 +1,4 @@
-"""Tiny video MLLMs with random weights, tokenizers, processors and chat templates, which vLLM loads from a folder."""
+"""Writes tiny video MLLMs with random weights to folders, with tokenizers, processors and chat templates, for vLLM and lmms-eval."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ SIDE = 112
 """Height and width that videos are resized to at most; 4x4 units of Qwen2.5-VL."""
 
 
-def write_qwen2_5_vl(folder: Path) -> None:
+def write_qwen2_5_vl(folder: Path, seed: int = 0) -> None:
     """Writes a Qwen2.5-VL whose towers have windows of 2x2 units."""
     tokenizer, ids = _tokenizer(QWEN)
     pixels = {"min_pixels": 28 * 28, "max_pixels": SIDE * SIDE}
@@ -86,12 +86,12 @@ def write_qwen2_5_vl(folder: Path) -> None:
         # behind its last position, and so both agree about short videos.
         "tokens_per_second": 1,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_visual_ids(ids))
     _save(Qwen2_5_VLForConditionalGeneration(config), folder)
 
 
-def write_qwen3_vl(folder: Path) -> None:
+def write_qwen3_vl(folder: Path, seed: int = 0) -> None:
     """Writes a Qwen3-VL with deepstack."""
     tokenizer, ids = _tokenizer(QWEN)
     video = {"shortest_edge": 2 * 32 * 32, "longest_edge": 16 * 128 * 128}
@@ -128,12 +128,12 @@ def write_qwen3_vl(folder: Path) -> None:
         "deepstack_visual_indexes": [0, 1],
         "num_position_embeddings": 25,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **_visual_ids(ids))
     _save(Qwen3VLForConditionalGeneration(config), folder)
 
 
-def write_llava_onevision(folder: Path) -> None:
+def write_llava_onevision(folder: Path, seed: int = 0) -> None:
     """Writes a LLaVA-OneVision whose frames are 4x4 patches, pooled to 2x2 places."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
     tokenizer, ids = _tokenizer(special)
@@ -162,7 +162,7 @@ def write_llava_onevision(folder: Path) -> None:
         "patch_size": 14,
         "vision_use_head": False,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlavaOnevisionConfig(
         text_config=text,
         vision_config=vision,
