@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from .arguments import a_count, a_name, a_number, a_path, add_command
-from .prune import SELECTORS, add_budgets, add_frames, add_selector
+from .prune import SELECTORS, add_budgets, add_frames, add_selector, check_frames
 
 
 def add_commands(commands: Any) -> None:
@@ -79,8 +79,7 @@ def _add_workers(group: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from transformers_autogaze.dataset_pruning import PruneSettings, prune_dataset
 
-    if options.max_tiles is not None and options.tiles != "grid":
-        raise ValueError(f"`--max-tiles` needs `--tiles grid`, got {options.max_tiles} with `--tiles {options.tiles}`")
+    check_frames(options)
     known = {
         **vars(options),
         "selector": options.model or options.selector or SELECTORS[0],

@@ -17,14 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..output_files import check_folder, replacing
+from ..output_files import check_folder, lock_file, replacing
 from .samples import join_samples
 
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs from one folder.
-    fcntl = None
 
 _NUMBERS = pa.list_(pa.int32())
 ROWS = pa.schema(
@@ -83,7 +78,10 @@ class PrunedFolder:
         self.unfinished.mkdir(parents=True, exist_ok=True)
         self._lock = (self.unfinished / _LOCK).open("a")
         try:
-            self._lock_folder()
+            lock_file(
+                self._lock,
+                f"OUTPUT {str(self.folder)!r} is being written to by another process: wait for it, or give another folder",
+            )
             self._write_settings(dict(settings))
             self._tidy()
         except BaseException:
@@ -151,16 +149,6 @@ class PrunedFolder:
                 unfinished.write_text(
                     json.dumps({"version": _VERSION, "settings": settings}, indent=1), encoding="utf-8"
                 )
-
-    def _lock_folder(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"OUTPUT {str(self.folder)!r} is being written to by another process: wait for it, or give another folder"
-            ) from None
 
     def _tidy(self) -> None:
         """Removes what a run that broke off left behind: what was not whole, and rows that are in a shard."""
