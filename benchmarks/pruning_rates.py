@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def measure(videos: list[str], settings: PruneSettings) -> dict[str, float | int
             decoded = time.process_time()
             row = prune_to_row(video, video, selector, processor, settings)
             chosen = time.process_time()
-            prune_to_row(video, video, selector, processor, settings.replace(measures_quality=True))
+            prune_to_row(video, video, selector, processor, replace(settings, measures_quality=True))
             measured = time.process_time()
             pruning = settings.open(video, selector, processor)
             patches = pruning.kept_patches()

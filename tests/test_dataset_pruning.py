@@ -100,7 +100,7 @@ def test_tables_hold_paths_contents_or_both(clips, kind, format):
     )
     assert names_of(inputs.plan_videos(path, "clip", "number")) == ["7", "8"]
     for video, name in zip(reading.read_plan(plan, "clip"), ("a.mp4", "more/c.MP4"), strict=True):
-        with reading.opened(video) as source:
+        with reading.video_source(video) as source:
             found = source if isinstance(source, bytes) else open(source, "rb").read()
         assert found == (clips / name).read_bytes()
 

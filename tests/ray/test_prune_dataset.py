@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def clips(tmp_path_factory) -> Path:
 def pruned(clips, tmp_path_factory):
     """The folder that two workers made, with kept patches, in shards of five."""
     output = tmp_path_factory.mktemp("pruned")
-    summary = prune_dataset(str(clips), output, SETTINGS.replace(keeps_patches=True), workers=2, rows_per_shard=5)
+    summary = prune_dataset(str(clips), output, replace(SETTINGS, keeps_patches=True), workers=2, rows_per_shard=5)
     return output, summary
 
 
@@ -67,7 +68,7 @@ def test_every_good_video_has_the_gaze_of_prune_video_and_every_bad_one_a_reason
 
 
 def test_another_number_of_workers_writes_the_same_shards(clips, pruned, tmp_path):
-    prune_dataset(str(clips), tmp_path, SETTINGS.replace(keeps_patches=True), workers=1, rows_per_shard=5)
+    prune_dataset(str(clips), tmp_path, replace(SETTINGS, keeps_patches=True), workers=1, rows_per_shard=5)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(path.name for path in pruned[0].iterdir())
     # The third shard has the two that are no videos, and so no patches.
