@@ -1,4 +1,4 @@
-"""Datasets of videos on a real Ray, started once for all tests."""
+"""Pruning of datasets on Ray, which is started once for all tests."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def running_ray():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """A folder of ten videos and two files that are none."""
+    """A folder of ten videos and two broken ones."""
     folder = tmp_path_factory.mktemp("clips")
     for number in range(10):
         frames = np.random.default_rng(number).integers(0, 256, (8, 10, 12, 3), np.uint8).repeat(16, 1).repeat(16, 2)
@@ -71,7 +71,7 @@ def test_another_number_of_workers_writes_the_same_shards(clips, pruned, tmp_pat
     prune_dataset(str(clips), tmp_path, replace(SETTINGS, keeps_patches=True), workers=1, rows_per_shard=5)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(path.name for path in pruned[0].iterdir())
-    # The third shard has the two that are no videos, and so no patches.
+    # The third shard has only the two broken videos, and so no patches.
     tars = [f"shard-0000{number}.tar" for number in range(2)]
     assert names == sorted([f"shard-0000{number}.parquet" for number in range(3)] + tars + ["settings.json"])
     for name in names:
@@ -86,7 +86,7 @@ def test_finished_videos_are_not_opened_again(clips, pruned, tmp_path):
     listing.write_text("clips/0.mp4\nclips/1.mp4\nclips/2.mp4\n")
     prune_dataset(str(listing), tmp_path / "out", SETTINGS, workers=1, rows_per_shard=2)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")}
-    for number in range(3):  # Whoever opened one of them again would find nothing.
+    for number in range(3):  # The run would fail on any of these that it opens again.
         (tmp_path / "clips" / f"{number}.mp4").unlink()
     listing.write_text(listing.read_text() + "clips/3.mp4\n")
     summary = prune_dataset(str(listing), tmp_path / "out", SETTINGS, workers=1, rows_per_shard=2)
@@ -110,7 +110,7 @@ def test_contents_in_a_table_are_read_ahead(clips, pruned, tmp_path, format):
 
 
 def test_a_worker_that_is_killed_costs_no_row(clips, pruned, tmp_path):
-    """Some process of a worker ends while it is at work, as where the system runs out of memory."""
+    """A worker process is killed while it prunes a video, as the system does when it runs out of memory."""
     stopped, killed = threading.Event(), []
 
     def kill_one():
@@ -131,7 +131,7 @@ def test_a_worker_that_is_killed_costs_no_row(clips, pruned, tmp_path):
 
 
 def pids_of(name: str) -> list[int]:
-    """The processes of Ray's workers of this user whose title has a name."""
+    """Gives the ids of Ray's worker processes whose titles contain a name."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
