@@ -217,7 +217,7 @@ def test_a_resumed_run_numbers_shards_as_one_run_would_have(clips, selector, tmp
         assert folder.finished() == {"b"} and [next(numbers), next(numbers)] == [0, 2]
         assert folder.waiting() == {shards.key_of("a"), shards.key_of("c")}
         shards.write_shard(folder.folder, 0, ["c", "a"])
-        folder.close()
+        folder.remove_unfinished()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "settings.json",
         "shard-00000.parquet",

@@ -99,7 +99,7 @@ def prune_dataset(
                         shards.add(identity)
                         bar.update()
             shards.finish()
-        folder.close()
+        folder.remove_unfinished()
         return DatasetSummary.of(folder.folder, missing.num_rows, time.perf_counter() - start)
 
 

@@ -111,7 +111,7 @@ class PrunedFolder:
         taken = {int(path.stem.rpartition("-")[2]) for path in self.shards}
         return (number for number in count() if number not in taken)
 
-    def close(self) -> None:
+    def remove_unfinished(self) -> None:
         """Removes `unfinished/` if every row is in a shard."""
         if not self.waiting():
             shutil.rmtree(self.unfinished, ignore_errors=True)
