@@ -1,14 +1,14 @@
 """
-What does `autogaze prune-dataset` make of 500 videos, some of them broken, and what does it cost?
+Measures time and memory of `autogaze prune-dataset` on 500 videos, some of them broken, and checks its rows.
 
-Makes short cuts of the videos in a folder and breaks some of them. Then, each in a process of its own: all of them with two workers
-and with one; as many as 100 with two, for the memory; and all with two, killed in the middle and gone on with, after the videos that
-were finished have been taken away. Checks that all of these wrote the same rows, that every good one has the gaze of `prune_video`
-and every broken one a reason. Prints a table and writes the same as JSON; ends with status 1 where a check failed.
+It cuts short clips of the videos in a folder and breaks some of them. It then runs the command on all of them with two workers and
+with one; on 100 of them with two, to compare the memory; and on all with two, in a run that is killed halfway and resumed after the
+videos that have rows were moved away. It checks that the rows of these runs are equal, that each valid video has the gaze of
+`prune_video` and each broken one an error. It prints the results and writes them as JSON; exit status 1 if a check failed.
 
     python benchmarks/dataset_pruning.py ../shared/videos/train -o dataset_pruning.json
 
-Ray is started for every run, unless RAY_ADDRESS names one that runs on this machine with room for two workers.
+Each run starts Ray, unless RAY_ADDRESS names a Ray on this machine, which needs three CPUs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BREAKS = ("empty", "text", "cut", "noise", "missing")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", type=Path, help="folder of videos to cut")
+    parser.add_argument("videos", type=Path, help="folder of videos to cut clips of")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--broken", type=int, default=20)
     parser.add_argument("--selector", default="features")
@@ -58,20 +58,20 @@ def main() -> None:
 
 
 def make_videos(source: Path, folder: Path, count: int, broken: int) -> Path:
-    """Writes the cuts, `list.txt` of all of them and `first.txt` of the first ones."""
+    """Writes the clips, `list.txt` with all of them and `first.txt` with the first 100."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     originals = sorted(source.rglob("*.mp4"))
-    draw = random.Random(0)
-    is_broken = set(draw.sample(range(count), broken))
+    generator = random.Random(0)
+    is_broken = set(generator.sample(range(count), broken))
     for number in range(count):
         path = folder / "clips" / f"{number:05}.mp4"
-        frames, start, length = originals[number % len(originals)], draw.randrange(30), draw.randint(8, 16)
-        height, width = draw.choice(SIZES), draw.choice(SIZES)
+        frames, start, length = originals[number % len(originals)], generator.randrange(30), generator.randint(8, 16)
+        height, width = generator.choice(SIZES), generator.choice(SIZES)
         if not path.exists():
             taken = islice(stream_video(frames, start_frame=start)[1], length)
             write_video(path, (frame[:height, :width] for frame in taken), fps=10)
             if number in is_broken:
-                break_video(path, BREAKS[number % len(BREAKS)], draw.randbytes(4000))
+                break_video(path, BREAKS[number % len(BREAKS)], generator.randbytes(4000))
     for name, some in (("list.txt", range(count)), ("first.txt", range(min(count, FIRST)))):
         (folder / name).write_text("".join(f"clips/{number:05}.mp4\n" for number in some))
     return folder / "list.txt"
@@ -88,7 +88,7 @@ def break_video(path: Path, how: str, noise: bytes) -> None:
 
 
 def measure(listing: Path, folder: Path, selector: str) -> dict[str, Any]:
-    """Runs the command with two workers and one, on fewer videos, and with a break."""
+    """Runs the command with two workers, with one, on fewer videos, and in a run that is killed and resumed."""
     results: dict[str, Any] = {}
     for name, source, workers in (
         ("two workers", listing, 2),
@@ -97,24 +97,24 @@ def measure(listing: Path, folder: Path, selector: str) -> dict[str, Any]:
     ):
         results[name] = run(source, folder / name.replace(" ", "_"), workers, selector)
         print(f"{name:<28}{results[name]}", flush=True)
-    output, count = folder / "broken_off", len(listing.read_text().splitlines())
+    output, count = folder / "interrupted", len(listing.read_text().splitlines())
     results["killed"] = run(listing, output, 2, selector, kill_at=count // 2)
     finished = {row["identity"] for path in rows_in(output) for row in read(path)}
-    # A second look at one of these would now find no file.
+    # The resumed run would fail on any of these that it opens again.
     for name in finished:
         path = folder / name
         if path.exists():
             path.rename(path.with_suffix(".away"))
-    results["gone on with"] = run(listing, output, 2, selector)
+    results["resumed"] = run(listing, output, 2, selector)
     for path in (folder / "clips").glob("*.away"):
         path.rename(path.with_suffix(".mp4"))
     results["killed"]["finished"] = len(finished)
-    print(f"{'killed':<28}{results['killed']}\n{'gone on with':<28}{results['gone on with']}", flush=True)
+    print(f"{'killed':<28}{results['killed']}\n{'resumed':<28}{results['resumed']}", flush=True)
     return results
 
 
 def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | None = None) -> dict[str, Any]:
-    """Runs the command; gives the seconds it took, the rate in the middle of the run and the most memory of all its processes."""
+    """Runs the command; gives the seconds it took, the rate in the middle of the run and the peak memory of its processes."""
     command = [sys.executable, "-m", "transformers_autogaze_cli", "prune-dataset", str(source), str(output)]
     command += ["--workers", str(workers), "--selector", selector]
     start, most, seen = time.perf_counter(), {"all": 0, "worker": 0, "driver": 0}, []
@@ -127,7 +127,7 @@ def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | 
         if kill_at is not None and count >= kill_at:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            while len(rows_in(output)) > count:  # Workers notice a little later that nobody waits for them.
+            while len(rows_in(output)) > count:  # Workers end some time after the driver.
                 count = len(rows_in(output))
                 time.sleep(10)
         time.sleep(0.5)
@@ -143,9 +143,9 @@ def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | 
 
 
 def middle_rate(seen: list[tuple[float, int]]) -> float | None:
-    """The rate between the first and the last tenth of the rows, without the start of Ray and its workers."""
+    """Gives the videos per second without the first and the last tenth of rows, and so without the start of Ray and workers."""
     most = max(count for _, count in seen)
-    # Once all are there, they leave for their shard.
+    # After the last row, files of rows disappear into shards.
     seen = seen[: 1 + next(place for place, (_, count) in enumerate(seen) if count == most)]
     middle = [(seconds, count) for seconds, count in seen if 0.1 * most <= count <= 0.9 * most]
     if len(middle) < 2 or middle[-1][0] == middle[0][0]:
@@ -154,7 +154,7 @@ def middle_rate(seen: list[tuple[float, int]]) -> float | None:
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Proportional memory in bytes of a process and all that it started, of the largest worker, and of the process itself."""
+    """Gives the proportional set size in bytes of a process with its descendants, of the largest worker, and of the process."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -165,7 +165,7 @@ def memory_of(pid: int) -> dict[str, int]:
     while len(own) > before:
         before = len(own)
         own |= {child for child, parent in parents.items() if parent in own}
-    if os.environ.get("RAY_ADDRESS"):  # Workers are no children then.
+    if os.environ.get("RAY_ADDRESS"):  # Workers are then no descendants.
         own |= {process for process in parents if title_of(process).startswith(b"ray::")}
     sizes = {"all": 0, "worker": 0, "driver": 0}
     for process in own:
@@ -200,11 +200,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def check(listing: Path, folder: Path, options: argparse.Namespace) -> list[str]:
-    """Gives what is not as it should be."""
+    """Checks the rows of all runs; gives the faults."""
     names = listing.read_text().split()
     rows = read_rows(folder / "two_workers")
     faults = []
-    for name in ("one_worker", "broken_off"):
+    for name in ("one_worker", "interrupted"):
         if read_rows(folder / name) != rows:
             faults.append(f"{name}: other rows than with two workers")
         for path in sorted((folder / "two_workers").glob("shard-*")):
@@ -217,7 +217,7 @@ def check(listing: Path, folder: Path, options: argparse.Namespace) -> list[str]
     selector, processor = settings.load()
     broken = {name for name in names if (folder / name).with_suffix(".broken").exists()}
     good = [name for name in names if name not in broken]
-    faults += [f"{name}: no reason" for name in sorted(broken) if not rows[name]["error"]]
+    faults += [f"{name}: no error" for name in sorted(broken) if not rows[name]["error"]]
     for name in good if options.check is None else random.Random(1).sample(good, options.check):
         gaze = prune_video(folder / name, selector, processor).gaze
         expected = [ids.tolist() for ids in gaze.ids_each_frame()]

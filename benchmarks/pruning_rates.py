@@ -1,8 +1,8 @@
 """
-What does a second of video cost: to decode it, to choose its patches, to measure the quality, and to store the result?
+Measures what an hour of video costs: decoding, choosing patches, measuring the quality, cutting patches out, and storage.
 
-Goes through the videos of a folder with one thread and counts the seconds that the process itself computed, which hardly depend on what
-else runs on the machine. Prints a table and writes the same as JSON.
+It prunes the videos of a folder with one thread and measures the CPU time of the process, which depends less than wall time on what
+else runs on the machine. It prints a table and writes it as JSON.
 
     python benchmarks/pruning_rates.py ../shared/videos/val -o pruning_rates.json
 """
@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from measurement import machine
 from transformers_autogaze import OpenedVideo
 from transformers_autogaze.dataset_pruning import PruneSettings, prune_to_row
 from transformers_autogaze.dataset_pruning.samples import write_sample
-from transformers_autogaze.dataset_pruning.shards import key_of, write_row, write_shard
+from transformers_autogaze.dataset_pruning.shards import key_of, tar_of, write_row, write_shard
 from transformers_autogaze.training.videos import find_videos
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def measure(videos: list[str], settings: PruneSettings) -> dict[str, float | int | str | None]:
-    """Gives core seconds and megabytes per hour of video."""
+    """Gives seconds of CPU time and megabytes per hour of video."""
     selector, processor = settings.load()
     spent, duration, frames = Counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -65,13 +66,11 @@ def measure(videos: list[str], settings: PruneSettings) -> dict[str, float | int
             decoded = time.process_time()
             row = prune_to_row(video, video, selector, processor, settings)
             chosen = time.process_time()
-            prune_to_row(video, video, selector, processor, settings.replace(measures_quality=True))
+            prune_to_row(video, video, selector, processor, replace(settings, measures_quality=True))
             measured = time.process_time()
             pruning = settings.open(video, selector, processor)
-            patches = pruning.kept_patches()
-            write_sample(
-                folder / "unfinished" / f"{key_of(video)}.tar", key_of(video), patches, lambda row=row: row_facts(row)
-            )
+            tar = tar_of(folder / "unfinished", video)
+            write_sample(tar, key_of(video), pruning.kept_patches(), lambda row=row: sample_metadata(row))
             cut = time.process_time()
             write_row(folder / "unfinished", row)
             duration += opened.metadata.duration
@@ -94,7 +93,7 @@ def measure(videos: list[str], settings: PruneSettings) -> dict[str, float | int
     }
 
 
-def row_facts(row: dict) -> dict:
+def sample_metadata(row: dict) -> dict:
     return {name: row[name] for name in ("identity", "patch_size", "frame_indices")}
 
 

@@ -1,10 +1,10 @@
 """
-How long does a tower of Qwen2.5-VL or Qwen3-VL take in vLLM, by what is kept of a video?
+Measures the time of vLLM's vision towers of Qwen2.5-VL and Qwen3-VL for different shares of kept merge units.
 
-vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which runs the
-whole tower and then drops as many tokens. Towers have the size of Qwen2.5-VL-7B's and Qwen3-VL-8B's; random weights cost what
-trained ones do. How long the selector gazes, on the API server, is measured as well. All cases run in turn; a first run of
-each is a warm-up. Prints a table and writes JSON. It needs vLLM.
+It compares vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which
+runs the whole tower and then drops as many tokens. Towers have the sizes of those of Qwen2.5-VL-7B and Qwen3-VL-8B, with random
+weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All cases run in turn; the first
+run of each is a warm-up. It prints a table and writes JSON. It needs vLLM.
 
     python benchmarks/vllm_tower.py video.mp4 --threads 2 --runs 5 -o vllm_tower.json
 """
@@ -48,12 +48,12 @@ DEPTHS = {"qwen2_5_vl": 32, "qwen3_vl": 27}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", nargs="?", help="a path; a drawn clip by default")
+    parser.add_argument("video", nargs="?", help="path of a video; a rendered clip by default")
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.25, 0.5, 1.0])
     parser.add_argument("--num-frames", type=int, default=64)
     parser.add_argument("--side", type=int, default=448, help="height and width of frames in pixels")
-    parser.add_argument("--layers", type=int, help="layers of the towers; as many as real ones by default")
+    parser.add_argument("--layers", type=int, help="layers of the towers; all by default")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
@@ -88,7 +88,7 @@ def main() -> None:
         "rows": rows,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    os._exit(0)  # vLLM's groups of processes wait for each other otherwise
+    os._exit(0)  # The exit of vLLM's process groups would block.
 
 
 def make_tower(name: str, layers: int | None) -> torch.nn.Module:
@@ -103,7 +103,7 @@ def make_tower(name: str, layers: int | None) -> torch.nn.Module:
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for module in tower.modules():
-        # vLLM's layers on a CPU bring their weights into another form once they are loaded.
+        # Layers of vLLM on a CPU convert their weights after loading.
         method = getattr(module, "quant_method", None)
         if method is not None:
             method.process_weights_after_loading(module)
@@ -112,7 +112,7 @@ def make_tower(name: str, layers: int | None) -> torch.nn.Module:
 
 @torch.no_grad()
 def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> list[dict]:
-    """Runs all cases in turn; gives a row for each."""
+    """Runs all cases in turn; gives one row of results per case."""
     merge, patch = tower.spatial_merge_size, tower.patch_size
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     size = (side // (merge * patch) * merge * patch,) * 2
@@ -165,7 +165,7 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
 
 
 def prune(encode: Callable[[], torch.Tensor], grid: torch.Tensor, merge: int, ratio: float) -> torch.Tensor:
-    """Encodes everything and drops tokens, as EVS does; it keeps those of a whole pair of frames at least."""
+    """Encodes everything and drops tokens as EVS does, which keeps at least the tokens of one pair of frames."""
     features = encode()
     is_kept = compute_retention_mask(features, grid[0].tolist(), spatial_merge_size=merge, q=1 - ratio)
     return features[is_kept]

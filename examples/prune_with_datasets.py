@@ -1,11 +1,11 @@
 """
-Prunes a small collection of videos by `datasets.map`, on one machine and without Ray: a row for each video in a Parquet file.
+Prunes a small collection of videos with `datasets.map`, on one machine and without Ray, into a Parquet file with one row per video.
 
     python examples/prune_with_datasets.py videos/ pruned.parquet --num-proc 4
-    python examples/prune_with_datasets.py --tiny    # drawn clips, to see it run
+    python examples/prune_with_datasets.py --tiny    # three rendered clips
 
-The rows are those of `autogaze prune-dataset`, which does the same for any number of videos on a cluster. `datasets` keeps what is done
-in its cache, so a run that broke off goes on with --cache-dir where it was; a video that cannot be read is a row with its error.
+The rows are those of `autogaze prune-dataset`, which does the same for any number of videos on a cluster. A video that cannot be read gives
+a row with its error.
 """
 
 import argparse
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--selector", default="features")
     parser.add_argument("--fps", type=float, help="frames to take per second (default: all)")
     parser.add_argument("--clip-ratio", type=float, help="share of the tokens to keep (default: the selector's own)")
-    parser.add_argument("--num-proc", type=int, help="how many processes work at a time")
-    parser.add_argument("--tiny", action="store_true", help="three drawn clips, one of them broken")
+    parser.add_argument("--num-proc", type=int, help="number of processes")
+    parser.add_argument("--tiny", action="store_true", help="prune three rendered clips, one of them broken")
     options = parser.parse_args()
     if options.videos is None and not options.tiny:
-        parser.error("name a folder of videos, or --tiny")
+        parser.error("give a folder of videos, or --tiny")
 
-    videos = draw_clips() if options.tiny else options.videos
+    videos = render_clips() if options.tiny else options.videos
     table = Dataset(plan_videos(str(videos))).select_columns(["identity", "address"])
     settings = PruneSettings(selector=options.selector, fps=options.fps, clip_ratio=options.clip_ratio)
     settings.check()
@@ -50,10 +50,10 @@ def main() -> None:
     )
     rows.to_parquet(options.output)
 
-    good = rows.filter(lambda error: error is None, input_columns="error")
-    for row in good.select(range(min(5, len(good)))):
+    pruned = rows.filter(lambda error: error is None, input_columns="error")
+    for row in pruned.select(range(min(5, len(pruned)))):
         print(f"{row['identity']}: {gaze_of_row(row)}")
-    print(f"{len(rows)} videos, {len(rows) - len(good)} with an error: {options.output}")
+    print(f"{len(rows)} videos, {len(rows) - len(pruned)} with an error: {options.output}")
 
 
 def prune(row: dict, settings: PruneSettings) -> dict:
@@ -67,7 +67,7 @@ def load(settings: PruneSettings):
     return settings.load()
 
 
-def draw_clips() -> Path:
+def render_clips() -> Path:
     folder = Path(tempfile.mkdtemp())
     for name, count in (("long.mp4", 12), ("short.mp4", 6)):
         write_video(folder / name, render_demo_clip(count, 64, 64))

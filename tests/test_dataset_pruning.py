@@ -1,4 +1,4 @@
-"""Datasets of videos without Ray: which videos there are, reading them, their rows, shards and tars, and one worker."""
+"""Pruning of datasets without Ray: listing and reading videos, rows, shards and tars, and one worker."""
 
 import io
 import json
@@ -26,7 +26,7 @@ worker = pytest.importorskip("transformers_autogaze.dataset_pruning.worker")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A folder of three videos, one of them in a folder of its own, and a text."""
+    """A folder of three videos, one of them in a subfolder, and a text file."""
     folder = tmp_path_factory.mktemp("clips")
     (folder / "more").mkdir()
     for number, name in enumerate(["b.mp4", "a.mp4", "more/c.MP4"]):
@@ -69,7 +69,7 @@ def test_folders_and_patterns_name_videos_by_their_paths(clips):
     assert names_of(plan) == ["b.mp4"] and plan["address"].to_pylist() == [str(clips / "b.mp4")]
 
 
-def test_a_folder_may_lie_anywhere_that_fsspec_reaches(clips):
+def test_a_folder_may_be_a_url_that_fsspec_opens(clips):
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/videos/{name}": (clips / name).read_bytes() for name in ("a.mp4", "b.mp4")})
     plan = inputs.plan_videos("memory://videos")
@@ -78,7 +78,7 @@ def test_a_folder_may_lie_anywhere_that_fsspec_reaches(clips):
     assert contents == [(clips / name).read_bytes() for name in ("a.mp4", "b.mp4")]
 
 
-def test_lists_name_paths_seen_from_their_own_folder(clips):
+def test_relative_paths_in_a_list_start_from_its_folder(clips):
     (clips / "list.txt").write_text(f"a.mp4\n\n{clips}/b.mp4\na.mp4\nhttps://example.com/c.mp4\n")
     plan = inputs.plan_videos(str(clips / "list.txt"))
     assert names_of(plan) == ["a.mp4", f"{clips}/b.mp4", "https://example.com/c.mp4"]
@@ -100,12 +100,12 @@ def test_tables_hold_paths_contents_or_both(clips, kind, format):
     )
     assert names_of(inputs.plan_videos(path, "clip", "number")) == ["7", "8"]
     for video, name in zip(reading.read_plan(plan, "clip"), ("a.mp4", "more/c.MP4"), strict=True):
-        with reading.opened(video) as source:
+        with reading.video_source(video) as source:
             found = source if isinstance(source, bytes) else open(source, "rb").read()
         assert found == (clips / name).read_bytes()
 
 
-def test_a_table_is_read_from_where_it_is_gone_on_with(clips, tmp_path):
+def test_some_rows_of_a_table_are_read(clips, tmp_path):
     values = [f"contents of {number}".encode() for number in range(9)]
     values[4] = None
     pq.write_table(pa.table({"video": values}), tmp_path / "table.parquet", row_group_size=4)
@@ -136,7 +136,7 @@ def test_a_table_is_read_from_where_it_is_gone_on_with(clips, tmp_path):
         ("{empty}/bad.parquet", {}, "must be a Parquet table"),
     ],
 )
-def test_what_is_no_dataset_is_refused(clips, tmp_path, source, options, message):
+def test_a_source_without_videos_is_refused(clips, tmp_path, source, options, message):
     (tmp_path / "list.txt").write_text("\n")
     (tmp_path / "data.csv").write_text("a,b\n")
     table = pa.table({"name": ["a", "b"], "twice": [1, 1], "gap": ["x", None]})
@@ -163,7 +163,7 @@ class FlakyFiles(fsspec.AbstractFileSystem):
         return io.BytesIO(b"contents")
 
 
-def test_reads_that_may_yet_succeed_are_tried_again(monkeypatch):
+def test_reads_are_tried_again_after_transient_errors(monkeypatch):
     fsspec.register_implementation("flaky", FlakyFiles, clobber=True)
     monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
     FlakyFiles.opens.clear()
@@ -203,7 +203,7 @@ def folder_of(path, **settings):
     return shards.PrunedFolder(path, asdict(PruneSettings(**settings)))
 
 
-def test_a_run_that_goes_on_gives_shards_the_numbers_they_would_have_had(clips, selector, tmp_path):
+def test_a_resumed_run_numbers_shards_as_one_run_would_have(clips, selector, tmp_path):
     rows = [prune_to_row(name, clips / "a.mp4", selector) for name in "abc"]
     with folder_of(tmp_path) as folder:
         for row in rows:
@@ -217,7 +217,7 @@ def test_a_run_that_goes_on_gives_shards_the_numbers_they_would_have_had(clips, 
         assert folder.finished() == {"b"} and [next(numbers), next(numbers)] == [0, 2]
         assert folder.waiting() == {shards.key_of("a"), shards.key_of("c")}
         shards.write_shard(folder.folder, 0, ["c", "a"])
-        folder.close()
+        folder.remove_unfinished()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "settings.json",
         "shard-00000.parquet",
@@ -229,9 +229,9 @@ def test_a_run_that_goes_on_gives_shards_the_numbers_they_would_have_had(clips, 
     assert read_rows(tmp_path, ["num_frames"]).to_pydict() == {"num_frames": [6, 6, 6]}
 
 
-def test_rows_of_one_folder_are_made_alike_and_by_one_run(clips, selector, tmp_path):
+def test_a_folder_takes_rows_of_one_run_with_one_set_of_settings(clips, selector, tmp_path):
     with folder_of(tmp_path, clip_ratio=0.5):
-        pass  # it made no row, so others may be made here
+        pass  # It wrote no row, so that other settings may follow.
     with folder_of(tmp_path, clip_ratio=0.2) as folder:
         shards.write_row(folder.unfinished, prune_to_row("a", clips / "a.mp4", selector))
         with pytest.raises(ValueError, match="is being written to by another process"):
@@ -286,7 +286,7 @@ def pruning_ids(path, work):
     return prune_video(path, work.selector, gazing_ratio=0.1, task_loss_requirement=0.5).gaze.ids_each_frame()
 
 
-def test_a_video_that_ends_its_process_again_and_again_becomes_a_row(clips, tmp_path):
+def test_a_video_that_crashes_its_process_three_times_gets_a_row(clips, tmp_path):
     work = worker.PruneWorker(PruneSettings(selector="greedy"), tmp_path, "cpu")
     for _ in range(3):
         shards.count_try(tmp_path, "a")

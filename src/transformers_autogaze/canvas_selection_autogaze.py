@@ -17,7 +17,7 @@ from .selection_autogaze import GazeSelector
 from .token_budgets_autogaze import ClipBudget, RateControl, StreamBudget
 
 
-_MOST_GRIDS = 16  # that are remembered, as a server is given videos of any size
+_MAX_GRIDS = 16  # grids whose search is cached; a server may get videos of any size
 
 
 class CanvasGazeCache:
@@ -127,7 +127,7 @@ class CanvasGazeSelector(GazeSelector):
             other = copy.copy(self)
             other.config = type(self.config)(**settings)
             other.search = self.make_search(grid)
-            if len(self._for_grid) >= _MOST_GRIDS:
+            if len(self._for_grid) >= _MAX_GRIDS:
                 self._for_grid.pop(next(iter(self._for_grid)), None)
             self._for_grid[grid] = other
         return other

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from huggingface_hub.utils import tqdm
 
 from transformers_autogaze_cli import print_error
-from transformers_autogaze_cli.prune import SELECTORS
+from transformers_autogaze_cli.prune import SELECTORS, check_frames
 
 from .checkpoints import check_device, load_selector
 from .demo import render_demo_clip
@@ -52,8 +52,7 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
     Returns:
         `int`: exit status; 2 where one of several videos failed.
     """
-    if options.max_tiles is not None and options.tiles != "grid":
-        raise ValueError(f"`--max-tiles` needs `--tiles grid`, got {options.max_tiles} with `--tiles {options.tiles}`")
+    check_frames(options)
     videos = _name_videos(options.videos)
     is_alone = len(videos) == 1
     folders = [options.output if is_alone else options.output / name for name in videos.values()]

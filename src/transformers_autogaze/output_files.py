@@ -12,7 +12,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes are not kept from writing to the same file.
+    fcntl = None
 
 
 @contextmanager
@@ -110,6 +116,25 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
             raise ValueError(f"the output must be a folder, but {str(path)!r} is a file; give another name")
         missing.append(path)
     return missing
+
+
+def lock_file(file: IO, message: str) -> None:
+    """
+    Takes an exclusive lock on an open file, which is released when the file is closed or the process ends.
+
+    Args:
+        file (`IO`): the open file.
+        message (`str`): message of the error.
+
+    Raises:
+        ValueError: if another process holds the lock.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(message) from None
 
 
 def check_not_inputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:

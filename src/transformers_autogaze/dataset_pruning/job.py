@@ -1,38 +1,37 @@
 """
-A dataset on Ray Data: videos are read ahead, pruned by a pool of workers, and their rows put together in shards.
+Prunes a dataset on Ray Data: tasks read videos, a pool of workers prunes them, and their rows are joined into shards.
 
-Ray says who does what and when; what is done lies in the other modules. Every worker writes its rows itself, so that neither
-frames nor rows pass through the process that started it all.
+This module schedules; the work itself is in the other modules. Every worker writes its rows itself, so that neither frames
+nor rows pass through the driver, the process that calls [`prune_dataset`].
 """
 
 import logging
 import os
-import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from huggingface_hub.utils import tqdm
 
-from .inputs import plan_videos, split_plan
-from .reading import is_at_hand, read_plan
+from .inputs import has_scheme, plan_videos, split_plan
+from .reading import needs_prefetch, read_plan
 from .rows import PruneSettings
 from .shards import PrunedFolder, key_of, write_shard
 from .summary import DatasetSummary
 from .worker import VIDEOS, PruneWorker
 
 
-_READ, _MOST_READS = 16, 10_000  # videos that a task reads, and tasks, at least and at most where there are many
+_MIN_VIDEOS_PER_TASK, _MAX_TASKS = 16, 10_000  # of the tasks that read; fewer videos per task in small datasets
 _READER_CPUS = 0.5
-_AHEAD = 2  # videos that wait at each worker
-_STORE = 2**27  # bytes of Ray's object store for each core, where Ray is started here
-_LONGEST = 400  # characters of an error of Ray
+_VIDEOS_IN_FLIGHT = 2  # per worker: the one that it prunes and the next one
+_OBJECT_STORE_BYTES = 2**27  # per core, if Ray is started here
+_MAX_ERROR_CHARS = 400
 
 
 def prune_dataset(
@@ -47,31 +46,32 @@ def prune_dataset(
     rows_per_shard: int = 1024,
 ) -> DatasetSummary:
     """
-    Prunes all videos of a dataset: a row for each in Parquet shards, and on request its kept patches in WebDataset tars.
+    Prunes all videos of a dataset into Parquet shards with one row per video, and optionally writes the kept patches as tars.
 
-    A video that cannot be read is a row with its `error`. A run that broke off is gone on with by the same call: rows that are
-    there are not done again. The rows do not depend on the number of workers, nor do the shards.
+    A video that cannot be read gives a row with its `error`. The same call resumes a run that was interrupted: videos that
+    have a row already are not pruned again. Neither rows nor shards depend on the number of workers.
 
-    Ray runs on this machine, unless it is running in this process or the environment variable `RAY_ADDRESS` names a cluster.
+    It uses the Ray that this process is connected to, or else the cluster that the environment variable `RAY_ADDRESS` names,
+    or else starts Ray on this machine.
 
     Args:
         source, video_column, id_column: which videos; see [`~inputs.plan_videos`].
-        output (`str` or `os.PathLike`): folder to write to, which all machines of a cluster see by this path.
-        settings ([`PruneSettings`], *optional*): what decides what is kept.
+        output (`str` or `os.PathLike`): folder to write to, which all machines of a cluster reach by this path.
+        settings ([`PruneSettings`], *optional*): selector, budgets and frames; those of `PruneSettings()` by default.
         workers (`int`, *optional*):
-            How many videos are pruned at a time; by default as many as there are cores but one, or as the GPUs have room for.
+            Number of videos that are pruned at a time; by default one less than there are cores, or as many as fit on the GPUs.
         gpus_per_worker (`float`, *optional*, defaults to 0):
             Share of a GPU that each worker takes, such as 0.25, or whole ones; 0 to compute on the CPU.
         rows_per_shard (`int`, *optional*, defaults to 1024): rows of a shard.
 
     Returns:
-        [`DatasetSummary`]: all that is in the folder now.
+        [`DatasetSummary`]: totals over all rows of the folder.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
         ImportError: if Ray, or a package that opens the source, is missing.
-        ValueError: if an argument is out of range, the folder has rows that were made otherwise, or Ray has no room for that many
-            workers. Everything is checked before the first video is opened.
+        ValueError: if an argument is out of range, the folder has rows made with other settings, or Ray has not enough CPUs or
+            GPUs for the workers. All of this is checked before the first video is opened.
     """
     _check(source, output, workers, gpus_per_worker, rows_per_shard)
     settings, start = settings or PruneSettings(), time.perf_counter()
@@ -79,10 +79,10 @@ def prune_dataset(
     plan = plan_videos(source, video_column, id_column)
     with PrunedFolder(output, asdict(settings)) as folder:
         finished = folder.finished()
-        plan = _without(plan, lambda identity: identity not in finished)
+        plan = _filter(plan, lambda identity: identity not in finished)
         waiting = folder.waiting()
-        todo = _without(plan, lambda identity: key_of(identity) not in waiting)
-        done = plan.num_rows - todo.num_rows
+        missing = _filter(plan, lambda identity: key_of(identity) not in waiting)
+        done = plan.num_rows - missing.num_rows
         with (
             _Shards(folder, plan["identity"].to_pylist(), rows_per_shard) as shards,
             tqdm(
@@ -92,18 +92,19 @@ def prune_dataset(
             for identity in plan["identity"].to_pylist():
                 if key_of(identity) in waiting:
                     shards.add(identity)
-            if todo.num_rows:
+            if missing.num_rows:
                 with _ray(workers, gpus_per_worker) as workers:
-                    for identity in _prune(todo, folder.unfinished, settings, video_column, workers, gpus_per_worker):
+                    pruned = _prune(missing, folder.unfinished, settings, video_column, workers, gpus_per_worker)
+                    for identity in pruned:
                         shards.add(identity)
                         bar.update()
             shards.finish()
-        folder.close()
-        return DatasetSummary.of(folder.folder, todo.num_rows, time.perf_counter() - start)
+        folder.remove_unfinished()
+        return DatasetSummary.of(folder.folder, missing.num_rows, time.perf_counter() - start)
 
 
 class _Shards:
-    """Which videos each shard is to have, and which of them are done; shards are written in a thread of their own."""
+    """Assigns videos to shards, and writes a shard in a background thread as soon as all of its videos have rows."""
 
     def __init__(self, folder: PrunedFolder, identities: list[str], size: int):
         numbers = folder.free_numbers()
@@ -120,35 +121,34 @@ class _Shards:
         self.pool.shutdown(cancel_futures=True)
 
     def add(self, identity: str) -> None:
-        """Counts a video that is done; the last one of a shard has it written."""
+        """Counts a video that has its row; after the last one of a shard, the shard is written."""
         number = self.number_of.pop(identity, None)
-        if number is None:  # A worker has done it and died, and another one did it again.
+        if number is None:  # Its worker died after writing the row, so that Ray gave the video to another one.
             return
         self.missing[number] -= 1
         if not self.missing[number]:
             self.writing.append(self.pool.submit(write_shard, self.folder, number, self.videos.pop(number)))
-            # What failed is known soon, and not at the end of a long run.
+            # Raises errors of earlier shards now, and not only at the end of a long run.
             while self.writing and self.writing[0].done():
                 self.writing.popleft().result()
 
     def finish(self) -> None:
-        """Waits for the shards that are being written."""
+        """Waits until all shards are written."""
         for writing in self.writing:
             writing.result()
         if self.videos:
-            raise RuntimeError(f"{len(self.number_of)} videos came to no end; run the same command again to go on")
+            raise RuntimeError(f"{len(self.number_of)} videos were not pruned; run the same command again to resume")
 
 
 def _prune(
     plan: pa.Table, folder: Path, settings: PruneSettings, video_column: str, workers: int, gpus: float
 ) -> Iterator[str]:
-    """Has the videos of a plan pruned; yields the name of each whose row is written, in no order."""
+    """Prunes the videos of a plan on Ray; yields the name of each video once its row is written, in any order."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    least = min(_READ, 1 + plan.num_rows // (4 * workers))
-    cuts = split_plan(plan, max(least, plan.num_rows // _MOST_READS))
-    parts = [plan.slice(start, stop - start) for start, stop in cuts]
+    size = max(min(_MIN_VIDEOS_PER_TASK, 1 + plan.num_rows // (4 * workers)), plan.num_rows // _MAX_TASKS)
+    parts = [plan.slice(start, stop - start) for start, stop in split_plan(plan, size)]
 
     def read(part: pa.Table) -> Iterator[pa.Table]:
         for video in read_plan(part, video_column):
@@ -156,18 +156,18 @@ def _prune(
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.target_max_block_size = 1  # A block for each video, so that whoever is free takes the next one.
+    context.target_max_block_size = 1  # One video per block, so that an idle worker takes the next one.
     with DataContext.current(context):
-        if all(map(is_at_hand, plan.to_pylist())):  # There is nothing to read ahead.
-            videos = ray.data.from_arrow([_unread(part) for part in parts])
-        else:
+        if any(map(needs_prefetch, plan.to_pylist())):
             parts = ray.data.from_arrow(parts)
             videos = parts.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=_READER_CPUS)
+        else:
+            videos = ray.data.from_arrow([_without_contents(part) for part in parts])
         selector = os.path.abspath(settings.selector) if os.path.isdir(settings.selector) else settings.selector
         names = videos.map_batches(
             PruneWorker,
-            fn_constructor_args=(settings.replace(selector=selector), folder.absolute(), "cuda" if gpus else "cpu"),
-            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=_AHEAD),
+            fn_constructor_args=(replace(settings, selector=selector), folder.absolute(), "cuda" if gpus else "cpu"),
+            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=_VIDEOS_IN_FLIGHT),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
@@ -179,7 +179,7 @@ def _prune(
 
 @contextmanager
 def _ray(workers: int | None, gpus: float) -> Iterator[int]:
-    """Connects to Ray, or starts it; gives the number of workers that it has room for."""
+    """Connects to Ray or starts it, and disconnects afterwards; gives the number of workers."""
     import ray
 
     is_running = ray.is_initialized()
@@ -192,9 +192,9 @@ def _ray(workers: int | None, gpus: float) -> Iterator[int]:
             ray.shutdown()
 
 
-def _count_workers(workers: int | None, gpus: float, room: Mapping[str, float]) -> int:
-    """Gives how many workers there are to be, no more than Ray has room for; half a CPU is left to read."""
-    cpus, all_gpus = room.get("CPU", 0), room.get("GPU", 0)
+def _count_workers(workers: int | None, gpus: float, resources: Mapping[str, float]) -> int:
+    """Gives the number of workers, at most what the resources of Ray are enough for; half a CPU is left to a task that reads."""
+    cpus, all_gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     most = int(cpus - _READER_CPUS)
     if gpus:
         most = min(most, int(all_gpus) * int(1 / gpus + 1e-6) if gpus <= 1 else int(all_gpus / gpus))
@@ -212,31 +212,35 @@ def _start_ray(workers: int | None) -> None:
     """Connects to the cluster that the environment names, or starts Ray on this machine."""
     import ray
 
-    # It warns of its own bars, which are off, and of workers that take their time to start.
+    # It would warn that its progress bars are off and that workers start slowly.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not os.environ.get("RAY_ADDRESS"):
-        # One core more than workers, or nobody could read.
+        # One core more than workers, for the tasks that read.
         cores = 1 + (workers or max(1, _cores() - 1))
-        options |= {"address": "local", "num_cpus": cores, "object_store_memory": cores * _STORE}
+        options |= {"address": "local", "num_cpus": cores, "object_store_memory": cores * _OBJECT_STORE_BYTES}
         options |= {"include_dashboard": False}
     try:
         ray.init(**options)
-    except Exception as error:  # Ray raises any kind.
-        raise OSError(f"Ray cannot be started or reached: {' '.join(str(error).split())[:_LONGEST]}") from error
+    except Exception as error:  # Ray raises many classes of errors.
+        raise OSError(
+            f"Ray cannot be started or reached: {' '.join(str(error).split())[:_MAX_ERROR_CHARS]}"
+        ) from error
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _unread(plan: pa.Table) -> pa.Table:
+def _without_contents(plan: pa.Table) -> pa.Table:
+    """Makes the table of the columns `VIDEOS` that workers take, for videos that they open themselves."""
     nothing = [pa.nulls(plan.num_rows, VIDEOS.field(name).type) for name in ("contents", "error")]
     return pa.table([*plan.select(["identity", "address"]).columns, *nothing], VIDEOS)
 
 
-def _without(plan: pa.Table, is_kept: Any) -> pa.Table:
-    mask = pa.array([is_kept(identity) for identity in plan["identity"].to_pylist()], pa.bool_())
+def _filter(plan: pa.Table, condition: Callable[[str], bool]) -> pa.Table:
+    """Keeps the videos whose names meet a condition."""
+    mask = pa.array([condition(identity) for identity in plan["identity"].to_pylist()], pa.bool_())
     return plan.filter(mask).combine_chunks()
 
 
@@ -247,7 +251,7 @@ def _check(source: str, output: str | os.PathLike, workers: int | None, gpus: fl
         raise ImportError(
             f"prune-dataset needs Ray Data: pip install 'transformers-autogaze[ray]' ({error})"
         ) from error
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", os.fspath(output)):  # A Path has one slash of a URL's two.
+    if has_scheme(os.fspath(output)) and ":/" in os.fspath(output):  # `Path` makes one slash of a URL's two.
         raise ValueError(
             f"OUTPUT must be a folder that all machines see, got {os.fspath(output)!r}; copy the shards to an object store once "
             "they are written"

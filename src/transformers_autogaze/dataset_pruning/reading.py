@@ -1,7 +1,7 @@
 """
-Getting at the videos of a plan: contents out of tables and from afar, again where a read failed that may yet succeed.
+Reads the files of a plan's videos, out of tables and over a network, with retries.
 
-This module reads bytes and knows nothing of pixels.
+This module reads bytes; it decodes nothing.
 """
 
 import errno
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
+from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 
@@ -22,27 +23,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..video_sources_autogaze import resolve_source
-from .inputs import open_lance, place_beside
+from .inputs import has_scheme, open_lance, resolve_path
 
 
-HELD = 2**26
-"""Bytes of a video that are read ahead; of a larger one, its place is handed on."""
-_ATTEMPTS, _FIRST_WAIT = 4, 0.5  # seconds, and twice as long after every attempt
-# Errors that stay, however often one tries.
-_LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG}
-_LATER = (408, 425, 429)  # answers of a web server that are no refusal
+MAX_PREFETCHED_BYTES = 2**26
+"""Size in bytes of the largest remote video that is read before a worker asks for it; a worker downloads a larger one itself."""
+_MAX_ATTEMPTS, _FIRST_WAIT_SECONDS = 4, 0.5  # the wait doubles after every attempt
+# Errors that another attempt would give again.
+_PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG}
+_RETRIED_STATUS_CODES = (408, 425, 429)  # beside 5xx
 
 T = TypeVar("T")
 
 
 class Video(NamedTuple):
     """
-    A video of a plan, as far as it was read.
+    A video of a plan, on its way to a worker.
 
     Args:
-        identity (`str`): what it is called.
-        address (`str`, *optional*): where it can be opened.
-        contents (`bytes`, *optional*): what is in it, where that was read already.
+        identity (`str`): its name.
+        address (`str`, *optional*): its path or URL.
+        contents (`bytes`, *optional*): the bytes of its file, if they have been read already.
         error (`str`, *optional*): why it could not be read.
     """
 
@@ -54,90 +55,86 @@ class Video(NamedTuple):
 
 def read_plan(plan: pa.Table, video_column: str = "video") -> Iterator[Video]:
     """
-    Reads the videos of a plan, as far as that is done ahead: those of tables, and those from afar that are not too large.
+    Reads those videos of a plan that workers do not open themselves: those in tables, and remote ones that are not too large.
 
     Args:
         plan (`pa.Table`): a plan, as [`~inputs.plan_videos`] makes it.
-        video_column (`str`, *optional*, defaults to `"video"`): the column of tables that has the videos.
+        video_column (`str`, *optional*, defaults to `"video"`): column of tables with the videos.
 
     Yields:
-        [`Video`]: one after the other. One that cannot be read has its error; no other suffers from it.
+        [`Video`]: the videos in order. One that cannot be read has its error, and reading goes on with the next one.
     """
-    rows = plan.to_pylist()
-    start = 0
-    while start < len(rows):
-        first, stop = rows[start], start + 1
-        key = (first["address"], first["group"] >= 0)
-        while stop < len(rows) and (rows[stop]["address"], rows[stop]["group"] >= 0) == key and first["group"] >= 0:
-            stop += 1
-        part = rows[start:stop]
-        yield from (_read_table(part, video_column) if first["group"] >= 0 else map(_read_one, part))
-        start = stop
+    for table, rows in groupby(plan.to_pylist(), lambda row: row["address"] if row["group"] >= 0 else None):
+        part = list(rows)
+        yield from map(_prefetch, part) if table is None else _read_table(part, video_column)
 
 
-def is_passing(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """
-    Tells whether what failed may succeed when it is tried again, such as a read over a network.
+    Tells whether an operation that failed, such as a read over a network, may succeed when it is tried again.
 
     Args:
-        error (`BaseException`): the error; what it was raised from counts as well.
+        error (`BaseException`, *optional*): the error; the errors that it was raised from are looked at as well.
 
     Example:
 
     ```python
-    >>> from transformers_autogaze.dataset_pruning.reading import is_passing
+    >>> from transformers_autogaze.dataset_pruning.reading import is_transient
 
-    >>> is_passing(TimeoutError("no answer")), is_passing(FileNotFoundError(2, "no such file")), is_passing(ValueError("text"))
+    >>> is_transient(TimeoutError("no answer")), is_transient(FileNotFoundError(2, "no such file")), is_transient(ValueError("text"))
     (True, False, False)
 
     ```
     """
     while error is not None:
         if isinstance(error, HTTPError):
-            return error.code >= 500 or error.code in _LATER
+            return error.code >= 500 or error.code in _RETRIED_STATUS_CODES
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
             return False
         if isinstance(error, OSError):
-            return error.errno not in _LASTING
-        # Clients of object stores have kinds of their own for what is lost on the way.
+            return error.errno not in _PERMANENT
+        # Clients of object stores raise classes of their own for lost connections.
         if isinstance(error, HTTPException) or re.search("Timeout|Connection|Payload", type(error).__name__):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def patiently(work: Callable[[], T], wait: float = _FIRST_WAIT) -> T:
+def retry(work: Callable[[], T]) -> T:
     """
-    Does something that may fail for a moment, up to four times.
+    Calls a function up to four times, as long as it raises transient errors; see [`is_transient`].
 
     Args:
-        work (`Callable[[], T]`): what to do.
-        wait (`float`, *optional*, defaults to 0.5): seconds after the first attempt; twice as many after every further one.
+        work (`Callable[[], T]`): the function.
 
     Returns:
         What `work` returns.
     """
-    for attempt in range(1, _ATTEMPTS):
+    for attempt in range(1, _MAX_ATTEMPTS):
         try:
             return work()
         except Exception as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
-            # Not all workers at once.
-            time.sleep(wait * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+            _wait(attempt)
     return work()
 
 
+def _wait(attempt: int) -> None:
+    """Waits after an attempt that failed, of which the first is 1; at random, so that not all workers try again at once."""
+    time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+
+
 @contextmanager
-def opened(video: Video) -> Iterator[Any]:
+def video_source(video: Video) -> Iterator[Any]:
     """
-    Gives a video as it can be gone through more than once: its contents, its path, or a temporary copy of what lies elsewhere.
+    Gives a video as [`prune_video`] takes it: its bytes, its path or web address, or the path of a temporary copy.
 
     Args:
         video ([`Video`]): a video that could be read.
 
     Yields:
-        `bytes` or `str`: what [`prune_video`] takes.
+        `bytes` or `str`: the source, until the block ends.
     """
     if video.contents is not None:
         yield video.contents
@@ -148,18 +145,23 @@ def opened(video: Video) -> Iterator[Any]:
     else:
         with tempfile.TemporaryDirectory(prefix="autogaze-") as folder:
             copy = os.path.join(folder, f"video{os.path.splitext(video.address)[1][:8]}")
-            patiently(lambda: _download(video.address, copy))
+            retry(lambda: _download(video.address, copy))
             yield copy
 
 
-def is_at_hand(row: Mapping[str, Any]) -> bool:
-    """Tells whether a row of a plan needs no reading ahead."""
-    return row["group"] < 0 and (row["address"] is None or is_local(row["address"]))
+def needs_prefetch(row: Mapping[str, Any]) -> bool:
+    """Tells whether the video of a row of a plan is to be read before a worker asks for it; local files are not."""
+    return row["group"] >= 0 or not (row["address"] is None or is_local(row["address"]))
 
 
 def is_local(address: str) -> bool:
-    """Tells whether an address is that of a file, which needs no copy."""
-    return not re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", address) or os.path.exists(address) or address.startswith("file:")
+    """Tells whether an address is that of a local file."""
+    return not has_scheme(address) or os.path.exists(address) or address.startswith("file:")
+
+
+def describe_error(error: Exception) -> str:
+    """Writes the class and the message of an error."""
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_web(address: str) -> bool:
@@ -171,33 +173,33 @@ def _download(address: str, path: str) -> None:
         shutil.copyfileobj(source, target, 2**20)
 
 
-def _read_one(row: dict[str, Any]) -> Video:
+def _prefetch(row: dict[str, Any]) -> Video:
     identity, address = row["identity"], row["address"]
     try:
         if address is None or is_local(address):
             return Video(identity, address)
-        return Video(identity, address, patiently(lambda: _fetch(address)))
+        return Video(identity, address, retry(lambda: _read_remote(address)))
     except Exception as error:
-        return Video(identity, address, error=f"{type(error).__name__}: {error}")
+        return Video(identity, address, error=describe_error(error))
 
 
-def _fetch(address: str) -> bytes | None:
-    """Reads what lies at a URL, `None` if it is too large to be held."""
+def _read_remote(address: str) -> bytes | None:
+    """Reads the file at a URL; gives `None` if it has more than `MAX_PREFETCHED_BYTES`."""
     if _is_web(address):
         target = resolve_source(address).target
         size = target.seek(0, os.SEEK_END)
         target.seek(0)
-        return target.read() if size <= HELD else None
+        return target.read() if size <= MAX_PREFETCHED_BYTES else None
     with fsspec.open(address, "rb") as file:
-        if (getattr(file, "size", None) or 0) > HELD:
+        if (getattr(file, "size", None) or 0) > MAX_PREFETCHED_BYTES:
             return None
-        contents = file.read(HELD + 1)
-    return contents if len(contents) <= HELD else None
+        contents = file.read(MAX_PREFETCHED_BYTES + 1)
+    return contents if len(contents) <= MAX_PREFETCHED_BYTES else None
 
 
 def _read_table(rows: list[dict[str, Any]], column: str) -> Iterator[Video]:
-    """Reads videos out of a table, one after the other; where it fails on the way, it begins anew after the last one."""
-    done, wait, failures = 0, _FIRST_WAIT, 0
+    """Reads videos out of a table, one after the other; after a transient error it goes on with the first that is missing."""
+    done, failures = 0, 0
     while done < len(rows):
         try:
             for value in _values(rows[done:], column):
@@ -205,16 +207,15 @@ def _read_table(rows: list[dict[str, Any]], column: str) -> Iterator[Video]:
                 done, failures = done + 1, 0
         except Exception as error:
             failures += 1
-            if is_passing(error) and failures < _ATTEMPTS:
-                time.sleep(wait * 2 ** (failures - 1))
+            if is_transient(error) and failures < _MAX_ATTEMPTS:
+                _wait(failures)
                 continue
-            text = f"{type(error).__name__}: {error}"
-            yield from (Video(row["identity"], error=text) for row in rows[done:])
+            yield from (Video(row["identity"], error=describe_error(error)) for row in rows[done:])
             return
 
 
 def _values(rows: list[dict[str, Any]], column: str) -> Iterator[Any]:
-    """Gives the values of a column in some rows of a table, in order, with few of them in memory."""
+    """Gives the values of a column in some rows of a table, in order, without reading all of them into memory."""
     address = rows[0]["address"]
     if address.endswith(".lance"):
         table = open_lance(address)
@@ -239,7 +240,7 @@ def _values(rows: list[dict[str, Any]], column: str) -> Iterator[Any]:
 def _video_of(row: dict[str, Any], value: Any) -> Video:
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path") is not None:
-            return _read_one({"identity": row["identity"], "address": place_beside(row["address"], value["path"])})
+            return _prefetch({"identity": row["identity"], "address": resolve_path(row["address"], value["path"])})
         value = value.get("bytes")
     return Video(
         row["identity"], contents=value, error=None if value is not None else "ValueError: the row has no video"

@@ -1,12 +1,8 @@
-"""
-One row for one video: what was kept of it in plain columns, or why that failed.
-
-This module knows nothing of where videos come from and where rows go.
-"""
+"""Makes the row of a video: its kept patches in plain columns, or the reason why it could not be pruned."""
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,8 @@ from ..selection_autogaze import GazeSelector
 from ..video import write_video
 
 
-_LONGEST = 1000  # characters of an error
-_EMPTY = dict.fromkeys(
+_MAX_ERROR_CHARS = 1000
+_NO_VALUES = dict.fromkeys(
     """
     error width height fps duration frame_indices frame_times scales patch_size frame_sampling_rate extent ids
     patches_each_frame patches_each_scale num_frames num_patches kept_ratio reduction_factor psnr
@@ -34,10 +30,11 @@ _EMPTY = dict.fromkeys(
 @dataclass(frozen=True)
 class PruneSettings:
     """
-    What decides what is kept of the videos of a dataset; equal settings give equal rows.
+    Settings that all videos of a dataset are pruned with; equal settings give equal rows.
 
     Args:
-        selector (`str`): a folder, a repository of the Hub, or a name such as `"features"`, which takes the default one.
+        selector (`str`, *optional*, defaults to `"features"`):
+            A folder, a repository of the Hub, or a name of [`~checkpoints.SHIPPED_SELECTORS`].
         num_frames, fps, tiles, max_tiles, gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_second (*optional*):
             See [`prune_video`].
         measures_quality (`bool`, *optional*, defaults to `False`):
@@ -63,20 +60,16 @@ class PruneSettings:
 
     def check(self) -> None:
         """
-        Checks the settings on a drawn video, before any work on others.
+        Checks the settings before any video is opened, by pruning a tiny black clip.
 
         Raises:
-            ValueError: if there is no such selector, or a setting is out of range or not for it.
+            ValueError: if there is no such selector, or a setting is out of range or not supported by the selector.
         """
         selector, processor = self.load()
         with tempfile.TemporaryDirectory() as folder:
-            # How many frames a video must have is its own matter.
+            # The clip has two frames, whatever `num_frames` is; a video with too few frames gets a row with its error.
             clip = write_video(Path(folder) / "clip.mp4", np.zeros((2, 32, 32, 3), np.uint8), fps=self.fps or 30)
-            self.replace(num_frames=None).open(clip, selector, processor)
-
-    def replace(self, **changes: Any) -> "PruneSettings":
-        """Gives these settings with some changed."""
-        return PruneSettings(**{**asdict(self), **changes})
+            replace(self, num_frames=None).open(clip, selector, processor)
 
     def open(self, source: Any, selector: GazeSelector, processor: AutoGazeProcessor | None = None) -> VideoPruning:
         """Opens a video; see [`prune_video`]."""
@@ -93,17 +86,18 @@ def prune_to_row(
     settings: PruneSettings | None = None,
 ) -> dict[str, Any]:
     """
-    Prunes a video; whatever is wrong with it, there is a row.
+    Prunes a video and makes its row, also of a video that cannot be read.
 
     Args:
-        identity (`str`): what to call the video, unlike any other one of its dataset.
+        identity (`str`): name of the video, unique in its dataset.
         source: the video, as [`prune_video`] takes it.
-        selector ([`GazeSelector`]), processor ([`AutoGazeProcessor`], *optional*): what chooses, and makes its pixel values.
-        settings ([`PruneSettings`], *optional*): what else decides what is kept; the default ones by default.
+        selector ([`GazeSelector`]): what chooses patches.
+        processor ([`AutoGazeProcessor`], *optional*): the selector's preprocessing; see [`prune_video`].
+        settings ([`PruneSettings`], *optional*): budgets and frames; those of `PruneSettings()` by default.
 
     Returns:
-        `dict`: `identity` and the columns of docs/scale.md; those but `error` are `None` if the video cannot be read, as
-        `error` is if it can.
+        `dict`: the columns of docs/scale.md. If the video can be pruned, `error` is `None`; if not, all but `identity` and
+        `error` are.
 
     Example:
 
@@ -126,24 +120,24 @@ def prune_to_row(
 
 
 def row_of(identity: str, pruning: VideoPruning) -> dict[str, Any]:
-    """Makes the row of a video; raises what reading it raises."""
-    gaze, statistics, known = pruning.gaze, pruning.statistics, pruning.video.metadata
+    """Makes the row of a video; raises the errors of decoding it."""
+    gaze, statistics, metadata = pruning.gaze, pruning.statistics, pruning.video.metadata
     ids = [own.numpy() for own in gaze.ids_each_frame()]
     scales = [list(scale) if isinstance(scale, tuple) else [scale, scale] for scale in gaze.scales]
     return {
         "identity": identity,
-        **_EMPTY,
-        "width": known.width,
-        "height": known.height,
-        "fps": known.fps,
-        "duration": known.duration,
+        **_NO_VALUES,
+        "width": metadata.width,
+        "height": metadata.height,
+        "fps": metadata.fps,
+        "duration": metadata.duration,
         "frame_indices": pruning.frame_indices,
         "frame_times": pruning.frame_times,
         "scales": scales,
         "patch_size": gaze.patch_size,
         "frame_sampling_rate": gaze.frame_sampling_rate,
-        # Tiles of the frame's own pixels reach beyond it.
-        "extent": scales[-1] if pruning.tiles == "native" else [known.height, known.width],
+        # Tiles of frames at their own size may reach beyond the frame.
+        "extent": scales[-1] if pruning.tiles == "native" else [metadata.height, metadata.width],
         "ids": np.concatenate(ids).astype(np.int32),
         **statistics,
         "patches_each_scale": list(statistics["patches_each_scale"].values()),
@@ -153,21 +147,21 @@ def row_of(identity: str, pruning: VideoPruning) -> dict[str, Any]:
 def row_of_error(identity: str, error: Exception | str) -> dict[str, Any]:
     """Makes the row of a video that could not be pruned, with the reason on one line."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return {"identity": identity, **_EMPTY, "error": " ".join(text.split())[:_LONGEST]}
+    return {"identity": identity, **_NO_VALUES, "error": " ".join(text.split())[:_MAX_ERROR_CHARS]}
 
 
 def gaze_of_row(row: Mapping[str, Any]) -> GazeOutput:
     """
-    Makes a gaze of a row.
+    Makes a gaze from a row.
 
     Args:
-        row (`Mapping`): a row of a video that could be read.
+        row (`Mapping`): the row of a video that could be pruned.
 
     Returns:
-        [`GazeOutput`]: what was kept, a batch of one, in the order of choice.
+        [`GazeOutput`]: the kept patches as a batch of one, those of each frame in the order of choice.
 
     Raises:
-        ValueError: if the row is one of a video that could not be read.
+        ValueError: if the row has an error.
     """
     if row["error"] is not None:
         raise ValueError(f"`row` must be one of a video that could be read, but {row['identity']!r} has an error")

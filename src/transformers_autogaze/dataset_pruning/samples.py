@@ -1,8 +1,4 @@
-"""
-Kept patches of videos in WebDataset tars: one sample for each video, written frame by frame.
-
-This module knows files and pixels, and nothing of where they are put together.
-"""
+"""Writes kept patches as WebDataset tars with one sample per video, frame by frame, and joins such tars."""
 
 import io
 import tarfile
@@ -20,33 +16,35 @@ from ..pruning import KeptPatches
 _FIELDS = ("pixels", "ids", "frames")
 
 
-def write_sample(path: Path, key: str, patches: Iterable[KeptPatches], facts: Callable[[], Mapping[str, Any]]) -> None:
+def write_sample(
+    path: Path, key: str, patches: Iterable[KeptPatches], metadata: Callable[[], Mapping[str, Any]]
+) -> None:
     """
-    Writes the kept patches of a video to a tar of one sample.
+    Writes the kept patches of a video as a tar of one sample.
 
-    It has `{key}.json` and, one entry for each patch in the order of time and of choice, `{key}.pixels.npy`, levels 0..255 of
-    shape `(N, 3, patch_size, patch_size)`, `{key}.ids.npy` and `{key}.frames.npy`, the id in its frame and the frame, counted over
-    those taken from the video.
+    The files of the sample are `{key}.json`, `{key}.pixels.npy` (uint8 of shape `(N, 3, patch_size, patch_size)`), `{key}.ids.npy`
+    and `{key}.frames.npy` (int32 of shape `(N,)`): the pixels of the `N` patches of the video, the id of each in its frame, and
+    the index of the frame among those taken from the video. Patches are sorted by frame, and in a frame by order of choice.
 
     Args:
         path (`Path`): the tar.
-        key (`str`): what WebDataset calls the sample.
-        patches (`Iterable[KeptPatches]`): the patches of each frame; no more than one frame's are held.
-        facts (`Callable[[], Mapping[str, Any]]`):
-            Gives what `{key}.json` says, `patch_size` among it; is asked once the patches are through.
+        key (`str`): key of the sample.
+        patches (`Iterable[KeptPatches]`): the patches of each frame; those of one frame at a time are in memory.
+        metadata (`Callable[[], Mapping[str, Any]]`):
+            Gives the contents of `{key}.json`, which include `patch_size`; called after the last patch.
     """
     with TemporaryFile() as pixels, TemporaryFile() as ids, TemporaryFile() as frames:
         for kept in patches:
             pixels.write(kept.pixels.numpy().tobytes())
             ids.write(kept.ids.numpy().astype(np.int32).tobytes())
             frames.write(np.full(len(kept.ids), kept.frame, np.int32).tobytes())
-        count, known = ids.tell() // 4, facts()
-        patch_size = known["patch_size"]
+        count, values = ids.tell() // 4, metadata()
+        patch_size = values["patch_size"]
         shapes = ((count, 3, patch_size, patch_size), np.uint8), ((count,), np.int32), ((count,), np.int32)
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            _add(tar, f"{key}.json", to_json(known).encode(), None)
+            _add(tar, f"{key}.json", to_json(values).encode(), None)
             for name, file, (shape, kind) in zip(_FIELDS, (pixels, ids, frames), shapes, strict=True):
-                _add(tar, f"{key}.{name}.npy", _header(shape, kind), file)
+                _add(tar, f"{key}.{name}.npy", _npy_header(shape, kind), file)
 
 
 def join_samples(path: Path, parts: Iterable[Path]) -> None:
@@ -65,24 +63,24 @@ def join_samples(path: Path, parts: Iterable[Path]) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, head: bytes, body: BinaryIO | None) -> None:
-    # Nothing but the contents decides what is written: no time, no user.
+    # Without a time or a user, so that equal contents give equal files.
     member = tarfile.TarInfo(name)
     member.size = len(head) + (0 if body is None else body.tell())
     if body is not None:
         body.seek(0)
-    tar.addfile(member, _Joined(head, body))
+    tar.addfile(member, _BytesThenFile(head, body))
 
 
-def _header(shape: tuple[int, ...], kind: type) -> bytes:
-    """Gives what a NumPy file starts with."""
+def _npy_header(shape: tuple[int, ...], kind: type) -> bytes:
+    """Gives the header of a `.npy` file."""
     head = io.BytesIO()
-    facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(head, facts)
+    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, fields)
     return head.getvalue()
 
 
-class _Joined(io.RawIOBase):
-    """Some bytes, and then a file."""
+class _BytesThenFile(io.RawIOBase):
+    """Reads some bytes first, and then a file."""
 
     def __init__(self, head: bytes, body: BinaryIO | None):
         self.head, self.body = io.BytesIO(head), body

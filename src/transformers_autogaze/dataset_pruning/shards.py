@@ -1,7 +1,7 @@
 """
-The folder that rows are written to: each as soon as it is known, many together in a shard when all of them are.
+The output folder of a dataset: each row is written to a file of its own at first, and complete shards are joined from these.
 
-A row that is there is whole and stays, whenever a run breaks off. This module knows nothing of videos and workers.
+Files take their names when they are complete, so that rows survive a run that is interrupted at any time.
 """
 
 import hashlib
@@ -17,14 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..output_files import check_folder, replacing
+from ..output_files import check_folder, lock_file, replacing
 from .samples import join_samples
 
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs from one folder.
-    fcntl = None
 
 _NUMBERS = pa.list_(pa.int32())
 ROWS = pa.schema(
@@ -51,25 +46,25 @@ ROWS = pa.schema(
         ("psnr", pa.float64()),
     ]
 )
-"""Columns of the rows; docs/scale.md says what they are."""
+"""Columns of the rows, which docs/scale.md describes."""
 _SETTINGS, _UNFINISHED, _LOCK = "settings.json", "unfinished", "lock"
 _VERSION = 1
-_WRITTEN = 2**25  # bytes of rows that are written together
+_ROW_GROUP_BYTES = 2**25  # about, in memory
 
 
 class PrunedFolder:
     """
-    A folder of rows, which one run at a time writes to.
+    An output folder, locked against other runs until the block ends.
 
-    It holds `shard-00000.parquet` and so on, with `shard-00000.tar` where kept patches are written, and `settings.json`. In
-    `unfinished/` lie the rows that wait for the others of their shard, a file each.
+    It contains `settings.json`, `shard-00000.parquet` and so on and, if kept patches are written, `shard-00000.tar` and so on.
+    Rows whose shard is not complete are in `unfinished/`, one file each.
 
     Args:
-        folder (`str` or `os.PathLike`): where; made if it is missing.
-        settings (`Mapping[str, Any]`): what the rows are made with. All rows of a folder are made alike.
+        folder (`str` or `os.PathLike`): the folder; made if it is missing.
+        settings (`Mapping[str, Any]`): the settings that all rows of the folder are made with.
 
     Attributes:
-        shards (`list[Path]`): the shards that are whole.
+        shards (`list[Path]`): the complete shards.
 
     Raises:
         ValueError: if the folder is a file, another run writes to it, or its rows were made with other settings.
@@ -83,9 +78,12 @@ class PrunedFolder:
         self.unfinished.mkdir(parents=True, exist_ok=True)
         self._lock = (self.unfinished / _LOCK).open("a")
         try:
-            self._lock_folder()
+            lock_file(
+                self._lock,
+                f"OUTPUT {str(self.folder)!r} is being written to by another process: wait for it, or give another folder",
+            )
             self._write_settings(dict(settings))
-            self._tidy()
+            self._remove_leftovers()
         except BaseException:
             self._lock.close()
             raise
@@ -101,20 +99,20 @@ class PrunedFolder:
         return find_shards(self.folder)
 
     def finished(self) -> set[str]:
-        """Gives what is in the shards, by the names of the videos."""
+        """Gives the names of the videos whose rows are in shards."""
         return {name for shard in self.shards for name in pq.read_table(shard, columns=["identity"])[0].to_pylist()}
 
     def waiting(self) -> set[str]:
-        """Gives the keys of the rows that wait for their shard; see [`key_of`]."""
+        """Gives the keys (see [`key_of`]) of the videos whose rows are not in a shard yet."""
         return {path.stem for path in self.unfinished.glob("*.parquet")}
 
     def free_numbers(self) -> Iterator[int]:
-        """Gives numbers that no shard has, the least first: a run that goes on gives each shard the number it would have had."""
+        """Gives numbers that no shard has, in ascending order, so that a resumed run numbers shards as one run would have."""
         taken = {int(path.stem.rpartition("-")[2]) for path in self.shards}
         return (number for number in count() if number not in taken)
 
-    def close(self) -> None:
-        """Removes what is of no use once every row is in a shard."""
+    def remove_unfinished(self) -> None:
+        """Removes `unfinished/` if every row is in a shard."""
         if not self.waiting():
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
@@ -127,8 +125,8 @@ class PrunedFolder:
                 )
             return
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            version, made_with = known["version"], known["settings"]
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            version, made_with = contents["version"], contents["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"OUTPUT: {str(path)!r} must be a file of an earlier run, but reading it gave {error}"
@@ -137,7 +135,7 @@ class PrunedFolder:
             raise ValueError(
                 f"OUTPUT: {str(path)!r} must be of version {_VERSION}, got {version}; give another folder"
             )
-        # What a run without a single row was made with binds nobody.
+        # A run that wrote no row leaves its settings behind; any others may follow.
         for name, value in settings.items() if self.shards or self.waiting() else ():
             if made_with.get(name) != value:
                 raise ValueError(
@@ -152,18 +150,8 @@ class PrunedFolder:
                     json.dumps({"version": _VERSION, "settings": settings}, indent=1), encoding="utf-8"
                 )
 
-    def _lock_folder(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"OUTPUT {str(self.folder)!r} is being written to by another process: wait for it, or give another folder"
-            ) from None
-
-    def _tidy(self) -> None:
-        """Removes what a run that broke off left behind: what was not whole, and rows that are in a shard."""
+    def _remove_leftovers(self) -> None:
+        """Removes what an interrupted run left behind: incomplete files, and files of rows that are in a shard."""
         for path in self.unfinished.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -173,11 +161,11 @@ class PrunedFolder:
             shutil.rmtree(path, ignore_errors=True)
         keys = {key_of(name) for name in self.finished()} if self.waiting() else ()
         for key in keys:
-            _remove_parts(self.unfinished, key)
+            _remove_files(self.unfinished, key)
 
 
 def key_of(identity: str) -> str:
-    """Gives a name for the files of a video, of letters and digits alone."""
+    """Gives the name that the files of a video start with: 32 hexadecimal digits."""
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -187,17 +175,17 @@ def find_shards(folder: str | os.PathLike) -> list[Path]:
 
 
 def tar_of(folder: Path, identity: str) -> Path:
-    """Gives the place of the kept patches of a video that wait for their shard; `folder` is the folder `unfinished`."""
+    """Gives the path of a video's kept patches before they are in a shard; `folder` is the folder `unfinished`."""
     return folder / f"{key_of(identity)}.tar"
 
 
 def write_row(folder: Path, row: Mapping[str, Any]) -> None:
     """
-    Writes a row that waits for its shard.
+    Writes a row to a file of its own, until its shard is complete.
 
     Args:
         folder (`Path`): the folder `unfinished`.
-        row (`Mapping[str, Any]`): the row; what is no column is left out.
+        row (`Mapping[str, Any]`): the row.
     """
     key = key_of(row["identity"])
     with replacing(folder / f"{key}.parquet") as unfinished:
@@ -206,7 +194,7 @@ def write_row(folder: Path, row: Mapping[str, Any]) -> None:
 
 def count_try(folder: Path, identity: str) -> int:
     """
-    Counts how often a video was begun in a run, that one which ends its process is not begun for ever.
+    Counts the attempts at a video in a run, so that a video that crashes its worker is not tried forever.
 
     Args:
         folder (`Path`): the folder `unfinished`.
@@ -223,12 +211,12 @@ def count_try(folder: Path, identity: str) -> int:
 
 def write_shard(folder: Path, number: int, identities: Sequence[str]) -> None:
     """
-    Makes a shard of rows that wait.
+    Joins rows, and kept patches if there are any, into a shard, and removes their files.
 
     Args:
-        folder (`Path`): the folder that the shards are in.
+        folder (`Path`): the output folder.
         number (`int`): the number of the shard.
-        identities (`Sequence[str]`): the videos whose rows it has, in order.
+        identities (`Sequence[str]`): names of the videos of the shard, in order.
     """
     keys, unfinished = [key_of(identity) for identity in identities], folder / _UNFINISHED
     tars = [path for identity in identities if (path := tar_of(unfinished, identity)).exists()]
@@ -239,21 +227,21 @@ def write_shard(folder: Path, number: int, identities: Sequence[str]) -> None:
         parts: list[pa.Table] = []
         for key in keys:
             parts.append(pq.read_table(unfinished / f"{key}.parquet", schema=ROWS))
-            if sum(part.nbytes for part in parts) > _WRITTEN:
+            if sum(part.nbytes for part in parts) > _ROW_GROUP_BYTES:
                 writer.write_table(pa.concat_tables(parts).combine_chunks())
                 parts = []
         if parts:
             writer.write_table(pa.concat_tables(parts).combine_chunks())
     for key in keys:
-        _remove_parts(unfinished, key)
+        _remove_files(unfinished, key)
 
 
 def read_rows(folder: str | os.PathLike, columns: Sequence[str] | None = None) -> pa.Table:
     """
-    Reads the rows of a folder, ordered by `identity`.
+    Reads the rows of an output folder, sorted by `identity`.
 
     Args:
-        folder (`str` or `os.PathLike`): what `autogaze prune-dataset` wrote.
+        folder (`str` or `os.PathLike`): a folder that `autogaze prune-dataset` wrote.
         columns (`Sequence[str]`, *optional*): the columns to read; all by default.
 
     Returns:
@@ -278,6 +266,6 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _remove_parts(folder: Path, key: str) -> None:
+def _remove_files(folder: Path, key: str) -> None:
     for suffix in (".parquet", ".tar", ".tries"):
         (folder / f"{key}{suffix}").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a dataset came to, in numbers and as a table."""
+"""Totals over the rows of a dataset, as numbers and as a table."""
 
 import re
 from collections import Counter
@@ -13,23 +13,23 @@ from .shards import find_shards
 
 
 _COLUMNS = ["error", "duration", "num_frames", "num_patches", "reduction_factor"]
-_SHOWN, _LONGEST = 5, 90  # reasons, and characters of each
+_MAX_REASONS, _MAX_CHARS = 5, 90  # reasons of errors, and characters of each, in the table
 
 
 @dataclass
 class DatasetSummary:
     """
-    All rows of a folder in numbers.
+    Totals over all rows of a folder.
 
     Args:
         folder (`Path`): the folder.
-        num_videos, num_failed (`int`): rows, and those of videos that could not be pruned.
-        num_frames, num_patches (`int`): frames gazed at, and patches kept of them.
-        num_dense (`float`): tokens of a dense encoder for these frames.
-        seconds_of_video (`float`): how long the videos are in all, as far as they tell.
-        errors (`Counter`): how often each reason was given, without names and numbers.
-        num_done (`int`): videos that this run did.
-        seconds (`float`): how long it took.
+        num_videos, num_failed (`int`): number of videos, and of those that could not be pruned.
+        num_frames, num_patches (`int`): number of frames taken, and of patches kept.
+        num_dense (`float`): number of tokens of a dense encoder for these frames.
+        seconds_of_video (`float`): total duration of the videos whose files have one.
+        errors (`Counter`): number of videos for each reason; names and numbers in reasons are replaced by `..`.
+        num_done (`int`): number of videos pruned in this run.
+        seconds (`float`): duration of this run.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class DatasetSummary:
 
     @classmethod
     def of(cls, folder: Path, num_done: int = 0, seconds: float = 0.0) -> "DatasetSummary":
-        """Sums up the shards of a folder, one after the other, and what the run that ends here did."""
+        """Adds up the shards of a folder; `num_done` and `seconds` are those of the run that ends."""
         summary = cls(folder, num_done=num_done, seconds=seconds)
         for shard in find_shards(folder):
             summary._add(pq.read_table(shard, columns=_COLUMNS))
@@ -76,6 +76,8 @@ class DatasetSummary:
             "written": str(self.folder),
         }
         lines = [f"{name:<16}{value}" for name, value in rows.items()]
-        for reason, number in self.errors.most_common(_SHOWN):
-            lines.append(f"{'errors':<16}{number} x {reason if len(reason) <= _LONGEST else f'{reason[:_LONGEST]}..'}")
+        for reason, number in self.errors.most_common(_MAX_REASONS):
+            lines.append(
+                f"{'errors':<16}{number} x {reason if len(reason) <= _MAX_CHARS else f'{reason[:_MAX_CHARS]}..'}"
+            )
         return "\n".join(lines)

@@ -35,20 +35,20 @@ def check_generation_options(
     Checks options of `generate` before any work.
 
     Args:
-        config (`GenerationConfig`, *optional*): the MLLM's own, used where `options` name none.
-        options (`dict[str, Any]`): what the caller asks for.
-        model_inputs (`Sequence[str]`): options that are inputs of the MLLM beside the video's.
+        config (`GenerationConfig`, *optional*): that of the MLLM, used if `options` has no `generation_config`.
+        options (`dict[str, Any]`): the caller's arguments of `generate`.
+        model_inputs (`Sequence[str]`): names of options that are further inputs of the MLLM, such as pictures.
 
     Raises:
         ValueError: if an option is not known to work on a pruned prompt.
     """
-    _, asked = _merge_options(config, options)
+    _, requested = _merge_options(config, options)
     defaults = GenerationConfig().to_dict()
-    for name, value in asked.items():
+    for name, value in requested.items():
         is_known = name in _KNOWN or name in _FUNCTIONS or name in model_inputs or name == "generation_config"
         is_known |= name in _NOTES or (name == "cache_implementation" and value == "dynamic")
         if not is_known and (name not in defaults or value != defaults[name]):
-            # A model or a tensor would fill the screen.
+            # The text of a model or a tensor would be too long for a message.
             shown = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
             raise ValueError(
                 f"`{name}` must not be given for a pruned prompt, got {shown}: it is not known to give the MLLM's own answer "
@@ -57,24 +57,21 @@ def check_generation_options(
 
 
 def _merge_options(config: GenerationConfig | None, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Gives the options that are set, and with them those of the configuration that counts."""
+    """Gives the options that are not `None`, and these together with those of the generation configuration in use."""
     options = {name: value for name, value in options.items() if value is not None}
     effective = options.get("generation_config", config)
     return options, {**({} if effective is None else effective.to_diff_dict()), **options}
 
 
 def fit_generation_options(
-    config: GenerationConfig | None,
-    options: dict[str, Any],
-    given: torch.Tensor,
-    length: int,
+    config: GenerationConfig | None, options: dict[str, Any], given: torch.Tensor, length: int
 ) -> dict[str, Any]:
     """
     Makes options of `generate` fit a pruned prompt; see [`check_generation_options`].
 
     Args:
-        config (`GenerationConfig`, *optional*): the MLLM's own, used where `options` name none.
-        options (`dict[str, Any]`): what the caller asks for.
+        config (`GenerationConfig`, *optional*): that of the MLLM, used if `options` has no `generation_config`.
+        options (`dict[str, Any]`): the caller's arguments of `generate`.
         given (`torch.LongTensor` of shape `(batch, length)`): the prompts as they were given.
         length (`int`): length of the prompts that the MLLM reads.
 
@@ -83,15 +80,15 @@ def fit_generation_options(
         see these.
 
     Raises:
-        ValueError: if no room is left for an answer.
+        ValueError: if `max_length` is not more than the length of the prompt.
     """
-    options, asked = _merge_options(config, options)
+    options, requested = _merge_options(config, options)
     defaults = GenerationConfig().to_dict()
     fitted = dict(options)
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        total = asked.get(name)
+        total = requested.get(name)
         fitted.pop(name, None)
-        if total is None or total == defaults.get(name) or asked.get(new) is not None:
+        if total is None or total == defaults.get(name) or requested.get(new) is not None:
             continue
         if name == "max_length" and total <= given.shape[1]:
             raise ValueError(f"`max_length` must be more than the prompt's {given.shape[1]} tokens, got {total}")

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from .mllm_adapters import MLLMAdapter
+from .mllm_adapters import LlavaAdapter, MLLMAdapter
 from .video_tokens import ORDERS, VideoClip, Videos, batch_clips, batch_streams, count_tokens, cut_clips
 from .vision import GazeVisionModel
 
@@ -138,7 +138,7 @@ def has_videos(
     token, pictures = adapter.placeholder_id, options.get("pixel_values") is not None and not adapter.has_picture_token
     if videos is None:
         shape = tuple(getattr(options.get("pixel_values"), "shape", ()))
-        if pictures and adapter.model_type in ("llava", "vipllava") and len(shape) != 4:
+        if pictures and isinstance(adapter, LlavaAdapter) and len(shape) != 4:
             raise ValueError(
                 "`pixel_values` must be pictures of shape (pictures, channels, height, width), got the shape "
                 f"{shape}; videos are `pixel_values_videos`"

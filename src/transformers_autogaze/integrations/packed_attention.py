@@ -346,11 +346,11 @@ def attend(
     Args:
         module (`nn.Module`): the layer that attends.
         query (`torch.FloatTensor` of shape `(1, heads, tokens, head_dim)`): queries of the sequence.
-        key, value (`torch.FloatTensor` of shape `(1, heads, keys, head_dim)`): what the plan's keys count.
+        key, value (`torch.FloatTensor` of shape `(1, heads, keys, head_dim)`): keys and values, in the order of the plan's keys.
         plan (`PackedAttention`): which tokens see which, on the same device.
-        implementation (`str`, *optional*, defaults to `"sdpa"`): what computes each piece.
-        scaling (`float`, *optional*): what scores are multiplied by; `head_dim**-0.5` by default.
-        dropout (`float`, *optional*, defaults to 0.0): share of weights to drop.
+        implementation (`str`, *optional*, defaults to `"sdpa"`): attention implementation, as transformers names it.
+        scaling (`float`, *optional*): factor of the attention scores; `head_dim**-0.5` by default.
+        dropout (`float`, *optional*, defaults to 0.0): dropout probability of the attention weights.
 
     Returns:
         `torch.FloatTensor` of shape `(1, tokens, heads, head_dim)`

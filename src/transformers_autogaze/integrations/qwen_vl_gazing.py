@@ -22,7 +22,8 @@ from .qwen_vl_units import unfold_units
 
 _CLIP_BUDGETS = ("clip_ratio", "tokens_per_clip")
 _PER_FRAME = ("gazing_ratio", "task_loss_requirement")
-_SETTINGS = (*_PER_FRAME, *_CLIP_BUDGETS)
+GAZE_SETTINGS = (*_PER_FRAME, *_CLIP_BUDGETS)
+"""Names of the settings that say how much to keep, as [`~GazeQwenVL.gaze`] takes them."""
 _SEARCHED = 2**22  # pixels of the frames that are gazed at together, where budgets and thresholds are those of a frame
 
 
@@ -108,7 +109,7 @@ class UnitGazer:
         options = {name: value for name, value in options.items() if value is not None}
         takes_units, kind = self.selector.takes_any_grid, type(self.selector).__name__
         for name, value in options.items():
-            if takes_units and name not in _SETTINGS:
+            if takes_units and name not in GAZE_SETTINGS:
                 raise ValueError(f"`{name}` must not be given to {kind}, which gazes at merge units, got {value!r}")
             if not takes_units and name in _CLIP_BUDGETS:
                 raise ValueError(

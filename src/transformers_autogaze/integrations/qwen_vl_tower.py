@@ -24,14 +24,14 @@ UNIT_ATTENTION_CHOICES = ("canvas", "frame")
 
 class UnitPlan(NamedTuple):
     """
-    How a tower runs on some merge units: in which order, where their patches lie, and which of them see which.
+    How a tower runs on the kept merge units: the order of units in its sequence, the positions of patches, and the attention.
 
     Args:
         order (`torch.LongTensor` of shape `(kept,)`):
-            For each place in the sequence of the tower the kept unit that is there, counted in the order of tokens.
-        video (`torch.LongTensor` of shape `(patches,)`): the row of `grid_thw` that a patch of the sequence belongs to.
-        rows, cols (`torch.LongTensor` of shape `(patches,)`): where in its frame, counted in patches.
-        frames, windows ([`PackedAttention`]): which patches see which, in layers of full attention and in others.
+            The kept units in the order of the tower's sequence, each as its index among the kept units in the order of tokens.
+        video (`torch.LongTensor` of shape `(patches,)`): for each patch of the sequence, the row of `grid_thw` of its video.
+        rows, cols (`torch.LongTensor` of shape `(patches,)`): row and column of each patch in its frame, counted in patches.
+        frames, windows ([`PackedAttention`]): which patches attend to which, in layers of full and of window attention.
     """
 
     order: torch.Tensor
@@ -46,16 +46,16 @@ class UnitPlan(NamedTuple):
         return UnitPlan(*(part.to(device) for part in self))
 
     def sort(self, patches: torch.Tensor) -> torch.Tensor:
-        """Puts patches `(patches, ..)` of the kept units, which lie in the order of tokens, into the tower's."""
+        """Sorts the patches `(patches, ..)` of the kept units from the order of tokens into that of the tower's sequence."""
         order = self.order.to(patches.device)
         return patches.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
     def restore(self, features: torch.Tensor) -> torch.Tensor:
-        """Puts what a tower gives for its units, `(kept, ..)`, into the order of tokens."""
+        """Sorts the tower's outputs `(kept, ..)` back into the order of tokens."""
         return features[torch.argsort(self.order).to(features.device)]
 
     def attention(self, tower: nn.Module, layer: int) -> PackedAttention:
-        """Gives the plan of a layer."""
+        """Gives the attention of a layer."""
         return self.frames if layer in getattr(tower, "fullatt_block_indexes", (layer,)) else self.windows
 
 
@@ -65,8 +65,8 @@ def plan_units(tower: nn.Module, grid_thw: torch.Tensor, is_kept: torch.Tensor, 
 
     Args:
         tower (`nn.Module`):
-            What has a `spatial_merge_size` and, if layers attend in windows, `window_size`, `patch_size` and
-            `fullatt_block_indexes`: a tower of transformers, or of an engine that names these alike.
+            A tower of transformers, or of an engine, with the attribute `spatial_merge_size` and, if it has window attention,
+            `window_size`, `patch_size` and `fullatt_block_indexes`.
         grid_thw, is_kept, attention: as in [`encode_units`].
 
     Returns:
@@ -215,13 +215,13 @@ def learned_positions(
     plan: UnitPlan, grid_thw: torch.Tensor, positions_of: Callable[[int, int], torch.Tensor]
 ) -> torch.Tensor:
     """
-    Gathers the learned positions of a plan's patches.
+    Gathers the learned position embeddings of a plan's patches.
 
     Args:
-        plan ([`UnitPlan`]): where patches lie.
+        plan ([`UnitPlan`]): the plan.
         grid_thw (`torch.LongTensor` of shape `(videos, 3)`): as in [`encode_units`].
         positions_of (`Callable[[int, int], torch.Tensor]`):
-            Gives the tower's positions `(rows, cols, hidden_size)` for frames of so many rows and columns of patches.
+            Gives the position embeddings `(rows, cols, hidden_size)` of a frame from its rows and columns of patches.
 
     Returns:
         `torch.FloatTensor` of shape `(patches, hidden_size)`
@@ -236,7 +236,7 @@ def learned_positions(
 
 
 def _resize_positions(table: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Resizes a square table of positions `(places, hidden_size)` to frames of so many patches."""
+    """Resizes a square table of position embeddings, `(places, hidden_size)`, to `(rows, cols, hidden_size)`."""
     side = math.isqrt(len(table))
     table = table.view(1, side, side, -1).permute(0, 3, 1, 2)
     return F.interpolate(table, (rows, cols), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)

@@ -54,7 +54,7 @@ _DELEGATED = frozenset(
     )
 )
 
-# By the decorators of `forward`, under an older name, and by PEFT.
+# Arguments that no signature names: of the decorators of `forward`, an older name, and of PEFT.
 _ALWAYS_TAKEN = ("return_dict", "past_key_values", "adapter_names")
 
 
@@ -125,7 +125,7 @@ class ModelWrapper(PushToHubMixin, nn.Module):
         return model.dtype if hasattr(model, "dtype") else next(model.parameters()).dtype
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
-        """Checks further arguments of `forward`: a model of the library takes what it does not know in silence."""
+        """Checks further arguments of `forward`, as models of transformers silently ignore unknown ones."""
         model = without_peft(self.wrapped)
         functions = (self.forward, model.forward, model.get_decoder().forward, model.loss_function)
         others = (*TransformersKwargs.__annotations__, *_ALWAYS_TAKEN)
@@ -252,7 +252,7 @@ def load_gazing_parts(
     processor: Any,
     gaze_processor: Any,
 ) -> dict[str, Any]:
-    """Gives `gaze_model`, `processor` and `gaze_processor`: those given, or else those that were saved, and the settings."""
+    """Gives `gaze_model`, `processor` and `gaze_processor`: those given, or else the saved ones; and the saved settings."""
     facts = facts or {}
     if gaze_model is None and facts.get("has_gaze_model"):
         gaze_model = AutoModel.from_pretrained(_fetch(name, _SELECTOR, kwargs))

@@ -1,7 +1,7 @@
 """
-Gazed videos as embeddings for a LLaVA-OneVision in vLLM, which reads any number of them in the place of a picture.
+Encodes gazed videos as embeddings for vLLM's LLaVA-OneVision, which accepts any number of tokens for a picture.
 
-Gazing, the tower and the projector run here; vLLM runs the language model. This module imports nothing of vLLM.
+Selector, tower and projector run here, the language model in vLLM. This module does not import vLLM.
 """
 
 import base64
@@ -21,22 +21,22 @@ from ..integrations.video_tokens import Videos
 @dataclass(frozen=True)
 class VideoEmbeddings:
     """
-    What vLLM takes for videos.
+    Embeddings of videos in the forms that vLLM takes.
 
     Args:
-        embeddings (`list[torch.FloatTensor]` of shape `(tokens, hidden_size)`): what the language model reads of each.
+        embeddings (`list[torch.FloatTensor]`): inputs of the language model for each video, of shape `(tokens, hidden_size)`.
     """
 
     embeddings: list[torch.Tensor]
 
     @property
     def multi_modal_data(self) -> dict[str, list[torch.Tensor]]:
-        """What `LLM.generate` takes under this name; the prompt has an `<image>` for each video."""
+        """The `multi_modal_data` of a request to `LLM.generate`, whose prompt has one `<image>` per video."""
         return {"image": self.embeddings}
 
     @property
     def content(self) -> list[dict[str, str]]:
-        """Parts of a chat message, one per video, that a server started with `--enable-mm-embeds` takes."""
+        """Parts of a chat message, one per video, for a server that was started with `--enable-mm-embeds`."""
         return [{"type": "image_embeds", "image_embeds": _to_text(part)} for part in self.embeddings]
 
 
@@ -48,15 +48,15 @@ def embed_for_vllm(
     **settings: Any,
 ) -> VideoEmbeddings:
     """
-    Makes of videos what vLLM's LLaVA-OneVision reads in their places.
+    Encodes videos as embeddings that vLLM's LLaVA-OneVision takes as pictures.
 
-    vLLM must be started with `enable_mm_embeds` (`--enable-mm-embeds`), and prompts name each video by `<image>`. Its answers
-    are then those of `model.generate` with the video where `<image>` is.
+    vLLM must be started with `enable_mm_embeds` (`--enable-mm-embeds`), and prompts have an `<image>` for each video. Answers
+    are then those of `model.generate` for the prompt with `<video>` in its place.
 
     Args:
         model ([`GazeVideoLM`]): a `LlavaOnevisionForConditionalGeneration` with the weights that vLLM serves.
         pixel_values_videos, gaze: as in [`~GazeVideoLM.prepare_inputs`].
-        settings: arguments of [`~GazeVideoLM.gaze`], such as `gazing_ratio`; only where no gaze is given.
+        settings: arguments of [`~GazeVideoLM.gaze`], such as `gazing_ratio`; only if no gaze is given.
 
     Returns:
         [`VideoEmbeddings`], on the CPU.
@@ -90,7 +90,7 @@ def embed_for_vllm(
     kind = model.adapter.model_type
     if kind != "llava_onevision":
         raise ValueError(
-            f"`model` must be of a LLaVA-OneVision, whose embeddings vLLM takes in any number, got {kind}"
+            f"`model` must wrap a LLaVA-OneVision, for which vLLM takes embeddings of any number of tokens, got {kind}"
         )
     if gaze is not None and settings:
         raise ValueError(f"`gaze` and settings must not be given together, got also {', '.join(settings)}")
@@ -99,7 +99,7 @@ def embed_for_vllm(
 
 
 def _to_text(embeddings: torch.Tensor) -> str:
-    """Writes embeddings as vLLM reads them in a request: a `.npy` file, which knows no bfloat16, in base64."""
+    """Encodes embeddings as vLLM reads them in a request: a `.npy` file, which has no bfloat16, in base64."""
     file = io.BytesIO()
     np.save(file, embeddings.float().numpy(), allow_pickle=False)
     return base64.b64encode(file.getvalue()).decode()

@@ -1,7 +1,7 @@
 """
-What a request to an engine says about gazing, read from the arguments of its multimodal processor.
+Reads and checks the gazing arguments of a request to an inference engine, and loads the selectors that they name.
 
-This module knows no engine.
+This module imports no engine.
 """
 
 import json
@@ -12,29 +12,28 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from ..checkpoints import SHIPPED_SELECTORS, load_selector
+from ..integrations.qwen_vl_gazing import GAZE_SETTINGS
 from ..selection_autogaze import GazeSelector
 from ..token_budgets_autogaze import budget_each_frame, read_token_budget, threshold_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
-GAZE_SETTINGS = ("gazing_ratio", "task_loss_requirement", "clip_ratio", "tokens_per_clip")
-"""How much to keep, as [`~GazeQwenVL.gaze`] takes it; a video is gazed at where one of them is given."""
 GAZE_ARGUMENTS = ("gaze_model", *GAZE_SETTINGS)
-"""These, and the selector that chooses."""
+"""The arguments of a request about gazing: the selector, and how much to keep. Videos are gazed at if one of the latter is given."""
 DEFAULT_GAZE_MODEL = "features"
-_PACKED = [name for name, place in SHIPPED_SELECTORS.items() if isinstance(place, Path)]
-_MANY_FRAMES = 2**20
+_INCLUDED = [name for name, place in SHIPPED_SELECTORS.items() if isinstance(place, Path)]
+_ASSUMED_FRAMES = 2**20  # a setting is checked as for a video of so many frames, before the video is decoded
 
 _loading = Lock()
 
 
 class GazeSettings(NamedTuple):
     """
-    What to gaze at videos with.
+    The selector and the settings that the videos of a request are gazed at with.
 
     Args:
         gaze_model (`str`): name of the selector.
-        options (`dict`): the settings that are given, of [`GAZE_SETTINGS`].
+        options (`dict`): those of the settings `GAZE_SETTINGS` that are given.
     """
 
     gaze_model: str
@@ -43,20 +42,20 @@ class GazeSettings(NamedTuple):
 
 def read_settings(configured: Mapping[str, Any], requested: Mapping[str, Any]) -> GazeSettings | None:
     """
-    Reads the settings of a request.
+    Reads the gazing arguments of a request.
 
-    A request's arguments go before those of the server, one by one; `None` takes one of the server's back.
+    Each argument of the request overrides the same argument of the server; `None` unsets it.
 
     Args:
-        configured (`Mapping`): the server's `mm_processor_kwargs`; others than those of gazing are passed over.
-        requested (`Mapping`): the request's.
+        configured (`Mapping`): the `mm_processor_kwargs` of the server; all but `GAZE_ARGUMENTS` are ignored.
+        requested (`Mapping`): the `mm_processor_kwargs` of the request.
 
     Returns:
-        [`GazeSettings`], or `None` where the videos are to be seen whole.
+        [`GazeSettings`], or `None` if nothing is to be dropped from the videos.
 
     Raises:
-        ValueError: if a setting is out of range, two budgets are given at once, or the request names a selector that it
-            may not have loaded or without saying how much to keep.
+        ValueError: if a setting is out of range, two budgets are given, or the request gives a `gaze_model` that clients may
+            not choose, or one without a setting.
 
     Example:
 
@@ -74,8 +73,8 @@ def read_settings(configured: Mapping[str, Any], requested: Mapping[str, Any]) -
     options = {name: given[name] for name in GAZE_SETTINGS if given[name] is not None}
     name = DEFAULT_GAZE_MODEL if given["gaze_model"] is None else given["gaze_model"]
     if requested.get("gaze_model") is not None:
-        # A folder or repository that clients name is not to be loaded into the server.
-        known = list(_PACKED)
+        # Clients must not make the server load a folder or repository of their choice.
+        known = list(_INCLUDED)
         if configured.get("gaze_model") not in (None, *known):
             known.append(configured["gaze_model"])
         if name not in known:
@@ -97,13 +96,13 @@ def read_settings(configured: Mapping[str, Any], requested: Mapping[str, Any]) -
 
 def load_gaze_model(name: str) -> tuple[GazeSelector, AutoGazeVideoProcessor]:
     """
-    Loads a selector, once in a process.
+    Loads a selector; a second call with the same name returns the same selector.
 
     Args:
         name (`str`): a folder, a repository of the Hub, or a name of `SHIPPED_SELECTORS`.
 
     Returns:
-        `tuple` of the selector on the CPU and what preprocesses its frames.
+        `tuple` of the selector, on the CPU, and its video processor.
 
     Raises:
         ValueError: if there is no such selector.
@@ -119,13 +118,13 @@ def _load(name: str) -> tuple[GazeSelector, AutoGazeVideoProcessor]:
 
 
 def _check(options: dict[str, Any], selector: GazeSelector) -> None:
-    """Checks settings as far as can be before a video is there."""
+    """Checks settings as far as possible without a video."""
     for name, value in options.items():
         if isinstance(value, str):
             raise ValueError(f"`{name}` must be a number, got {json.dumps(value)}")
     ratio, threshold = options.get("gazing_ratio"), options.get("task_loss_requirement")
     budget = read_token_budget(
-        selector.config.grid, _MANY_FRAMES, ratio, options.get("clip_ratio"), options.get("tokens_per_clip")
+        selector.config.grid, _ASSUMED_FRAMES, ratio, options.get("clip_ratio"), options.get("tokens_per_clip")
     )
     selector.check_token_budget(budget)
     if ratio is not None:

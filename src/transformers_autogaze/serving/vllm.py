@@ -1,7 +1,7 @@
 """
-The plug-in for vLLM: Qwen2.5-VL and Qwen3-VL whose towers see the gazed merge units of videos only.
+The plug-in for vLLM: Qwen2.5-VL and Qwen3-VL that encode only the kept merge units of videos.
 
-vLLM calls [`register`] in each of its processes. This module imports nothing of vLLM before.
+vLLM calls [`register`] in each of its processes. Importing this module does not import vLLM.
 """
 
 _MODELS = {
@@ -13,11 +13,11 @@ _MODELS = {
 
 def register() -> None:
     """
-    Puts the models that can gaze in the places of vLLM's own; called by vLLM, any number of times.
+    Registers subclasses of vLLM's models under the models' own names; vLLM may call it any number of times.
 
-    They are vLLM's own until a request, or the engine's `mm_processor_kwargs`, says how much to keep of videos: then a
-    selector gazes at the frames in vLLM's processor, and the tower and the language model get the kept merge units alone.
-    Other models refuse such a request. LLaVA-OneVision takes embeddings of gazed videos, see [`embed_for_vllm`].
+    They behave as vLLM's own models unless a request, or the `mm_processor_kwargs` of the engine, says how much to keep of
+    videos: then a selector gazes at the frames in vLLM's processor, and the tower and the language model get only the kept merge
+    units. Other models refuse such a request. LLaVA-OneVision takes embeddings of gazed videos, see [`embed_for_vllm`].
     """
     from vllm import ModelRegistry
 

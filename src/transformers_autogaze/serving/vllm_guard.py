@@ -1,4 +1,4 @@
-"""Sees to it that models of vLLM that cannot gaze refuse to be asked for it, where they would see whole videos without a word."""
+"""Makes vLLM's other models refuse the arguments of gazing, which they would silently ignore."""
 
 from functools import wraps
 from typing import Any
@@ -9,7 +9,7 @@ from .settings import GAZE_ARGUMENTS
 
 
 def refuse_elsewhere() -> None:
-    """Lets every processor of vLLM that has no `can_gaze` refuse the arguments of gazing; any number of times."""
+    """Patches vLLM's base processor so that processors without `can_gaze` refuse the arguments of gazing; once per process."""
     apply = BaseMultiModalProcessor.apply
     if hasattr(apply, "refuses_gaze"):
         return

@@ -1,4 +1,4 @@
-"""vLLM's LLaVA-OneVision with embeddings of any number of tokens beside each other in a batch."""
+"""vLLM's LLaVA-OneVision, with batches of embeddings of different numbers of tokens."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditio
 
 
 class GazeLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditionalGeneration):
-    """vLLM's LLaVA-OneVision; its own takes embeddings in a batch only where all have as many tokens, and dies of others."""
+    """vLLM's LLaVA-OneVision, whose base class fails on a batch of embeddings of different numbers of tokens."""
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.keys() == {"image_embeds"}:

@@ -1,4 +1,4 @@
-"""vLLM's Qwen2.5-VL and Qwen3-VL with towers that compute the kept merge units of gazed videos only."""
+"""vLLM's Qwen2.5-VL and Qwen3-VL, whose towers encode only the kept merge units of gazed videos."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from .vllm_tower import encode_kept_units
 
 
 class _GazeModel:
-    """Encodes gazed videos, and counts the positions of what is left of them; first among the bases."""
+    """Encodes the kept units of gazed videos and gives them their M-RoPE positions; to be the first base class."""
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         is_kept = kwargs.pop(KEPT, None)
@@ -37,7 +37,7 @@ class _GazeModel:
         features: list[Any] = [None] * len(kept)
         for number, feature in self._embed_gazed(patches, grids, kept, (~is_whole).nonzero().flatten().tolist()):
             features[number] = feature
-        # Videos of other requests in the same batch, which are not gazed at, are as they would be without these.
+        # Videos of which everything is kept go through vLLM's own code, also in a batch with gazed ones.
         if whole := is_whole.nonzero().flatten().tolist():
             pixels = torch.cat([patches[number] for number in whole])
             found = super().embed_multimodal(pixel_values_videos=pixels, video_grid_thw=grids[whole])
@@ -52,7 +52,7 @@ class _GazeModel:
         kept: tuple[torch.Tensor, ...],
         numbers: list[int],
     ) -> Any:
-        """Encodes some of the videos of a batch; gives number and features of each."""
+        """Encodes the videos of these numbers; gives pairs of a number and the features of the video."""
         parts = [kept[number] for number in numbers]
         pixels = torch.cat([patches[number] for number in numbers])
         features = encode_kept_units(self.visual, pixels, grids[numbers], torch.cat(parts))
@@ -61,31 +61,31 @@ class _GazeModel:
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        # As vLLM counts them in the whole prompt, of which those of dropped units are then left out.
+        # vLLM counts the positions in the prompt with all units; those of dropped units are then left out.
         tokens, is_left, features, copied = [], [], [], 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             position = feature.mm_position
-            words = input_tokens[copied : position.offset]
-            tokens, is_left = tokens + words, is_left + [True] * len(words)
+            text = input_tokens[copied : position.offset]
+            tokens, is_left = tokens + text, is_left + [True] * len(text)
             copied = position.offset + position.length
-            placeholder, is_there = self._restore(input_tokens[position.offset : copied], feature)
+            placeholder, is_left_here = self._restore(input_tokens[position.offset : copied], feature)
             moved = replace(position, offset=len(tokens), length=len(placeholder), is_embed=None)
             features.append(replace(feature, mm_position=moved))
-            tokens, is_left = tokens + placeholder, is_left + is_there
-        words = input_tokens[copied:]
-        tokens, is_left = tokens + words, is_left + [True] * len(words)
+            tokens, is_left = tokens + placeholder, is_left + is_left_here
+        text = input_tokens[copied:]
+        tokens, is_left = tokens + text, is_left + [True] * len(text)
         if all(is_left):
             return super().get_mrope_input_positions(input_tokens, mm_features)
         positions, delta = super().get_mrope_input_positions(tokens, features)
         return positions[:, torch.tensor(is_left)], delta + len(tokens) - len(input_tokens)
 
     def _restore(self, placeholder: list[int], feature: MultiModalFeatureSpec) -> tuple[list[int], list[bool]]:
-        """Puts dropped units back into what the prompt has for a video; gives its tokens and which of them are left."""
+        """Adds the dropped units to the placeholder of a video; gives its tokens, and whether each is in the prompt."""
         if feature.data is None or KEPT not in feature.data:
             return placeholder, [True] * len(placeholder)
         is_kept = feature.data[KEPT].data
         video_token, start_token = self.config.video_token_id, self.config.vision_start_token_id
-        if start_token not in placeholder:  # Qwen2.5-VL: one row of units
+        if start_token not in placeholder:  # Qwen2.5-VL: nothing but units
             return [video_token] * len(is_kept), is_kept.tolist()
         frames = iter(is_kept.view(int(feature.data["video_grid_thw"].data[0]), -1).tolist())
         tokens, is_left = [], []
@@ -100,7 +100,7 @@ class _GazeModel:
         return tokens, is_left
 
     def get_encoder_cudagraph_config(self) -> Any:
-        # A graph has as many units as the whole video.
+        # A CUDA graph is captured with all units of a video.
         config = super().get_encoder_cudagraph_config()
         return replace(config, modalities=[modality for modality in config.modalities if modality != "video"])
 
@@ -109,11 +109,11 @@ class _GazeModel:
     GazeQwen2_5_VLMultiModalProcessor, info=GazeQwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
 class GazeQwen2_5_VLForConditionalGeneration(_GazeModel, Qwen2_5_VLForConditionalGeneration):
-    """vLLM's Qwen2.5-VL, which sees the kept merge units of gazed videos only."""
+    """vLLM's Qwen2.5-VL, which sees only the kept merge units of gazed videos."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     GazeQwen3VLMultiModalProcessor, info=GazeQwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
 class GazeQwen3VLForConditionalGeneration(_GazeModel, Qwen3VLForConditionalGeneration):
-    """vLLM's Qwen3-VL, which sees the kept merge units of gazed videos only."""
+    """vLLM's Qwen3-VL, which sees only the kept merge units of gazed videos."""

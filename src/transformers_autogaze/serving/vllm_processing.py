@@ -1,8 +1,8 @@
 """
-vLLM's processors of Qwen2.5-VL and Qwen3-VL, with a selector that gazes at the frames they have made patches of.
+vLLM's processors of Qwen2.5-VL and Qwen3-VL, with a selector that gazes at the frames after preprocessing.
 
-What is kept goes along with the video as a field, and the prompt gets a placeholder for each kept merge unit. Running the
-tower and counting positions is `vllm_models`' matter.
+The processor's outputs have one more field, the mask of kept merge units (`KEPT`); pixels and placeholders of the other units
+are removed. `vllm_models` encodes the kept units and computes their positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,58 +29,58 @@ from .settings import GAZE_ARGUMENTS, GAZE_SETTINGS, GazeSettings, load_gaze_mod
 
 
 KEPT = "gaze_is_kept"
-"""The field that says of each merge unit of a video, in the order of tokens, whether it is kept."""
+"""Name of the field with the mask of kept merge units of a video, in the order of tokens."""
 _NORMALIZATION = ("image_mean", "image_std", "rescale_factor", "do_normalize", "do_rescale", "offset")
 
 
 class GazeProcessingContext(InputProcessingContext):
-    """Arguments of processors, those of gazing apart, which transformers' processors do not know."""
+    """Separates the arguments of gazing from those that transformers' processors take."""
 
     def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **options: Any) -> dict[str, Any]:
         merged = super().get_merged_mm_kwargs(kwargs, **options)
         return {name: value for name, value in merged.items() if name not in GAZE_ARGUMENTS}
 
     def read_gaze(self, kwargs: Mapping[str, object]) -> GazeSettings | None:
-        """Reads what a request says about gazing; see [`read_settings`]."""
+        """Reads the gazing arguments of a request; see [`read_settings`]."""
         config = self.get_mm_config()
         settings = read_settings(config.mm_processor_kwargs or {}, kwargs)
         if settings is not None and config.is_multimodal_pruning_enabled():
             raise ValueError(
                 f"{', '.join(f'`{name}`' for name in settings.options)} must not be given where vLLM itself prunes "
-                f"videos, got a video pruning rate of {config.video_pruning_rate}"
+                f"videos, got `video_pruning_rate` {config.video_pruning_rate}"
             )
         return settings
 
 
 class _GazeInfo:
-    """Gives a processor the context above; first among the bases."""
+    """Replaces the context of a processor by [`GazeProcessingContext`]; to be the first base class."""
 
     def __init__(self, ctx: InputProcessingContext):
         super().__init__(GazeProcessingContext(ctx.model_config, ctx.tokenizer))
 
 
 class GazeQwen2_5_VLProcessingInfo(_GazeInfo, Qwen2_5_VLProcessingInfo):
-    """What vLLM knows of Qwen2.5-VL's processor."""
+    """vLLM's information about the processor of Qwen2.5-VL."""
 
 
 class GazeQwen3VLProcessingInfo(_GazeInfo, Qwen3VLProcessingInfo):
-    """What vLLM knows of Qwen3-VL's processor."""
+    """vLLM's information about the processor of Qwen3-VL."""
 
 
 class _GazeProcessor:
-    """Gazes after the processor of vLLM has run; first among the bases."""
+    """Gazes after vLLM's own preprocessing; to be the first base class."""
 
     can_gaze = True
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        # vLLM finds out with these how much memory it needs: for a whole video.
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        self.info.ctx.read_gaze({})  # so that an engine of wrong settings does not start
+        self.info.ctx.read_gaze({})  # Wrong settings of the engine raise here, before it starts.
+        # vLLM measures with these inputs how much memory it needs, which must be enough for whole videos.
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, **dict.fromkeys(GAZE_SETTINGS)}
         return inputs
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        self.info.ctx.read_gaze(inputs.hf_processor_mm_kwargs)  # so that wrong settings cost no work
+        self.info.ctx.read_gaze(inputs.hf_processor_mm_kwargs)  # Wrong settings raise here, before any preprocessing.
         return super().apply(inputs, timing_ctx)
 
     def _postprocess_hf_mm_data(
@@ -112,7 +112,7 @@ class _GazeProcessor:
         settings: GazeSettings,
         hf_processor_mm_kwargs: Mapping[str, object],
     ) -> list[torch.Tensor]:
-        """Gazes at videos; says of every unit whether it is kept, video by video."""
+        """Gazes at videos; gives the mask of kept merge units of each."""
         for number, frames in enumerate(grids[:, 0].tolist()):
             if not frames:
                 raise ValueError(f"video {number} must have frames to gaze at, got none")
@@ -131,7 +131,7 @@ class _GazeProcessor:
         return kept
 
     def _normalization(self, hf_processor_mm_kwargs: Mapping[str, object]) -> SimpleNamespace:
-        """Says how the frames were normalised: as the processor does, or as this request wants it."""
+        """Gives the normalization of the frames: that of the processor, with the arguments of the request."""
         part = normalizing_part(self.info.get_hf_processor(**hf_processor_mm_kwargs))
         values = {name: getattr(part, name) for name in _NORMALIZATION if hasattr(part, name)}
         given = self.info._merge_and_resolve_mm_processor_kwargs(hf_processor_mm_kwargs)
@@ -161,7 +161,7 @@ class _GazeProcessor:
         ]
 
     def _without_dropped(self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems) -> PromptReplacement:
-        """Takes the placeholders of dropped units out of what is written for a video."""
+        """Removes the placeholder tokens of dropped units from the replacement of a video."""
         video_token = self.info.get_hf_config().video_token_id
 
         def replacement(item_idx: int) -> Any:
@@ -178,8 +178,8 @@ class _GazeProcessor:
 
 
 class GazeQwen2_5_VLMultiModalProcessor(_GazeProcessor, Qwen2_5_VLMultiModalProcessor):
-    """vLLM's processor of Qwen2.5-VL, which gazes where it is asked to."""
+    """vLLM's processor of Qwen2.5-VL, which gazes at videos if a request says how much to keep."""
 
 
 class GazeQwen3VLMultiModalProcessor(_GazeProcessor, Qwen3VLMultiModalProcessor):
-    """vLLM's processor of Qwen3-VL, which gazes where it is asked to."""
+    """vLLM's processor of Qwen3-VL, which gazes at videos if a request says how much to keep."""

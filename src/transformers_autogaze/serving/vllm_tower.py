@@ -1,11 +1,13 @@
 """
-vLLM's towers of Qwen2.5-VL and Qwen3-VL on some of their merge units.
+Runs vLLM's vision towers of Qwen2.5-VL and Qwen3-VL on the kept merge units alone.
 
-This module knows the layers of these towers; where units lie and who sees whom is planned as for those of transformers.
+This module calls the layers of these towers. Positions and attention are planned by [`plan_units`], as for the towers of
+transformers.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ def encode_kept_units(
     tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor, is_kept: torch.Tensor
 ) -> torch.Tensor:
     """
-    Runs the tower on the kept merge units alone, as [`encode_units`] does with attention to the canvas.
+    Runs the tower on the kept merge units alone, as [`encode_units`] does with `attention="canvas"`.
 
     Args:
         tower (`nn.Module`): a `Qwen2_5_VisionTransformer` or a `Qwen3_VisionTransformer` of vLLM.
@@ -29,13 +31,14 @@ def encode_kept_units(
         is_kept (`torch.BoolTensor` of shape `(units,)`): which of all units are kept, at least one.
 
     Returns:
-        `torch.FloatTensor` of shape `(kept, out_hidden_size)`: what the tower itself gives for a unit, deepstack included.
+        `torch.FloatTensor` of shape `(kept, features)`: the outputs of the tower for these units, as many features as vLLM's own
+        tower gives: `out_hidden_size`, and as many more for each deepstack layer of Qwen3-VL.
     """
     device = tower.device
     plan = plan_units(tower, grid_thw, is_kept, "canvas").to(device)
     hidden_states = tower.patch_embed(tower.input_norm(plan.sort(pixel_values.to(device)), tower.dtype))
     if hasattr(tower, "pos_embed"):
-        hidden_states = hidden_states + learned_positions(plan, grid_thw, lambda *size: _frame_positions(tower, *size))
+        hidden_states = hidden_states + learned_positions(plan, grid_thw, partial(_frame_positions, tower))
     places = torch.stack([plan.rows, plan.cols], dim=-1)
     cos, sin = (table[places].flatten(1) for table in tower.rotary_pos_emb.get_cos_sin(int(grid_thw[:, 1:].max())))
     hidden_states = hidden_states.unsqueeze(1)
@@ -43,7 +46,7 @@ def encode_kept_units(
     deepstack = []
     for number, block in enumerate(tower.blocks):
         with _attending(block.attn.attn, plan.attention(tower, number)):
-            # Past `__call__`, which may have compiled the block with the attention of whole frames in it.
+            # Not through `__call__`, which may be compiled with the attention of whole frames.
             hidden_states = block.forward(
                 hidden_states,
                 cu_seqlens=None,
@@ -62,7 +65,7 @@ def encode_kept_units(
 
 @contextmanager
 def _attending(attention: nn.Module, plan: PackedAttention) -> Iterator[None]:
-    """Lets the attention of a layer, between its projections, follow a plan."""
+    """Replaces the attention of a layer, between its projections, by that of a plan."""
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> torch.Tensor:
         return attend(attention, *(part.transpose(1, 2) for part in (query, key, value)), plan)

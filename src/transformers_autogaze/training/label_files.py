@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..grid_autogaze import GazeGrid
-from ..output_files import replacing
+from ..output_files import lock_file, replacing
 
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs from one file.
-    fcntl = None
 
 _SETTINGS, _SIZE = "settings", "file_size"
 
@@ -218,7 +213,11 @@ class UnfinishedLabels:
         self.done: dict[str, ClipLabels] = {}
         """Labels by the names of the videos."""
         try:
-            self._lock(output)
+            lock_file(
+                self.file,
+                f"`output` {str(output)!r} is being labelled by another process: wait for it, give another file, or "
+                "label in shards",
+            )
             self._read(settings)
         except BaseException:
             self.file.close()
@@ -241,17 +240,6 @@ class UnfinishedLabels:
     def remove(self) -> None:
         """Removes the file, when the output is whole."""
         self.path.unlink(missing_ok=True)
-
-    def _lock(self, output: Path) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"`output` {str(output)!r} is being labelled by another process: wait for it, give another file, or "
-                "label in shards"
-            ) from None
 
     def _read(self, settings: Mapping[str, Any]) -> None:
         """Reads what was done; a last line that was cut off does not count and is removed."""
