@@ -166,6 +166,19 @@ def test_an_overlay_of_frames_runs_at_the_rate_that_is_given(selector, frames, t
     assert read_video(tmp_path / "overlay.mp4")[1].fps == 5
 
 
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({}, {"gazing_ratio": 0.75, "task_loss_requirement": 0.7}),
+        ({"gazing_ratio": 0.5, "task_loss_requirement": 0.3}, {"gazing_ratio": 0.5, "task_loss_requirement": 0.3}),
+        ({"gazing_ratio": 0.5, "clip_ratio": 0.2}, {"clip_ratio": 0.2}),
+    ],
+)
+def test_without_settings_those_of_the_configuration_hold(frames, config, settings):
+    selector = GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, **config))
+    assert prune_video(frames, selector).settings == settings
+
+
 def test_an_opened_video_brings_its_own_frames(selector, path):
     with pytest.raises(ValueError, match="`num_frames` and `fps` must be those of the OpenedVideo"):
         prune_video(OpenedVideo(path), selector, num_frames=3)
