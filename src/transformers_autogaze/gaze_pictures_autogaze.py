@@ -1,5 +1,5 @@
 """
-A gaze as text, as an HTML table, and as pictures of its kept patches, coloured by scale.
+A gaze as numbers, as text, as an HTML table, and as pictures of its kept patches, coloured by scale.
 
 This module owns colours and layout. It takes frames and a gaze; files and selectors are not its concern.
 """
@@ -7,7 +7,7 @@ This module owns colours and layout. It takes frames and a gaze; files and selec
 import html
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -276,6 +276,29 @@ def plot_gaze(gaze: "GazeOutput", frames: np.ndarray, clip: int = 0, max_frames:
     ]
     rows = [("frames", np.asarray(frames)[shown]), ("kept patches", painted[shown])]
     return contact_sheet(rows, name_scales(gaze.grid, *painted.shape[1:3]), captions=captions)
+
+
+def count_statistics(counts: np.ndarray, grid: GazeGrid) -> dict[str, Any]:
+    """
+    Computes the statistics of one clip from the numbers of its kept patches; see [`GazeOutput.statistics`].
+
+    Args:
+        counts (`np.ndarray` of shape `(frames, scales)`): number of kept patches of every frame and scale.
+        grid ([`GazeGrid`]): the patches of a frame.
+
+    Returns:
+        `dict`: as [`GazeOutput.statistics`].
+    """
+    frames, patches = len(counts), int(counts.sum())
+    names = [str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}" for scale in grid.scales]
+    return {
+        "num_frames": frames,
+        "num_patches": patches,
+        "kept_ratio": patches / (frames * grid.num_patches),
+        "reduction_factor": frames * grid.num_patches_each_scale[-1] / patches if patches else None,
+        "patches_each_frame": counts.sum(1).tolist(),
+        "patches_each_scale": dict(zip(names, counts.sum(0).tolist(), strict=True)),
+    }
 
 
 def describe_gaze(gaze: "GazeOutput") -> str:

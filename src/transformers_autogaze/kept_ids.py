@@ -6,6 +6,7 @@ from tempfile import SpooledTemporaryFile
 import numpy as np
 import torch
 
+from .gaze_pictures_autogaze import count_statistics
 from .gazing_autogaze import GazeOutput
 from .video_gazing import GazeChunk
 
@@ -70,17 +71,5 @@ class KeptIds:
             start += length
 
     def statistics(self) -> dict[str, object]:
-        """Computes what [`~GazeOutput.statistics`] does, from the counts only."""
-        counts = self.counts
-        frames, patches = len(counts), int(counts.sum())
-        return {
-            "num_frames": frames,
-            "num_patches": patches,
-            "kept_ratio": patches / (frames * self.grid.num_patches),
-            "reduction_factor": frames * self.grid.num_patches_each_scale[-1] / patches if patches else None,
-            "patches_each_frame": counts.sum(1).tolist(),
-            "patches_each_scale": {
-                str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}": int(count)
-                for scale, count in zip(self.grid.scales, counts.sum(0), strict=True)
-            },
-        }
+        """Computes the same as [`~GazeOutput.statistics`]."""
+        return count_statistics(self.counts, self.grid)
