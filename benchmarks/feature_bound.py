@@ -1,11 +1,11 @@
 """
-How much of an encoder's features can any choice of patches keep, for a number of tokens?
+Upper bound on the similarity to an encoder's features that any choice of patches can reach with a number of tokens.
 
-Takes the best choice there is: it knows the encoder's features of all patches, and its schedule leaves the highest cosine to
-them that so many tokens can (see `ClipSchedule`; between two prices the bound is linear). Prints, as means over the clips
-that `autogaze evaluate --encoder` measures: that bound, where kept patches have the very features that they have in
-a whole frame; what the same patches keep when the encoder sees them alone (`attention="canvas"`); what the choice by
-pixels would keep with the features of whole frames; and EVS.
+The choice is the best possible one: it is made from the encoder's features of whole frames, and maximises the cosine to them for
+the number of tokens (see `ClipSchedule`; between two prices the bound is linear). Prints means over the clips that
+`autogaze evaluate --encoder` measures: `bound`, where kept patches have their features from whole frames; `canvas`, for the
+same patches encoded alone (`attention="canvas"`); `pixels`, for patches chosen by pixels, with the features of whole frames;
+and `evs`.
 
     python benchmarks/feature_bound.py --encoder dinov2-small --videos val/*.mp4 -o feature_bound.json
 """

@@ -1,10 +1,10 @@
 """
-Does a frame of an endless stream cost the same after many thousands?
+Measures whether the cost of a frame stays constant in a very long stream.
 
-The frames of a video, over and over and one at a time, are gazed at as one stream: by the default selector, the one that searches
-on pixels, or an `AutoGazeModel` of the published size with random weights, whose cache is cropped to the last frames. They are
-decoded and preprocessed once, so only choosing is measured. Prints memory and milliseconds per frame, by the
-clock and of the processor (which others' work beside it changes less), at intervals, and writes JSON anew at each.
+The frames of a video are repeated, and given one at a time, as one stream, to the default selector, to the greedy one, or to an
+`AutoGazeModel` of the published size with random weights, whose cache is cropped to the last frames. They are decoded and
+preprocessed once, so only the choice of patches is measured. Prints memory, and milliseconds per frame both of wall-clock and of
+processor time (which depends less on other programs), at intervals, and rewrites the JSON file each time.
 
     python benchmarks/soak.py clip.mp4 --selector autogaze --gazing-ratio 0.02 -o soak_autogaze.json
 """
@@ -71,8 +71,8 @@ def main() -> None:
             "{frames:>8} frames {ms:>7.2f} ms {processor_ms:>7.2f} of a processor {mib:>7.0f} MiB".format(**rows[-1]),
             flush=True,
         )
-        told = {name: str(value) for name, value in vars(options).items() if name != "output"}
-        result = {"machine": machine(options.threads), "options": told, "rows": rows}
+        arguments = {name: str(value) for name, value in vars(options).items() if name != "output"}
+        result = {"machine": machine(options.threads), "options": arguments, "rows": rows}
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

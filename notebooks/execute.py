@@ -1,9 +1,10 @@
 """
-Runs notebooks without a network: where they name models of the Hub, tiny ones with random weights take their places.
+Runs notebooks offline: models of the Hub are replaced by tiny ones with random weights.
 
     python notebooks/execute.py notebooks/quickstart.ipynb
 
-It needs nbclient and ipykernel, and writes the outputs into the notebook, with small pictures. The tests run the cells without these.
+It needs nbclient and ipykernel, and writes the outputs, with pictures reduced in size, into the notebook. The tests run the cells
+without these two packages.
 """
 
 import base64
@@ -27,7 +28,7 @@ _COLOURS = 256  # of a picture among the outputs
 
 
 def save_tiny_models(folder: Path) -> dict[str, str]:
-    """Saves tiny models and gives which name of the Hub each stands for."""
+    """Saves tiny models; returns their folders by the Hub names that they replace."""
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     SiglipVisionModel(SiglipVisionConfig(**size)).save_pretrained(folder / "tower")
@@ -39,7 +40,7 @@ def save_tiny_models(folder: Path) -> dict[str, str]:
 
 
 def code_of(notebook: dict[str, Any], names: dict[str, str]) -> list[tuple[dict[str, Any], str]]:
-    """Gives the cells of code and what to run in each; those that install something are left out."""
+    """Returns the code cells and the code to run for each, without cells that install packages."""
     cells = [(cell, "".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for name, other in names.items():
         cells = [(cell, code.replace(name, other)) for cell, code in cells]
@@ -54,7 +55,7 @@ def main(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cells = code_of(notebook, save_tiny_models(Path(folder)))
         copy = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for _, code in cells])
-        # Progress bars and warnings of loading say nothing of the package.
+        # Progress bars and loading warnings would only clutter the outputs.
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         NotebookClient(copy, resources={"metadata": {"path": folder}}).execute()
     for number, ((cell, _), ran) in enumerate(zip(cells, copy.cells, strict=True), 1):

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, with tiny weights, and are shown with outputs."""
+"""The notebooks run from the first cell to the last, with tiny weights, and have outputs."""
 
 import json
 import runpy

@@ -58,7 +58,7 @@ def test_pruning_keeps_what_the_selector_chooses(selector, path, tiles):
 
 
 @pytest.mark.parametrize("tiles", [{"tiles": "whole"}, {"tiles": "grid", "max_tiles": 2}, {"tiles": "native"}])
-def test_the_order_of_questions_changes_no_answer(selector, path, tiles):
+def test_results_do_not_depend_on_the_order_in_which_they_are_used(selector, path, tiles):
     def pruning():
         return prune_video(path, selector, num_frames=17, **tiles, **SETTINGS)
 
@@ -75,7 +75,7 @@ def test_the_order_of_questions_changes_no_answer(selector, path, tiles):
         assert dict(answers(pruning()))[name]() == together[name]
 
 
-def test_what_was_begun_and_left_is_begun_anew(selector, path):
+def test_an_unfinished_pass_is_started_again(selector, path):
     pruning = prune_video(path, selector, **SETTINGS)
     next(pruning.overlay())
     next(pruning.chunks())
@@ -118,10 +118,10 @@ def test_without_quality_nothing_is_measured(selector, path, tmp_path):
         _ = pruning.psnr_each_frame
 
 
-def test_progress_is_told_and_can_end_the_work(selector, path, tmp_path):
-    told = []
-    prune_video(path, selector, progress=lambda *done: told.append(done), **SETTINGS).save(tmp_path / "whole")
-    assert told == [(16, 22), (22, 22)]
+def test_progress_is_reported_and_can_end_the_work(selector, path, tmp_path):
+    reported = []
+    prune_video(path, selector, progress=lambda *done: reported.append(done), **SETTINGS).save(tmp_path / "whole")
+    assert reported == [(16, 22), (22, 22)]
 
     def stop(*_):
         raise InterruptedError
@@ -156,7 +156,7 @@ def test_a_source_that_is_read_once_is_pruned_and_shown(selector, path):
         (np.zeros((3, 8, 8, 3), np.uint8), {"frame_rate": 0}, "`frame_rate` must be a number above 0"),
     ],
 )
-def test_what_is_wrong_is_said_at_once(selector, source, options, message):
+def test_wrong_arguments_are_reported_at_once(selector, source, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prune_video(source, selector, **options)
 
@@ -166,7 +166,20 @@ def test_an_overlay_of_frames_runs_at_the_rate_that_is_given(selector, frames, t
     assert read_video(tmp_path / "overlay.mp4")[1].fps == 5
 
 
-def test_an_opened_video_brings_its_own_frames(selector, path):
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({}, {"gazing_ratio": 0.75, "task_loss_requirement": 0.7}),
+        ({"gazing_ratio": 0.5, "task_loss_requirement": 0.3}, {"gazing_ratio": 0.5, "task_loss_requirement": 0.3}),
+        ({"gazing_ratio": 0.5, "clip_ratio": 0.2}, {"clip_ratio": 0.2}),
+    ],
+)
+def test_without_settings_those_of_the_configuration_hold(frames, config, settings):
+    selector = GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, **config))
+    assert prune_video(frames, selector).settings == settings
+
+
+def test_an_opened_video_decides_which_frames_are_taken(selector, path):
     with pytest.raises(ValueError, match="`num_frames` and `fps` must be those of the OpenedVideo"):
         prune_video(OpenedVideo(path), selector, num_frames=3)
 

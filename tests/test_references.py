@@ -1,4 +1,4 @@
-"""References to documents, to their sections and headings, and to files of the repository lead somewhere."""
+"""Every reference to a document, a section, a heading or a file of the repository is valid."""
 
 import re
 from pathlib import Path
@@ -45,7 +45,7 @@ def referring_files(root: Path) -> list[Path]:
 
 
 def broken_links(root: Path, path: Path, text: str) -> list[str]:
-    """Gives what is wrong with the relative links of a Markdown file, and with the sections of its own that it names."""
+    """Returns the broken relative links of a Markdown file, and its references to sections that it does not have."""
     broken = []
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     for link in LINK.findall(text):
@@ -62,7 +62,7 @@ def broken_links(root: Path, path: Path, text: str) -> list[str]:
 
 
 def broken_references(root: Path) -> list[str]:
-    """Gives every reference of a repository that leads nowhere, and the file that it stands in."""
+    """Returns every broken reference of a repository, with the file that it is in."""
     broken = []
     for path in referring_files(root):
         text = path.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def broken_references(root: Path) -> list[str]:
     return broken
 
 
-def test_every_reference_leads_somewhere():
+def test_every_reference_is_valid():
     assert broken_references(ROOT) == []
 
 

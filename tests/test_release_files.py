@@ -1,4 +1,4 @@
-"""What a release says of itself is said alike everywhere: versions, supported interpreters and libraries."""
+"""The files of a release agree with each other: versions, supported interpreters and libraries, citation."""
 
 import re
 from pathlib import Path

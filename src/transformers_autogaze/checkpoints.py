@@ -51,7 +51,7 @@ _FAULTS = {
 }
 _UNUSED = r"(^|\.)(pooler|head|mask_token)(\.|$)"  # parts of towers that features do not pass
 _SHOWN, _LONGEST = 5, 400  # names of weights, and characters of an error, in a message
-_PATIENCE = 5  # seconds for the Hub to answer
+_HUB_TIMEOUT = 5  # seconds
 
 T = TypeVar("T")
 
@@ -208,8 +208,9 @@ def load_whole(
         argument (`str`): what to call it in messages.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): precision of the weights.
         unused (`str`, *optional*): pattern of weights that do not matter.
-        faults (`Iterable[str]`, *optional*): keys of transformers' report of loading under which no other weight may be, and
-            `"infinite_keys"`.
+        faults (`Iterable[str]`, *optional*):
+            Kinds of faults that are errors: keys of transformers' loading report, such as `"missing_keys"`, and
+            `"infinite_keys"` for weights that are not finite.
 
     Returns:
         [`~transformers.PreTrainedModel`]
@@ -240,28 +241,28 @@ def _find(name: str | os.PathLike, argument: str) -> str:
     if os.path.isdir(name):
         return name
     name = str(SHIPPED_SELECTORS.get(name, name))
-    return name if os.path.isdir(name) or is_offline_mode() or _hub_answers() else _find_in_cache(name, argument)
+    return name if os.path.isdir(name) or is_offline_mode() or _is_hub_reachable() else _find_in_cache(name, argument)
 
 
 @functools.cache
-def _hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once: loading from it would try for minutes, file by file."""
+def _is_hub_reachable() -> bool:
+    """Whether the Hub can be reached; checked once, as loading would otherwise retry for minutes, file by file."""
     try:
-        get_session().head(ENDPOINT, timeout=_PATIENCE)
+        get_session().head(ENDPOINT, timeout=_HUB_TIMEOUT)
         return True
-    except Exception:  # Of which library the errors are depends on the release of huggingface_hub.
+    except Exception:  # The class of the error depends on the version of huggingface_hub.
         return False
 
 
 def _find_in_cache(name: str, argument: str) -> str:
-    """Gives the folder of a repository that was loaded from the Hub before."""
+    """Returns the folder in the Hub's local cache of a repository that was loaded before."""
     config = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
     if not isinstance(config, str):
         raise ValueError(
             f"`{argument}` must be a checkpoint's folder or Hub repository, but the config.json of {name!r} cannot be loaded: "
             f"there is no such folder, {ENDPOINT} cannot be reached, and it was not loaded from there before"
         )
-    logger.warning(f"{ENDPOINT} cannot be reached; {name} is taken as it was loaded before.")
+    logger.warning(f"{ENDPOINT} cannot be reached; {name} is taken as it was loaded before, from the local cache.")
     return os.path.dirname(config)
 
 
@@ -306,7 +307,7 @@ def _load_processor(name: str, argument: str) -> AutoGazeProcessor:
 
 
 def _check_object(file: str) -> None:
-    """Raises a ValueError where a file holds anything but a JSON object, of which transformers says no clear word."""
+    """Raises a ValueError where a file is no JSON object; the error of transformers would be unclear."""
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{os.path.basename(file)} must hold a JSON object, got a {type(content).__name__}")

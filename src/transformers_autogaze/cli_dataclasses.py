@@ -17,7 +17,8 @@ def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
     """
     Makes a parent parser with one argument for every field of some dataclasses.
 
-    Fields of their own come first, each dataclass in a group; those of [`~transformers.TrainingArguments`] come last.
+    Fields that a dataclass defines itself come first, in one group for each dataclass; fields inherited from
+    [`~transformers.TrainingArguments`] come last.
     """
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     own, others = [], []
@@ -29,8 +30,8 @@ def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
     return HfArgumentParser([made for made in (*own, *others) if dataclasses.fields(made)], add_help=False)
 
 
-def _select_fields(settings: type, names: Collection[str], group: str) -> type:
-    """Makes a dataclass of some fields of another one, for a group of arguments of that name."""
+def _select_fields(settings: type, names: Collection[str], title: str) -> type:
+    """Makes a dataclass with some fields of another one; its arguments form a group with a title."""
     hints = get_type_hints(settings)
     fields = []
     for field in dataclasses.fields(settings):
@@ -40,7 +41,7 @@ def _select_fields(settings: type, names: Collection[str], group: str) -> type:
             if field.name == "output_dir":
                 default["metadata"] = {**field.metadata, "aliases": ["-o", "--output"]}
             fields.append((field.name, hints[field.name], dataclasses.field(**default)))
-    return dataclasses.make_dataclass(settings.__name__, fields, namespace={"_argument_group_name": group})
+    return dataclasses.make_dataclass(settings.__name__, fields, namespace={"_argument_group_name": title})
 
 
 def from_arguments(settings: type[Settings], options: argparse.Namespace) -> Settings:
@@ -50,7 +51,7 @@ def from_arguments(settings: type[Settings], options: argparse.Namespace) -> Set
 
 
 def check_output(output: str | None, *inputs: str | None) -> None:
-    """Checks that a checkpoint can be written to a folder, and that none to start from lies there."""
+    """Checks that a checkpoint can be written to a folder, and that the folder is none of the inputs."""
     if not output or not output.strip():
         raise ValueError(f"`--output` must name a folder to write to, got {output!r}")
     check_folder(output)

@@ -1,7 +1,7 @@
 """
-The command line of evaluation: the options of `autogaze evaluate`, and which of its two evaluations they ask for.
+The options of `autogaze evaluate`, and the choice between its two evaluations.
 
-The work is done by `cli_pixel_evaluation` and `cli_feature_evaluation`.
+These are implemented in `cli_pixel_evaluation` and `cli_feature_evaluation`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _ON_FEATURES = {
     "selector": list(LABELS),
     "dtype": "float32",
 }
-"""Options of one of the two evaluations alone, with their defaults."""
+"""Options that only one of the two evaluations has, with their defaults."""
 _PIXEL_THRESHOLDS = [0.7]
 _FILES = ("results.json", "results.md", *(f"{name}.png" for name in (*CURVES, *SAMPLINGS)))
 
@@ -137,7 +137,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     thresholds, ratio = (_PIXEL_THRESHOLDS, "gazing_ratio") if options.encoder is None else (THRESHOLDS, "clip_ratio")
     if getattr(options, ratio) is None and options.task_loss_requirement is None:
         options.task_loss_requirement = list(thresholds)
-    else:  # Off is leaving it out.
+    else:  # Of these two, only the given one is used.
         options.task_loss_requirement = options.task_loss_requirement or []
         setattr(options, ratio, getattr(options, ratio) or [])
     for name, default in ours.items():

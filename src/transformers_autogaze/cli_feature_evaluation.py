@@ -1,4 +1,4 @@
-"""The work of `autogaze evaluate --encoder`: selectors by what an encoder keeps."""
+"""The implementation of `autogaze evaluate --encoder`: selectors compared by the encoder features that are preserved."""
 
 import argparse
 import hashlib
@@ -27,7 +27,7 @@ from .integrations.vision import GazeVisionModel
 
 
 def evaluate_on_features(options: argparse.Namespace) -> None:
-    """Measures the selectors that were asked for, goes on with what was measured before, and writes tables and curves."""
+    """Measures the chosen selectors, reuses earlier results of the same folder, and writes tables and curves."""
     folder, videos = None, options.inputs
     if os.path.isdir(options.inputs[0]) or (options.inputs[0] in SELECTORS and not os.path.exists(options.inputs[0])):
         folder, *videos = options.inputs
@@ -91,7 +91,7 @@ def evaluate_on_features(options: argparse.Namespace) -> None:
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
-    """Tells weights of one name apart, so that figures of different ones are not mixed."""
+    """Returns a hash of the weights, so that results of different weights are not mixed."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -102,7 +102,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
 def _clip_selectors(
     options: argparse.Namespace, tower: torch.nn.Module, size: int, patch_size: int, folder: str | None
 ) -> dict[str, ClipSelector]:
-    """Makes the selectors that were asked for and that the size allows, in the order of `LABELS`."""
+    """Makes the chosen selectors, as far as the size allows them, in the order of `LABELS`."""
     made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
     if folder is not None and {"model", "model-scales"} & {*options.selector}:
         made |= _model_clip_selectors(folder, size, patch_size, options.device)
@@ -118,8 +118,8 @@ def _clip_selectors(
 
 def _model_clip_selectors(folder: str, size: int, patch_size: int, device: torch.device) -> dict[str, ClipSelector]:
     """
-    Makes what a model is measured as: `"model"` on its own scales or, where it takes any grid, on the finest alone; such a
-    one also as `"model-scales"` on the published scales. What the size or the model does not allow is left out.
+    Makes the selectors of one model: `"model"` on its own scales. A model that takes any grid is `"model"` on the finest scale
+    only, and `"model-scales"` on the published scales. Those that the size or the model does not allow are left out.
     """
     model, processor = load_selector(folder, argument="MODEL")
     model, own = model.to(device), model.config.grid
@@ -133,6 +133,6 @@ def _model_clip_selectors(folder: str, size: int, patch_size: int, device: torch
         try:
             model.for_grid(grid if model.takes_any_grid else own)
         except ValueError:
-            continue  # A model that knows other scales.
+            continue  # The model has other scales.
         made[name] = PixelClipSelector(model, grid, processor.video_processor, published_way=not model.takes_any_grid)
     return made

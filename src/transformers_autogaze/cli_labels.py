@@ -1,4 +1,4 @@
-"""The command line of labels: `autogaze label`, a thin layer over `training.labels`."""
+"""The command `autogaze label`, a thin layer over `training.labels`."""
 
 import argparse
 from typing import Any

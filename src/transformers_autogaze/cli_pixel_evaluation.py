@@ -1,4 +1,4 @@
-"""The work of `autogaze evaluate` without `--encoder`: selectors by rebuilt pixels."""
+"""The implementation of `autogaze evaluate` without `--encoder`: selectors compared by the PSNR of rebuilt frames."""
 
 import argparse
 from pathlib import Path
@@ -11,14 +11,14 @@ from .video_decoding_autogaze import stream_video
 
 
 def evaluate_on_pixels(options: argparse.Namespace) -> None:
-    """Measures a checkpoint and the rules to compare with, and writes tables and curves."""
+    """Measures a checkpoint and the baselines, and writes tables and curves."""
     name, *videos = options.inputs
     if not videos:
         raise ValueError(f"a MODEL and at least one VIDEO must be given, got only {name}")
     settings = [GazeSetting(ratio) for ratio in options.gazing_ratio]
     settings += [GazeSetting(options.max_gazing_ratio, loss) for loss in options.task_loss_requirement]
     for video in videos:
-        stream_video(video)  # What cannot be read is told before the model is loaded.
+        stream_video(video)  # A video that cannot be read is reported before the model is loaded.
     model, processor = load_selector(name, argument="MODEL")
     processor = processor.video_processor
     grid = model.config.grid

@@ -1,4 +1,4 @@
-"""The work of `autogaze prune` and `autogaze demo`: arguments in, [`prune_video`] on each video, a short table out."""
+"""The implementation of `autogaze prune` and `autogaze demo`: runs [`prune_video`] on each video and prints a short table."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ from .training.videos import find_videos
 from .video import write_video
 
 
-_LONGEST = 200  # characters of a video's name that are shown
+_MAX_NAME = 200  # characters of a video's name that are printed
 _SETTINGS = ("clip_ratio", "tokens_per_second", "gazing_ratio", "task_loss_requirement")
 
 
@@ -47,7 +47,7 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
 
     Args:
         options (`argparse.Namespace`): the arguments.
-        titles (`Sequence[str]`, *optional*): what to call the videos; as they were named by default.
+        titles (`Sequence[str]`, *optional*): names of the videos; their paths or URLs by default.
 
     Returns:
         `int`: exit status; 2 where one of several videos failed.
@@ -60,7 +60,7 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
         check_folder(folder)
         check_not_inputs([folder / name for name in FILES], videos)
     device = check_device(options.device)
-    # What is at fault with a single video is said before the selector is loaded.
+    # Errors of a single video are reported before the selector is loaded.
     opened = _open(*videos, options) if is_alone else None
     name = options.model or options.selector or SELECTORS[0]
     loaded = load_selector(name, device=device)
@@ -102,7 +102,7 @@ def _prune_video(
 
 
 def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
-    """Finds videos, and a name for each that no other has."""
+    """Finds the videos, and a unique name for each, as a dictionary from paths or URLs to names."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for item in inputs:
@@ -120,7 +120,7 @@ def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
             found = {str(path): str(path.relative_to(item).with_suffix("")) for path in paths}
         else:
             path = urlsplit(item).path if is_url and not os.path.exists(item) else item
-            found = {item: Path(path[-_LONGEST:]).stem or "video"}
+            found = {item: Path(path[-_MAX_NAME:]).stem or "video"}
         for video, name in found.items():
             if video in names:
                 continue
@@ -140,20 +140,20 @@ def _open(video: str, options: argparse.Namespace) -> OpenedVideo:
 
 
 def _short(title: str) -> str:
-    return title if len(title) <= _LONGEST else f"{title[:_LONGEST]}.."
+    return title if len(title) <= _MAX_NAME else f"{title[:_MAX_NAME]}.."
 
 
 def _print_table(pruning: VideoPruning, seconds: float, written: Sequence[Path]) -> None:
-    statistics, known = pruning.statistics, pruning.video.metadata
+    statistics, metadata = pruning.statistics, pruning.video.metadata
     count, kept = statistics["num_frames"], statistics["num_patches"]
-    asked = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in pruning.settings.items())
+    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in pruning.settings.items())
     scales = ", ".join(f"{number} at {scale}" for scale, number in statistics["patches_each_scale"].items())
     factor = statistics["reduction_factor"]
     tokens = f"{factor:.1f}x fewer than the {round(factor * kept)} of a dense encoder" if factor else "none"
     device = pruning.selector.device
     rows = {
-        "video": f"{Path(_short(pruning.title)).name}, {count} frames of {known.width}x{known.height}",
-        "selector": f"{pruning.selector_name}, {asked}",
+        "video": f"{Path(_short(pruning.title)).name}, {count} frames of {metadata.width}x{metadata.height}",
+        "selector": f"{pruning.selector_name}, {settings}",
         "patches kept": f"{kept}, {kept / count:.1f} a frame ({scales})",
         "tokens": tokens,
         "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches alone",

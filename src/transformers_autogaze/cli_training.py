@@ -1,5 +1,5 @@
 """
-The command line of training: `autogaze train` and `autogaze train-grpo`.
+The commands `autogaze train` and `autogaze train-grpo`.
 
 A thin layer over `training`: every field of its dataclasses is an argument of the same name.
 """
@@ -40,14 +40,18 @@ def add_commands(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument(
-        "--num-multi-token-pred", type=int, default=10, metavar="K", help="patches a step of a new model proposes"
+        "--num-multi-token-pred",
+        type=int,
+        default=10,
+        metavar="K",
+        help="patches that a new model proposes per decoding step",
     )
     train.add_argument(
         "--labels",
         nargs="+",
         type=a_path,
         metavar="FILE",
-        help="label files of the videos to train on, in place of random clips that are labelled on the way",
+        help="label files of the videos to train on; by default random clips are labelled during training",
     )
     train.set_defaults(run=_train)
 
@@ -62,14 +66,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _check_start(options: argparse.Namespace) -> None:
-    """Checks where a training begins and ends."""
+    """Checks the checkpoints to start from and the folder to write to."""
     check_output(options.output_dir, options.model)
     if options.resume_from_checkpoint is not None:
         load_selector(options.resume_from_checkpoint, [AutoGazeConfig], "--resume-from-checkpoint")
 
 
 def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None:
-    """Trains, writes the model with its card and says where it lies."""
+    """Trains, writes the model with its card, and prints the folder."""
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""What the commands of training start from: the model, the task and the clips, as arguments and loaded."""
+"""The inputs of the training commands (model, task and clips): their arguments, and how they are loaded."""
 
 import argparse
 from typing import Any
@@ -20,7 +20,7 @@ from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
 def clip_arguments() -> argparse.ArgumentParser:
-    """Makes a parent parser with the arguments of a model to train and the clips to train it on."""
+    """Makes a parent parser with the arguments of the model to train and of the clips to train on."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("videos", type=a_path, metavar="VIDEOS", help="folder of videos to train on")
     parser.add_argument("--eval-videos", type=a_path, metavar="DIR", help="folder of videos to evaluate on")
@@ -28,9 +28,11 @@ def clip_arguments() -> argparse.ArgumentParser:
         "--model", type=a_name, metavar="DIR", help="checkpoint to start from; a new model if not given"
     )
     parser.add_argument("--num-frames", type=a_count, default=16, metavar="N", help="frames of a clip")
-    parser.add_argument("--max-stride", type=int, default=4, metavar="N", help="a clip takes every N-th frame at most")
+    parser.add_argument(
+        "--max-stride", type=int, default=4, metavar="N", help="largest distance between the frames of a clip"
+    )
     parser.add_argument("--clips-per-video", type=int, default=1, metavar="N", help="clips of each video in an epoch")
-    parser.add_argument("--in-memory", action="store_true", help="decode all videos once and hold them")
+    parser.add_argument("--in-memory", action="store_true", help="decode all videos once and keep them in memory")
     return parser
 
 
@@ -41,8 +43,8 @@ def task_arguments() -> argparse.ArgumentParser:
         "--task",
         choices=["pixels", "features"],
         default="pixels",
-        help="what patches are worth: how well they rebuild pixels, a loss being (40 - PSNR) / 20, or what an encoder keeps, a "
-        "loss being the share of its feature variance that a frame loses, 0..1",
+        help="loss that patches are chosen by: of rebuilt pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
+        "their variance that a frame loses, 0..1",
     )
     parser.add_argument(
         "--feature-model",

@@ -88,7 +88,7 @@ class GazeSelectorConfig(PreTrainedConfig):
         ValueError: if a scale, the factor or a standard deviation is out of range.
     """
 
-    # What holds where a selector does not say otherwise: RGB frames, each gazed at; a stream of any length is one clip.
+    # Defaults of all selectors: RGB frames, a choice of patches for each frame, and clips of any length.
     num_channels = 3
     frame_sampling_rate = 1
     max_num_frames = None

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -57,7 +57,7 @@ _KINDS = {
     "list of whole numbers": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
     "list of numbers": lambda value: isinstance(value, list) and all(map(_KINDS["number"], value)),
 }
-# Those with a question mark may be `null`; fields that are not there are those of a smaller file.
+# Types of the fields, all of which may be missing; with a question mark they may also be `null`.
 _FIELDS = {
     "package_version": "text?",
     "video": "text?",
@@ -163,21 +163,21 @@ class GazeFileWriter:
     def __exit__(self, *_: object) -> None:
         self._waiting.close()
 
-    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """
         Adds records.
 
         Args:
-            records (`Sequence[Mapping]`):
+            records (`Iterable[Mapping]`):
                 As [`~AutoGazeProcessor.post_process_gaze`] gives them, `frame` counted over the whole video's gazed frames.
         """
         for record in records:
             frame = record["frame"]
-            told = {"frame": frame, "frame_index": self.frame_indices[frame]}
+            entry = {"frame": frame, "frame_index": self.frame_indices[frame]}
             if self.frame_times is not None:
-                told["time"] = self.frame_times[frame]
+                entry["time"] = self.frame_times[frame]
             self._waiting.write(",\n" if self._num_records else "")
-            self._waiting.write(f"  {json.dumps({**told, **record}, allow_nan=False)}")
+            self._waiting.write(f"  {json.dumps({**entry, **record}, allow_nan=False)}")
             self._num_records += 1
 
     def write(
@@ -284,12 +284,12 @@ class GazeFile:
             `int`: its place in `frame_indices`, from 0; the first one for a time before it.
 
         Raises:
-            ValueError: if the video told no times.
+            ValueError: if the file has no times of frames.
         """
         times = self.facts["frame_times"]
         if times is None:
             raise ValueError(
-                "`time` must not be asked of a video that told no times of its frames; go by `frame_indices`"
+                f"`time` needs the times of frames, got {time} for a video that told no times; use `frame_indices`"
             )
         return max(0, bisect_right(times, time + 1e-6) - 1)
 
@@ -312,7 +312,7 @@ def _gaze_of_records(
 
 
 def _check_fields(facts: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Checks the types of the fields that are there; those that are missing show when they are read."""
+    """Checks the types of the fields that a file has; a missing field is reported where it is needed."""
 
     def check(holder: Mapping[str, Any], key: str, field: str, kind: str) -> None:
         if key not in holder or (holder[key] is None and kind.endswith("?")) or _KINDS[kind.rstrip("?")](holder[key]):

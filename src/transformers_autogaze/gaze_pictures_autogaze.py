@@ -1,13 +1,13 @@
 """
-How a gaze looks: in words, as a table, and as pictures of kept patches coloured by scale.
+A gaze as numbers, as text, as an HTML table, and as pictures of its kept patches, coloured by scale.
 
-This module owns colours and layout; it takes frames and a gaze and knows nothing of files or selectors.
+This module owns colours and layout. It takes frames and a gaze; files and selectors are not its concern.
 """
 
 import html
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
     from .gazing_autogaze import GazeOutput
 
 
-# Coarse to fine; hues apart from each other; the first four are told apart with any kind of colour vision (Okabe and Ito, 2008).
+# Coarse to fine, of clearly different hues; the first four can be distinguished with any kind of colour vision (Okabe and Ito,
+# 2008).
 SCALE_COLOURS = ((0, 114, 178), (0, 158, 115), (240, 228, 66), (213, 94, 0), (200, 60, 150), (130, 90, 220))
-_DIM = 0.3  # of the brightness of what is not kept
-_DARKEST, _BRIGHTEST = 0.25, 0.4  # of a scale's colour in a black pixel, and of white in a white one
-_FEWEST = 6  # pixels of a block that has an outline
-_THICKEST = 4  # pixels of an outline at most
+_DIM = 0.3  # factor on the brightness of pixels that are not kept
+_BLACK_SHARE = 0.25  # of a scale's colour that a black pixel has
+_WHITE_SHARE = 0.4  # of white that is mixed into a scale's colour in a white pixel
+_MIN_OUTLINED = 6  # pixels of the side of a block that has an outline, at least
+_MAX_THICKNESS = 4  # pixels of an outline, at most
 _MARGIN = 4  # pixels left of text
-_ROWS, _BARS = 8, 128  # clips and bars of a table
-_TEXT = 18, 28  # pixels of letters, in pictures of up to 1800 pixels and in very wide ones
+_MAX_ROWS, _MAX_BARS = 8, 128  # clips, and bars of each, in a table
+_TEXT_SIZES = 18, 28  # pixels, smallest and largest
 
 
 def paint_gaze(frames: np.ndarray, gaze: "GazeOutput", clip: int = 0) -> np.ndarray:
     """
-    Paints the kept patches of one clip: in shades of the colour of their scale, everything else in dark grey.
+    Paints the kept patches of one clip in shades of the colour of their scale, and everything else in dark grey.
 
-    Pixels keep their brightness only, so the hue tells the finest scale that is kept there, whatever the ground is. Patches are
-    outlined, coarse ones thicker and over finer ones, so a patch stays visible under those that cover it.
+    Only the brightness of a pixel is kept, so its hue always shows the finest scale that is kept there. Patches are outlined.
+    Outlines of coarse patches are thicker and drawn over finer patches, so that a patch stays visible where finer ones cover it.
 
     Args:
         frames (`np.ndarray` of shape `(frames, height, width, 3)`, uint8): the frames, of any size.
@@ -71,24 +73,24 @@ def paint_gaze(frames: np.ndarray, gaze: "GazeOutput", clip: int = 0) -> np.ndar
     brightness = (77 * red + 150 * green + 29 * blue) >> 8
     masks = [mask[clip].cpu().numpy().repeat(gaze.frame_sampling_rate, 0) for mask in gaze.gazing_mask]
     layout = _layout(gaze.grid, *frames.shape[1:3])
-    # Places in the palette: 0 for what is not kept, then a fill and an outline for every scale.
-    place = np.zeros(frames.shape[:3], np.uint8)
+    # Indices into the palette: 0 for pixels that are not kept, then the fills and the outlines of all scales.
+    index = np.zeros(frames.shape[:3], np.uint8)
     kept = [mask[:, patch] for mask, (patch, _) in zip(masks, layout, strict=True)]
     for scale, is_kept in enumerate(kept):
-        place[is_kept] = 1 + scale
+        index[is_kept] = 1 + scale
     for scale in reversed(range(len(kept))):
-        place[kept[scale] & layout[scale][1]] = 1 + len(kept) + scale
-    return _palette(len(kept))[place, brightness]
+        index[kept[scale] & layout[scale][1]] = 1 + len(kept) + scale
+    return _palette(len(kept))[index, brightness]
 
 
 @lru_cache(maxsize=8)
 def _palette(count: int) -> np.ndarray:
-    """Gives the colours of every place and brightness, `(1 + 2 * count, 256, 3)`."""
+    """Returns the colours for every index of `paint_gaze` and every brightness, `(1 + 2 * count, 256, 3)`."""
     share = np.linspace(0, 1, 256)[:, None]
     ramps = [255 * _DIM * share.repeat(3, 1)]
     colours = [np.array(SCALE_COLOURS[scale % len(SCALE_COLOURS)], float) for scale in range(count)]
     for colour in colours:
-        darkest, brightest = _DARKEST * colour, (1 - _BRIGHTEST) * colour + 255 * _BRIGHTEST
+        darkest, brightest = _BLACK_SHARE * colour, (1 - _WHITE_SHARE) * colour + 255 * _WHITE_SHARE
         ramps.append(darkest + (brightest - darkest) * share)
     ramps += [np.broadcast_to(colour, (256, 3)) for colour in colours]
     return np.stack(ramps).round().astype(np.uint8)
@@ -96,11 +98,11 @@ def _palette(count: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _layout(grid: GazeGrid, height: int, width: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Gives of each scale which of its patches lies over every pixel of a frame, and which pixels outline one."""
+    """Returns, for each scale, the patch that every pixel of a frame lies in, and a mask of the pixels of outlines."""
     layout, first = [], 0
     for patch, (rows, cols) in zip(grid.patches_at(height, width).numpy().astype(np.int32), grid.grids, strict=True):
         side = min(height // rows, width // cols)
-        thickness = min(_THICKEST, max(1, side // 32)) if side >= _FEWEST else 0
+        thickness = min(_MAX_THICKNESS, max(1, side // 32)) if side >= _MIN_OUTLINED else 0
         is_edge = np.zeros(patch.shape, bool)
         padded = np.pad(patch, thickness, constant_values=-1)
         for shift in range(1, thickness + 1):
@@ -121,7 +123,7 @@ def name_scales(grid: GazeGrid, height: float, width: float) -> list[str]:
         height, width (`float`): size in pixels of the frame that it spans.
 
     Returns:
-        `list[str]`: coarse to fine, with the size of the block of the frame that a patch stands for.
+        `list[str]`: coarse to fine, each with the size of the block of the frame that one patch covers.
 
     Example:
 
@@ -143,16 +145,17 @@ def name_scales(grid: GazeGrid, height: float, width: float) -> list[str]:
 
 
 def text_size(width: int) -> int:
-    """Gives the height of letters in pixels that are good to read in a picture as wide as that."""
-    return min(max(width // 100, _TEXT[0]), _TEXT[1])
+    """Returns a readable text size, in pixels, for a picture of that width."""
+    smallest, largest = _TEXT_SIZES
+    return min(max(width // 100, smallest), largest)
 
 
 def draw_legend(names: Sequence[str], width: int, heading: str = "") -> Image.Image:
     """
-    Draws a heading and the colours of scales, over several lines where they are too long for one.
+    Draws a heading and the colours and names of scales, on several lines where one is too short.
 
     Args:
-        names (`Sequence[str]`): what to call each scale, coarse to fine; see [`name_scales`].
+        names (`Sequence[str]`): names of the scales, coarse to fine; see [`name_scales`].
         width (`int`): width of the picture in pixels.
         heading (`str`, *optional*): text before the names.
 
@@ -182,15 +185,15 @@ def draw_legend(names: Sequence[str], width: int, heading: str = "") -> Image.Im
 
 def draw_text(text: str, width: int, size: int | None = None) -> Image.Image:
     """
-    Draws lines of text, smaller where they are too long.
+    Draws lines of text; a line that is too long gets smaller letters.
 
     Args:
         text (`str`): the lines.
         width (`int`): width of the picture in pixels.
-        size (`int`, *optional*): height of the letters in pixels; [`text_size`] by default.
+        size (`int`, *optional*): text size in pixels; [`text_size`] by default.
 
     Returns:
-        `PIL.Image.Image`: black on white, in RGB; as high as lines of that size are.
+        `PIL.Image.Image`: black on white, in RGB.
     """
     size = size or text_size(width)
     lines, line = text.split("\n"), size + 8
@@ -214,9 +217,9 @@ def contact_sheet(
 
     Args:
         rows (`Sequence` of `(str, np.ndarray)`): name of each row and its frames `(frames, height, width, 3)`, uint8.
-        scales (`Sequence`): what to call the scales in the legend, coarse to fine, such as [`name_scales`] does.
+        scales (`Sequence`): names of the scales in the legend, coarse to fine; see [`name_scales`].
         max_width (`int`, *optional*, defaults to 2400): frames are shrunk until the sheet is at most this wide, in pixels.
-        captions (`Sequence[str]`, *optional*): what to write below each column.
+        captions (`Sequence[str]`, *optional*): text below each column.
 
     Returns:
         `PIL.Image.Image`: the sheet, in RGB.
@@ -261,7 +264,7 @@ def stack_pictures(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def plot_gaze(gaze: "GazeOutput", frames: np.ndarray, clip: int = 0, max_frames: int = 8) -> Image.Image:
-    """Draws frames and what was kept of them; see [`GazeOutput.plot`]."""
+    """Draws frames and their kept patches; see [`GazeOutput.plot`]."""
     if max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}")
     painted = paint_gaze(frames, gaze, clip)
@@ -275,8 +278,31 @@ def plot_gaze(gaze: "GazeOutput", frames: np.ndarray, clip: int = 0, max_frames:
     return contact_sheet(rows, name_scales(gaze.grid, *painted.shape[1:3]), captions=captions)
 
 
+def count_statistics(counts: np.ndarray, grid: GazeGrid) -> dict[str, Any]:
+    """
+    Computes the statistics of one clip from the numbers of its kept patches; see [`GazeOutput.statistics`].
+
+    Args:
+        counts (`np.ndarray` of shape `(frames, scales)`): number of kept patches of every frame and scale.
+        grid ([`GazeGrid`]): the patches of a frame.
+
+    Returns:
+        `dict`: as [`GazeOutput.statistics`].
+    """
+    frames, patches = len(counts), int(counts.sum())
+    names = [str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}" for scale in grid.scales]
+    return {
+        "num_frames": frames,
+        "num_patches": patches,
+        "kept_ratio": patches / (frames * grid.num_patches),
+        "reduction_factor": frames * grid.num_patches_each_scale[-1] / patches if patches else None,
+        "patches_each_frame": counts.sum(1).tolist(),
+        "patches_each_scale": dict(zip(names, counts.sum(0).tolist(), strict=True)),
+    }
+
+
 def describe_gaze(gaze: "GazeOutput") -> str:
-    """Says in one line what a gaze is of and how much it keeps."""
+    """Describes the size of a gaze and its share of kept patches in one line."""
     if gaze.gazing_pos is None or gaze.num_gazing_each_frame is None or gaze.scales is None:
         return f"{type(gaze).__name__}(fields: {', '.join(gaze.keys()) or 'none'})"
     kept, dense = int(gaze.num_real.sum()), gaze.batch_size * gaze.num_frames * gaze.num_vision_tokens_each_frame
@@ -295,9 +321,9 @@ def gaze_to_html(gaze: "GazeOutput") -> str:
         return f"<code>{head}</code>"
     counts = gaze.num_real_each_frame.cpu()
     rows = []
-    for clip, row in enumerate(counts[:_ROWS].tolist()):
+    for clip, row in enumerate(counts[:_MAX_ROWS].tolist()):
         # Neighbouring frames of a long clip share a bar.
-        step = -(-len(row) // _BARS)
+        step = -(-len(row) // _MAX_BARS)
         heights = [max(row[first : first + step]) / max(1, *row) for first in range(0, len(row), step)]
         bars = "".join(
             f'<rect x="{4 * place}" y="{24 - 24 * height:.1f}" width="3" height="{24 * height:.1f}"/>'
@@ -314,6 +340,6 @@ def gaze_to_html(gaze: "GazeOutput") -> str:
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     names = ("clip", "patches kept", "share", "fewer than a dense encoder's", "patches of every frame")
-    more = "" if len(counts) <= _ROWS else f"<p>and {len(counts) - _ROWS} more clips</p>"
+    more = "" if len(counts) <= _MAX_ROWS else f"<p>and {len(counts) - _MAX_ROWS} more clips</p>"
     titles = "".join(f"<th>{name}</th>" for name in names)
     return f"<code>{head}</code><table><tr>{titles}</tr>{''.join(rows)}</table>{more}"

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .gaze_batches_autogaze import concatenate_gazes, select_clip, stack_gazes
 from .gaze_files_autogaze import load_gaze, save_gaze
-from .gaze_pictures_autogaze import describe_gaze, gaze_to_html, plot_gaze
+from .gaze_pictures_autogaze import count_statistics, describe_gaze, gaze_to_html, plot_gaze
 from .grid_autogaze import GazeGrid
 
 
@@ -241,17 +241,8 @@ class GazeOutput(ModelOutput):
             `dict` with `num_frames`, `num_patches` (kept), `kept_ratio`, `reduction_factor` (`None` where nothing was kept),
             `patches_each_frame` (a list) and `patches_each_scale` (a dictionary by scale, coarse to fine).
         """
-        return {
-            "num_frames": self.num_frames,
-            "num_patches": int(self.num_real[clip]),
-            "kept_ratio": float(self.kept_ratio[clip]),
-            "reduction_factor": float(self.reduction_factor[clip]) if self.num_real[clip] else None,
-            "patches_each_frame": self.num_real_each_frame[clip].tolist(),
-            "patches_each_scale": {
-                str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}": int(mask[clip].sum())
-                for scale, mask in zip(self.scales, self.gazing_mask, strict=True)
-            },
-        }
+        counts = torch.stack([mask[clip].sum(-1) for mask in self.gazing_mask], dim=-1)
+        return count_statistics(counts.cpu().numpy(), self.grid)
 
     def ids_each_frame(self, clip: int = 0) -> list[torch.Tensor]:
         """

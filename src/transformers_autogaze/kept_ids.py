@@ -1,4 +1,4 @@
-"""The gazes of a video as ids alone, in a temporary file once they are many, so that hardly any memory grows with its length."""
+"""The kept patches of a whole video, as ids only; many ids go to a temporary file, so that a long video needs little memory."""
 
 from collections.abc import Iterator
 from tempfile import SpooledTemporaryFile
@@ -6,11 +6,12 @@ from tempfile import SpooledTemporaryFile
 import numpy as np
 import torch
 
+from .gaze_pictures_autogaze import count_statistics
 from .gazing_autogaze import GazeOutput
 from .video_gazing import GazeChunk
 
 
-_HELD = 2**24  # bytes of ids that are kept in memory
+_MAX_BYTES_IN_MEMORY = 2**24  # of ids
 
 
 class KeptIds:
@@ -18,7 +19,7 @@ class KeptIds:
     The kept patches of a video that is gazed at chunk by chunk, in the order of choice.
 
     Args:
-        chunk ([`GazeChunk`]): the first chunk, which says how all are laid out; it is not added.
+        chunk ([`GazeChunk`]): the first chunk, which has the grid and the sizes of all; it is not added.
     """
 
     def __init__(self, chunk: GazeChunk):
@@ -29,10 +30,10 @@ class KeptIds:
         )
         self.level_size = tuple(chunk.levels.shape[-2:])
         self.num_frames = 0
-        """Frames of the chunks that were added."""
+        """Number of frames of all chunks that were added."""
         self._lengths: list[int] = []
         self._counts: list[np.ndarray] = []
-        self._file = SpooledTemporaryFile(max_size=_HELD)
+        self._file = SpooledTemporaryFile(max_size=_MAX_BYTES_IN_MEMORY)
 
     def add(self, chunk: GazeChunk) -> None:
         """Adds the gaze of the next chunk."""
@@ -51,7 +52,7 @@ class KeptIds:
         """Yields the frames `start` to `stop` of each chunk and its gaze, without padding and scores."""
         start = place = 0
         for length, counts in zip(self._lengths, (counts.sum(1) for counts in self._counts), strict=True):
-            # Others may read as well meanwhile.
+            # Another iteration may have moved the position in the file.
             self._file.seek(place)
             size = 4 * int(counts.sum())
             ids = np.frombuffer(self._file.read(size), np.int32).astype(np.int64)
@@ -70,17 +71,5 @@ class KeptIds:
             start += length
 
     def statistics(self) -> dict[str, object]:
-        """Sums up what was kept; see [`~GazeOutput.statistics`]."""
-        counts = self.counts
-        frames, patches = len(counts), int(counts.sum())
-        return {
-            "num_frames": frames,
-            "num_patches": patches,
-            "kept_ratio": patches / (frames * self.grid.num_patches),
-            "reduction_factor": frames * self.grid.num_patches_each_scale[-1] / patches if patches else None,
-            "patches_each_frame": counts.sum(1).tolist(),
-            "patches_each_scale": {
-                str(scale) if isinstance(scale, int) else f"{scale[0]}x{scale[1]}": int(count)
-                for scale, count in zip(self.grid.scales, counts.sum(0), strict=True)
-            },
-        }
+        """Computes the same as [`~GazeOutput.statistics`]."""
+        return count_statistics(self.counts, self.grid)

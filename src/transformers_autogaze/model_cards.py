@@ -11,7 +11,7 @@ from .selection_autogaze import GazeSelector
 
 
 TASK = "other"
-"""Task of a selector on the Hub: choosing patches is none of its tasks, and classifying videos would be wrong."""
+"""Pipeline tag of a selector on the Hub, which has no task of choosing patches."""
 _TAGS = ("video", "token-pruning", "autogaze", "custom_code")
 
 _TEXT = """# {title}
@@ -49,13 +49,13 @@ def card_metadata(
     """
     Makes the metadata of a card, which the Hub reads.
 
-    Datasets are not among them: the Hub takes its own data sets only, and selectors learn from files.
+    They have no `datasets`, as the Hub accepts only datasets of its own there and selectors are trained on files.
 
     Args:
-        title (`str`): name of the model, to which results belong.
-        tags (`Sequence[str]`, *optional*): tags beside those of all selectors.
+        title (`str`): name of the model that the results are of.
+        tags (`Sequence[str]`, *optional*): further tags.
         base_model (`str`, *optional*): Hub repository of the model that the weights come from.
-        results (`Sequence[EvalResult]`, *optional*): what was measured.
+        results (`Sequence[EvalResult]`, *optional*): measured results.
 
     Returns:
         `str`: a block of YAML between lines of dashes, with a line break at the end.
@@ -76,7 +76,7 @@ def card_metadata(
         eval_results=list(results) or None,
         library_name="transformers",
         metrics=sorted({result.metric_type for result in results}) or None,
-        model_name=title if results else None,  # what results belong to
+        model_name=title if results else None,  # needed with results only
         pipeline_tag=TASK,
         tags=[*_TAGS, *tags],
     )

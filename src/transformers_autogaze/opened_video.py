@@ -1,8 +1,7 @@
 """
-Videos that are open: what is known of them, and their frames, which can be gone through more than once.
+Open videos: their metadata, and their frames, which can be iterated over more than once.
 
-This module joins files and frames of any other kind; how each is read is the matter of `video_decoding_autogaze` and
-`video_gazing`.
+This module gives video files and frames of any other kind one interface; `video_decoding_autogaze` and `video_gazing` read them.
 """
 
 from collections.abc import Iterator
@@ -20,18 +19,18 @@ from .video_sources_autogaze import is_picture_list, resolve_source
 
 class OpenedVideo:
     """
-    A video that is open, and the frames taken from it. Going through it again reads it again.
+    An open video, an iterable over the frames taken from it. Every iteration reads the video again.
 
     Args:
         source:
-            A video as [`read_video`] opens it, or frames whose number is known, as [`stream_gaze`] takes them. What cannot
-            be rewound, such as a URL, is read once into a temporary file.
+            A video as [`read_video`] opens it, or frames whose number is known, as [`stream_gaze`] takes them. A source that
+            cannot be rewound, such as a URL, is read once into a temporary file.
         num_frames, fps (*optional*): which frames to take; see [`stream_gaze`].
 
     Attributes:
-        metadata (`VideoMetadata`): rate, size and duration of the whole video, and `frames_indices`, those that are taken.
-        frame_times (`list[float]`, *optional*): when each of these is shown, in seconds; `None` if the video does not tell.
-        frame_rate (`float`, *optional*): frames taken per second of the video; `None` if it does not tell.
+        metadata (`VideoMetadata`): rate, size and duration of the whole video, and `frames_indices` of the frames taken.
+        frame_times (`list[float]`, *optional*): times of the frames taken, in seconds; `None` if the video has no times.
+        frame_rate (`float`, *optional*): frames taken per second of the video; `None` if its rate is unknown.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -54,10 +53,10 @@ class OpenedVideo:
         self._source = resolve_source(source) if self._is_file and not is_picture_list(source) else source
         self._sampling = num_frames, fps
         self.metadata, self._frames = self._open()
-        # They have been opened to know the video; that they are not opened twice, the first pass takes them.
-        known = self.metadata
-        self.frame_times = list(known.timestamps) if known.fps else None
-        self.frame_rate = known.fps * len(self) / max(1, known.total_num_frames) if known.fps else None
+        # Reading the metadata has opened the frames: the first iteration uses these, so that nothing is opened twice.
+        metadata = self.metadata
+        self.frame_times = list(metadata.timestamps) if metadata.fps else None
+        self.frame_rate = metadata.fps * len(self) / max(1, metadata.total_num_frames) if metadata.fps else None
 
     def __len__(self) -> int:
         return len(self.metadata.frames_indices)

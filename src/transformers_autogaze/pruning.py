@@ -1,14 +1,12 @@
 """
-Pruning a video: what is kept of it, how good that is, and pictures and files that show it, in one object.
+Pruning of whole videos: the kept patches, the quality of the reconstruction from them, pictures and files, in one object.
 
-Everything that prunes whole videos (the command line, pages, jobs over many videos) calls [`prune_video`]. Frames pass through
-in chunks, so a long video takes no more memory than a short one.
+Everything that prunes whole videos (the command line, the web page, jobs over many videos) calls [`prune_video`]. Frames are
+processed in chunks, so a long video takes no more memory than a short one.
 """
 
-import math
 import os
 from collections.abc import Callable, Collection, Iterator
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +23,7 @@ from .processing_autogaze import AutoGazeProcessor
 from .scene_cuts import SceneCuts
 from .selection_autogaze import GazeSelector
 from .tile_gazing import FRAME_RATE, to_levels
+from .token_budgets_autogaze import read_number
 from .video import write_video
 from .video_gazing import GazeChunk, next_frames, stream_gaze
 from .video_rebuilding import VideoRebuilder, chunk_pixels, psnr_of
@@ -33,18 +32,20 @@ from .visualization import PANELS, FrameView, OverlayDrawer, draw_panels, draw_t
 
 FILES = OVERLAY, GAZE_FILE, SHEET = "overlay.mp4", "gaze.json", "contact_sheet.png"
 """What [`VideoPruning.save`] writes."""
-_SHOWN = 8  # frames on the contact sheet
+DEFAULT_SETTINGS = {"gazing_ratio": 0.75, "task_loss_requirement": 0.7}
+"""Settings of [`prune_video`] where neither the caller nor the selector's configuration gives any."""
+_SHEET_FRAMES = 8  # frames on the contact sheet, at most
 
 
 class KeptPatches(NamedTuple):
     """
-    The kept patches of a frame, ready to train on.
+    The kept patches of one frame, as training data.
 
     Args:
         pixels (`torch.ByteTensor` of shape `(N, 3, patch_size, patch_size)`):
-            Levels 0..255 (RGB), cut out of the frame resized to the scale of each.
-        ids (`torch.LongTensor` of shape `(N,)`): the number of each among the frame's patches, in the order of choice.
-        frame (`int`): the frame, counted over those taken from the video.
+            Levels 0..255 (RGB); each patch is cut out of the frame resized to the patch's scale.
+        ids (`torch.LongTensor` of shape `(N,)`): patch ids, counted from the first patch of the frame, in the order of choice.
+        frame (`int`): index of the frame among those taken from the video.
     """
 
     pixels: torch.Tensor
@@ -74,27 +75,29 @@ def prune_video(
     """
     Prunes a video: chooses the patches to keep.
 
-    The video is opened and everything is checked at once; frames are decoded and gazed at when something is asked of the
-    result.
+    This call opens the video and checks every argument. Frames are decoded, and patches chosen, when the result is first used.
 
     Args:
         source:
             A video as [`read_video`] opens it; frames whose number is known, as [`stream_gaze`] takes them; or an
             [`OpenedVideo`].
-        selector ([`GazeSelector`]): what chooses.
-        processor ([`AutoGazeProcessor`], *optional*): what makes its pixel values; the published one by default.
+        selector ([`GazeSelector`]): chooses the patches.
+        processor ([`AutoGazeProcessor`], *optional*): preprocesses the frames; by default one with the published settings.
         num_frames, fps (*optional*): which frames to take, evenly over the video; see [`stream_gaze`].
         tiles, max_tiles (*optional*): how frames are seen; see [`stream_gaze`].
         gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_second (`float`, *optional*):
-            How much to keep; see [`stream_gaze`]. Without any of them, the share that the selector's configuration names, or,
-            where it names none, a ratio of 0.75 and a threshold of 0.7 for every frame.
-        frame_rate (`float`, *optional*): frames taken per second of the video; a file tells it itself.
+            How much to keep; see [`stream_gaze`]. Without any of them, the `clip_ratio` of the selector's configuration; where
+            it has none, its `gazing_ratio` and `task_loss_requirement`; where it has none of these either,
+            `DEFAULT_SETTINGS`.
+        frame_rate (`float`, *optional*): frames taken per second of the video; by default that of the file.
         measures_quality (`bool`, *optional*, defaults to `True`):
-            Whether to rebuild the frames from the kept patches, which `psnr` is measured by.
-        title (`str`, *optional*): what to call the video in `gaze.json`; its path or URL by default.
-        selector_name (`str`, *optional*): what to call the selector there; the checkpoint that it was loaded from by default.
+            Whether to rebuild the frames from the kept patches and measure their PSNR.
+        title (`str` or `os.PathLike`, *optional*): name of the video in `gaze.json`; its path or URL by default.
+        selector_name (`str` or `os.PathLike`, *optional*):
+            Name of the selector there; by default the checkpoint that it was loaded from.
         progress (`Callable[[int, int], None]`, *optional*):
-            Is called with the frames done and those in all, whenever some are done. An error that it raises ends the work.
+            Called with the number of finished frames and that of all frames, after each chunk. An error that it raises ends
+            the work.
 
     Returns:
         [`VideoPruning`]
@@ -116,19 +119,17 @@ def prune_video(
     """
     if isinstance(source, OpenedVideo) and (num_frames, fps) != (None, None):
         raise ValueError(
-            f"`num_frames` and `fps` must be those of the OpenedVideo, got {num_frames} and {fps} beside one"
+            "`num_frames` and `fps` must be those of the OpenedVideo: give them to OpenedVideo(..) instead, got "
+            f"{num_frames} and {fps}"
         )
     _check_parts(selector, processor, progress)
-    asked = {
+    given = {
         "clip_ratio": clip_ratio,
         "tokens_per_second": tokens_per_second,
         "gazing_ratio": gazing_ratio,
         "task_loss_requirement": task_loss_requirement,
     }
-    settings = {name: _finite(name, value) for name, value in asked.items() if value is not None}
-    if not settings:
-        share = getattr(selector.config, "clip_ratio", None)
-        settings = {"gazing_ratio": 0.75, "task_loss_requirement": 0.7} if share is None else {"clip_ratio": share}
+    settings = {name: read_number(name, value) for name, value in given.items() if value is not None}
     if title is None and isinstance(source, (str, os.PathLike)):
         title = source
     video = source if isinstance(source, OpenedVideo) else OpenedVideo(source, num_frames, fps)
@@ -136,7 +137,7 @@ def prune_video(
         video=video,
         selector=selector,
         processor=AutoGazeProcessor() if processor is None else processor,
-        settings=settings,
+        settings=settings or _default_settings(selector),
         tiles=tiles,
         options={"max_tiles": max_tiles, "frame_rate": video.frame_rate if frame_rate is None else frame_rate},
         measures_quality=measures_quality,
@@ -147,7 +148,7 @@ def prune_video(
 
 
 def _check_parts(selector: Any, processor: Any, progress: Any) -> None:
-    """Checks what must be able to do something; classes that came with a checkpoint are not those of this package."""
+    """Checks for methods instead of types, as the classes of remote code are not those of this package."""
     if isinstance(selector, type) or not callable(getattr(selector, "generate", None)):
         raise ValueError(
             f"`selector` must be a loaded selector, such as AutoModel.from_pretrained(DEFAULT_SELECTOR), got {selector!r}"
@@ -158,12 +159,12 @@ def _check_parts(selector: Any, processor: Any, progress: Any) -> None:
         raise ValueError(f"`progress` must be a function of the frames done and those in all, got {progress!r}")
 
 
-def _finite(name: str, value: Any) -> float:
-    """Takes a number, of a tensor or an array as well, as it can be written to a file."""
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}")
-    return float(number)
+def _default_settings(selector: GazeSelector) -> dict[str, float]:
+    """Returns the settings of the selector's configuration, or `DEFAULT_SETTINGS` where it has none."""
+    share = getattr(selector.config, "clip_ratio", None)
+    if share is not None:
+        return {"clip_ratio": share}
+    return {name: getattr(selector.config, name, value) for name, value in DEFAULT_SETTINGS.items()}
 
 
 def _name(argument: str, value: Any) -> str | None:
@@ -174,17 +175,17 @@ def _name(argument: str, value: Any) -> str | None:
 
 class VideoPruning:
     """
-    A video and what is kept of it; [`prune_video`] makes it.
+    A video and its kept patches; [`prune_video`] makes it.
 
-    The first thing that is asked for decodes and gazes at the video. Later ones use the gaze as it is, and decode the video again
-    only if they need its pixels. [`~VideoPruning.save`] does all in one pass.
+    The first property or method that is used decodes the video and chooses the patches. Later ones use these patches, and decode
+    the video again only if they need its pixels. [`~VideoPruning.save`] does everything in one pass.
 
     Attributes:
         video ([`OpenedVideo`]): the video, its metadata and the frames taken.
-        selector ([`GazeSelector`]), processor ([`AutoGazeProcessor`]): what chooses, and makes its pixel values.
+        selector ([`GazeSelector`]), processor ([`AutoGazeProcessor`]): as given to [`prune_video`].
         settings (`dict[str, float]`): budgets and thresholds.
-        tiles (`str`): how frames are seen.
-        title, selector_name (`str`, *optional*): how the video and the selector are called.
+        tiles (`str`): how frames are cut into tiles; see [`stream_gaze`].
+        title, selector_name (`str`, *optional*): names of the video and of the selector.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class VideoPruning:
         self._kept: KeptIds | None = None
         self._cuts: list[int] = []
         self._squared_errors: list[float] = []
-        # Opened at once, so that what is wrong is said before anything is decoded.
+        # Opened at once, so that wrong arguments are reported before anything is decoded.
         self._stream: Iterator[GazeChunk] | None = self._open()
 
     def __repr__(self) -> str:
@@ -215,12 +216,12 @@ class VideoPruning:
 
     @property
     def frame_indices(self) -> list[int]:
-        """The frames that were gazed at, as the video counts them."""
+        """Indices of the frames taken, counted over all frames of the video."""
         return self.video.metadata.frames_indices[: self._finished().num_frames]
 
     @property
     def frame_times(self) -> list[float] | None:
-        """When each of them is shown, in seconds from the start of the video; `None` if the video does not tell."""
+        """Times of the frames taken, in seconds from the start of the video; `None` if the video has no times."""
         times = self.video.frame_times
         return None if times is None else times[: self._finished().num_frames]
 
@@ -232,8 +233,8 @@ class VideoPruning:
     @property
     def statistics(self) -> dict[str, Any]:
         """
-        What was kept, in plain numbers: see [`~GazeOutput.statistics`]. With `psnr`, unless quality is not to be measured: that of
-        the closed-form reconstruction from the kept patches, in dB.
+        Numbers of kept patches, as [`~GazeOutput.statistics`] has them, and with `measures_quality` the `psnr` of the closed-form
+        reconstruction from the kept patches, in dB.
         """
         statistics = self._finished().statistics()
         return statistics | ({"psnr": psnr_of(self._squared_errors)} if self._measures_quality else {})
@@ -241,47 +242,48 @@ class VideoPruning:
     @property
     def psnr_each_frame(self) -> list[float]:
         """
-        The quality of every frame, rebuilt from the kept patches, in dB.
+        PSNR of every frame rebuilt from the kept patches, in dB.
 
         Raises:
-            ValueError: if quality is not to be measured.
+            ValueError: if `measures_quality` is `False`.
         """
         if not self._measures_quality:
-            raise ValueError("`measures_quality` must be True for the quality of frames to be known, got False")
+            raise ValueError("`measures_quality` must be True for `psnr_each_frame`, got False")
         self._finished()
         return [psnr_of([error]) for error in self._squared_errors]
 
     @property
     def cuts(self) -> list[int]:
-        """The frames that begin a new scene, counted over the frames taken; see [`SceneCuts`]."""
+        """Indices, among the frames taken, of those that begin a new scene; see [`SceneCuts`]."""
         self._finished()
         return self._cuts
 
     def records(self) -> Iterator[dict[str, Any]]:
         """
-        Gives every kept patch as plain numbers.
+        Yields every kept patch as plain numbers.
 
         Yields:
             `dict`: a record as [`~AutoGazeProcessor.post_process_gaze`] gives it, its `frame` counted over the frames taken and
             its `box` inside the video's frame.
         """
-        kept, known = self._finished(), self.video.metadata
+        kept, metadata = self._finished(), self.video.metadata
         for start, _, gaze in kept:
             for record in self.processor.post_process_gaze(gaze, kept.extent)[0]:
                 left, top, right, bottom = record["box"]
-                record["box"] = [left, top, min(right, known.width), min(bottom, known.height)]
+                record["box"] = [left, top, min(right, metadata.width), min(bottom, metadata.height)]
                 record["frame"] = record["frame"] * kept.frame_sampling_rate + start
                 yield record
 
     def chunks(self) -> Iterator[GazeChunk]:
         """
-        Goes through the video.
+        Goes through the video chunk by chunk.
 
         Yields:
-            [`GazeChunk`]: the frames of the next chunk with their gaze. What is not finished is begun anew the next time.
+            [`GazeChunk`]: the frames of the next chunk with their gaze. A pass that is not finished counts for nothing: the next
+            one starts from the first frame.
         """
         total, indices = len(self.video), self.video.metadata.frames_indices
-        for chunk in self._gaze_at() if self._kept is None else self._look_again(self._kept):
+        for chunk in self._choose_patches() if self._kept is None else self._decode_again(self._kept):
             stop = chunk.stop
             yield chunk._replace(frame_indices=indices[chunk.start : stop])
             del chunk
@@ -290,10 +292,10 @@ class VideoPruning:
 
     def kept_patches(self) -> Iterator[KeptPatches]:
         """
-        Cuts out the kept patches, to train on them.
+        Cuts the kept patches out of the frames, as training data.
 
         Yields:
-            [`KeptPatches`]: those of the next frame of the gaze, none where nothing was kept.
+            [`KeptPatches`]: the patches of the next frame of the gaze; empty where no patch was kept.
         """
         for chunk, part, pixels, _ in self._rebuild():
             rate, grid = chunk.gaze.frame_sampling_rate, chunk.gaze.grid
@@ -307,12 +309,12 @@ class VideoPruning:
 
     def overlay(self, timeline: bool = False) -> Iterator[np.ndarray]:
         """
-        Draws the video beside its kept patches and what they show of it, with a legend and what was kept so far.
+        Draws the video beside its kept patches and the reconstruction from them, with a legend and the tokens kept so far.
 
         Args:
             timeline (`bool`, *optional*, defaults to `False`):
-                Whether to draw the patches of every frame over time and where scenes are cut, below. That is known only once
-                the video has been gazed at, so it is decoded twice.
+                Whether to draw a timeline below: the number of patches of every frame, and scene cuts. It needs all kept patches
+                beforehand, so the video is decoded twice.
 
         Yields:
             `np.ndarray` of shape `(height, width, 3)` and type uint8: one for every frame taken.
@@ -321,23 +323,22 @@ class VideoPruning:
 
     def contact_sheet(self, timeline: bool = False) -> Image.Image:
         """
-        Draws some frames, evenly chosen, what was kept of them and what that shows.
+        Draws a few frames, evenly spaced, their kept patches and the reconstruction from these.
 
         Args:
-            timeline (`bool`, *optional*, defaults to `False`):
-                Whether to draw the patches of every frame over time and where scenes are cut, below.
+            timeline (`bool`, *optional*, defaults to `False`): whether to draw a timeline below; see [`~VideoPruning.overlay`].
 
         Returns:
             `PIL.Image.Image`
         """
-        return self._lay_out(list(self._draw(self._on_sheet())), timeline)
+        return self._compose_sheet(list(self._draw(self._sheet_frames())), timeline)
 
     def save(self, folder: str | os.PathLike, overlay: bool = True, timeline: bool = False) -> None:
         """
         Writes [`FILES`]: the gaze, the contact sheet and the overlay; all of them, or nothing.
 
         Args:
-            folder (`str` or `os.PathLike`): where; made if it is missing. What it holds of an earlier run is replaced.
+            folder (`str` or `os.PathLike`): folder to write to; made if it is missing. Files of an earlier run are replaced.
             overlay (`bool`, *optional*, defaults to `True`): whether to write the overlay, the slowest part.
             timeline (`bool`, *optional*, defaults to `False`): whether both pictures have a timeline.
 
@@ -345,28 +346,27 @@ class VideoPruning:
             ValueError: if `folder` is a file.
         """
         with replacing_files(folder, FILES) as unfinished:
-            shown: list[FrameView] = []
+            views: list[FrameView] = []
             if overlay:
-                # Times of their own only where the frames come unevenly.
+                # The metadata have `frame_times` only where frames are unevenly spaced.
                 times = getattr(self.video.metadata, "frame_times", None)
                 rate = self._options["frame_rate"] or FRAME_RATE
-                write_video(unfinished / OVERLAY, self._draw_overlay(shown, timeline), fps=rate, times=times)
+                write_video(unfinished / OVERLAY, self._draw_overlay(views, timeline), fps=rate, times=times)
             else:
-                shown += self._draw(self._on_sheet())
+                views += self._draw(self._sheet_frames())
             self.write_gaze_file(unfinished / GAZE_FILE)
-            self._lay_out(shown, timeline).save(unfinished / SHEET)
+            self._compose_sheet(views, timeline).save(unfinished / SHEET)
 
     def write_gaze_file(self, path: str | os.PathLike) -> None:
         """
-        Writes the gaze alone: `gaze.json`, as `docs/gaze_file.md` describes it.
+        Writes only the gaze: `gaze.json`, as `docs/gaze_file.md` describes it.
 
         Args:
-            path (`str` or `os.PathLike`): the file; one that is there is replaced.
+            path (`str` or `os.PathLike`): the file; an existing one is replaced.
         """
-        kept, known = self._finished(), self.video.metadata
-        with GazeFileWriter(known.frames_indices, self.video.frame_times) as writer:
-            for record in self.records():
-                writer.add([record])
+        kept, metadata = self._finished(), self.video.metadata
+        with GazeFileWriter(metadata.frames_indices, self.video.frame_times) as writer:
+            writer.add(self.records())
             writer.write(
                 path,
                 grid=kept.grid,
@@ -377,24 +377,24 @@ class VideoPruning:
                 selector=self.selector_name,
                 tiles=self.tiles,
                 settings=self.settings,
-                fps=known.fps,
-                width=known.width,
-                height=known.height,
-                duration=known.duration,
+                fps=metadata.fps,
+                width=metadata.width,
+                height=metadata.height,
+                duration=metadata.duration,
                 statistics=self.statistics,
             )
 
-    def _draw_overlay(self, shown: list[FrameView], timeline: bool) -> Iterator[np.ndarray]:
-        """Draws the overlay, and fills `shown` with what is on the contact sheet."""
-        on_sheet, length, drawer = self._on_sheet(), len(self.video), None
-        known = self._finished() if timeline else None
+    def _draw_overlay(self, sheet_views: list[FrameView], timeline: bool) -> Iterator[np.ndarray]:
+        """Draws the overlay, and adds the frames of the contact sheet to `sheet_views`."""
+        on_sheet, length, drawer = self._sheet_frames(), len(self.video), None
+        kept = self._finished() if timeline else None
         for view in self._draw(range(length)):
             if view.frame in on_sheet:
-                shown.append(view)
+                sheet_views.append(view)
             if drawer is None:
                 width = side_by_side(view.panels).shape[1]
-                strip = None if known is None else self._draw_timeline(width)
-                drawer = OverlayDrawer(length if known is None else known.num_frames, strip)
+                strip = None if kept is None else self._draw_timeline(width)
+                drawer = OverlayDrawer(length if kept is None else kept.num_frames, strip)
             yield drawer.draw(view)
 
     def _draw_timeline(self, width: int) -> Image.Image:
@@ -407,7 +407,8 @@ class VideoPruning:
         options = {**self.settings, **self._options, "tiles": self.tiles}
         return stream_gaze(self.selector, self.video, self.processor.video_processor, **options)
 
-    def _gaze_at(self) -> Iterator[GazeChunk]:
+    def _choose_patches(self) -> Iterator[GazeChunk]:
+        """Decodes the video and chooses the patches; what was chosen is stored at the end."""
         stream, self._stream = self._stream or self._open(), None
         kept, cuts = None, SceneCuts()
         for chunk in stream:
@@ -415,12 +416,12 @@ class VideoPruning:
             kept.add(chunk)
             cuts.add(chunk.levels)
             yield chunk
-            # What the caller lets go must be gone before the next chunk is decoded.
+            # Without this reference the chunk can be freed before the next one is decoded.
             del chunk
         self._kept, self._cuts = kept, cuts.cuts
 
-    def _look_again(self, kept: KeptIds) -> Iterator[GazeChunk]:
-        """Decodes the video again, with the gaze that is known."""
+    def _decode_again(self, kept: KeptIds) -> Iterator[GazeChunk]:
+        """Decodes the video again, with the patches that were chosen before."""
         frames, size = iter(self.video), None
         device = getattr(self.selector, "device", "cpu")
         for start, stop, gaze in kept:
@@ -432,16 +433,16 @@ class VideoPruning:
             yield chunk
             del chunk
 
-    def _draw(self, numbers: Collection[int]) -> Iterator[FrameView]:
-        """Goes through the video and draws some of its frames."""
+    def _draw(self, wanted: Collection[int]) -> Iterator[FrameView]:
+        """Goes through the video and draws the wanted ones of the frames taken."""
         times, tokens, processor = self.video.frame_times, 0, self.processor.video_processor
-        for chunk, part, _, rebuilt in self._rebuild(is_shown=True):
+        for chunk, part, _, rebuilt in self._rebuild(always=True):
             grid, rate = chunk.gaze.grid, chunk.gaze.frame_sampling_rate
             names, counts = name_scales(grid, *chunk.extent), chunk.gaze.num_real_each_frame[0].tolist()
             for place in range(part.start, part.stop):
                 number, kept = chunk.start + place, counts[place // rate]
                 tokens += kept if place % rate == 0 else 0
-                if number in numbers:
+                if number in wanted:
                     yield FrameView(
                         frame=number,
                         index=chunk.frame_indices[place],
@@ -455,16 +456,17 @@ class VideoPruning:
                     )
             del chunk
 
-    def _rebuild(self, is_shown: bool = False) -> Iterator[tuple[GazeChunk, slice, torch.Tensor, torch.Tensor | None]]:
+    def _rebuild(self, always: bool = False) -> Iterator[tuple[GazeChunk, slice, torch.Tensor, torch.Tensor | None]]:
         """
-        Goes through the video and measures the quality.
+        Goes through the video, rebuilds its frames and measures the errors.
 
-        Yields a chunk, some of its frames, their pixels and what is rebuilt of them, `None` if nobody needs that.
+        Yields a chunk, a slice of its frames, their pixels and the rebuilt pixels. Without `measures_quality` these are rebuilt
+        only where `always` is true, and otherwise `None`.
         """
         processor = self.processor.video_processor
         rebuilder = VideoRebuilder(processor)
         for chunk in self.chunks():
-            if is_shown or self._measures_quality:
+            if always or self._measures_quality:
                 yield from ((chunk, *parts) for parts in rebuilder.rebuild(chunk))
             else:
                 yield from ((chunk, *parts, None) for parts in chunk_pixels(chunk, processor))
@@ -472,7 +474,7 @@ class VideoPruning:
         self._squared_errors = rebuilder.squared_errors
 
     def _finished(self) -> KeptIds:
-        """Gives what was kept, once the whole video was gazed at."""
+        """Returns the kept patches of the whole video; chooses them, and measures the quality, where that is still to do."""
         if self._measures_quality and not self._squared_errors:
             for _ in self._rebuild():
                 pass
@@ -481,13 +483,14 @@ class VideoPruning:
                 pass
         return self._kept
 
-    def _on_sheet(self) -> set[int]:
+    def _sheet_frames(self) -> set[int]:
+        """Returns the frames of the contact sheet, evenly spaced."""
         length = len(self.video)
-        count = min(length, _SHOWN)
+        count = min(length, _SHEET_FRAMES)
         return {index * (length - 1) // max(1, count - 1) for index in range(count)}
 
-    def _lay_out(self, shown: list[FrameView], timeline: bool) -> Image.Image:
-        panels = zip(*(view.panels for view in shown), strict=True)
+    def _compose_sheet(self, views: list[FrameView], timeline: bool) -> Image.Image:
+        panels = zip(*(view.panels for view in views), strict=True)
         rows = [(name, np.stack(strip)) for name, strip in zip(PANELS, panels, strict=True)]
-        sheet = contact_sheet(rows, shown[0].scales, captions=[view.caption for view in shown])
+        sheet = contact_sheet(rows, views[0].scales, captions=[view.caption for view in views])
         return stack_pictures([sheet, self._draw_timeline(sheet.width)]) if timeline else sheet

@@ -1,21 +1,22 @@
-"""Where the scenes of a video begin, by how much neighbouring frames differ."""
+"""Detection of scene cuts, by the difference between neighbouring frames."""
 
 import torch
 from torch.nn import functional as F
 
 
-_SMALL = 16  # rows and columns that frames are averaged to
-_SEEN = 64  # rows and columns at least that these averages are taken of
-_LEAST = 0.1  # of all brightness: how much a cut changes on average at least
-_TIMES = 2  # how many times more than the frames next to it
+_GRID_SIZE = 16  # rows and columns that frames are averaged to
+_MIN_SAMPLES = 64  # rows and columns of pixels that enter these averages, at least
+_MIN_CHANGE = 0.1  # mean change of brightness at a cut, as a share of the whole range
+_MIN_RATIO = 2  # of the change at a cut to the changes right before and after
 
 
 class SceneCuts:
     """
-    Finds the cuts of a video whose frames come a few at a time.
+    Finds the scene cuts of a video whose frames are given a few at a time.
 
-    A cut is where the brightness of a frame, averaged over 16x16 places, differs from that of the frame before by a tenth of
-    the whole range or more, and twice as much as frames next to it differ from each other; so neither motion nor a flash is one.
+    The brightness of every frame is averaged over 16x16 blocks. A cut is a frame whose averages differ from those of the frame
+    before by a tenth of the whole range or more, and at least twice as much as do the pairs of frames right before and after.
+    So neither motion nor a flash is a cut.
 
     Example:
 
@@ -37,24 +38,24 @@ class SceneCuts:
 
     def add(self, levels: torch.Tensor) -> None:
         """
-        Takes the next frames.
+        Adds the next frames.
 
         Args:
             levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
         """
-        down, right = (max(1, side // _SEEN) for side in levels.shape[-2:])
-        seen = levels[..., ::down, ::right].float().mean(1, keepdim=True) / 255
-        small = F.adaptive_avg_pool2d(seen, _SMALL)
+        down, right = (max(1, side // _MIN_SAMPLES) for side in levels.shape[-2:])
+        sampled = levels[..., ::down, ::right].float().mean(1, keepdim=True) / 255
+        small = F.adaptive_avg_pool2d(sampled, _GRID_SIZE)
         before = small[:1] if self._last is None else self._last
         self._changes += (small - torch.cat([before, small[:-1]])).abs().mean((1, 2, 3)).tolist()
         self._last = small[-1:]
 
     @property
     def cuts(self) -> list[int]:
-        """The frames that begin a new scene, counted from the first frame taken."""
+        """Indices of the frames that begin a new scene, counted over the frames added."""
         padded = [0.0, *self._changes, 0.0]
         return [
             frame
             for frame, (before, own, after) in enumerate(zip(padded, padded[1:], padded[2:], strict=False))
-            if own >= max(_LEAST, _TIMES * before, _TIMES * after)
+            if own >= max(_MIN_CHANGE, _MIN_RATIO * before, _MIN_RATIO * after)
         ]

@@ -334,16 +334,16 @@ def check_names(
     owner: str, given: Iterable[str], functions: Iterable[Callable[..., object]], others: Iterable[str] = ()
 ) -> None:
     """
-    Checks names of arguments where Python itself does not.
+    Checks names of keyword arguments, for a function with `**kwargs`, where Python does not.
 
     Args:
-        owner (`str`): what they are given to.
-        given (`Iterable[str]`): their names.
-        functions (`Iterable[Callable]`): those whose named arguments it takes.
-        others (`Iterable[str]`, *optional*): what it takes beside these.
+        owner (`str`): name of the function or class, for the message.
+        given (`Iterable[str]`): names of the given arguments.
+        functions (`Iterable[Callable]`): functions whose named parameters are allowed.
+        others (`Iterable[str]`, *optional*): further names that are allowed.
 
     Raises:
-        TypeError: if one is not known.
+        TypeError: if a name is not allowed.
     """
     known = [
         name

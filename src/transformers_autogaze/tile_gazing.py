@@ -64,14 +64,14 @@ def to_levels(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """
-    Makes frames what is gazed at.
+    Converts frames to the tensor that patches are chosen in, resized as `tiles` says.
 
     Args:
         frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8): the frames.
-        processor ([`AutoGazeVideoProcessor`]): how to resize them, and for whole frames to what size.
+        processor ([`AutoGazeVideoProcessor`]): resizes them; for whole frames its own size holds.
         tiles (`str`): see [`stream_gaze`].
-        size (`tuple[int, int]`): height and width in pixels of all tiles together, for `"grid"`.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put them.
+        size (`tuple[int, int]`): height and width in pixels of all tiles together, used for `"grid"` only.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): device of the result.
 
     Returns:
         `torch.ByteTensor` of shape `(frames, 3, height, width)`: levels 0..255.

@@ -153,6 +153,37 @@ def check_rate(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be a number above 0, got {value!r}")
 
 
+def read_number(name: str, value: object) -> float:
+    """
+    Takes one finite number, also out of a tensor or array without dimensions.
+
+    Args:
+        name (`str`): name of the argument, for the message.
+        value: the number.
+
+    Returns:
+        `float`
+
+    Raises:
+        ValueError: if it is no finite number.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_autogaze.token_budgets_autogaze import read_number
+
+    >>> read_number("clip_ratio", torch.tensor(0.25))
+    0.25
+
+    ```
+    """
+    number = _plain(value)
+    if not _is_number(number) or not math.isfinite(number):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}")
+    return float(number)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 

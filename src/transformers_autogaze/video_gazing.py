@@ -136,7 +136,7 @@ def stream_gaze(
             outside it altogether are dropped; a budget or threshold is still that of the padded tile. A selector that
             takes any grid and has a single scale needs no tiles: it chooses among all patches of the resized frame, or
             of the frame padded to whole patches, so budgets and thresholds are those of the frame.
-        max_tiles (`int`, *optional*): tiles of a frame at most, for `"grid"` alone, where it is 48 by default.
+        max_tiles (`int`, *optional*): maximum number of tiles of a frame, only for `"grid"`; 48 by default.
         chunk_frames (`int`, *optional*): frames of a chunk; `config.max_num_frames` by default, or 16.
         max_batch_size (`int`, *optional*, defaults to 16): tiles that are gazed at together. Changes no result.
         num_frames, fps (*optional*): which frames to take, evenly over the video; see [`sample_indices`]. `fps` needs a
@@ -284,8 +284,8 @@ def open_source(
         source, num_frames, fps, start_frame: as in [`stream_gaze`].
 
     Returns:
-        `tuple` of the numbers of the frames to take, those from `start_frame` on, and how many are taken per second; numbers
-        and rate are `None` if nobody knows.
+        `tuple` of the indices of the frames to take, an iterator over these frames from `start_frame` on, and the number of
+        frames taken per second. Indices and rate are `None` where the source does not have them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -362,9 +362,9 @@ def next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None,
 
     Args:
         frames (`Iterator`): arrays, tensors or pictures, each of shape `(height, width, 3)` and type uint8.
-        count (`int`): how many to take at most.
-        size (`tuple[int, int]`, *optional*): height and width that they must have; that of the first by default.
-        start (`int`): number of the first of them, for messages.
+        count (`int`): maximum number of frames to take.
+        size (`tuple[int, int]`, *optional*): height and width that the frames must have; by default those of the first one.
+        start (`int`): index of the first of them, for messages.
 
     Returns:
         `np.ndarray` of shape `(frames, height, width, 3)` and type uint8; `None` if there is no frame left.

@@ -1,8 +1,4 @@
-"""
-What kept patches show: the pixels that a gaze was made for, and frames rebuilt from the patches, chunk by chunk.
-
-How good a gaze is for pixels is the error of what is rebuilt.
-"""
+"""Frames rebuilt from their kept patches, chunk by chunk, and the PSNR of these frames."""
 
 from collections.abc import Iterator
 
@@ -16,16 +12,16 @@ from .video_gazing import GazeChunk
 from .video_processing_autogaze import AutoGazeVideoProcessor
 
 
-_TOGETHER = 2**22  # pixels of the frames that are worked on together, one frame at least
+_MAX_PIXELS = 2**22  # of frames that are processed together; at least one frame is
 
 
 def chunk_pixels(chunk: GazeChunk, processor: AutoGazeVideoProcessor) -> Iterator[tuple[slice, torch.Tensor]]:
     """
-    Gives the frames of a chunk as its gaze sees them, a few at a time.
+    Yields the frames of a chunk as the selector received them, in the size of the finest scale, a few at a time.
 
     Args:
         chunk ([`GazeChunk`]): the chunk.
-        processor ([`AutoGazeVideoProcessor`]): what made its pixel values.
+        processor ([`AutoGazeVideoProcessor`]): the processor that made its pixel values.
 
     Yields:
         `tuple` of a `slice` of the chunk's frames and these frames, a `torch.FloatTensor` of shape
@@ -33,7 +29,7 @@ def chunk_pixels(chunk: GazeChunk, processor: AutoGazeVideoProcessor) -> Iterato
     """
     height, width = chunk.gaze.grid.sizes[-1]
     bottom, right = (whole - part for whole, part in zip(chunk.extent, chunk.frames.shape[1:3], strict=True))
-    step = max(1, _TOGETHER // (height * width))
+    step = max(1, _MAX_PIXELS // (height * width))
     for first in range(0, len(chunk.levels), step):
         part = slice(first, min(first + step, len(chunk.levels)))
         # The grid may reach beyond the frame.
@@ -43,16 +39,16 @@ def chunk_pixels(chunk: GazeChunk, processor: AutoGazeVideoProcessor) -> Iterato
 
 class VideoRebuilder:
     """
-    Rebuilds a video from its kept patches, chunk by chunk, and measures how well.
+    Rebuilds a video from its kept patches, chunk by chunk, and measures the errors.
 
     Args:
-        processor ([`AutoGazeVideoProcessor`]): what made the pixel values.
+        processor ([`AutoGazeVideoProcessor`]): the processor that made the pixel values.
     """
 
     def __init__(self, processor: AutoGazeVideoProcessor):
         self.processor = processor
         self.squared_errors: list[float] = []
-        """Mean squared error of every frame so far, pixels in 0..1."""
+        """Mean squared errors of the frames so far, pixels in 0..1."""
         self._composite: CompositeReconstruction | None = None
         self._last: torch.Tensor | None = None
 
@@ -65,8 +61,8 @@ class VideoRebuilder:
             chunk ([`GazeChunk`]): the chunk.
 
         Yields:
-            `tuple` of what [`chunk_pixels`] gives and the same frames rebuilt, a `torch.FloatTensor` of shape
-            `(frames, 3, height, width)`, pixels in 0..1; of a grid that reaches beyond the frame, only the frame.
+            `tuple` of both values of [`chunk_pixels`] and the same frames rebuilt, a `torch.FloatTensor` of shape
+            `(frames, 3, height, width)`, pixels in 0..1; where the grid reaches beyond the frame, cropped to the frame.
         """
         grid = chunk.gaze.grid
         self._composite = self._composite or CompositeReconstruction(grid)
@@ -88,7 +84,7 @@ class VideoRebuilder:
 
 def psnr_of(squared_errors: list[float]) -> float:
     """
-    Gives the peak signal-to-noise ratio of frames together.
+    Computes the peak signal-to-noise ratio of several frames together.
 
     Args:
         squared_errors (`list[float]`): mean squared error of each, pixels in 0..1.

@@ -1,4 +1,4 @@
-"""Pictures of a video and what was kept of it: panels with what is to be known of a frame, and patches over time."""
+"""Pictures of a video and its kept patches: panels of one frame with their labels, and a timeline of the patches."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,25 +34,25 @@ __all__ = [
 ]
 
 PANELS = ("original", "kept patches", "reconstruction from the kept patches")
-"""What [`draw_panels`] draws."""
-_SIDES = 224, 448  # pixels on the shorter side of a panel
-_LONGEST = 1344  # pixels on its longer side
-_GAP = 4
-_BARS = 80  # pixels of the highest bar of a timeline
-_CUT, _NOW = (220, 0, 0), (0, 0, 0)
+"""Titles of the panels that [`draw_panels`] draws, left to right."""
+_MIN_SIDE, _MAX_SIDE = 224, 448  # pixels of the shorter side of a panel
+_MAX_LONG_SIDE = 1344  # pixels of its longer side
+_GAP = 4  # pixels between panels
+_BAR_HEIGHT = 80  # pixels of the highest bar of a timeline
+_CUT_COLOUR, _FRAME_COLOUR = (220, 0, 0), (0, 0, 0)  # of the lines at scene cuts and at the current frame
 
 
 class FrameView(NamedTuple):
     """
-    What is shown of one frame.
+    The pictures and numbers that are drawn for one frame.
 
     Args:
-        frame (`int`): the frame, counted over those taken from the video.
-        index (`int`): the same frame as the video counts it.
-        time (`float`, *optional*): when it is shown, in seconds.
-        kept, total (`int`): patches that are kept of it, and those of all scales.
-        tokens, dense (`int`): patches kept up to here, and those that a dense encoder sees.
-        scales (`list[str]`): what the scales are called, coarse to fine.
+        frame (`int`): index of the frame among those taken from the video.
+        index (`int`): index of the frame among all frames of the video.
+        time (`float`, *optional*): time of the frame, in seconds.
+        kept, total (`int`): number of kept patches of the frame, and of all its patches at all scales.
+        tokens, dense (`int`): number of kept patches up to this frame, and of the patches that a dense encoder reads up to it.
+        scales (`list[str]`): names of the scales, coarse to fine.
         panels (`list[np.ndarray]`): see [`draw_panels`].
     """
 
@@ -68,13 +68,13 @@ class FrameView(NamedTuple):
 
     @property
     def status(self) -> str:
-        """Says all of it in one line."""
+        """The numbers in one line, for the overlay."""
         factor = f", {self.dense / self.tokens:.1f}x fewer than a dense encoder's" if self.tokens else ""
         return f"{self._place}   {self.kept} of {self.total} patches   {self.tokens} tokens so far{factor}"
 
     @property
     def caption(self) -> str:
-        """Says most of it in two short lines."""
+        """The numbers in two short lines, for the contact sheet."""
         return f"{self._place}\n{self.kept} of {self.total} patches, {self.tokens} so far"
 
     @property
@@ -84,10 +84,10 @@ class FrameView(NamedTuple):
 
 class OverlayDrawer:
     """
-    Draws the frames of an overlay: what is known of each, a legend, the panels, and on request a timeline.
+    Draws the frames of an overlay: a line of numbers, a legend, the panels, and optionally a timeline.
 
     Args:
-        length (`int`): frames of the video.
+        length (`int`): number of frames of the overlay.
         timeline (`Image.Image`, *optional*): see [`draw_timeline`].
     """
 
@@ -100,7 +100,7 @@ class OverlayDrawer:
         Draws a frame.
 
         Args:
-            view ([`FrameView`]): what to show.
+            view ([`FrameView`]): the frame.
 
         Returns:
             `np.ndarray` of shape `(height, width, 3)` and type uint8.
@@ -111,39 +111,40 @@ class OverlayDrawer:
         parts = [draw_text(view.status, panels.width), self._head, panels]
         if self.timeline is not None:
             parts.append(
-                _mark_now(self.timeline, view.frame, self.length).resize((panels.width, self.timeline.height))
+                _mark_frame(self.timeline, view.frame, self.length).resize((panels.width, self.timeline.height))
             )
         return np.asarray(stack_pictures(parts))
 
 
 def draw_timeline(counts: np.ndarray, cuts: Sequence[int], width: int, duration: float | None = None) -> Image.Image:
     """
-    Draws how many patches are kept of every frame, in the colours of their scales, and where scenes are cut.
+    Draws a timeline: the number of kept patches of every frame, in the colours of their scales, and the scene cuts.
 
     Args:
         counts (`np.ndarray` of shape `(frames, scales)`): patches kept of each frame and scale.
         cuts (`Sequence[int]`): the first frame of each new scene.
-        width (`int`): width of the picture in pixels; where frames are more than pixels, the one that keeps most is shown.
+        width (`int`):
+            Width of the picture in pixels. Where several frames share a column of pixels, the one with most patches is drawn.
         duration (`float`, *optional*): seconds of the video.
 
     Returns:
         `PIL.Image.Image`: in RGB.
     """
     most, length = int(counts.sum(1).max()), len(counts)
-    bars = np.full((_BARS, width, 3), 240, np.uint8)
+    bars = np.full((_BAR_HEIGHT, width, 3), 240, np.uint8)
     starts = np.arange(width) * length // width
     stops = np.maximum(starts + 1, np.arange(1, width + 1) * length // width)
     for x, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         own = counts[start + int(counts[start:stop].sum(1).argmax())]
-        # From the ground up: coarse below fine.
-        tops = _BARS - np.ceil(own.cumsum() * _BARS / max(1, most)).astype(int)
-        for scale, (top, bottom) in enumerate(zip(tops, [_BARS, *tops], strict=False)):
+        # Coarse scales at the bottom, finer ones above.
+        tops = _BAR_HEIGHT - np.ceil(own.cumsum() * _BAR_HEIGHT / max(1, most)).astype(int)
+        for scale, (top, bottom) in enumerate(zip(tops, [_BAR_HEIGHT, *tops], strict=False)):
             bars[top:bottom, x] = SCALE_COLOURS[scale % len(SCALE_COLOURS)]
     picture = Image.fromarray(bars)
     draw = ImageDraw.Draw(picture)
     for cut in cuts:
         x = cut * width // length
-        draw.line([x, 0, x, _BARS], fill=_CUT, width=max(3, width // 400))
+        draw.line([x, 0, x, _BAR_HEIGHT], fill=_CUT_COLOUR, width=max(3, width // 400))
     span = "" if duration is None else f", over {duration:.1f} s"
     found = f"   red: {len(cuts)} {'cut' if len(cuts) == 1 else 'cuts'}" if len(cuts) else ""
     return stack_pictures([draw_text(f"patches of every frame, {most} at most{span}{found}", width), picture])
@@ -159,15 +160,16 @@ def draw_panels(
         chunk ([`GazeChunk`]): the chunk.
         frame (`int`): which of its frames, counted from its first.
         rebuilt (`torch.FloatTensor` of shape `(3, height, width)`): the same frame rebuilt from kept patches, pixels in 0..1.
-        processor ([`AutoGazeVideoProcessor`]): how to resize.
+        processor ([`AutoGazeVideoProcessor`]): resizes the frame.
 
     Returns:
-        `list[np.ndarray]`, three times shape `(height, width, 3)` and type uint8: see [`PANELS`]; of a size to look at.
+        `list[np.ndarray]`: one panel for each of `PANELS`, of shape `(height, width, 3)` and type uint8, as large as
+        [`panel_size`] says.
     """
     height, width = chunk.frames.shape[1:3]
     size = panel_size(height, width)
     levels = torch.from_numpy(chunk.frames[frame : frame + 1]).permute(0, 3, 1, 2)
-    shown = processor.resize_levels(levels, size).permute(0, 2, 3, 1).contiguous().numpy()
+    resized = processor.resize_levels(levels, size).permute(0, 2, 3, 1).contiguous().numpy()
     # The grid may reach beyond the frame.
     bottom, right = (
         max(0, round(small * whole / part) - small)
@@ -175,8 +177,8 @@ def draw_panels(
     )
     place = frame // chunk.gaze.frame_sampling_rate
     gaze = GazeOutput.from_masks([mask[:, place : place + 1] for mask in chunk.gaze.gazing_mask], chunk.gaze.grid)
-    painted = paint_gaze(np.pad(shown, ((0, 0), (0, bottom), (0, right), (0, 0))), gaze)
-    return [shown[0], painted[0, : size[0], : size[1]], to_frames(rebuilt[None], size)[0]]
+    painted = paint_gaze(np.pad(resized, ((0, 0), (0, bottom), (0, right), (0, 0))), gaze)
+    return [resized[0], painted[0, : size[0], : size[1]], to_frames(rebuilt[None], size)[0]]
 
 
 def panel_size(height: int, width: int) -> tuple[int, int]:
@@ -187,10 +189,10 @@ def panel_size(height: int, width: int) -> tuple[int, int]:
         height, width (`int`): size of the video's frames in pixels.
 
     Returns:
-        `tuple[int, int]`: height and width, as large as the frame where that is good to look at.
+        `tuple[int, int]`: height and width: those of the frame, scaled up or down where it is too small or too large.
     """
-    least, most = (side / min(height, width) for side in _SIDES)
-    factor = min(max(min(1.0, most), least), _LONGEST / max(height, width))
+    least, most = (side / min(height, width) for side in (_MIN_SIDE, _MAX_SIDE))
+    factor = min(max(min(1.0, most), least), _MAX_LONG_SIDE / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
@@ -214,7 +216,7 @@ def side_by_side(panels: Sequence[np.ndarray], gap: int = _GAP) -> np.ndarray:
 
 def to_frames(pixels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """
-    Turns pixels into frames to look at.
+    Turns pixels into uint8 frames of a given size.
 
     Args:
         pixels (`torch.FloatTensor` of shape `(frames, 3, height, width)`): values in 0..1.
@@ -235,10 +237,11 @@ def _titles(panels: Sequence[np.ndarray]) -> Image.Image:
     return Image.fromarray(side_by_side(titles))
 
 
-def _mark_now(timeline: Image.Image, frame: int, length: int) -> Image.Image:
+def _mark_frame(timeline: Image.Image, frame: int, length: int) -> Image.Image:
+    """Draws a line at a frame of the timeline."""
     marked = timeline.copy()
     x = (2 * frame + 1) * timeline.width // (2 * length)
     ImageDraw.Draw(marked).line(
-        [x, timeline.height - _BARS, x, timeline.height], fill=_NOW, width=max(3, timeline.width // 400)
+        [x, timeline.height - _BAR_HEIGHT, x, timeline.height], fill=_FRAME_COLOUR, width=max(3, timeline.width // 400)
     )
     return marked

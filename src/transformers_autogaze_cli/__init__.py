@@ -13,24 +13,24 @@ from typing import Any, NoReturn
 
 
 COMMANDS = {
-    "prune": ("prune videos and show what was kept", "transformers_autogaze_cli.prune"),
-    "demo": ("prune a clip that is rendered on the spot", "transformers_autogaze_cli.prune"),
-    "app": ("serve a web page that prunes videos and shows what is kept", "transformers_autogaze_cli.app"),
+    "prune": ("prune videos and show the kept patches", "transformers_autogaze_cli.prune"),
+    "demo": ("prune a rendered demo clip", "transformers_autogaze_cli.prune"),
+    "app": ("serve a web page that prunes videos and shows the kept patches", "transformers_autogaze_cli.app"),
     "prune-dataset": (
-        "prune any number of videos on Ray, a row for each in Parquet shards",
+        "prune any number of videos with Ray, into Parquet shards with one row for each video",
         "transformers_autogaze_cli.prune_dataset",
     ),
     "evaluate": (
-        "measure selectors against each other, by rebuilt pixels or by what an encoder keeps",
+        "compare selectors, by rebuilt pixels or by the features that an encoder preserves",
         "transformers_autogaze.cli_evaluation",
     ),
-    "label": ("label videos by greedy search, once, to train on later", "transformers_autogaze.cli_labels"),
+    "label": ("label videos by greedy search, for later training", "transformers_autogaze.cli_labels"),
     "train": ("train a model on labels (stage 1)", "transformers_autogaze.cli_training"),
     "train-grpo": (
         "train a model further on gazes that it samples itself (stage 2)",
         "transformers_autogaze.cli_training",
     ),
-    "distill": ("make a selector of any vision encoder", "transformers_autogaze.cli_distillation"),
+    "distill": ("distill a selector from any vision encoder", "transformers_autogaze.cli_distillation"),
 }
 """What each command does, and the module whose `add_commands` adds it to the command line."""
 

@@ -9,9 +9,9 @@ from . import COMMANDS
 
 
 def add_command(commands: Any, name: str, more: str = "", **options: Any) -> argparse.ArgumentParser:
-    """Adds one of `COMMANDS`, which says what it does, and more where there is more to say."""
-    what = COMMANDS[name][0]
-    return commands.add_parser(name, description=f"{what[0].upper()}{what[1:]}.{more}", **options)
+    """Adds one of `COMMANDS`; its description is the text there, followed by `more`."""
+    text = COMMANDS[name][0]
+    return commands.add_parser(name, description=f"{text[0].upper()}{text[1:]}.{more}", **options)
 
 
 def a_name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What `autogaze prune` and `autogaze demo` take; the work is `transformers_autogaze.cli_prune`'s."""
+"""The arguments of `autogaze prune` and `autogaze demo`, which `transformers_autogaze.cli_prune` implements."""
 
 import argparse
 from typing import Any
@@ -18,31 +18,31 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         type=a_name,
         metavar="VIDEO",
-        help="path or http(s) URL of a video, or a folder of videos; of several, each gets a folder of its own in OUT",
+        help="path or http(s) URL of a video, or a folder of videos; with several videos, each gets its own folder in OUT",
     )
-    add_frames(prune.add_argument_group("which frames, and how they are seen"))
+    add_frames(prune.add_argument_group("frames and tiles"))
     _add_command(commands, "demo", "autogaze demo -o OUT [options]")
 
 
 def _add_command(commands: Any, name: str, usage: str) -> argparse.ArgumentParser:
-    """Adds a command with the arguments that both have."""
+    """Adds one of the two commands, with the arguments that both have."""
     command = add_command(commands, name, usage=usage)
     add_output(command)
     command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4, the slowest part")
     command.add_argument(
         "--timeline",
         action="store_true",
-        help="draw the patches of every frame over time, and where scenes are cut, below both pictures",
+        help="draw a timeline below the overlay and the contact sheet: number of patches of every frame, and scene cuts",
     )
     add_device(command)
-    add_selector(command.add_argument_group("what chooses"))
-    add_budgets(command.add_argument_group("how much is kept"))
+    add_selector(command.add_argument_group("selector"))
+    add_budgets(command.add_argument_group("budget and threshold"))
     command.set_defaults(run=_run, command=name)
     return command
 
 
 def add_selector(group: Any) -> None:
-    """Adds what chooses."""
+    """Adds the choice of the selector."""
     group = group.add_mutually_exclusive_group()
     group.add_argument(
         "--selector",
@@ -56,7 +56,7 @@ def add_selector(group: Any) -> None:
 
 
 def add_budgets(group: Any) -> None:
-    """Adds how much is kept."""
+    """Adds the budgets and the threshold."""
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
         "--clip-ratio",
@@ -69,7 +69,7 @@ def add_budgets(group: Any) -> None:
         "--tokens-per-second",
         type=a_number,
         metavar="N",
-        help="tokens to keep per second of video, over any ten of them",
+        help="tokens to keep per second of video, on average over any ten seconds",
     )
     budget.add_argument(
         "--gazing-ratio",
@@ -82,13 +82,13 @@ def add_budgets(group: Any) -> None:
         type=a_number,
         metavar="L",
         help="loss at which a frame is good enough: for the default selector the share of the encoder's feature variance that it "
-        "may lose, 0..1; for those on pixels 0.7 is 26 dB (default: 0.7 for --selector greedy and autogaze, none where anything "
-        "else is asked for)",
+        "may lose, 0..1; for those on pixels 0.7 is 26 dB (default: 0.7 for --selector greedy and autogaze, none with any of the "
+        "options above)",
     )
 
 
 def add_frames(group: Any) -> None:
-    """Adds which frames are taken, and how they are seen."""
+    """Adds the choice of frames and tiles."""
     frames = group.add_mutually_exclusive_group()
     frames.add_argument(
         "--num-frames", type=a_count, metavar="N", help="how many frames to take, evenly (default: all)"
@@ -102,7 +102,10 @@ def add_frames(group: Any) -> None:
         "aspect ratio; or at tiles of frames as large as they are",
     )
     group.add_argument(
-        "--max-tiles", type=a_count, metavar="N", help="tiles of a frame at most, for --tiles grid (default: 48)"
+        "--max-tiles",
+        type=a_count,
+        metavar="N",
+        help="maximum number of tiles of a frame, for --tiles grid (default: 48)",
     )
 
 

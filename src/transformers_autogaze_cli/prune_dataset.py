@@ -1,4 +1,4 @@
-"""Options of `autogaze prune-dataset`, which runs `transformers_autogaze.dataset_pruning`."""
+"""The arguments of `autogaze prune-dataset`, which `transformers_autogaze.dataset_pruning` implements."""
 
 import argparse
 from dataclasses import fields
@@ -13,34 +13,34 @@ def add_commands(commands: Any) -> None:
     command = add_command(
         commands,
         "prune-dataset",
-        more=" A video that cannot be read gives a row with its error. The same command resumes a run that was interrupted. "
-        "Ray runs on this machine, or on the cluster that RAY_ADDRESS names.",
+        more=" A video that cannot be read gets a row with the error. Running the same command again resumes an interrupted run. "
+        "Ray runs on this machine, or on the cluster of RAY_ADDRESS.",
         usage="autogaze prune-dataset INPUT OUTPUT [options]",
     )
     command.add_argument(
         "source",
         type=a_name,
         metavar="INPUT",
-        help="folder of videos, pattern such as 'clips/*.mp4', .txt list of paths or URLs, or .parquet or .lance table; a "
-        "path, or a URL that fsspec opens, such as s3://, gs:// or hf://",
+        help="folder of videos, pattern such as 'clips/*.mp4', .txt list of paths or URLs, or .parquet or .lance table; a local "
+        "path or a URL that fsspec opens, such as s3://, gs:// or hf://",
     )
     command.add_argument(
         "output",
         type=a_path,
         metavar="OUTPUT",
-        help="folder to write to, which all machines of a cluster reach by this path",
+        help="folder to write to, on a file system that all machines of the cluster share",
     )
     command.add_argument(
-        "--patches", action="store_true", help="also write the pixels of kept patches, as WebDataset tars"
+        "--patches", action="store_true", help="also write the pixels of kept patches, in WebDataset tars"
     )
     command.add_argument(
-        "--psnr", action="store_true", help="rebuild the frames from the kept patches to measure the quality"
+        "--psnr", action="store_true", help="rebuild the frames from the kept patches and measure their PSNR"
     )
     _add_tables(command.add_argument_group("tables"))
-    _add_workers(command.add_argument_group("workers and shards"))
-    add_selector(command.add_argument_group("what chooses"))
-    add_budgets(command.add_argument_group("how much is kept"))
-    add_frames(command.add_argument_group("which frames, and how they are seen"))
+    _add_workers(command.add_argument_group("execution"))
+    add_selector(command.add_argument_group("selector"))
+    add_budgets(command.add_argument_group("budget and threshold"))
+    add_frames(command.add_argument_group("frames and tiles"))
     command.set_defaults(run=_run)
 
 
@@ -50,13 +50,13 @@ def _add_tables(group: Any) -> None:
         type=a_name,
         default="video",
         metavar="NAME",
-        help="column with the paths, URLs or bytes of videos (default: video)",
+        help="column with paths, URLs or encoded bytes of videos (default: video)",
     )
     group.add_argument(
         "--id-column",
         type=a_name,
         metavar="NAME",
-        help="column with the names of videos (default: the path or URL, or the names of tables with row numbers)",
+        help="column with a unique name for each video (default: the path or URL, or the table and the number of the row)",
     )
 
 
@@ -65,7 +65,8 @@ def _add_workers(group: Any) -> None:
         "--workers",
         type=a_count,
         metavar="N",
-        help="number of videos that are pruned at a time (default: one less than there are cores, or as many as fit on the GPUs)",
+        help="number of videos that are pruned in parallel (default: all cores but one, or with --gpus-per-worker as many as fit on "
+        "the GPUs)",
     )
     group.add_argument(
         "--gpus-per-worker",
@@ -75,7 +76,7 @@ def _add_workers(group: Any) -> None:
         help="share of a GPU for each worker, such as 0.25 (default: 0, compute on the CPU)",
     )
     group.add_argument(
-        "--rows-per-shard", type=a_count, default=1024, metavar="N", help="number of videos per shard (default: 1024)"
+        "--rows-per-shard", type=a_count, default=1024, metavar="N", help="number of videos of a shard (default: 1024)"
     )
 
 

@@ -1,9 +1,9 @@
 """
-Checks what a wheel and a source distribution hold: all that they should, and nothing else.
+Checks that a wheel and a source distribution have all files that they should, and no others.
 
     python tests/release/check_distributions.py dist
 
-Run it in a checkout, as the files that git knows decide.
+Run it in a checkout: the expected files are those that git tracks.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 PACKAGES = ("transformers_autogaze", "transformers_autogaze_cli")
-# What is for work on the repository alone, and not part of a source distribution.
+# Beginnings of paths that are not part of a source distribution.
 NOT_RELEASED = (".", "Dockerfile")
-# What the build adds.
+# Files that the build adds.
 ADDED = ("PKG-INFO", "setup.cfg")
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
 

@@ -1,10 +1,10 @@
 """
-Tries an installed package as a new user does, in an environment that has nothing else.
+Tests an installed package as a new user would, in an environment with nothing else.
 
     python tests/release/try_installed.py README.md
 
-It must run outside a checkout's `src`, in a folder that may be written to. The console script, the demo, the default weights,
-remote code and the first example of the documents are run.
+Run it outside a checkout, in a folder that can be written to. It runs the console script, the demo, the default weights, remote
+code and the first example of a document.
 """
 
 import argparse

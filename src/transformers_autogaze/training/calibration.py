@@ -5,6 +5,7 @@ This module owns the measure of foreseen vectors and the way from distances to l
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +16,14 @@ from ..evaluation.features import lay_features
 from ..feature_network_autogaze import FeatureGazeNetwork
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..video_decoding_autogaze import read_video
+from ..video_decoding_autogaze import read_video, stream_video
 from .augmentation import pan_and_zoom, resize_pixels
 from .crops import Source, read_source
 from .teacher_features import TeacherFeatures
 
 
 _FRAMES = 16  # of a clip
-_MAX_FILES = 12  # that clips are taken of
+_MAX_FILES = 12  # number of files that clips are taken from
 _PREDICTED = (0.01, 0.02, 0.04, 0.08, 0.14, 0.22, 0.34, 0.5, 0.7)  # losses that thresholds are tried at
 
 
@@ -74,27 +75,27 @@ def calibrate(
     trained_on: Sequence[Source] = (),
 ) -> list[list[float]]:
     """
-    Finds which share of an encoder's feature variance is lost where a network foretells a loss.
+    Measures which share of an encoder's feature variance is really lost where a network predicts a loss.
 
-    A network foretells less well what is unlike all that it learned from, so it is measured on both: on files that it
-    never saw, and on whole frames of files that it saw crops of. Both count half.
+    Predictions are worse for files unlike those of training. So the loss is measured on files that were not trained on, and
+    on whole frames of files whose crops were; both groups have the same weight.
 
-    Clips are gazed at with thresholds on the foretold loss, finest scale only; the encoder sees what was kept
-    (`attention="canvas"`), and its features, laid on a map, are compared with those of whole frames.
+    Patches of the finest scale are chosen with thresholds on the predicted loss. The encoder reads the kept patches
+    (`attention="canvas"`), and its features, put at their places, are compared with those of whole frames.
 
     Args:
         network ([`FeatureGazeNetwork`]): the network.
         features ([`TeacherFeatures`]): the encoder and its components.
         held_out (`Sequence[Source]`): files that were not trained on. Videos give a clip of frames spread over them and
             one of frames next to each other; without videos, a camera moves over the pictures.
-        trained_on (`Sequence[Source]`, *optional*): files that were; with none, only `held_out` counts.
+        trained_on (`Sequence[Source]`, *optional*): files that were trained on; without any, only `held_out` counts.
 
     Returns:
-        `list[list[float]]`: pairs of foretold and measured loss, ascending, from `[0, 0]` on; `config.loss_knots`.
+        `list[list[float]]`: pairs of predicted and measured loss, ascending, from `[0, 0]` on; `config.loss_knots`.
     """
     network.eval()
     groups = [
-        np.mean([_measure_losses(network, features, levels) for levels in _clips(sources, features.seed)], axis=0)
+        np.mean([_measure_losses(network, features, levels) for levels in _read_clips(sources, features.seed)], axis=0)
         for sources in (held_out, trained_on)
         if sources
     ]
@@ -102,7 +103,7 @@ def calibrate(
 
 
 def _measure_losses(network: FeatureGazeNetwork, features: TeacherFeatures, levels: torch.Tensor) -> list[float]:
-    """Gives what the encoder loses of a clip, gazed at with each of the predicted losses."""
+    """Returns the measured loss of a clip for each of the predicted losses as a threshold."""
     teacher, finest = features.teacher, len(features.teacher.grid.grids) - 1
     one_scale = GazeGrid(teacher.grid.scales[-1:], teacher.grid.patch_size)
     mean = features.components.mean.to(teacher.device)
@@ -127,7 +128,7 @@ def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
 
     Args:
         vectors (`torch.FloatTensor` of shape `(frames, places, feature_size)`): vectors of a clip.
-        max_loss (`float`): mean squared distance of a frame's vectors to those that stand at their places.
+        max_loss (`float`): mean squared distance of a frame's vectors to those last kept at their places.
 
     Returns:
         `torch.BoolTensor` of shape `(frames, places)`: true where a place is kept.
@@ -142,16 +143,16 @@ def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
 
     ```
     """
-    standing = torch.zeros_like(vectors[0])
+    canvas = torch.zeros_like(vectors[0])
     kept = []
     for frame in vectors:
-        errors = (frame - standing).square().sum(-1)
+        errors = (frame - canvas).square().sum(-1)
         largest, order = errors.sort(descending=True)
         left = largest.flip(0).cumsum(0).flip(0)  # where this place and all after it are not kept
         keeps = torch.zeros_like(order, dtype=torch.bool)
         keeps[order] = left > max_loss * len(errors)
         kept.append(keeps)
-        standing = torch.where(keeps[:, None], frame, standing)
+        canvas = torch.where(keeps[:, None], frame, canvas)
     return torch.stack(kept)
 
 
@@ -187,26 +188,26 @@ def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> li
 
 
 def look(network: FeatureGazeNetwork, levels: torch.Tensor) -> torch.Tensor:
-    """Lets a network look at frames `(frames, 3, height, width)` in levels 0..255."""
+    """Runs a network on frames `(frames, 3, height, width)` in levels 0..255."""
     pixels = levels.to(network.device).float() / 255
     return network(FeatureGazeNetwork.normalize(pixels)).float()
 
 
-def _clips(sources: Sequence[Source], seed: int) -> Iterator[torch.Tensor]:
-    """Gives clips `(frames, 3, height, width)` in levels 0..255."""
+def _read_clips(sources: Sequence[Source], seed: int) -> Iterator[torch.Tensor]:
+    """Yields clips `(frames, 3, height, width)` in levels 0..255."""
     videos = [source for source in sources if source.is_video and source.num_frames > 1]
-    for source in _spread(videos):
+    for source in _choose_evenly(videos):
         count = min(_FRAMES, source.num_frames)
-        yield torch.from_numpy(read_video(source.path, num_frames=count)[0]).permute(0, 3, 1, 2)
-        first = read_video(source.path)[0][:count]
-        yield torch.from_numpy(first).permute(0, 3, 1, 2)
+        spread = read_video(source.path, num_frames=count)[0]
+        consecutive = np.stack(list(islice(stream_video(source.path)[1], count)))
+        yield from (torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (spread, consecutive))
     if not videos:
         generator = torch.Generator().manual_seed(seed)
-        for source in _spread(sources):
+        for source in _choose_evenly(sources):
             frames = pan_and_zoom(read_source(source)[0], _FRAMES, (512, 512), generator)
             yield (frames * 255).round().to(torch.uint8)
 
 
-def _spread(sources: Sequence[Source]) -> list[Source]:
-    """Takes a few of many, evenly, since neighbours by name are often alike."""
+def _choose_evenly(sources: Sequence[Source]) -> list[Source]:
+    """Chooses at most `_MAX_FILES` files, evenly, as files with neighbouring names are often alike."""
     return [sources[index] for index in np.unique(np.linspace(0, len(sources) - 1, _MAX_FILES).round().astype(int))]

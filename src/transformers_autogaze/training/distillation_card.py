@@ -113,7 +113,7 @@ def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: st
 
 
 def _results(facts: Mapping[str, Any]) -> list[EvalResult]:
-    """Gives what was measured on the files that were held out, as the Hub lists it."""
+    """Returns what was measured on the held-out files, in the form of the Hub."""
     values = {
         "R2 of the encoder's features, finest scale": facts["r2"][-1],
         "R2 of what changes between two crops of a place": facts["change_r2"],

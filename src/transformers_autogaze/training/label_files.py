@@ -47,8 +47,8 @@ def write_labels(
         labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
         settings (`Mapping[str, Any]`, *optional*): what they were made with, kept as a further entry, `"settings"`.
         file_sizes (`Mapping[str, int]`, *optional*):
-            Sizes in bytes of the files of videos, kept with their labels as `"file_size"`, which tells other videos of the
-            same names apart.
+            Sizes in bytes of the video files, written as `"file_size"` beside the labels; by them, labels of other videos
+            with the same names are detected.
     """
     entries = {name: _to_entry(name, clip, file_sizes or {}) for name, clip in labels.items()}
     text = json.dumps(entries if settings is None else {_SETTINGS: settings, **entries})
@@ -68,12 +68,12 @@ def read_labels(
     Args:
         paths (`str` or `os.PathLike`): files in the published JSON shape.
         grid ([`GazeGrid`], *optional*):
-            Patches that the labels must belong to; by default those that a file says that its labels are of, if it does.
+            Patches that the labels must belong to; by default those of the file's settings, if it has any.
         settings (`Mapping[str, Any]`, *optional*):
-            Settings that the labels must have been made with, such as `{"num_frames": 16}`; files that tell none pass.
+            Settings that the labels must have been made with, such as `{"num_frames": 16}`; files without settings pass.
         file_sizes (`Mapping[str, int]`, *optional*):
-            Sizes in bytes of the videos that the labels must be of, see [`~VideoCollection.file_sizes`]; labels that tell
-            none pass.
+            Sizes in bytes that the labelled videos must have, see [`~VideoCollection.file_sizes`]; labels without a size
+            pass.
 
     Returns:
         `dict[str, ClipLabels]` by the names of the videos.
@@ -120,13 +120,13 @@ def read_labels(
 
 def read_label_settings(path: str | os.PathLike) -> dict[str, Any]:
     """
-    Reads what the labels of a file were made with.
+    Reads the settings that the labels of a file were made with.
 
     Args:
         path (`str` or `os.PathLike`): a file in the published JSON shape.
 
     Returns:
-        `dict`: empty where the file does not tell.
+        `dict`: empty where the file has none.
 
     Raises:
         ValueError: if the file is not of this shape.
@@ -142,7 +142,7 @@ def read_file_sizes(path: str | os.PathLike) -> dict[str, int]:
         path (`str` or `os.PathLike`): a file in the published JSON shape.
 
     Returns:
-        `dict[str, int]`: bytes by the names of the videos; without those of which the file does not tell.
+        `dict[str, int]`: bytes by the names of the videos; only of those whose size is in the file.
 
     Raises:
         ValueError: if the file is not of this shape.
@@ -175,15 +175,15 @@ def check_label_settings(
 
 def check_file_sizes(path: str | os.PathLike, labelled: Mapping[str, int], file_sizes: Mapping[str, int]) -> None:
     """
-    Checks that the labels of a file are of the videos that there are, and not of others of the same names.
+    Checks that the labels of a file are of the present videos, and not of others with the same names.
 
     Args:
         path (`str` or `os.PathLike`): the file, for the message.
-        labelled (`Mapping[str, int]`): sizes in bytes of the videos that were labelled.
-        file_sizes (`Mapping[str, int]`): sizes of those that there are; names of only one of both do not matter.
+        labelled (`Mapping[str, int]`): sizes in bytes of the videos that were labelled, by name.
+        file_sizes (`Mapping[str, int]`): sizes in bytes of the present videos; only names in both are compared.
 
     Raises:
-        ValueError: if one differs; the message names the video and both sizes.
+        ValueError: if a size differs; the message names the video and both sizes.
     """
     for name, size in labelled.items():
         if file_sizes.get(name, size) != size:
@@ -260,7 +260,7 @@ class UnfinishedLabels:
 
 
 def _to_entry(name: str, labels: ClipLabels, file_sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Gives what a file holds of a video."""
+    """Returns the entry of one video as it is written to a file."""
     return {**labels._asdict(), **({_SIZE: file_sizes[name]} if name in file_sizes else {})}
 
 
@@ -269,7 +269,7 @@ def _sizes_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any], dict[str, int]]:
-    """Reads the labels of a file, and their settings and the sizes of the videos if it tells them."""
+    """Reads the labels of a file, and their settings and the sizes of the videos, empty where the file has none."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = entries.get(_SETTINGS, {})
@@ -284,13 +284,15 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any
 
 
 def _grid_of(path: str | os.PathLike, settings: Mapping[str, Any]) -> GazeGrid | None:
-    """Makes the grid that the labels of a file are of, if its settings tell."""
+    """Makes the grid that the labels of a file belong to, if it is in the settings."""
     if "scales" not in settings or "patch_size" not in settings:
         return None
     try:
         return GazeGrid([tuple(size) for size in settings["scales"]], settings["patch_size"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`paths`: {str(path)!r} must tell a grid in its settings: {error}") from error
+        raise ValueError(
+            f"`paths`: {str(path)!r} must have the scales and patch size of a grid in its settings: {error}"
+        ) from error
 
 
 def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None:

@@ -24,7 +24,6 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .label_files import (
     ClipLabels,
     UnfinishedLabels,
-    check_label_settings,
     read_file_sizes,
     read_label_settings,
     read_labels,
@@ -247,8 +246,9 @@ def label_videos(
     """
     Labels a collection of videos, one clip of each, and writes the published JSON.
 
-    What is done already lies in a file beside the output until all is done, so a run that was cut off goes on where it
-    stopped. A finished file is taken up again for videos that it has no labels of. Several runs, on as many machines as you like, each do one shard of the same collection.
+    Until all videos are labelled, finished labels are in a file beside the output, and a run that was interrupted is resumed
+    from it. A finished output is extended by labels of videos that it does not have yet. Several runs, on any number of
+    machines, can each label one shard of the same collection.
 
     Args:
         videos ([`VideoCollection`]): the videos; those that cannot be read, or are too short, are skipped.
@@ -289,7 +289,7 @@ def label_videos(
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
     with UnfinishedLabels(output, settings, file_sizes) as unfinished:
-        # Another process may have come to the end just now.
+        # Another process may have finished since the check above.
         finished = _read_finished(output, settings, file_sizes)
         done = {**finished, **unfinished.done}
         left = [i for i in numbers if videos.names[i] not in done]
@@ -304,7 +304,7 @@ def label_videos(
         if numbers and not names:
             unfinished.remove()
             raise ValueError(f"`videos` must hold videos of {num_frames} frames that can be read, got none")
-        # Labels of videos that are gone are kept.
+        # Labels of videos that are no longer there are kept.
         labels = {name: done[name] for name in (*names, *finished)}
         if labels.keys() != finished.keys() or not output.exists():
             sizes = read_file_sizes(output) if finished else {}
@@ -326,12 +326,11 @@ def _label_batch(
 
 
 def _read_finished(output: Path, settings: dict[str, Any], file_sizes: dict[str, int]) -> dict[str, ClipLabels]:
-    """Reads the labels that there are already; raises a `ValueError` if they are of other settings or videos."""
+    """Reads the labels of an earlier run; raises a `ValueError` if they are of other settings or videos."""
     if not output.exists():
         return {}
-    if not (made_with := read_label_settings(output)):
+    if not read_label_settings(output):
         raise ValueError(
             f"`output` {str(output)!r} holds labels that do not tell what they were made with: give another file"
         )
-    check_label_settings(output, made_with, settings)
-    return read_labels(output, file_sizes=file_sizes)
+    return read_labels(output, settings=settings, file_sizes=file_sizes)

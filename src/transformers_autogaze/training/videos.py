@@ -87,7 +87,7 @@ class VideoCollection:
 
     @property
     def file_sizes(self) -> dict[str, int]:
-        """Sizes in bytes by the names of the videos, of those that are files or the contents of files."""
+        """Sizes in bytes by the names of the videos; only of videos that are files or encoded bytes."""
         sizes = {}
         for name, video in zip(self.names, self.videos, strict=True):
             if isinstance(video, bytes):
