@@ -25,7 +25,7 @@ from transformers import AutoModel
 
 from transformers_autogaze import AUTOGAZE_SELECTOR, write_video
 from transformers_autogaze.cli import main as autogaze
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 CASES = (

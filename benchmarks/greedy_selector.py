@@ -18,7 +18,7 @@ import torch
 from measurement import machine
 
 from transformers_autogaze import AutoGazeProcessor, GreedyGazeSelector
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

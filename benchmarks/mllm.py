@@ -22,8 +22,8 @@ from measurement import DTYPES, machine, now
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, SiglipImageProcessor
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GreedyGazeSelector
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.mllm import GazeVideoLM
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 VIDEO, IMAGE, WORDS = 31998, 31999, 30

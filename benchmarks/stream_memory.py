@@ -22,8 +22,8 @@ from measurement import machine
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeVideoProcessor, GazeVisionModel, stream_gaze
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations import GazeVisionCache
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

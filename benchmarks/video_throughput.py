@@ -24,7 +24,7 @@ from measurement import machine
 from transformers import AutoModel
 
 from transformers_autogaze import AUTOGAZE_SELECTOR, GazeOutput, GazeSelector, stream_gaze, stream_video, write_video
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 class Nothing:

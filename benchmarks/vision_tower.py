@@ -33,9 +33,9 @@ from transformers_autogaze import (
     GazeOutput,
     GreedyGazeSelector,
 )
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.grid_autogaze import PUBLISHED_GRID
 from transformers_autogaze.integrations import GazeVisionModel
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 FRAMES = 16

@@ -28,10 +28,10 @@ from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
 from vllm.multimodal.video_prune.evs import compute_retention_mask
 
 from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeVideoProcessor, read_video
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
 from transformers_autogaze.integrations.qwen_vl_units import fold_units, kept_units
 from transformers_autogaze.serving.vllm_tower import encode_kept_units
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 WHOLE = "vLLM's own"

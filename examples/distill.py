@@ -11,8 +11,8 @@ from pathlib import Path
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
 from transformers_autogaze import AutoGazeProcessor, write_video
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training import DistillationArguments, distill
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

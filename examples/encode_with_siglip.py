@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeProcessor
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations import GazeVisionModel
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

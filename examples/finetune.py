@@ -9,7 +9,6 @@ Trains a gaze model on a folder of videos (stage 1): random clips, labelled by g
 import argparse
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training import (
     AutoGazeTrainer,
     AutoGazeTrainingArguments,
@@ -17,6 +16,7 @@ from transformers_autogaze.training import (
     ClipAugmentation,
     GazeClipDataset,
 )
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeProcessor
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations import GazeVisionModel
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 class GazedClassifier(nn.Module):

@@ -10,9 +10,9 @@ Rewards come from the closed form; pass `reconstruction=` to the trainer to take
 import argparse
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training import ClipAugmentation, GazeClipDataset
 from transformers_autogaze.training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

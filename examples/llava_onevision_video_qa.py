@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from transformers_autogaze import DEFAULT_SELECTOR, read_video
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.mllm import GazeVideoLM
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 QUESTION = "What happens in this video?"

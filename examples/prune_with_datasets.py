@@ -20,7 +20,7 @@ from transformers_autogaze import write_video
 from transformers_autogaze.dataset_pruning import PruneSettings, gaze_of_row, prune_to_row
 from transformers_autogaze.dataset_pruning.inputs import plan_videos
 from transformers_autogaze.dataset_pruning.shards import ROWS
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

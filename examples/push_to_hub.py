@@ -15,8 +15,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeProcessor
-from transformers_autogaze.checkpoints import load_selector
-from transformers_autogaze.model_cards import make_card
+from transformers_autogaze.hub.checkpoints import load_selector
+from transformers_autogaze.hub.model_cards import make_card
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import transformers
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig
 
 from transformers_autogaze import DEFAULT_SELECTOR, read_video
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from transformers import Dinov2Config, Dinov2Model, SiglipImageProcessor, Siglip
 from transformers.utils import logging
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeProcessor, FeatureGazeConfig, FeatureGazeModel
-from transformers_autogaze.checkpoints import check_device, load_encoder, load_selector
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.hub.checkpoints import check_device, load_encoder, load_selector
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 from transformers_autogaze_cli import main
 
 
@@ -52,7 +52,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_what_was_loaded_before_is_
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     code = """
-from transformers_autogaze.checkpoints import load_selector
+from transformers_autogaze.hub.checkpoints import load_selector
 try:
     load_selector("autogaze", argument="--selector")
 except ValueError as error:

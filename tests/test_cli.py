@@ -10,7 +10,7 @@ from conftest import FIXTURES
 from PIL import Image
 
 from transformers_autogaze import __version__, read_video, write_video
-from transformers_autogaze.checkpoints import SHIPPED_SELECTORS
+from transformers_autogaze.hub.checkpoints import SHIPPED_SELECTORS
 from transformers_autogaze_cli import main
 from transformers_autogaze_cli.prune import SELECTORS
 

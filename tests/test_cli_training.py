@@ -11,9 +11,9 @@ from transformers import set_seed
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
 from transformers_autogaze.cli import main
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training.label_files import read_label_settings, read_labels
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 @pytest.fixture(scope="module")

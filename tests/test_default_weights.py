@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModel
 
 from transformers_autogaze import AUTOGAZE_SELECTOR, FEATURES_SELECTOR, AutoGazeProcessor, FeatureGazeModel
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 def test_the_published_autogaze_weights_are_on_the_hub_and_not_in_the_package():

@@ -26,7 +26,6 @@ from transformers import (
 
 from transformers_autogaze import AutoGazeProcessor, GazeGrid
 from transformers_autogaze.cli import main
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.feature_network_autogaze import FeatureGazeConfig, FeatureGazeNetwork
 from transformers_autogaze.training import DistillationArguments, DistillationTrainer, distill
 from transformers_autogaze.training.augmentation import vary_light
@@ -37,6 +36,7 @@ from transformers_autogaze.training.distillation import CropPairDataset
 from transformers_autogaze.training.teacher_features import Components, TeacherFeatures
 from transformers_autogaze.training.teachers import FeatureTeacher, load_teacher
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 SMALL = (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.utils import is_accelerate_available
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeProcessor
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lambda path: path.name)

@@ -19,11 +19,11 @@ from transformers_autogaze import (
 )
 from transformers_autogaze.cli import main
 from transformers_autogaze.composite_autogaze import ReconstructionOutput
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training.data import GazeClipDataset
 from transformers_autogaze.training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer, slot_advantages
 from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")

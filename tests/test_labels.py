@@ -16,7 +16,6 @@ from transformers_autogaze import (
     task_loss_to_mse,
 )
 from transformers_autogaze.composite_autogaze import ReconstructionOutput
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training.label_files import (
     ClipLabels,
     labels_from_table,
@@ -30,6 +29,7 @@ from transformers_autogaze.training.labels import GreedyLabeller, label_videos, 
 from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.training.videos import VideoCollection
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 GRID = GazeGrid([16, 32], patch_size=8)  # 2x2 and 4x4

@@ -16,7 +16,7 @@ from transformers_autogaze import (
     FeatureGazeModel,
     GreedyGazeSelector,
 )
-from transformers_autogaze.model_cards import make_card
+from transformers_autogaze.hub.model_cards import make_card
 from transformers_autogaze.training import DistillationArguments
 from transformers_autogaze.training.distillation_card import make_card as make_distillation_card
 

@@ -16,11 +16,11 @@ from transformers_autogaze import (
     FeatureGazeModel,
     GazeOutput,
 )
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.training.augmentation import ClipAugmentation
 from transformers_autogaze.training.data import BudgetSchedule, GazeClipDataset, GazeCollator
 from transformers_autogaze.training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
 from transformers_autogaze.training.task import GazeTask
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")

@@ -18,8 +18,14 @@ from transformers_autogaze import (
     write_video,
 )
 from transformers_autogaze.evaluation import comparison, feature_comparison, feature_report, plots, report
-from transformers_autogaze.output_files import check_folder, check_not_inputs, replacing, replacing_files, to_json
 from transformers_autogaze.training.trainer import GazeClipTrainer
+from transformers_autogaze.utils.output_files import (
+    check_folder,
+    check_not_inputs,
+    replacing,
+    replacing_files,
+    to_json,
+)
 
 
 resource = pytest.importorskip("resource")

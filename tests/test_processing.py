@@ -19,7 +19,7 @@ from transformers_autogaze import (
     GazeGrid,
     GazeOutput,
     GreedyGazeSelector,
-    video_decoding_autogaze,
+    frame_decoding_autogaze,
     video_processing_autogaze,
 )
 from transformers_autogaze.integrations import GazeVisionModel
@@ -83,12 +83,12 @@ def test_without_an_encoder_it_does_what_the_video_processor_does():
 
 def test_encoder_sees_the_same_frames_of_a_video_decoded_once(tmp_path, monkeypatch):
     path = write_video(tmp_path / "clip.mp4", noise(20, 32, 48, 3), fps=10)
-    frames, _ = video_decoding_autogaze.read_video(path, fps=2)
+    frames, _ = frame_decoding_autogaze.read_video(path, fps=2)
     read = []
 
     def counting(*args):
         read.append(args)
-        return video_decoding_autogaze.read_video(*args)
+        return frame_decoding_autogaze.read_video(*args)
 
     monkeypatch.setattr(video_processing_autogaze, "read_video", counting)
     processor = AutoGazeProcessor(encoder_processor=image_processor())

@@ -18,7 +18,7 @@ from transformers_autogaze import (
     read_video,
     write_video,
 )
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 SETTINGS = {"gazing_ratio": 0.4, "task_loss_requirement": 0.5}

@@ -32,13 +32,13 @@ from transformers_autogaze import (
     GreedyGazeSelector,
     gaze_video,
 )
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.integrations import qwen_vl_gazing
 from transformers_autogaze.integrations.qwen_vl import GazeQwenVL
 from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
 from transformers_autogaze.integrations.qwen_vl_tower import encode_units
 from transformers_autogaze.integrations.qwen_vl_units import kept_units, locate_units, unfold_units
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "qwen_vl_video_qa.py"

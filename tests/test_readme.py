@@ -8,7 +8,7 @@ from conftest import FIXTURES
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import write_video
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 README = Path(__file__).parents[1] / "README.md"

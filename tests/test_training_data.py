@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor
-from transformers_autogaze.demo import render_demo_clip
+from transformers_autogaze.frame_decoding_autogaze import read_video
 from transformers_autogaze.selection_autogaze import resize_frames
 from transformers_autogaze.training.augmentation import ClipAugmentation, pan_and_zoom
 from transformers_autogaze.training.data import BudgetSchedule, ClipSampler, GazeClipDataset, GazeCollator
@@ -18,7 +18,7 @@ from transformers_autogaze.training.label_files import ClipLabels, read_labels
 from transformers_autogaze.training.labels import GreedyLabeller, label_videos
 from transformers_autogaze.training.videos import VideoCollection
 from transformers_autogaze.video import write_video
-from transformers_autogaze.video_decoding_autogaze import read_video
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}

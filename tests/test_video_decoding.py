@@ -13,9 +13,9 @@ import transformers
 from packaging.version import Version
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
-from transformers_autogaze import video_decoding_autogaze
+from transformers_autogaze import frame_decoding_autogaze
+from transformers_autogaze.frame_decoding_autogaze import read_video, sample_indices, stream_video
 from transformers_autogaze.video import write_video
-from transformers_autogaze.video_decoding_autogaze import read_video, sample_indices, stream_video
 
 
 CASES = Path(__file__).parent / "fixtures" / "videos"
@@ -76,14 +76,14 @@ def test_only_chosen_frames_are_converted(clip, monkeypatch):
     converted = []
 
     class Counting:
-        def __init__(self, reformatter=video_decoding_autogaze.VideoReformatter):
+        def __init__(self, reformatter=frame_decoding_autogaze.VideoReformatter):
             self.reformatter = reformatter()
 
         def reformat(self, frame, **kwargs):
             converted.append(frame.pts)
             return self.reformatter.reformat(frame, **kwargs)
 
-    monkeypatch.setattr(video_decoding_autogaze, "VideoReformatter", Counting)
+    monkeypatch.setattr(frame_decoding_autogaze, "VideoReformatter", Counting)
     read_video(clip, num_frames=3)
     assert len(converted) == 3
 
@@ -91,8 +91,8 @@ def test_only_chosen_frames_are_converted(clip, monkeypatch):
 @pytest.mark.parametrize("sampling", [{}, {"num_frames": 5}, {"fps": 2.5}])
 def test_a_stream_gives_the_same_frames_one_by_one(clip, sampling, monkeypatch):
     converted = []
-    to_rgb = video_decoding_autogaze._to_rgb
-    monkeypatch.setattr(video_decoding_autogaze, "_to_rgb", lambda *a: converted.append(1) or to_rgb(*a))
+    to_rgb = frame_decoding_autogaze._to_rgb
+    monkeypatch.setattr(frame_decoding_autogaze, "_to_rgb", lambda *a: converted.append(1) or to_rgb(*a))
     metadata, stream = stream_video(clip, **sampling)
     assert len(converted) == 1  # the first, which tells the size
     streamed = list(stream)
@@ -232,22 +232,22 @@ def test_seeking_gives_the_frames_that_scanning_gives(tmp_path, monkeypatch, end
         container.mux(stream.encode())
 
     decoded = []
-    decode = video_decoding_autogaze._decoded
+    decode = frame_decoding_autogaze._decoded
 
     def counting(*args):
         for frame in decode(*args):
             decoded.append(frame)
             yield frame
 
-    monkeypatch.setattr(video_decoding_autogaze, "_decoded", counting)
-    monkeypatch.setattr(video_decoding_autogaze, "_LEAST_JUMP", 4)
+    monkeypatch.setattr(frame_decoding_autogaze, "_decoded", counting)
+    monkeypatch.setattr(frame_decoding_autogaze, "_LEAST_JUMP", 4)
     for count in (1, 2, 3, 7, 11, 60):
         frames, metadata = read_video(path, num_frames=count)
         sought = len(decoded)
         streamed = np.stack(list(stream_video(path, num_frames=count)[1]))
         resumed = np.stack(list(stream_video(path, num_frames=count, start_frame=count // 2)[1]))
         with monkeypatch.context() as scanning:
-            scanning.setattr(video_decoding_autogaze, "_pays_to_jump", lambda *args: False)
+            scanning.setattr(frame_decoding_autogaze, "_pays_to_jump", lambda *args: False)
             expected = read_video(path, num_frames=count)
         assert np.array_equal(frames, expected[0]) and metadata == expected[1]
         assert np.array_equal(streamed, frames) and np.array_equal(resumed, frames[count // 2 :])

@@ -13,9 +13,9 @@ from transformers_autogaze import (
     stream_gaze,
     write_video,
 )
-from transformers_autogaze.tile_gazing import choose_tile_grid
-from transformers_autogaze.video_decoding_autogaze import read_video
-from transformers_autogaze.video_gazing import _ahead
+from transformers_autogaze.frame_decoding_autogaze import read_video
+from transformers_autogaze.video.streaming import _ahead
+from transformers_autogaze.video.tiles import choose_tile_grid
 
 
 SCALES, PATCH, SIDE = [16, 32], 8, 32

@@ -26,8 +26,8 @@ from transformers_autogaze import (
     stream_gaze,
     stream_video,
 )
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.video import write_video
+from transformers_autogaze.video.demo import render_demo_clip
 from transformers_autogaze.video_sources_autogaze import _best_stream
 
 

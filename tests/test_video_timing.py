@@ -11,8 +11,8 @@ from transformers.video_utils import VideoMetadata
 
 from transformers_autogaze import read_video, stream_video
 from transformers_autogaze.cli import main
+from transformers_autogaze.frame_sampling_autogaze import TimedVideoMetadata, measure_timeline
 from transformers_autogaze.video import write_video
-from transformers_autogaze.video_sampling_autogaze import TimedVideoMetadata, measure_timeline
 
 
 CASES = Path(__file__).parent / "fixtures" / "videos"

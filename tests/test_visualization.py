@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from transformers_autogaze import GazeGrid, GazeOutput
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.gaze_pictures_autogaze import SCALE_COLOURS, draw_legend, draw_text, name_scales
-from transformers_autogaze.scene_cuts import SceneCuts
-from transformers_autogaze.visualization import (
+from transformers_autogaze.pruning.scene_cuts import SceneCuts
+from transformers_autogaze.video.demo import render_demo_clip
+from transformers_autogaze.video.visualization import (
     FrameView,
     OverlayDrawer,
     contact_sheet,

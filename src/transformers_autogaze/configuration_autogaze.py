@@ -36,6 +36,10 @@ CODE_FILES = tuple(
         "feature_gaze",
         "feature_network",
         "feature_search",
+        "frame_arrays",
+        "frame_decoding",
+        "frame_orientation",
+        "frame_sampling",
         "fused_decoder",
         "gaze_batches",
         "gaze_files",
@@ -51,11 +55,7 @@ CODE_FILES = tuple(
         "processing",
         "selection",
         "token_budgets",
-        "video_decoding",
-        "video_frames",
-        "video_orientation",
         "video_processing",
-        "video_sampling",
         "video_sources",
     )
 )

@@ -22,6 +22,10 @@ from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
+from .frame_arrays_autogaze import flatten_videos
+from .frame_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
+from .frame_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
+from .frame_sampling_autogaze import check_sampling
 from .gaze_batches_autogaze import stack_gazes  # noqa: F401
 from .gaze_files_autogaze import save_gaze  # noqa: F401
 from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
@@ -30,11 +34,7 @@ from .grid_autogaze import GazeGrid
 from .processing_autogaze import AutoGazeProcessor
 from .selection_autogaze import GazeSelector, check_names, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
-from .video_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
-from .video_frames_autogaze import flatten_videos
-from .video_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
 from .video_processing_autogaze import AutoGazeVideoProcessor  # noqa: F401 (see modeling_autogaze)
-from .video_sampling_autogaze import check_sampling
 from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
 

@@ -17,19 +17,19 @@ from transformers import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin, Unpack
 
+from .frame_arrays_autogaze import flatten_videos  # noqa: F401
+
+# Not used here, but before 5.12 transformers takes along only the modules that this file itself names when it loads it
+# from a folder; what those import in turn would be missing.
+from .frame_decoding_autogaze import read_video  # noqa: F401
+from .frame_orientation_autogaze import to_rgb  # noqa: F401
+from .frame_sampling_autogaze import sample_indices  # noqa: F401
 from .gaze_batches_autogaze import stack_gazes  # noqa: F401
 from .gaze_files_autogaze import save_gaze  # noqa: F401
 from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import PUBLISHED_GRID, GazeGrid
-
-# Not used here, but before 5.12 transformers takes along only the modules that this file itself names when it loads it
-# from a folder; what those import in turn would be missing.
-from .video_decoding_autogaze import read_video  # noqa: F401
-from .video_frames_autogaze import flatten_videos  # noqa: F401
-from .video_orientation_autogaze import to_rgb  # noqa: F401
 from .video_processing_autogaze import AutoGazeVideoProcessor, AutoGazeVideosKwargs
-from .video_sampling_autogaze import sample_indices  # noqa: F401
 from .video_sources_autogaze import resolve_source  # noqa: F401
 
 

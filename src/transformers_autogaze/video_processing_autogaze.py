@@ -1,7 +1,7 @@
 """The video processor of AutoGaze: any kind of video in, `pixel_values_videos` out.
 
 This module owns the preprocessing of pixels (resize, crop, normalisation) and its inverse. How videos are read is
-`video_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
+`frame_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
 """
 
 import math
@@ -16,8 +16,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding_autogaze import read_video
-from .video_frames_autogaze import (
+from .frame_arrays_autogaze import (
     flatten_videos,
     frames_of_decoder,
     is_decoder,
@@ -26,8 +25,9 @@ from .video_frames_autogaze import (
     to_clip,
     with_metadata,
 )
-from .video_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
-from .video_sampling_autogaze import sample_indices
+from .frame_decoding_autogaze import read_video
+from .frame_orientation_autogaze import to_rgb  # noqa: F401 (see modeling_autogaze)
+from .frame_sampling_autogaze import sample_indices
 from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
 
@@ -134,7 +134,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
             videos:
                 One video or a list of them, nested as may be. A video is a path, an http(s) URL, bytes or a file
                 object, a row of a `datasets` Video column or a list of pictures' paths (see
-                [`~video_decoding_autogaze.read_video`]); a decoder of torchcodec or decord; frames and their metadata
+                [`~frame_decoding_autogaze.read_video`]); a decoder of torchcodec or decord; frames and their metadata
                 as `load_video` returns them; a list of PIL images or of arrays or tensors of one frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames,
                 channels, height, width)`, five-dimensional for a batch. Channels are 3 for RGB, 1 for grey or 4 for
                 RGBA, whose transparency is dropped. Integers are levels 0..255. Floats are 0..1 if no value of the

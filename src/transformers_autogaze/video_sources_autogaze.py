@@ -92,7 +92,7 @@ def resolve_source(source: Any) -> VideoSource:
     Turns a source into something that can be opened more than once.
 
     Args:
-        source: as [`~video_decoding_autogaze.read_video`] takes it, other than a list of pictures; or what this gave before.
+        source: as [`~frame_decoding_autogaze.read_video`] takes it, other than a list of pictures; or what this gave before.
 
     Returns:
         [`VideoSource`].

@@ -22,15 +22,15 @@ COMMANDS = {
     ),
     "evaluate": (
         "compare selectors, by rebuilt pixels or by the features that an encoder preserves",
-        "transformers_autogaze.cli_evaluation",
+        "transformers_autogaze.cli.evaluate",
     ),
-    "label": ("label videos by greedy search, for later training", "transformers_autogaze.cli_labels"),
-    "train": ("train a model on labels (stage 1)", "transformers_autogaze.cli_training"),
+    "label": ("label videos by greedy search, for later training", "transformers_autogaze.cli.label"),
+    "train": ("train a model on labels (stage 1)", "transformers_autogaze.cli.train"),
     "train-grpo": (
         "train a model further on gazes that it samples itself (stage 2)",
-        "transformers_autogaze.cli_training",
+        "transformers_autogaze.cli.train",
     ),
-    "distill": ("distill a selector from any vision encoder", "transformers_autogaze.cli_distillation"),
+    "distill": ("distill a selector from any vision encoder", "transformers_autogaze.cli.distill"),
 }
 """What each command does, and the module whose `add_commands` adds it to the command line."""
 

@@ -1,4 +1,4 @@
-"""The arguments of `autogaze prune` and `autogaze demo`, which `transformers_autogaze.cli_prune` implements."""
+"""The arguments of `autogaze prune` and `autogaze demo`, which `transformers_autogaze.cli.prune` implements."""
 
 import argparse
 from typing import Any
@@ -121,6 +121,6 @@ def check_frames(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from transformers_autogaze import cli_prune
+    from transformers_autogaze.cli import prune
 
-    return cli_prune.demo(options) if options.command == "demo" else cli_prune.prune(options)
+    return prune.demo(options) if options.command == "demo" else prune.prune(options)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from transformers_autogaze import read_video, write_video
-from transformers_autogaze.demo import render_demo_clip
 from transformers_autogaze.lmms_harness import TASKS
+from transformers_autogaze.video.demo import render_demo_clip
 
 
 FOLDER = "AUTOGAZE_TEST_VIDEOS"  # the environment variable that names a folder of videos to ask about

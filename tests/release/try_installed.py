@@ -85,7 +85,7 @@ def main() -> None:
 
     import transformers_autogaze
     from transformers_autogaze import write_video
-    from transformers_autogaze.demo import render_demo_clip
+    from transformers_autogaze.video.demo import render_demo_clip
 
     assert "site-packages" in transformers_autogaze.__file__, transformers_autogaze.__file__
     write_video("video.mp4", render_demo_clip(num_frames=16, height=96, width=128), fps=15)

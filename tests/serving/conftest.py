@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from transformers_autogaze.checkpoints import load_selector
+from transformers_autogaze.hub.checkpoints import load_selector
 from transformers_autogaze.integrations import GazeQwenVL
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers_autogaze_cli.prune import SELECTORS
 
 from ..grid_autogaze import GazeGrid
-from ..tile_gazing import choose_tile_grid
+from ..video.tiles import choose_tile_grid
 from .limits import Limits
 from .mllm_tokens import MLLMS, NVILA, QWEN, QWEN_UNIT, mllm_grid
 

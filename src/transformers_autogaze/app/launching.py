@@ -35,7 +35,7 @@ def launch(host: str | None = None, port: int | None = None, device: str | None 
     except ImportError as error:
         raise ImportError('the page needs Gradio: pip install "transformers-autogaze[app]"') from error
 
-    from ..checkpoints import check_device
+    from ..hub.checkpoints import check_device
     from .guard import UploadGuard
     from .jobs import JobQueue
     from .limits import Limits

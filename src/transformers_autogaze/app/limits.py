@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..opened_video import OpenedVideo
+from ..pruning.opened_video import OpenedVideo
 
 
 _MEGABYTE = 10**6

@@ -11,7 +11,7 @@ import gradio as gr
 
 from transformers_autogaze_cli.prune import SELECTORS
 
-from ..pruning import GAZE_FILE, OVERLAY
+from ..pruning.video_pruning import GAZE_FILE, OVERLAY
 from .choices import BUDGETS, OF_MLLM, PATCHES, TILES, Choices
 from .jobs import Cancelled, Job, JobQueue
 from .limits import Limits

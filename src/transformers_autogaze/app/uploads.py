@@ -13,8 +13,8 @@ import time
 from collections.abc import Hashable
 from pathlib import Path
 
-from ..demo import render_demo_clip
-from ..video import write_video
+from ..video.demo import render_demo_clip
+from ..video.writing import write_video
 
 
 _EXAMPLE, _RESULTS = "example", "results"

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoints import load_selector
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..opened_video import OpenedVideo
+from ..hub.checkpoints import load_selector
 from ..processing_autogaze import AutoGazeProcessor
-from ..pruning import GAZE_FILE, OVERLAY, VideoPruning, prune_video
+from ..pruning.opened_video import OpenedVideo
+from ..pruning.video_pruning import GAZE_FILE, OVERLAY, VideoPruning, prune_video
 from ..selection_autogaze import GazeSelector
-from ..tile_gazing import FRAME_RATE
-from ..video import write_video
+from ..video.tiles import FRAME_RATE
+from ..video.writing import write_video
 from .choices import OF_MLLM, OWN, Choices
 from .limits import Limits
 from .mllm_tokens import TokenCount, count_mllm_tokens

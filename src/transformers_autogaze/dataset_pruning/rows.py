@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoints import load_selector
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
+from ..hub.checkpoints import load_selector
 from ..processing_autogaze import AutoGazeProcessor
-from ..pruning import VideoPruning, prune_video
+from ..pruning.video_pruning import VideoPruning, prune_video
 from ..selection_autogaze import GazeSelector
-from ..video import write_video
+from ..video.writing import write_video
 
 
 _MAX_ERROR_CHARS = 1000

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..output_files import to_json
-from ..pruning import KeptPatches
+from ..pruning.video_pruning import KeptPatches
+from ..utils.output_files import to_json
 
 
 _FIELDS = ("pixels", "ids", "frames")

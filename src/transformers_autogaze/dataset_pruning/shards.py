@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..output_files import check_folder, lock_file, replacing
+from ..utils.output_files import check_folder, lock_file, replacing
 from .samples import join_samples
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ..output_files import replacing
-from ..pruning import VideoPruning
+from ..pruning.video_pruning import VideoPruning
+from ..utils.output_files import replacing
 from .reading import Video, retry, video_source
 from .rows import PruneSettings, row_of, row_of_error
 from .samples import write_sample

@@ -14,11 +14,11 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from ..composite_autogaze import CompositeReconstruction, mse_to_task_loss
+from ..frame_decoding_autogaze import read_video
 from ..gazing_autogaze import GazeOutput
 from ..modeling_autogaze import AutoGazeModel
 from ..selection_autogaze import GazeSelector, resize_frames
 from ..token_budgets_autogaze import budget_each_frame
-from ..video_decoding_autogaze import read_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .quality import efficiency, l1, psnr, ssim
 

@@ -14,7 +14,7 @@ import torch
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
-from ..video_decoding_autogaze import stream_video
+from ..frame_decoding_autogaze import stream_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from ..integrations.vision import GazeVisionModel
-from ..output_files import replacing
+from ..utils.output_files import replacing
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .feature_clips import FeatureClip
 from .feature_selectors import OVER_TIME, UP_TO_LOSS, ClipSelector, EncodedClip

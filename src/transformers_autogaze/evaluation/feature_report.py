@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..output_files import replacing_files
+from ..utils.output_files import replacing_files
 from .feature_comparison import EVS, WHOLE_TOWER, FeatureRow
 from .feature_selectors import OVER_TIME, UP_TO_LOSS
 from .plots import Panel, check_matplotlib, draw_charts

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..output_files import replacing
+from ..utils.output_files import replacing
 
 
 class Panel(NamedTuple):

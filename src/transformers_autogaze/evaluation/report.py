@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..output_files import replacing_files, to_json
+from ..utils.output_files import replacing_files, to_json
 from .comparison import SelectorScores
 from .plots import Panel, check_matplotlib, draw_charts
 

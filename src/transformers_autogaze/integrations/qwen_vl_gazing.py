@@ -14,7 +14,7 @@ import torch
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
-from ..video_gazing import gaze_video
+from ..video.streaming import gaze_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .normalization import undo_normalization
 from .qwen_vl_units import unfold_units

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..output_files import replacing
+from ..utils.output_files import replacing
 from .wrapping import hub_arguments
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import PushToHubMixin, TransformersKwargs, cached_file
 
-from ..output_files import replacing
 from ..selection_autogaze import check_names
+from ..utils.output_files import replacing
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 

@@ -18,7 +18,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.simple.llava_hf import LlavaHf
 from transformers import PreTrainedModel
 
-from ..checkpoints import load_selector
+from ..hub.checkpoints import load_selector
 from ..integrations.mllm import GazeVideoLM
 from ..integrations.qwen_vl import GazeQwenVL
 from ..selection_autogaze import GazeSelector

@@ -14,7 +14,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from ..checkpoints import load_selector
+from ..hub.checkpoints import load_selector
 from ..integrations.nvila import attach
 from .measuring import AnswerCosts, synchronized_time
 from .settings import NO_SELECTOR, read_settings

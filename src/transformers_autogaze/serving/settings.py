@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from ..checkpoints import SHIPPED_SELECTORS, load_selector
+from ..hub.checkpoints import SHIPPED_SELECTORS, load_selector
 from ..integrations.qwen_vl_gazing import GAZE_SETTINGS
 from ..selection_autogaze import GazeSelector
 from ..token_budgets_autogaze import budget_each_frame, read_token_budget, threshold_each_frame

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from ..evaluation.features import lay_features
 from ..feature_network_autogaze import FeatureGazeNetwork
+from ..frame_decoding_autogaze import read_video, stream_video
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..video_decoding_autogaze import read_video, stream_video
 from .augmentation import pan_and_zoom, resize_pixels
 from .crops import Source, read_source
 from .teacher_features import TeacherFeatures

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..video_decoding_autogaze import read_video, stream_video
+from ..frame_decoding_autogaze import read_video, stream_video
 from .videos import VIDEO_SUFFIXES
 
 

@@ -17,8 +17,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..feature_gaze_autogaze import FeatureGazeModel
 from ..feature_network_autogaze import FeatureGazeNetwork
-from ..output_files import replacing_files
 from ..processing_autogaze import AutoGazeProcessor
+from ..utils.output_files import replacing_files
 from .calibration import Foresight, calibrate, measure_foresight
 from .crops import Source, find_sources
 from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer, new_network

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult
 
-from ..model_cards import TASK, card_metadata
+from ..hub.model_cards import TASK, card_metadata
 from .distillation import DistillationArguments
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..grid_autogaze import GazeGrid
-from ..output_files import lock_file, replacing
+from ..utils.output_files import lock_file, replacing
 
 
 _SETTINGS, _SIZE = "settings", "file_size"

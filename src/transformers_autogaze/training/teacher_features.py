@@ -17,7 +17,7 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save_file
 
 from ..feature_network_autogaze import STRIDE
-from ..output_files import replacing
+from ..utils.output_files import replacing
 from .crops import Source, cut_pairs
 from .teachers import FeatureTeacher
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
-from ..checkpoints import load_config, load_encoder, load_whole
 from ..evaluation.feature_clips import encoder_normalization
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
+from ..hub.checkpoints import load_config, load_encoder, load_whole
 from ..integrations.qwen_vl_tower import encode_units
 from ..integrations.qwen_vl_units import fold_units
 from ..integrations.vision import GazeVisionModel

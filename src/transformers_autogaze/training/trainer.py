@@ -13,8 +13,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ..modeling_autogaze import AutoGazeModel
-from ..output_files import replacing_files
 from ..processing_autogaze import AutoGazeProcessor
+from ..utils.output_files import replacing_files
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .data import ClipSampler, GazeClipDataset, GazeCollator
 

@@ -2,7 +2,7 @@
 Collections of videos to train on: what there is, which frames of it, and what cannot be read.
 
 This module owns the way from a folder, a list or a `datasets` dataset to levels of frames. It knows nothing of models,
-labels or augmentation; decoding itself is `video_decoding_autogaze`'s.
+labels or augmentation; decoding itself is `frame_decoding_autogaze`'s.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
-from ..video_decoding_autogaze import read_video, sample_indices, stream_video
+from ..frame_decoding_autogaze import read_video, sample_indices, stream_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 

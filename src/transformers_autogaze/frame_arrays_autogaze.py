@@ -2,7 +2,7 @@
 Videos handed over as they are: the many forms in which frames come, brought to one.
 
 This module owns arrays, tensors, pictures and others' decoders, and where channels lie; what comes out are whole levels
-0..255. Files are `video_decoding_autogaze`'s matter.
+0..255. Files are `frame_decoding_autogaze`'s matter.
 """
 
 import os

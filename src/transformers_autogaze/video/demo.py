@@ -21,7 +21,7 @@ def render_demo_clip(num_frames: int = 64, height: int = 288, width: int = 512, 
     Example:
 
     ```python
-    >>> from transformers_autogaze.demo import render_demo_clip
+    >>> from transformers_autogaze.video.demo import render_demo_clip
 
     >>> render_demo_clip(num_frames=4, height=32, width=48).shape
     (4, 32, 48, 3)

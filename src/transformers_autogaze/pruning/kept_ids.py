@@ -6,9 +6,9 @@ from tempfile import SpooledTemporaryFile
 import numpy as np
 import torch
 
-from .gaze_pictures_autogaze import count_statistics
-from .gazing_autogaze import GazeOutput
-from .video_gazing import GazeChunk
+from ..gaze_pictures_autogaze import count_statistics
+from ..gazing_autogaze import GazeOutput
+from ..video.streaming import GazeChunk
 
 
 _MAX_BYTES_IN_MEMORY = 2**24  # of ids

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from .checkpoints import load_selector
-from .evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
-from .evaluation.report import markdown_tables, write_report
-from .evaluation.selectors import baseline_selectors
-from .video_decoding_autogaze import stream_video
+from ..evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
+from ..evaluation.report import markdown_tables, write_report
+from ..evaluation.selectors import baseline_selectors
+from ..frame_decoding_autogaze import stream_video
+from ..hub.checkpoints import load_selector
 
 
 def evaluate_on_pixels(options: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers_autogaze_cli.arguments import a_name, a_path, add_command
 
-from .checkpoints import check_weights_files
-from .cli_dataclasses import check_output, dataclass_arguments, from_arguments
-from .output_files import check_not_inputs
-from .training.distill import distill
-from .training.distillation import DistillationArguments
+from ..hub.checkpoints import check_weights_files
+from ..training.distill import distill
+from ..training.distillation import DistillationArguments
+from ..utils.output_files import check_not_inputs
+from .dataclass_arguments import check_output, dataclass_arguments, from_arguments
 
 
 def add_commands(commands: Any) -> None:

@@ -1,7 +1,7 @@
 """
 Open videos: their metadata, and their frames, which can be iterated over more than once.
 
-This module gives video files and frames of any other kind one interface; `video_decoding_autogaze` and `video_gazing` read them.
+This module gives video files and frames of any other kind one interface; `frame_decoding_autogaze` and `streaming` read them.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding_autogaze import stream_video
-from .video_frames_autogaze import is_video_source, unwrap_frames
-from .video_gazing import open_source
-from .video_sources_autogaze import is_picture_list, resolve_source
+from ..frame_arrays_autogaze import is_video_source, unwrap_frames
+from ..frame_decoding_autogaze import stream_video
+from ..video.streaming import open_source
+from ..video_sources_autogaze import is_picture_list, resolve_source
 
 
 class OpenedVideo:
@@ -39,7 +39,7 @@ class OpenedVideo:
     Example:
 
     ```python
-    >>> from transformers_autogaze.opened_video import OpenedVideo
+    >>> from transformers_autogaze.pruning.opened_video import OpenedVideo
 
     >>> video = OpenedVideo(np.zeros((30, 48, 64, 3), dtype=np.uint8), num_frames=3)
     >>> len(video), video.metadata.frames_indices, next(iter(video)).shape

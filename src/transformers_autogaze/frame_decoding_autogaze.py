@@ -2,7 +2,7 @@
 Videos in: RGB frames out of a file, a URL, bytes or a file object, with PyAV.
 
 This module owns decoding: all frames, chosen ones, or one after the other. Where videos come from, which frames to choose
-and how they are turned is the matter of `video_sources_`, `video_sampling_` and `video_orientation_autogaze`. It knows
+and how they are turned is the matter of `video_sources_`, `video_sampling_` and `frame_orientation_autogaze`. It knows
 nothing of preprocessing, patches or models: what comes out are whole levels 0..255 at the size they were filmed.
 """
 
@@ -19,10 +19,10 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from transformers.video_utils import VideoMetadata
 
-from .video_orientation_autogaze import shown_size
-from .video_orientation_autogaze import to_rgb as _to_rgb
-from .video_sampling_autogaze import Timeline, check_sampling, check_start_frame, measure_timeline
-from .video_sampling_autogaze import sample_indices as sample_indices
+from .frame_orientation_autogaze import shown_size
+from .frame_orientation_autogaze import to_rgb as _to_rgb
+from .frame_sampling_autogaze import Timeline, check_sampling, check_start_frame, measure_timeline
+from .frame_sampling_autogaze import sample_indices as sample_indices
 from .video_sources_autogaze import VideoSource, is_picture_list, open_video, read_pictures, resolve_source
 
 
@@ -68,7 +68,7 @@ def read_video(
             beginning and stays open; a row of a `datasets` Video column, `{"path": .., "bytes": ..}` or decoded; or a list
             of pictures' paths, which are one video without a rate.
         num_frames (`int`, *optional*):
-            How many frames to take, evenly over the video; see [`~video_sampling_autogaze.sample_indices`].
+            How many frames to take, evenly over the video; see [`~frame_sampling_autogaze.sample_indices`].
         fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
 
     Returns:
@@ -85,7 +85,7 @@ def read_video(
 
     ```python
     >>> from transformers_autogaze.video import write_video
-    >>> from transformers_autogaze.video_decoding_autogaze import read_video
+    >>> from transformers_autogaze.frame_decoding_autogaze import read_video
 
     >>> _ = write_video("clip.mp4", np.zeros((30, 32, 48, 3), dtype=np.uint8), fps=15)
     >>> frames, metadata = read_video("clip.mp4", num_frames=3)

@@ -1,4 +1,4 @@
-"""Videos out: frames into a file, with PyAV. Reading is `video_decoding_autogaze`; nothing here knows of gazes."""
+"""Videos out: frames into a file, with PyAV. Reading is `frame_decoding_autogaze`; nothing here knows of gazes."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from .output_files import replacing
+from ..utils.output_files import replacing
 
 
 _TICKS = 90_000  # units of a second that frames' own times are written in, as MPEG-TS has them

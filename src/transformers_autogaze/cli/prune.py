@@ -15,15 +15,15 @@ from huggingface_hub.utils import tqdm
 from transformers_autogaze_cli import print_error
 from transformers_autogaze_cli.prune import SELECTORS, check_frames
 
-from .checkpoints import check_device, load_selector
-from .demo import render_demo_clip
-from .opened_video import OpenedVideo
-from .output_files import check_folder, check_not_inputs
-from .processing_autogaze import AutoGazeProcessor
-from .pruning import FILES, GAZE_FILE, OVERLAY, VideoPruning, prune_video
-from .selection_autogaze import GazeSelector
-from .training.videos import find_videos
-from .video import write_video
+from ..hub.checkpoints import check_device, load_selector
+from ..processing_autogaze import AutoGazeProcessor
+from ..pruning.opened_video import OpenedVideo
+from ..pruning.video_pruning import FILES, GAZE_FILE, OVERLAY, VideoPruning, prune_video
+from ..selection_autogaze import GazeSelector
+from ..training.videos import find_videos
+from ..utils.output_files import check_folder, check_not_inputs
+from ..video.demo import render_demo_clip
+from ..video.writing import write_video
 
 
 _MAX_NAME = 200  # characters of a video's name that are printed

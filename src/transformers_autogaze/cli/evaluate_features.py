@@ -11,19 +11,19 @@ from huggingface_hub.utils import tqdm
 
 from transformers_autogaze_cli.prune import SELECTORS
 
-from .checkpoints import load_encoder, load_selector
-from .evaluation.encoder_selector import EncoderClipSelector
-from .evaluation.feature_clips import FeatureClip, count_clips, read_clips
-from .evaluation.feature_comparison import EVS, FeatureComparison, FeatureResults, finest_grid
-from .evaluation.feature_report import LABELS, write_feature_report
-from .evaluation.feature_selectors import (
+from ..evaluation.encoder_selector import EncoderClipSelector
+from ..evaluation.feature_clips import FeatureClip, count_clips, read_clips
+from ..evaluation.feature_comparison import EVS, FeatureComparison, FeatureResults, finest_grid
+from ..evaluation.feature_report import LABELS, write_feature_report
+from ..evaluation.feature_selectors import (
     ClipSelector,
     PixelClipSelector,
     pixel_clip_selectors,
     scales_of_encoder,
 )
-from .grid_autogaze import GazeGrid
-from .integrations.vision import GazeVisionModel
+from ..grid_autogaze import GazeGrid
+from ..hub.checkpoints import load_encoder, load_selector
+from ..integrations.vision import GazeVisionModel
 
 
 def evaluate_on_features(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .gaze_pictures_autogaze import (
+from ..gaze_pictures_autogaze import (
     SCALE_COLOURS,
     contact_sheet,
     draw_legend,
@@ -16,9 +16,9 @@ from .gaze_pictures_autogaze import (
     stack_pictures,
     text_size,
 )
-from .gazing_autogaze import GazeOutput
-from .video_gazing import GazeChunk
-from .video_processing_autogaze import AutoGazeVideoProcessor
+from ..gazing_autogaze import GazeOutput
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .streaming import GazeChunk
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """
 The options of `autogaze evaluate`, and the choice between its two evaluations.
 
-These are implemented in `cli_pixel_evaluation` and `cli_feature_evaluation`.
+These are implemented in `evaluate_pixels` and `evaluate_features`.
 """
 
 import argparse
@@ -11,15 +11,15 @@ from typing import Any
 from transformers_autogaze_cli.arguments import a_count, a_name, a_number, add_command, add_device, add_output
 from transformers_autogaze_cli.prune import SELECTORS
 
-from .checkpoints import check_device
-from .cli_feature_evaluation import evaluate_on_features
-from .cli_pixel_evaluation import evaluate_on_pixels
-from .evaluation.feature_clips import SAMPLINGS
-from .evaluation.feature_comparison import ATTENTIONS, BUDGETS, THRESHOLDS
-from .evaluation.feature_report import LABELS, fraction
-from .evaluation.plots import check_matplotlib
-from .evaluation.report import CURVES
-from .output_files import check_folder, check_not_inputs
+from ..evaluation.feature_clips import SAMPLINGS
+from ..evaluation.feature_comparison import ATTENTIONS, BUDGETS, THRESHOLDS
+from ..evaluation.feature_report import LABELS, fraction
+from ..evaluation.plots import check_matplotlib
+from ..evaluation.report import CURVES
+from ..hub.checkpoints import check_device
+from ..utils.output_files import check_folder, check_not_inputs
+from .evaluate_features import evaluate_on_features
+from .evaluate_pixels import evaluate_on_pixels
 
 
 _ON_PIXELS = {"gazing_ratio": [0.1, 0.25], "max_gazing_ratio": 0.75, "batch_size": 4}

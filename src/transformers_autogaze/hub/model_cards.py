@@ -5,9 +5,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .feature_network_autogaze import FeatureGazeConfig
-from .greedy_autogaze import GreedyGazeConfig
-from .selection_autogaze import GazeSelector
+from ..feature_network_autogaze import FeatureGazeConfig
+from ..greedy_autogaze import GreedyGazeConfig
+from ..selection_autogaze import GazeSelector
 
 
 TASK = "other"
@@ -64,7 +64,7 @@ def card_metadata(
 
     ```python
     >>> from huggingface_hub import ModelCard
-    >>> from transformers_autogaze.model_cards import card_metadata
+    >>> from transformers_autogaze.hub.model_cards import card_metadata
 
     >>> ModelCard(card_metadata("A selector", base_model="you/autogaze")).data.base_model
     'you/autogaze'
@@ -105,7 +105,7 @@ def make_card(
 
     ```python
     >>> from transformers_autogaze import GreedyGazeSelector
-    >>> from transformers_autogaze.model_cards import make_card
+    >>> from transformers_autogaze.hub.model_cards import make_card
 
     >>> "| scales | 32, 64, 112, 224 pixels |" in make_card(GreedyGazeSelector(), made={"search": "greedy"})
     True

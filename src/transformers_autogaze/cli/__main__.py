@@ -5,7 +5,5 @@ import sys
 from transformers_autogaze_cli import main
 
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .gaze_files_autogaze import GazeFileWriter
-from .gaze_pictures_autogaze import contact_sheet, name_scales, stack_pictures
-from .gazing_autogaze import GazeOutput
+from ..gaze_files_autogaze import GazeFileWriter
+from ..gaze_pictures_autogaze import contact_sheet, name_scales, stack_pictures
+from ..gazing_autogaze import GazeOutput
+from ..processing_autogaze import AutoGazeProcessor
+from ..selection_autogaze import GazeSelector
+from ..token_budgets_autogaze import read_number
+from ..utils.output_files import replacing_files
+from ..video.streaming import GazeChunk, next_frames, stream_gaze
+from ..video.tiles import FRAME_RATE, to_levels
+from ..video.visualization import PANELS, FrameView, OverlayDrawer, draw_panels, draw_timeline, side_by_side
+from ..video.writing import write_video
 from .kept_ids import KeptIds
 from .opened_video import OpenedVideo
-from .output_files import replacing_files
-from .processing_autogaze import AutoGazeProcessor
+from .rebuilding import VideoRebuilder, chunk_pixels, psnr_of
 from .scene_cuts import SceneCuts
-from .selection_autogaze import GazeSelector
-from .tile_gazing import FRAME_RATE, to_levels
-from .token_budgets_autogaze import read_number
-from .video import write_video
-from .video_gazing import GazeChunk, next_frames, stream_gaze
-from .video_rebuilding import VideoRebuilder, chunk_pixels, psnr_of
-from .visualization import PANELS, FrameView, OverlayDrawer, draw_panels, draw_timeline, side_by_side
 
 
 FILES = OVERLAY, GAZE_FILE, SHEET = "overlay.mp4", "gaze.json", "contact_sheet.png"

@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers_autogaze_cli.arguments import a_count, a_number, a_path, add_command, add_device, add_output
 
-from .checkpoints import check_device
-from .cli_training_inputs import load_task, task_arguments
-from .configuration_autogaze import AutoGazeConfig
-from .training.label_files import read_labels
-from .training.labels import GreedyLabeller, label_videos
-from .training.videos import VideoCollection
+from ..configuration_autogaze import AutoGazeConfig
+from ..hub.checkpoints import check_device
+from ..training.label_files import read_labels
+from ..training.labels import GreedyLabeller, label_videos
+from ..training.videos import VideoCollection
+from .training_inputs import load_task, task_arguments
 
 
 def add_commands(commands: Any) -> None:

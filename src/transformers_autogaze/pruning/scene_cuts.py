@@ -21,7 +21,7 @@ class SceneCuts:
     Example:
 
     ```python
-    >>> from transformers_autogaze.scene_cuts import SceneCuts
+    >>> from transformers_autogaze.pruning.scene_cuts import SceneCuts
 
     >>> found = SceneCuts()
     >>> found.add(torch.zeros(5, 3, 32, 32, dtype=torch.uint8))

@@ -7,7 +7,7 @@ from typing import TypeVar, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .output_files import check_folder, check_not_inputs
+from ..utils.output_files import check_folder, check_not_inputs
 
 
 Settings = TypeVar("Settings")

@@ -21,16 +21,16 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from . import AUTOGAZE_SELECTOR, FEATURES_SELECTOR, FINEST_SELECTOR, GREEDY_SELECTOR
-from .configuration_autogaze import AutoGazeConfig
-from .evaluation.feature_clips import encoder_normalization
-from .feature_network_autogaze import FeatureGazeConfig
-from .greedy_autogaze import GreedyGazeConfig
-from .integrations.vision import GazeVisionModel
-from .integrations.vision_adapters import ADAPTERS
-from .processing_autogaze import AutoGazeProcessor
-from .selection_autogaze import GazeSelector
-from .video_processing_autogaze import AutoGazeVideoProcessor
+from .. import AUTOGAZE_SELECTOR, FEATURES_SELECTOR, FINEST_SELECTOR, GREEDY_SELECTOR
+from ..configuration_autogaze import AutoGazeConfig
+from ..evaluation.feature_clips import encoder_normalization
+from ..feature_network_autogaze import FeatureGazeConfig
+from ..greedy_autogaze import GreedyGazeConfig
+from ..integrations.vision import GazeVisionModel
+from ..integrations.vision_adapters import ADAPTERS
+from ..processing_autogaze import AutoGazeProcessor
+from ..selection_autogaze import GazeSelector
+from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 logger = logging.get_logger(__name__)

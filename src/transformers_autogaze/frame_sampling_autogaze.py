@@ -45,7 +45,7 @@ def sample_indices(
     Example:
 
     ```python
-    >>> from transformers_autogaze.video_sampling_autogaze import sample_indices
+    >>> from transformers_autogaze.frame_sampling_autogaze import sample_indices
 
     >>> sample_indices(64, num_frames=4)
     [0, 16, 32, 48]

@@ -2,7 +2,7 @@
 Gazing at videos of any size and length, chunk by chunk, in memory that does not grow with the length.
 
 This module takes frames from any source, cuts them into chunks and checks what is asked for. How frames become tiles and
-tiles whole-frame gazes is `tile_gazing`'s matter; decoding, resizing and choosing are those of others.
+tiles whole-frame gazes is `tiles`'s matter; decoding, resizing and choosing are those of others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
-from .gazing_autogaze import GazeOutput
-from .selection_autogaze import GazeSelector
-from .tile_gazing import FRAME_RATE, WHOLE_CLIP, Setting, TileGazer
-from .token_budgets_autogaze import budget_each_frame, check_rate, read_token_budget, threshold_each_frame
-from .video_decoding_autogaze import stream_video
-from .video_frames_autogaze import is_video_source, unwrap_frames
-from .video_processing_autogaze import AutoGazeVideoProcessor
-from .video_sampling_autogaze import check_start_frame, sample_indices
+from ..frame_arrays_autogaze import is_video_source, unwrap_frames
+from ..frame_decoding_autogaze import stream_video
+from ..frame_sampling_autogaze import check_start_frame, sample_indices
+from ..gazing_autogaze import GazeOutput
+from ..selection_autogaze import GazeSelector
+from ..token_budgets_autogaze import budget_each_frame, check_rate, read_token_budget, threshold_each_frame
+from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .tiles import FRAME_RATE, WHOLE_CLIP, Setting, TileGazer
 
 
 _CHUNK = 16  # frames, where the selector itself has no limit

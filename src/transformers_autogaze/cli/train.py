@@ -12,18 +12,18 @@ from transformers import Trainer, set_seed
 
 from transformers_autogaze_cli.arguments import a_path, add_command
 
-from .checkpoints import load_selector
-from .cli_dataclasses import check_output, dataclass_arguments, from_arguments
-from .cli_training_inputs import clip_arguments, load_clips, load_model, load_task, task_arguments
-from .configuration_autogaze import AutoGazeConfig
-from .model_cards import make_card
-from .output_files import replacing
-from .training.augmentation import ClipAugmentation
-from .training.data import BudgetSchedule
-from .training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
-from .training.label_files import read_labels
-from .training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
-from .training.videos import VideoCollection
+from ..configuration_autogaze import AutoGazeConfig
+from ..hub.checkpoints import load_selector
+from ..hub.model_cards import make_card
+from ..training.augmentation import ClipAugmentation
+from ..training.data import BudgetSchedule
+from ..training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
+from ..training.label_files import read_labels
+from ..training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
+from ..training.videos import VideoCollection
+from ..utils.output_files import replacing
+from .dataclass_arguments import check_output, dataclass_arguments, from_arguments
+from .training_inputs import clip_arguments, load_clips, load_model, load_task, task_arguments
 
 
 def add_commands(commands: Any) -> None:

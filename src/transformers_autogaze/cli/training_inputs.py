@@ -5,18 +5,18 @@ from typing import Any
 
 from transformers_autogaze_cli.arguments import a_count, a_name, a_path
 
-from . import FEATURES_SELECTOR
-from .checkpoints import load_selector
-from .configuration_autogaze import AutoGazeConfig
-from .feature_network_autogaze import FeatureGazeConfig
-from .grid_autogaze import GazeGrid
-from .modeling_autogaze import AutoGazeModel
-from .training.augmentation import ClipAugmentation
-from .training.data import BudgetSchedule, GazeClipDataset
-from .training.label_files import ClipLabels
-from .training.task import GazeTask
-from .training.videos import VideoCollection
-from .video_processing_autogaze import AutoGazeVideoProcessor
+from .. import FEATURES_SELECTOR
+from ..configuration_autogaze import AutoGazeConfig
+from ..feature_network_autogaze import FeatureGazeConfig
+from ..grid_autogaze import GazeGrid
+from ..hub.checkpoints import load_selector
+from ..modeling_autogaze import AutoGazeModel
+from ..training.augmentation import ClipAugmentation
+from ..training.data import BudgetSchedule, GazeClipDataset
+from ..training.label_files import ClipLabels
+from ..training.task import GazeTask
+from ..training.videos import VideoCollection
+from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 def clip_arguments() -> argparse.ArgumentParser:

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .composite_autogaze import CompositeReconstruction
-from .selection_autogaze import resize_frames
-from .video_gazing import GazeChunk
-from .video_processing_autogaze import AutoGazeVideoProcessor
+from ..composite_autogaze import CompositeReconstruction
+from ..selection_autogaze import resize_frames
+from ..video.streaming import GazeChunk
+from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 _MAX_PIXELS = 2**22  # of frames that are processed together; at least one frame is

@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Example:
 
     ```python
-    >>> from transformers_autogaze.output_files import replacing
+    >>> from transformers_autogaze.utils.output_files import replacing
 
     >>> with replacing("notes.txt") as unfinished:
     ...     _ = unfinished.write_text("whole")
@@ -171,7 +171,7 @@ def to_json(value: Any, **options: Any) -> str:
     Example:
 
     ```python
-    >>> from transformers_autogaze.output_files import to_json
+    >>> from transformers_autogaze.utils.output_files import to_json
 
     >>> to_json({"psnr": [float("inf"), 1.5]})
     '{"psnr": [null, 1.5]}'

@@ -1,7 +1,7 @@
 """
 Gazing at frames of one size: how they become tiles, and tiles whole-frame gazes, chunk by chunk.
 
-This module carries a selector along the chunks of one video. Where frames come from is `video_gazing`'s matter.
+This module carries a selector along the chunks of one video. Where frames come from is `streaming`'s matter.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from .gazing_autogaze import GazeOutput
-from .grid_autogaze import GazeGrid
-from .selection_autogaze import GazeSelector
-from .video_processing_autogaze import AutoGazeVideoProcessor
+from ..gazing_autogaze import GazeOutput
+from ..grid_autogaze import GazeGrid
+from ..selection_autogaze import GazeSelector
+from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 Setting = float | Sequence[float] | None
@@ -39,7 +39,7 @@ def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]
     Example:
 
     ```python
-    >>> from transformers_autogaze.tile_gazing import choose_tile_grid
+    >>> from transformers_autogaze.video.tiles import choose_tile_grid
 
     >>> choose_tile_grid(2160, 3840, max_tiles=45), choose_tile_grid(1080, 1920, max_tiles=12)
     ((5, 9), (2, 4))

@@ -1,0 +1,1 @@
+"""Checkpoints: loading them safely, and their model cards."""
