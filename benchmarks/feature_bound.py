@@ -23,7 +23,7 @@ from transformers_autogaze import FINEST_SELECTOR, AutoGazeVideoProcessor, GazeO
 from transformers_autogaze.clip_schedule_autogaze import ClipSchedule
 from transformers_autogaze.evaluation.feature_clips import SAMPLINGS, encoder_normalization, read_clips
 from transformers_autogaze.evaluation.feature_comparison import FeatureComparison
-from transformers_autogaze.evaluation.features import FeatureMeasure, dense_features, keep_dissimilar, lay_features
+from transformers_autogaze.evaluation.features import FeatureMeasure, canvas_features, dense_features, keep_dissimilar
 from transformers_autogaze.grid_autogaze import GazeGrid
 from transformers_autogaze.integrations import GazeVisionModel
 
@@ -94,7 +94,7 @@ def measure(
 
     def cosine(gaze: GazeOutput, features: torch.Tensor | None = None) -> float:
         features = dense[gaze.gazing_mask[-1][0]] if features is None else features
-        return score(lay_features(features, gaze, score.mean)).cosine
+        return score(canvas_features(features, gaze, score.mean)).cosine
 
     rows = []
     for budget, pixels in by_pixels.items():

@@ -67,7 +67,7 @@ print(model.config.model_type)
     error, kind = result.stdout.splitlines()
     assert "`--selector` must be a checkpoint's folder or Hub repository" in error
     assert "http://127.0.0.1:9 cannot be reached" in error and kind == "autogaze_features"
-    assert "someone/selector is taken as it was loaded before" in result.stderr
+    assert "someone/selector is loaded from the local cache" in result.stderr
 
 
 def spoil(folder, fault):
@@ -159,7 +159,7 @@ def test_every_command_refuses_it(folders, tmp_path, capsys, command, fault):
 def test_weights_that_the_model_does_not_know_are_told(folders, tmp_path):
     shutil.copytree(folders / "features", tmp_path / "features")
     said = spoil(tmp_path / "features", "unknown weights")
-    with pytest.raises(ValueError, match=f"weights that the model does not know: {said}"):
+    with pytest.raises(ValueError, match=f"weights that the model does not have: {said}"):
         load_selector(tmp_path / "features")
 
 

@@ -87,7 +87,7 @@ for folder in sys.argv[1:]:
     assert shown.stdout.splitlines() == ["AutoGazeProcessor [0.5, 0.25, 0.125]"] * 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| started from | {checkpoint.name} |" in card and "| steps | 1 |" in card and "| videos | 3 |" in card
-    assert "None were measured" in card
+    assert "Nothing was measured" in card
 
 
 def test_own_arguments_come_first_in_the_help(capsys):
@@ -147,8 +147,8 @@ def test_labels_of_other_settings_are_not_trained_on(videos, checkpoint, tmp_pat
     assert main(label) == 0
     arguments = ["--model", checkpoint, "--labels", labels]
     for others, message in (
-        (["--num-frames", 4], "`num_frames` 2, but it is 4 asked for now"),
-        (["--task", "features"], "`task` pixels, but it is features asked for now"),
+        (["--num-frames", 4], "`num_frames` 2, but it is 4 now"),
+        (["--task", "features"], "`task` pixels, but it is features now"),
     ):
         assert train(videos, tmp_path / "out", *arguments, *others) == 2
         assert message in capsys.readouterr().err

@@ -235,7 +235,7 @@ def test_features_are_made_once_and_gone_on_with(encoder, files, tmp_path, monke
 def test_two_processes_make_what_one_makes(encoder, files, tmp_path):
     """Each its part of the sources; in turn here, so the second opens what the first has made."""
     one = filled(encoder, files).fill()
-    first, second = (filled(encoder, files, tmp_path, part=(number, 2)) for number in (0, 1))
+    first, second = (filled(encoder, files, tmp_path, process=(number, 2)) for number in (0, 1))
     for index in (1, 3):  # The second's first rows must be there when the first finds the components.
         second._fill_source(0, index, _NoProgress())
         second.done[0, index] = 1
@@ -254,7 +254,7 @@ def test_a_cache_of_another_encoder_or_setting_is_an_error(encoder, siglip, file
     shutil.copytree(encoder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
-    with pytest.raises(ValueError, match="features of another run: encoder is .* name another folder, or delete"):
+    with pytest.raises(ValueError, match="features of another run: encoder is .* give another folder, or delete"):
         filled(siglip, files, tmp_path / "cache")
     with pytest.raises(ValueError, match="encoder"):
         filled(other, files, tmp_path / "cache")
@@ -356,7 +356,7 @@ def test_knots_ascend_whatever_was_measured():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{encoder}", "nowhere"], "there is no file, folder or pattern of them 'nowhere'"),
+        (["{encoder}", "nowhere"], "no file or folder matches 'nowhere'"),
         (["{encoder}", "{empty}"], "must hold videos"),
         (["{encoder}", "{text}"], "that can be read, found none"),
         (["{encoder}", "{files}/a.png"], "at least two videos or two pictures"),

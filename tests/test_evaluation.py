@@ -67,15 +67,15 @@ def test_gain_ranking_keeps_the_patches_that_gain_most_alone():
     clips, composite = make_clips(count=1, num_frames=2), CompositeReconstruction(GRID)
     pixels = pixels_of(clips)
     gaze = GainRankingSelector(CONFIG).generate(clips.pixel_values_videos, gazing_ratio=5 / 21)
-    standing = torch.full_like(pixels[:, 0], 0.5)
+    previous_reconstruction = torch.full_like(pixels[:, 0], 0.5)
     for t, ids in enumerate(gaze.ids_each_frame()):
         frame, errors = pixels[:, t : t + 1], []
         for patch in range(GRID.num_patches):
             alone = GRID.split_by_scale((torch.arange(GRID.num_patches) == patch)[None, None])
-            errors.append((composite.reconstruct(frame, alone, standing) - frame).square().mean())
+            errors.append((composite.reconstruct(frame, alone, previous_reconstruction) - frame).square().mean())
         assert ids.tolist() == torch.stack(errors).argsort(stable=True)[:5].tolist()
         masks = [mask[:, t : t + 1] for mask in gaze.gazing_mask]
-        standing = composite.reconstruct(frame, masks, standing)[:, 0]
+        previous_reconstruction = composite.reconstruct(frame, masks, previous_reconstruction)[:, 0]
 
 
 def test_frame_difference_keeps_finest_patches_that_changed_since_they_were_rebuilt():

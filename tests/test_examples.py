@@ -100,7 +100,7 @@ def test_a_card_tells_of_its_own_checkpoint_alone(tmp_path, monkeypatch, capsys)
     run("push_to_hub.py", monkeypatch, tmp_path / "mine", "--only-write", tmp_path / "written")
     card = (tmp_path / "written" / "README.md").read_text()
     assert f"| parameters | {model.num_parameters():,}, in float32 |" in card and "| scales | 32, 64 pixels |" in card
-    assert "None were measured" in card and "Nothing is recorded" in card
+    assert "Nothing was measured" in card and "No facts of the training are recorded" in card
     assert not re.search(r"\d dB|PSNR", card)
 
     (tmp_path / "mine" / "README.md").write_text("My own card.")

@@ -25,7 +25,7 @@ from transformers_autogaze.training.label_files import (
     read_labels,
     write_labels,
 )
-from transformers_autogaze.training.labels import GreedyLabeller, label_videos, labels_of
+from transformers_autogaze.training.labels import GreedyLabeller, label_videos, labels_from_gaze
 from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.training.videos import VideoCollection
 from transformers_autogaze.video import write_video
@@ -219,7 +219,7 @@ def test_a_task_is_the_same_one_in_pixels_as_the_closed_form():
     task = GazeTask(GRID)
     torch.testing.assert_close(task(pixels[:1], gaze).loss, COMPOSITE(pixels[:1], gaze).loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(task.measure(pixels[:1], gaze), mse_to_task_loss(COMPOSITE.measure(pixels[:1], gaze)))
-    labels = labels_of(task.search(pixels, [1.0, 1.0, 0.2], 1.4))
+    labels = labels_from_gaze(task.search(pixels, [1.0, 1.0, 0.2], 1.4))
     found = COMPOSITE.search(pixels, [20, 20, 4], task_loss_to_mse(torch.full((2, 3), 1.4)))
     for clip, counts, ids in zip(labels, found.counts.tolist(), found.ids, strict=True):
         assert clip.gazing_pos == [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
@@ -343,7 +343,7 @@ def test_a_table_reads_back_equal(tmp_path):
         ('{"v": {"gazing_pos": [[1]], "task_losses": [["a"]]}}', "numbers as losses, got 'a'"),
         (
             '{"v": {"gazing_pos": [[1]], "task_losses": [[1]]}, "w": {"gazing_pos": [[1], [1]], "task_losses": [[1], [1]]}}',
-            "one number of frames, got 1 of 'v' and 2 of 'w'",
+            "equal numbers of frames, got 1 of 'v' and 2 of 'w'",
         ),
         ('{"settings": 3}', "must hold"),
         ("{}", "must hold labels, got none"),
@@ -457,7 +457,7 @@ def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
                 r"\[\[16, 16\], \[32, 32\]\], but it is \[\[32, 32\], \[64, 64\]\]",
             ),
         ):
-            with pytest.raises(ValueError, match=f"were made with `{name}` {values} asked for now"):
+            with pytest.raises(ValueError, match=f"were made with `{name}` {values} now"):
                 make()
 
     with pytest.raises(KeyboardInterrupt):
@@ -469,7 +469,7 @@ def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
     settings = read_label_settings(tmp_path / "labels.json")
     assert settings == {"num_frames": 3, "gazing_ratio": 0.2, "task_loss_requirement": None, **GazeTask(GRID).settings}
     assert len(read_labels(tmp_path / "labels.json", settings={"num_frames": 3})) == 5
-    with pytest.raises(ValueError, match="`num_frames` 3, but it is 16 asked for now"):
+    with pytest.raises(ValueError, match="`num_frames` 3, but it is 16 now"):
         read_labels(tmp_path / "labels.json", settings={"num_frames": 16})
     label_videos(videos, labeller(gazing_ratio=0.5), tmp_path / "other.json", num_frames=3)
     with pytest.raises(
@@ -477,7 +477,7 @@ def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
     ):
         read_labels(tmp_path / "labels.json", tmp_path / "other.json")
     write_labels(tmp_path / "published.json", LABELS)
-    with pytest.raises(ValueError, match="holds labels that do not tell what they were made with"):
+    with pytest.raises(ValueError, match="holds labels without the settings that they were made with"):
         label_videos(videos, labeller(), tmp_path / "published.json", num_frames=3)
 
 

@@ -253,7 +253,7 @@ def test_labels_from_a_file_come_with_the_frames_they_were_made_for(tmp_path):
     pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"]).clamp(0, 1)
     for losses, expected in zip(labeller(pixels[None])[0].task_losses, item["task_losses"], strict=True):
         assert losses == pytest.approx(expected, abs=1e-2)
-    assert clips.longest_labels(1) == 24
+    assert clips.max_num_labels(1) == 24
 
 
 def test_an_epoch_takes_every_clip_once_and_the_next_one_new_clips():
@@ -269,12 +269,12 @@ def test_batches_hold_clips_of_about_as_many_labels():
     order = list(ClipSampler(clips, 4, seed=0, epoch=lambda: 0))
 
     def waste(order):
-        lengths = torch.tensor([clips.longest_labels(index) for index in order]).view(-1, 4)
+        lengths = torch.tensor([clips.max_num_labels(index) for index in order]).view(-1, 4)
         return float((lengths.amax(1, keepdim=True) - lengths).sum() / lengths.sum())
 
     assert waste(order) < 0.3 * waste(torch.randperm(120, generator=seeded()).tolist())
     lengths = [len(ids) for item in [clips[order[0]]] for ids in item["gazing_pos"]]
-    assert sum(lengths) <= clips.longest_labels(order[0])
+    assert sum(lengths) <= clips.max_num_labels(order[0])
 
 
 def test_padding_in_a_batch_changes_no_score():
