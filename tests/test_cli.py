@@ -188,7 +188,7 @@ def test_in_a_folder_that_an_earlier_run_wrote_to_only_its_own_overlay_is_left_o
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "clip.mp4").unlink()
     assert main(arguments) == 2
-    assert "must hold videos beside those that an earlier run wrote" in capsys.readouterr().err
+    assert "must hold videos other than those that an earlier run wrote" in capsys.readouterr().err
 
 
 def test_without_an_overlay_all_else_is_the_same(clip, tmp_path, capsys):

@@ -558,7 +558,7 @@ def test_videos_of_which_none_can_be_labelled_are_an_error_and_leave_no_file(vid
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shard": (3, 2)}, r"`shard` must be one of 1\.\.2"),
+        ({"shard": (3, 2)}, r"`shard` must be a number in 1\.\.2"),
         ({"shard": (0, 2)}, "`shard`"),
         ({"output": "labels.txt"}, "`output` must end in .json, got 'labels.txt'"),
         ({"num_frames": 0}, "`num_frames` must be a whole number of at least 1, got 0"),
