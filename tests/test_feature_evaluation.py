@@ -1,4 +1,4 @@
-"""Selectors measured by what an encoder keeps: the measure, the comparison, its files and the command."""
+"""Comparison of selectors by encoder features: the measure, the comparison, its files and the command."""
 
 import json
 
@@ -87,7 +87,7 @@ def random_gaze(grid: GazeGrid, share: float, seed: int = 1) -> GazeOutput:
 # The measure.
 
 
-def test_with_everything_kept_nothing_is_lost(tower):
+def test_keeping_all_patches_loses_nothing(tower):
     model, values = GazeVisionModel(tower, [SIZE]), encoded(make_levels()).encoder_values
     dense = dense_features(model, values)
     own = tower(values).last_hidden_state[:, 1:]
@@ -111,7 +111,7 @@ def test_the_first_frame_is_enough_for_a_still_clip(tower):
     mask[:, 0, : FINEST.num_patches // 2] = False
     gaze = GazeOutput.from_masks([mask], FINEST)
     score = measure(canvas_features(model(values[None], gaze).last_hidden_state, gaze, measure.mean))
-    assert score.cosine < 0.6  # a place that shows the mean counts as 0
+    assert score.cosine < 0.6  # a place with the mean feature has a cosine of 0
 
 
 @pytest.mark.parametrize("grid", [FINEST, SCALES, GazeGrid([(12, 8), (20, 28)], PATCH)], ids=repr)
@@ -121,7 +121,7 @@ def test_canvas_features_equal_a_plain_loop(grid):
     features, start = torch.randn(int(gaze.num_real), 5), torch.randn(5)
     canvas, tokens, expected = start.repeat(rows, cols, 1), iter(features), []
     for ids in gaze.ids_each_frame():
-        for patch in ids.tolist():  # they ascend, so scales come coarse to fine
+        for patch in ids.tolist():  # ids ascend, so scales are in the order coarse to fine
             left, top, right, bottom = grid.boxes(torch.tensor(patch), rows, cols).tolist()
             feature = next(tokens)
             for row in range(rows):
@@ -140,7 +140,7 @@ def test_features_of_other_patches_are_refused():
         FeatureMeasure(torch.randn(2, 9, 5))(torch.zeros(2, 8, 5))
 
 
-def test_cosine_is_measured_from_the_mean_that_is_given():
+def test_the_cosine_is_relative_to_the_given_mean():
     dense = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)) + 10
     canvas = dense.roll(1, dims=1)
     near, far = FeatureMeasure(dense)(canvas), FeatureMeasure(dense, mean=torch.zeros(5))(canvas)
@@ -161,7 +161,7 @@ def test_k_means_finds_the_same_clusters_every_time():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9, 14, 36])
-def test_evs_keeps_the_first_frame_and_what_is_least_similar(num_tokens):
+def test_evs_keeps_the_first_frame_and_the_least_similar_tokens(num_tokens):
     dense = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(0))
     kept = keep_dissimilar(dense, num_tokens, GazeGrid([12], PATCH)).gazing_mask[0][0]
     assert kept[0].all() and kept.sum() == max(9, num_tokens)
@@ -173,7 +173,7 @@ def test_evs_keeps_the_first_frame_and_what_is_least_similar(num_tokens):
 # Selectors.
 
 
-def test_tokens_are_shared_out_to_the_last():
+def test_all_tokens_are_spread():
     assert spread_evenly(98, 16, 196) == [6] * 7 + [7] + [6] * 7 + [7]
     assert spread_evenly(999, 2, 196) == [196, 196]
     assert spread_as_published(348, 16, 265) == [198] + [10] * 15
@@ -184,7 +184,7 @@ def test_tokens_are_shared_out_to_the_last():
 
 @pytest.mark.parametrize("allocation", [EVENLY, OVER_TIME])
 @pytest.mark.parametrize("num_tokens", [98, 300, 392])
-def test_selectors_keep_as_many_tokens_as_they_are_given(tower, allocation, num_tokens):
+def test_selectors_keep_the_given_number_of_tokens(tower, allocation, num_tokens):
     clip = encoded(make_levels())
     selectors = pixel_clip_selectors(SIZE, PATCH)
     selectors |= {"finest": EncoderClipSelector(GazeVisionModel(tower, [SIZE]))}
@@ -198,11 +198,11 @@ def test_selectors_keep_as_many_tokens_as_they_are_given(tower, allocation, num_
             if allocation == EVENLY:
                 assert counts == spread_evenly(num_tokens, FRAMES, selector.grid.num_patches), name
             elif selector.grid == FINEST and num_tokens >= 196:
-                assert counts[0] == 196, name  # what was never kept comes before all changes
+                assert counts[0] == 196, name  # patches without a kept predecessor have the largest gains
     assert selectors["gain-ranking"].allocations == (EVENLY,)
 
 
-def test_a_model_spends_over_time_as_published(tiny):
+def test_a_model_allocates_tokens_over_time_as_published(tiny):
     model = tiny.model(torch.float32)
     grid = model.config.grid.for_encoder(16, 4)
     selector = PixelClipSelector(model, grid, published_way=True)
@@ -211,22 +211,22 @@ def test_a_model_spends_over_time_as_published(tiny):
     assert gaze.num_real_each_frame[0].tolist() == spread_as_published(32, FRAMES, grid.num_patches)
 
 
-def test_the_encoders_own_features_choose_what_changes_most(tower):
+def test_the_encoder_selector_keeps_the_largest_changes_of_features(tower):
     """Frame by frame: what is kept is farther from what stood there than what is not."""
     selector = EncoderClipSelector(GazeVisionModel(tower, [SIZE]))
-    layers = selector.prepare(encoded(make_levels()))
-    assert layers.shape == (1, FRAMES, 1, 32, 14, 14) and layers.abs().amax() == 0.5
-    kept = selector.gaze(layers, 80, EVENLY).gazing_mask[0][0]
-    features, previous_reconstruction = layers[0, :, 0].flatten(2).transpose(1, 2), torch.zeros(196, 32)
+    maps = selector.prepare(encoded(make_levels()))
+    assert maps.shape == (1, FRAMES, 1, 32, 14, 14) and maps.abs().amax() == 0.5
+    kept = selector.gaze(maps, 80, EVENLY).gazing_mask[0][0]
+    features, canvas = maps[0, :, 0].flatten(2).transpose(1, 2), torch.zeros(196, 32)
     for mask, frame in zip(kept, features, strict=True):
-        distance = (frame - previous_reconstruction).square().sum(1)
+        distance = (frame - canvas).square().sum(1)
         assert distance[mask].min() >= distance[~mask].max() - 1e-6
-        previous_reconstruction = torch.where(mask[:, None], frame, previous_reconstruction)
-    kept = selector.gaze(layers, 250, OVER_TIME).gazing_mask[0][0]
+        canvas = torch.where(mask[:, None], frame, canvas)
+    kept = selector.gaze(maps, 250, OVER_TIME).gazing_mask[0][0]
     assert kept[0].all() and kept[1:].sum() == 54
 
 
-def test_random_patches_follow_from_the_seed():
+def test_random_patches_depend_on_the_seed():
     clip = encoded(make_levels())
     gazes = [RandomClipSelector(FINEST, seed).gaze(clip, 300, OVER_TIME) for seed in (0, 0, 1)]
     masks = [gaze.gazing_mask[0] for gaze in gazes]
@@ -315,7 +315,7 @@ def test_a_comparison_measures_thresholds_of_selectors_that_predict_a_loss(tower
         FeatureComparison(tower, PROCESSOR, selectors, SIZE, thresholds=[1.5])
 
 
-def test_a_tower_and_its_size_must_fit(tower):
+def test_invalid_towers_and_sizes_are_refused(tower):
     assert finest_grid(tower) == GazeGrid([14 * PATCH], PATCH)
     with pytest.raises(ValueError, match="`size` must be a positive multiple of the encoder's patch size 4, got 30"):
         finest_grid(tower, 30)
@@ -362,7 +362,7 @@ def test_tables_show_means_at_the_best_attention(tmp_path):
     assert Image.open(tmp_path / "spread.png").width > 1000
 
 
-def test_results_go_on_where_they_stopped_and_with_the_same_settings_only(tmp_path):
+def test_results_are_resumed_with_the_same_settings_only(tmp_path):
     path = tmp_path / "out" / "results.json"
     results = FeatureResults(path, {"encoder": "a", "size": 196})
     results.add(make_rows()[:2], {"spread": FeatureStatistics([0.5, 0.25], 2.0)})
@@ -393,7 +393,7 @@ def clip(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("video") / "blobs.mp4", frames)
 
 
-def test_the_command_measures_what_an_encoder_keeps(encoder, clip, tmp_path, capsys):
+def test_the_command_measures_preserved_features(encoder, clip, tmp_path, capsys):
     arguments = ["evaluate", "--encoder", str(encoder), str(clip), "-o", str(tmp_path), "--num-frames", "4"]
     arguments += ["--device", "cpu", "--clip-ratio", "1/8", "0.5"]
     few = [*arguments, "--selector", "random", "greedy", "evs", "--attention", "canvas", "--sampling", "spread"]
@@ -415,7 +415,7 @@ def test_the_command_measures_what_an_encoder_keeps(encoder, clip, tmp_path, cap
     assert "## Frames spread over the video: 1 clips" in printed and "1/8" in printed and "EVS" in printed
 
 
-def test_a_run_that_was_stopped_gives_the_same_rows(encoder, clip, tmp_path):
+def test_an_interrupted_run_has_the_same_rows(encoder, clip, tmp_path):
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/4", "--selector", "greedy-finest", "evs"]
     command = ["evaluate", "--encoder", str(encoder), str(clip), *arguments]
     assert main([*command, "-o", str(tmp_path / "whole")]) == 0
@@ -427,7 +427,7 @@ def test_a_run_that_was_stopped_gives_the_same_rows(encoder, clip, tmp_path):
     assert [row[:10] for row in again["rows"]] == [row[:10] for row in results["rows"]]
 
 
-def test_the_command_measures_a_model_beside_the_rules(encoder, clip, tiny, tmp_path):
+def test_the_command_compares_a_model_with_the_baselines(encoder, clip, tiny, tmp_path):
     """The small model's finest scale has 4 patches a side, so the encoder sees 16 pixels."""
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/2", "--attention", "frame", "--size", "16"]
     command = ["evaluate", "--encoder", str(encoder), str(tiny.folder), str(clip), "-o", str(tmp_path)]
@@ -439,7 +439,7 @@ def test_the_command_measures_a_model_beside_the_rules(encoder, clip, tiny, tmp_
     assert not {name for name, _ in methods} & {"autogaze", "greedy", "encoder"}
 
 
-def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_knows(encoder, clip, tmp_path):
+def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_its_own(encoder, clip, tmp_path):
     sizes = {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "feature_size": 6}
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/4", "--attention", "frame"]
     arguments += ["--task-loss-requirement", "0.2"]
@@ -488,7 +488,7 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_kn
         (["{clip}"], "a MODEL and at least one VIDEO must be given"),
     ],
 )
-def test_bad_input_ends_with_a_message_before_any_work(encoder, clip, tmp_path, capsys, arguments, message):
+def test_invalid_input_is_an_error_before_any_work(encoder, clip, tmp_path, capsys, arguments, message):
     BertModel(
         BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "bert")
@@ -503,6 +503,6 @@ def test_bad_input_ends_with_a_message_before_any_work(encoder, clip, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_that_is_no_number_is_refused(capsys):
+def test_budgets_must_be_numbers(capsys):
     assert main(["evaluate", "--encoder", "e", "clip.mp4", "-o", "out", "--clip-ratio", "half"]) == 2
     assert "must be a share such as 1/8 or 0.125, got 'half'" in capsys.readouterr().err
