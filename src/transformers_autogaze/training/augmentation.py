@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 
-# Weights of red, green and blue in how bright a pixel looks (ITU-R BT.601).
+# Weights of red, green and blue in the luma (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
 # Largest changes of light: gamma as a logarithm; saturation, contrast and colours as factors; the others in pixel values.
 _GAMMA, _SATURATION, _CONTRAST, _GAINS, _BRIGHTNESS, _NOISE = 0.6, 0.6, 0.4, 0.15, 0.15, 0.06

@@ -25,17 +25,8 @@ from .teacher_features import TeacherFeatures
 
 _NUM_FRAMES = 16  # of a clip
 _MAX_FILES = 12  # number of files that clips are taken from
-_PREDICTED_LOSSES = (
-    0.01,
-    0.02,
-    0.04,
-    0.08,
-    0.14,
-    0.22,
-    0.34,
-    0.5,
-    0.7,
-)  # thresholds at which the encoder's loss is measured
+# Thresholds at which the encoder's loss is measured.
+_PREDICTED_LOSSES = (0.01, 0.02, 0.04, 0.08, 0.14, 0.22, 0.34, 0.5, 0.7)
 
 
 class PredictionQuality(NamedTuple):
