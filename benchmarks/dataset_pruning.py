@@ -6,7 +6,7 @@ with one; on 100 of them with two, to compare the memory; and on all with two, i
 videos that have rows were moved away. It checks that the rows of these runs are equal, that each valid video has the gaze of
 `prune_video` and each broken one an error. It prints the results and writes them as JSON; exit status 1 if a check failed.
 
-    python benchmarks/dataset_pruning.py ../shared/videos/train -o dataset_pruning.json
+    python benchmarks/dataset_pruning.py videos/ -o dataset_pruning.json
 
 Each run starts Ray, unless RAY_ADDRESS names a Ray on this machine, which needs three CPUs.
 """
@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--broken", type=int, default=20)
     parser.add_argument("--selector", default="features")
-    parser.add_argument("--work", type=Path, help="folder to work in, kept afterwards (default: a temporary one)")
-    parser.add_argument("--check", type=int, help="how many good rows to compare with prune_video (default: all)")
+    parser.add_argument("--work", type=Path, help="working folder, which is kept (default: a temporary one)")
+    parser.add_argument("--check", type=int, help="number of valid rows to compare with prune_video (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("dataset_pruning.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -65,11 +65,11 @@ def make_videos(source: Path, folder: Path, count: int, broken: int) -> Path:
     is_broken = set(generator.sample(range(count), broken))
     for number in range(count):
         path = folder / "clips" / f"{number:05}.mp4"
-        frames, start, length = originals[number % len(originals)], generator.randrange(30), generator.randint(8, 16)
+        original, start, length = originals[number % len(originals)], generator.randrange(30), generator.randint(8, 16)
         height, width = generator.choice(SIZES), generator.choice(SIZES)
         if not path.exists():
-            taken = islice(stream_video(frames, start_frame=start)[1], length)
-            write_video(path, (frame[:height, :width] for frame in taken), fps=10)
+            frames = islice(stream_video(original, start_frame=start)[1], length)
+            write_video(path, (frame[:height, :width] for frame in frames), fps=10)
             if number in is_broken:
                 break_video(path, BREAKS[number % len(BREAKS)], generator.randbytes(4000))
     for name, some in (("list.txt", range(count)), ("first.txt", range(min(count, FIRST)))):
@@ -78,8 +78,8 @@ def make_videos(source: Path, folder: Path, count: int, broken: int) -> Path:
 
 
 def break_video(path: Path, how: str, noise: bytes) -> None:
-    whole = path.read_bytes()
-    contents = {"empty": b"", "text": b"no video\n", "cut": whole[: len(whole) // 3], "noise": noise}
+    content = path.read_bytes()
+    contents = {"empty": b"", "text": b"no video\n", "cut": content[: len(content) // 3], "noise": noise}
     path.with_suffix(".broken").write_text(how)
     if how == "missing":
         path.unlink()
@@ -114,16 +114,16 @@ def measure(listing: Path, folder: Path, selector: str) -> dict[str, Any]:
 
 
 def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | None = None) -> dict[str, Any]:
-    """Runs the command; gives the seconds it took, the rate in the middle of the run and the peak memory of its processes."""
+    """Runs the command; returns its seconds, the rate in the middle of the run and the peak memory of its processes."""
     command = [sys.executable, "-m", "transformers_autogaze_cli", "prune-dataset", str(source), str(output)]
     command += ["--workers", str(workers), "--selector", selector]
-    start, most, seen = time.perf_counter(), {"all": 0, "worker": 0, "driver": 0}, []
+    start, peaks, progress = time.perf_counter(), {"all": 0, "worker": 0, "driver": 0}, []
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         count = len(rows_in(output))
-        seen.append((time.perf_counter() - start, count))
+        progress.append((time.perf_counter() - start, count))
         for kind, size in memory_of(process.pid).items():
-            most[kind] = max(most[kind], size)
+            peaks[kind] = max(peaks[kind], size)
         if kill_at is not None and count >= kill_at:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -136,39 +136,39 @@ def run(source: Path, output: Path, workers: int, selector: str, kill_at: int | 
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
     return {
         "seconds": round(seconds, 1),
-        "videos_per_second": middle_rate(seen),
-        "MiB": {kind: round(size / 2**20) for kind, size in most.items()},
+        "videos_per_second": middle_rate(progress),
+        "MiB": {kind: round(size / 2**20) for kind, size in peaks.items()},
         "table": process.stdout.read().splitlines(),
     }
 
 
-def middle_rate(seen: list[tuple[float, int]]) -> float | None:
-    """Gives the videos per second without the first and the last tenth of rows, and so without the start of Ray and workers."""
-    most = max(count for _, count in seen)
-    # After the last row, files of rows disappear into shards.
-    seen = seen[: 1 + next(place for place, (_, count) in enumerate(seen) if count == most)]
-    middle = [(seconds, count) for seconds, count in seen if 0.1 * most <= count <= 0.9 * most]
+def middle_rate(progress: list[tuple[float, int]]) -> float | None:
+    """Returns the videos per second between 10 % and 90 % of the rows, without the start of Ray and of the workers."""
+    total = max(count for _, count in progress)
+    # After the last row, the files of rows are joined to shards.
+    progress = progress[: 1 + next(index for index, (_, count) in enumerate(progress) if count == total)]
+    middle = [(seconds, count) for seconds, count in progress if 0.1 * total <= count <= 0.9 * total]
     if len(middle) < 2 or middle[-1][0] == middle[0][0]:
         return None
     return round((middle[-1][1] - middle[0][1]) / (middle[-1][0] - middle[0][0]), 2)
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Gives the proportional set size in bytes of a process with its descendants, of the largest worker, and of the process."""
+    """Returns the proportional set size in bytes of a process with its descendants, of the largest worker and of the process."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    own, before = {pid}, 0
-    while len(own) > before:
-        before = len(own)
-        own |= {child for child, parent in parents.items() if parent in own}
-    if os.environ.get("RAY_ADDRESS"):  # Workers are then no descendants.
-        own |= {process for process in parents if title_of(process).startswith(b"ray::")}
+    family, previous_count = {pid}, 0
+    while len(family) > previous_count:
+        previous_count = len(family)
+        family |= {child for child, parent in parents.items() if parent in family}
+    if os.environ.get("RAY_ADDRESS"):  # The workers are then no descendants.
+        family |= {process for process in parents if title_of(process).startswith(b"ray::")}
     sizes = {"all": 0, "worker": 0, "driver": 0}
-    for process in own:
+    for process in family:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
@@ -200,7 +200,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def check(listing: Path, folder: Path, options: argparse.Namespace) -> list[str]:
-    """Checks the rows of all runs; gives the faults."""
+    """Checks the rows of all runs; returns the faults."""
     names = listing.read_text().split()
     rows = read_rows(folder / "two_workers")
     faults = []
@@ -216,16 +216,16 @@ def check(listing: Path, folder: Path, options: argparse.Namespace) -> list[str]
     settings = PruneSettings(selector=options.selector)
     selector, processor = settings.load()
     broken = {name for name in names if (folder / name).with_suffix(".broken").exists()}
-    good = [name for name in names if name not in broken]
+    valid = [name for name in names if name not in broken]
     faults += [f"{name}: no error" for name in sorted(broken) if not rows[name]["error"]]
-    for name in good if options.check is None else random.Random(1).sample(good, options.check):
+    for name in valid if options.check is None else random.Random(1).sample(valid, options.check):
         gaze = prune_video(folder / name, selector, processor).gaze
         expected = [ids.tolist() for ids in gaze.ids_each_frame()]
         found = None if rows[name]["error"] else [ids.tolist() for ids in gaze_of_row(rows[name]).ids_each_frame()]
         if found != expected:
             faults.append(f"{name}: not the gaze of prune_video ({rows[name]['error']})")
     reasons = {rows[name]["error"][:60]: None for name in sorted(broken)}
-    print(f"{len(good)} good videos, {len(broken)} broken: {', '.join(map(repr, reasons))}")
+    print(f"{len(valid)} valid videos, {len(broken)} broken: {', '.join(map(repr, reasons))}")
     return faults
 
 

@@ -1,11 +1,10 @@
 """
-Upper bound on the similarity to an encoder's features that any choice of patches can reach with a number of tokens.
+Computes an upper bound on the similarity to an encoder's features for any choice of a number of patches.
 
-The choice is the best possible one: it is made from the encoder's features of whole frames, and maximises the cosine to them for
-the number of tokens (see `ClipSchedule`; between two prices the bound is linear). Prints means over the clips that
-`autogaze evaluate --encoder` measures: `bound`, where kept patches have their features from whole frames; `canvas`, for the
-same patches encoded alone (`attention="canvas"`); `pixels`, for patches chosen by pixels, with the features of whole frames;
-and `evs`.
+The optimal choice is made from the encoder's features of whole frames and maximises their cosine similarity (see `ClipSchedule`;
+between two prices the bound is linear). Prints means over the clips of `autogaze evaluate --encoder`: `bound`, where kept patches
+have their features from whole frames; `canvas`, for the same patches without the others (`attention="canvas"`); `pixels`, for
+patches chosen by pixels, with the features of whole frames; and `evs`.
 
     python benchmarks/feature_bound.py --encoder dinov2-small --videos val/*.mp4 -o feature_bound.json
 """
@@ -23,7 +22,7 @@ from transformers_autogaze import FINEST_SELECTOR, AutoGazeVideoProcessor, GazeO
 from transformers_autogaze.clip_schedule_autogaze import ClipSchedule
 from transformers_autogaze.evaluation.feature_clips import SAMPLINGS, encoder_normalization, read_clips
 from transformers_autogaze.evaluation.feature_comparison import FeatureComparison
-from transformers_autogaze.evaluation.features import FeatureMeasure, dense_features, keep_dissimilar, lay_features
+from transformers_autogaze.evaluation.features import FeatureMeasure, canvas_features, dense_features, keep_dissimilar
 from transformers_autogaze.grid_autogaze import GazeGrid
 from transformers_autogaze.integrations import GazeVisionModel
 
@@ -84,7 +83,7 @@ def measure(
     """Measures one clip at every budget."""
     dense = dense_features(tower, values)
     score = FeatureMeasure(dense, mean)
-    # Of unit vectors, the cosine is 1 less half the squared distance; what was never kept has the cosine 0, a distance of 2.
+    # For unit vectors, the cosine is 1 minus half the squared distance; before anything is kept, it is 0.
     unit_features = F.normalize(dense - score.mean, dim=-1)
     start = torch.zeros_like(unit_features[:1])
     schedule = ClipSchedule([*unit_features[:, None]], start, torch.full(start.shape[:2], 1 / UNIT).double(), UNIT)
@@ -94,7 +93,7 @@ def measure(
 
     def cosine(gaze: GazeOutput, features: torch.Tensor | None = None) -> float:
         features = dense[gaze.gazing_mask[-1][0]] if features is None else features
-        return score(lay_features(features, gaze, score.mean)).cosine
+        return score(canvas_features(features, gaze, score.mean)).cosine
 
     rows = []
     for budget, pixels in by_pixels.items():
@@ -111,7 +110,7 @@ def measure(
                 "budget": budget,
                 "bound": cosine(gaze) + spare,
                 "canvas": cosine(gaze, tower(values[None], gaze).last_hidden_state.float()),
-                # In the order of places, as the features are taken.
+                # The gaze is in the order of places, like the features.
                 "pixels": cosine(GazeOutput.from_masks(pixels.gazing_mask, tower.grid)),
                 "evs": cosine(keep_dissimilar(dense, count, tower.grid)),
             }

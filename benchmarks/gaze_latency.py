@@ -1,10 +1,10 @@
 """
-What does choosing patches cost, next to the encoder that it saves work for?
+Measures the time of choosing patches, compared with a dense encoder.
 
-Times `generate` on 16-frame clips of 224x224 in turn with a dense encoder on the same frames, a `SiglipVisionModel` of the
-base size (12 layers, 768 channels, patch 16), and prints the ratio of the medians. Random weights cost what trained ones
-do where the number of patches is given. With `--large`, the selectors of one scale and the dense encoder on frames of
-1072x1920 in native patches instead. Prints a table and writes JSON.
+Runs `generate` on 16-frame clips of 224x224 and a dense encoder on the same frames alternately, and prints the ratio of the median
+times. The encoder is a `SiglipVisionModel` of the base size (12 layers, 768 channels, patch 16). Weights are random, which does
+not change the times for a given number of patches. With `--large`, frames have 1072x1920 pixels, and only the selectors of one
+scale are measured. Prints a table and writes JSON.
 
     python benchmarks/gaze_latency.py --threads 2 --runs 5 -o gaze_latency.json
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measurement import DTYPES, machine, now
+from measurement import DTYPES, machine, run_in_turn
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_autogaze import (
@@ -30,7 +30,7 @@ from transformers_autogaze import (
 )
 
 
-_WARM_UPS = 2  # of each case: on CUDA the second captures the graphs that all others replay
+_WARM_UPS = 2  # On CUDA, the second captures the graphs that the others replay.
 
 
 def main() -> None:
@@ -62,11 +62,13 @@ def main() -> None:
         cases = large_cases(encoder, options.device, dtype)
     else:
         cases = small_cases(encoder, options.device, dtype, options.long)
-    report(run_in_turn(cases, options.runs, options.device), options)
+    calls = {name: call for name, (call, _) in cases.items()}
+    seconds = run_in_turn(calls, options.runs, options.device, _WARM_UPS)
+    report({name: [value / cases[name][1] for value in values] for name, values in seconds.items()}, options)
 
 
 def one_scale_selectors(device: str) -> dict[str, GazeSelector]:
-    """Loads the selectors of the package that gaze at the finest scale alone."""
+    """Loads the package's selectors of one scale."""
     folders = {"features": FEATURES_SELECTOR, "pixels, finest scale": FINEST_SELECTOR}
     return {name: AutoModel.from_pretrained(folder).eval().to(device) for name, folder in folders.items()}
 
@@ -74,7 +76,7 @@ def one_scale_selectors(device: str) -> dict[str, GazeSelector]:
 def small_cases(
     encoder: SiglipVisionModel, device: str, dtype: torch.dtype, is_long: bool
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Gives what to run on clips of 224x224, and how many clips it gazes at."""
+    """Returns the cases on clips of 224x224: a call and its number of clips."""
     model = AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(device, dtype)
     greedy = GreedyGazeSelector().to(device)
     clips = torch.randn(4, 16, 3, 224, 224, device=device, dtype=dtype)
@@ -111,7 +113,7 @@ def small_cases(
 def large_cases(
     encoder: SiglipVisionModel, device: str, dtype: torch.dtype
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Gives what to run on two frames of 1072x1920, 67x120 patches each."""
+    """Returns the cases on two frames of 1072x1920, with 67x120 patches each: a call and its number of clips."""
     size = 1072, 1920
     frames = torch.randn(1, 2, 3, *size, device=device, dtype=dtype)
     cases: dict[str, tuple[Callable[[], object], int]] = {
@@ -128,22 +130,8 @@ def large_cases(
     return cases
 
 
-def run_in_turn(cases: dict[str, tuple[Callable[[], object], int]], runs: int, device: str) -> dict[str, list[float]]:
-    """Gives the seconds per clip of every run of every case; warm-ups are left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    with torch.no_grad():
-        for run in range(_WARM_UPS + runs):
-            for name, (case, num_clips) in cases.items():
-                start = now(device)
-                case()
-                taken = now(device) - start
-                if run >= _WARM_UPS:
-                    seconds[name].append(taken / num_clips)
-    return seconds
-
-
 def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
-    """Prints the medians beside the dense encoder's and writes all to a file."""
+    """Prints the medians and their ratios to the dense encoder's, and writes JSON."""
     dense = statistics.median(seconds["dense encoder"])
     rows = []
     print(

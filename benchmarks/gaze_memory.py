@@ -1,9 +1,9 @@
 """
-How much memory does `autogaze prune` take, and does it grow with the length of a video?
+Measures the memory of `autogaze prune`, and its growth with the length of a video.
 
-Prunes a 1080p clip of 300 and of 1200 frames and a 3840x2160 clip of 64 frames in 45 tiles, each in a process of its own,
-and tells the peak of resident memory above that of the process idle with the selector loaded. Writes the same as JSON.
-The clips are made first and take some minutes. Needs Linux, whose kernel keeps the peak.
+Prunes a 1080p clip of 300 and of 1200 frames and a 3840x2160 clip of 64 frames in 45 tiles, each in its own process. Prints the
+peak of the resident memory and that of the idle process with the selector loaded, and writes JSON. Rendering the clips takes some
+minutes. Needs Linux, whose kernel records the peak.
 
     python benchmarks/gaze_memory.py -o gaze_memory.json
 """
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default=AUTOGAZE_SELECTOR,
-        help="checkpoint to gaze with (default: the published AutoGaze, from the Hub)",
+        help="checkpoint of the selector (default: the published AutoGaze, from the Hub)",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("gaze_memory.json"))
@@ -90,12 +90,12 @@ def main() -> None:
 
 
 def frames_of(count: int, height: int, width: int) -> Iterator[np.ndarray]:
-    """A clip with motion and a cut, over and over."""
+    """Repeats a clip with motion and a cut."""
     return islice(cycle(render_demo_clip(32, height, width)), count)
 
 
 def measure(model: str, threads: int, command: list[str]) -> None:
-    """Runs the command line in this process and prints the memory before and at its peak, as JSON."""
+    """Runs the command line in this process and prints the initial and peak memory as JSON."""
     torch.set_num_threads(threads)
     selector = AutoModel.from_pretrained(model)
     idle = memory("VmRSS")

@@ -1,9 +1,8 @@
 """
-How fast and how good is the greedy selector?
+Measures the speed of the greedy selector, and the PSNR of its reconstructions.
 
-Prints frames per second of `GreedyGazeSelector.generate` (scales, errors and search) on 16-frame clips of 224x224, for a
-batch of one and of four, and writes the same as JSON. With `--video`, the clips are cut from a real video and the pooled
-PSNR of their closed-form reconstructions is told as well.
+Prints frames per second of `GreedyGazeSelector.generate` on 16-frame clips of 224x224, in batches of one and of four, and the PSNR
+of the four closed-form reconstructions. Writes JSON. With `--video`, the clips are cut from a real video.
 
     python benchmarks/greedy_selector.py --video clip.mp4 -o greedy_selector.json
 """
@@ -23,7 +22,7 @@ from transformers_autogaze.video.demo import render_demo_clip
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--video", type=Path, help="a video of 64 frames at least (default: a rendered clip)")
+    parser.add_argument("--video", type=Path, help="a video of at least 64 frames (default: a rendered clip)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, default=Path("greedy_selector.json"))
@@ -43,7 +42,7 @@ def main() -> None:
         for batch, patches in settings:
             start = time.perf_counter()
             gaze = selector.generate(clips[:batch], gazing_ratio=patches / 265)
-            if run:  # The first run of each is a warm-up.
+            if run:  # The first run is a warm-up.
                 seconds[batch, patches].append(time.perf_counter() - start)
             if batch == 4:
                 pixels = selector.to_pixels(clips)

@@ -1,7 +1,8 @@
-"""What the benchmarks share: a clock that waits for the device, this process's memory, and what a result says of its machine."""
+"""Shared functions of the benchmarks: time, memory and a description of the machine."""
 
 import platform
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,14 +12,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def now(device: str = "cpu") -> float:
-    """Gives the time in seconds, once the device has done all that it was asked for."""
+    """Returns the time in seconds after the device has finished all work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
+@torch.no_grad()
+def run_in_turn(
+    cases: Mapping[str, Callable[[], object]], runs: int, device: str = "cpu", warm_ups: int = 1
+) -> dict[str, list[float]]:
+    """Runs all cases alternately, and returns the seconds of every run of each case except the warm-ups."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for run in range(warm_ups + runs):
+        for name, case in cases.items():
+            start = now(device)
+            case()
+            if run >= warm_ups:
+                seconds[name].append(now(device) - start)
+    return seconds
+
+
 def memory(key: str) -> float:
-    """Resident memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
+    """Returns the resident memory of this process in MiB, current (VmRSS) or at its peak (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 1024
@@ -26,7 +42,7 @@ def memory(key: str) -> float:
 
 
 def machine(threads: int, device: str = "cpu", dtype: str = "float32") -> dict[str, str | int]:
-    """Describes where and how something was measured, for JSON."""
+    """Returns the conditions of a measurement, for JSON."""
     return {
         "processor": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",

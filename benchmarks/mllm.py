@@ -1,13 +1,13 @@
 """
-How soon does a video MLLM answer when it sees the gazed patches only?
+Measures the time to the first token of a video MLLM that sees only gazed patches.
 
-Time from normalised frames to the first token of the answer, for a LLaVA-OneVision with a `SiglipVisionModel` of the base
-size (12 layers, 768 channels, patch 16, 224x224) and a Qwen2 as wide as that of 0.5B, with fewer layers and words, on 16
-frames of the demo clip. The dense model is called as transformers has it, which pools every frame to a quarter of its patches,
-and once more with pooling off. It runs in turn with `GazeVideoLM`, with the time for gazing apart and included: by the greedy
-selector, which keeps a share of the pooled places in the whole clip, and by the model of the published size, which keeps a
-share of the patches of its four scales in every frame, each a token. Random weights cost what trained ones do, for the
-number of patches is given. Prints a table and writes JSON.
+The time from normalised frames to the first token is measured for a LLaVA-OneVision with a `SiglipVisionModel` of the base size (12
+layers, 768 channels, patch 16, 224x224) and a Qwen2 of the width of the 0.5B model, with fewer layers and a smaller vocabulary,
+on 16 frames of the demo clip. The dense model runs as in transformers, with pooling to a quarter of the patches, and without
+pooling. `GazeVideoLM` is measured with and without the time of the selector: the greedy selector keeps a share of the pooled
+places of the whole clip, and the model of the published size a share of the patches of four scales in every frame, each of
+which is a token. All cases run alternately. Weights are random, which does not change the times for a given number of patches.
+Prints a table and writes JSON.
 
     python benchmarks/mllm.py --threads 2 --runs 5 -o mllm.json
 """
@@ -27,6 +27,8 @@ from transformers_autogaze.video.demo import render_demo_clip
 
 
 VIDEO, IMAGE, WORDS = 31998, 31999, 30
+BUDGETS = {"model": "gazing_ratio", "greedy": "clip_ratio"}
+FIRST_TOKEN = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
 
 
 def main() -> None:
@@ -49,51 +51,73 @@ def main() -> None:
         "model": AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(options.device, mllm.dtype),
         "greedy": GreedyGazeSelector().to(options.device),
     }
-    budgets = {"model": "gazing_ratio", "greedy": "clip_ratio"}
     image_processor = SiglipImageProcessor(size={"height": 224, "width": 224})
     gazed = {name: GazeVideoLM(mllm, selector, image_processor) for name, selector in selectors.items()}
     frames = list(render_demo_clip(options.num_frames))
     video = image_processor(frames, return_tensors="pt")["pixel_values"][None].to(options.device, mllm.dtype)
-    words = torch.arange(3, 3 + WORDS, device=options.device)[None]
-    first_token = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-
-    def run_dense(tokens_of_a_frame: int) -> int:
-        count = options.num_frames * tokens_of_a_frame + 1
-        prompt = torch.cat([words.new_full((1, count), VIDEO), words], dim=1)
-        mask = torch.ones_like(prompt)
-        mllm.generate(input_ids=prompt, attention_mask=mask, pixel_values_videos=video, **first_token)
-        return prompt.shape[1]
-
-    prompt = torch.cat([words.new_full((1, 1), VIDEO), words], dim=1)
-    # OneVision makes 7x7 of the 14x14 patches of a frame.
+    # OneVision pools the 14x14 patches of a frame to 7x7.
     dense = {"dense": (mllm.model.apply_pooling, 49), "dense, pooling off": (lambda features: features, 196)}
     seconds: dict[str, list[float]] = {}
-    lengths: dict[str, int] = {}
-
-    def note(name: str, value: float, length: int) -> None:
-        seconds.setdefault(name, []).append(value)
-        lengths[name] = length
-
     for run in range(options.runs + 1):
-        if run == 1:
-            seconds.clear()  # The first run of each was a warm-up.
-        for name, (pooling, tokens_of_a_frame) in dense.items():
+        measured: dict[str, tuple[float, int]] = {}
+        for case, (pooling, tokens_per_frame) in dense.items():
             mllm.model.apply_pooling = pooling
-            start = now(options.device)
-            length = run_dense(tokens_of_a_frame)
-            note(name, now(options.device) - start, length)
+            measured |= time_dense(mllm, video, tokens_per_frame, case)
         for ratio in options.ratios:
-            for selector, model in gazed.items():
-                start = now(options.device)
-                gaze = model.gaze(video, **{budgets[selector]: ratio})
-                spent = now(options.device) - start
-                start = now(options.device)
-                model.generate(prompt, video, gaze=gaze, **first_token)
-                answering, length = now(options.device) - start, model.count_tokens(gaze)[0][0] + WORDS
-                note(f"{selector}, {budgets[selector]} {ratio:g}, gaze given", answering, length)
-                note(f"{selector}, {budgets[selector]} {ratio:g}", spent + answering, length)
+            for name, model in gazed.items():
+                measured |= time_gazed(model, video, {BUDGETS[name]: ratio}, f"{name}, {BUDGETS[name]} {ratio:g}")
+        if run:  # The first run is a warm-up.
+            for case, (value, _) in measured.items():
+                seconds.setdefault(case, []).append(value)
+    result = {
+        "machine": machine(options.threads, options.device, options.dtype),
+        "runs": options.runs,
+        "num_frames": options.num_frames,
+        "tower_layers": options.tower_layers,
+        "layers": options.layers,
+        "rows": report(seconds, {case: length for case, (_, length) in measured.items()}, options),
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    whole = statistics.median(seconds["dense"])
+
+def time_dense(
+    mllm: LlavaOnevisionForConditionalGeneration, video: torch.Tensor, tokens_per_frame: int, case: str
+) -> dict[str, tuple[float, int]]:
+    """Returns the seconds to the first token and the length of the prompt, without gazing."""
+    prompt = make_prompt(video.shape[1] * tokens_per_frame + 1, video.device)
+    start = now(video.device.type)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pixel_values_videos": video}
+    mllm.generate(**inputs, **FIRST_TOKEN)
+    return {case: (now(video.device.type) - start, prompt.shape[1])}
+
+
+def time_gazed(
+    model: GazeVideoLM, video: torch.Tensor, budget: dict[str, float], case: str
+) -> dict[str, tuple[float, int]]:
+    """Returns the seconds to the first token and the length of the prompt, without and with the time of the selector."""
+    device = video.device.type
+    start = now(device)
+    gaze = model.gaze(video, **budget)
+    gazing_seconds = now(device) - start
+    prompt = make_prompt(1, video.device)
+    start = now(device)
+    model.generate(prompt, video, gaze=gaze, **FIRST_TOKEN)
+    answering_seconds, length = now(device) - start, model.count_tokens(gaze)[0][0] + WORDS
+    return {
+        f"{case}, gaze given": (answering_seconds, length),
+        case: (gazing_seconds + answering_seconds, length),
+    }
+
+
+def make_prompt(num_video_tokens: int, device: torch.device) -> torch.Tensor:
+    """Makes a prompt of video tokens and some words."""
+    words = torch.arange(3, 3 + WORDS, device=device)[None]
+    return torch.cat([words.new_full((1, num_video_tokens), VIDEO), words], dim=1)
+
+
+def report(seconds: dict[str, list[float]], lengths: dict[str, int], options: argparse.Namespace) -> list[dict]:
+    """Prints the medians and their ratios to the dense model's, and returns them as rows."""
+    dense = statistics.median(seconds["dense"])
     rows = []
     print(
         f"{options.device}, {options.dtype}, {options.threads} threads, torch {torch.__version__}, median of {options.runs}"
@@ -106,19 +130,12 @@ def main() -> None:
                 "case": name,
                 "prompt_length": lengths[name],
                 "seconds": median,
-                "of_dense": median / whole,
+                "of_dense": median / dense,
                 "all_seconds": values,
             }
         )
-        print(f"{name:<40} {lengths[name]:>7} {1000 * median:>9.1f} {median / whole:>9.3f}")
-    sizes = {"num_frames": options.num_frames, "tower_layers": options.tower_layers, "layers": options.layers}
-    result = {
-        "machine": machine(options.threads, options.device, options.dtype),
-        "runs": options.runs,
-        **sizes,
-        "rows": rows,
-    }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name:<40} {lengths[name]:>7} {1000 * median:>9.1f} {median / dense:>9.3f}")
+    return rows
 
 
 def small_mllm(tower_layers: int, layers: int) -> LlavaOnevisionForConditionalGeneration:

@@ -1,10 +1,10 @@
 """
-Measures what an hour of video costs: decoding, choosing patches, measuring the quality, cutting patches out, and storage.
+Measures the cost of pruning an hour of video: decoding, choosing patches, measuring the quality, extracting patches, and storage.
 
-It prunes the videos of a folder with one thread and measures the CPU time of the process, which depends less than wall time on what
-else runs on the machine. It prints a table and writes it as JSON.
+It prunes the videos of a folder with one thread and measures the CPU time of the process, which depends less than wall time on
+other processes. It prints a table and writes JSON.
 
-    python benchmarks/pruning_rates.py ../shared/videos/val -o pruning_rates.json
+    python benchmarks/pruning_rates.py videos/ -o pruning_rates.json
 """
 
 import argparse
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=Path, help="folder of videos")
     parser.add_argument("--selectors", nargs="+", default=["features", "finest"])
-    parser.add_argument("--fps", nargs="+", type=float, default=[0, 2, 1], help="frames taken per second; 0 for all")
+    parser.add_argument(
+        "--fps", nargs="+", type=float, default=[0, 2, 1], help="frames per second to sample; 0 for all"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("pruning_rates.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,7 +54,7 @@ def main() -> None:
 
 
 def measure(videos: list[str], settings: PruneSettings) -> dict[str, float | int | str | None]:
-    """Gives seconds of CPU time and megabytes per hour of video."""
+    """Returns seconds of CPU time and megabytes per hour of video."""
     selector, processor = settings.load()
     spent, duration, frames = Counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,12 +1,12 @@
 """
-How many merge units do Qwen2.5-VL and Qwen3-VL read of real clips, and how soon do they answer?
+Measures the merge units that Qwen2.5-VL and Qwen3-VL read of real clips with a selector, and the time to the first token.
 
-For each clip, 16 frames spread over it at their own size: merge units kept of all, tokens of the prompt, and time from the
-processor's patches to the first token of the answer, the gazing apart and included. Towers have the size of the 3B model
-of Qwen2.5-VL and the 2B one of Qwen3-VL, language models their widths with fewer layers and words; random weights cost
-what trained ones do. Beside the MLLM itself and gazes of the default selector on merge units there is the way of before: patches of four scales at
-a ratio of 0.10, every unit that one of them touches, attention to a unit's own pair of frames. All cases run in turn. Prints a
-table and writes JSON.
+For 16 frames of each clip at their native size, it measures the kept merge units, the tokens of the prompt, and the time from the
+processor's patches to the first token, with the time of the selector apart and included. Towers have the sizes of Qwen2.5-VL-3B and
+Qwen3-VL-2B; the language models have their widths with fewer layers and a smaller vocabulary. Weights are random, which does not
+change the times. The cases are the MLLM without a selector, the default selector on merge units, and patches of four scales at a
+ratio of 0.10, where every unit that overlaps a kept patch is kept, with attention to the unit's own pair of frames. All cases run
+alternately. Prints a table and writes JSON.
 
     python benchmarks/qwen_vl.py clip1.mp4 clip2.mp4 clip3.mp4 --threads 2 --runs 5 -o qwen_vl.json
 """
@@ -55,10 +55,10 @@ TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-BEFORE = "four scales, gazing_ratio 0.1"
+FOUR_SCALES = "four scales, gazing_ratio 0.1"
 CASES = {
-    "the MLLM itself": None,
-    BEFORE: {"gazing_ratio": 0.1},
+    "without selector": None,
+    FOUR_SCALES: {"gazing_ratio": 0.1},
     "gazing_ratio 0.1": {"gazing_ratio": 0.1},
     "clip_ratio 0.1": {"clip_ratio": 0.1},
     "clip_ratio 0.25": {"clip_ratio": 0.25},
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--max-pixels", type=int, help="of a frame; larger ones are resized, as the processor would")
+    parser.add_argument("--max-pixels", type=int, help="of a frame; larger frames are resized like by the processor")
     parser.add_argument("--layers", type=int, default=4, help="layers of the language model; 36 and 28 in real ones")
     parser.add_argument("--tower-layers", type=int, help="layers of the tower; 32 and 24 as in real ones by default")
     parser.add_argument("-o", "--output", type=Path, default=Path("qwen_vl.json"))
@@ -116,15 +116,15 @@ def main() -> None:
 
 
 def measure(mllm: PreTrainedModel, inputs: dict, processor: AutoGazeVideoProcessor, runs: int) -> list[dict]:
-    """Runs all cases in turn on one clip; gives a row for each."""
+    """Runs all cases alternately on one clip; returns a row for each."""
     device = str(mllm.device)
     selector = AutoModel.from_pretrained(DEFAULT_SELECTOR).eval().to(device)
-    four_scales = GreedyGazeSelector(GreedyGazeConfig(PUBLISHED_GRID.scales)).to(device)
+    four_scale_selector = GreedyGazeSelector(GreedyGazeConfig(PUBLISHED_GRID.scales)).to(device)
     model = GazeQwenVL(mllm, selector, processor)
-    before = GazeQwenVL(mllm, attention="frame")
+    four_scale_model = GazeQwenVL(mllm, attention="frame")
     vision = mllm.config.vision_config
     sizes = UnitSizes(vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size)
-    gazer = UnitGazer(four_scales, processor, None, sizes)
+    gazer = UnitGazer(four_scale_selector, processor, None, sizes)
     pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
     units = int(grid.prod(1).sum()) // sizes.merge_size**2
     length = inputs["input_ids"].shape[1]
@@ -137,14 +137,15 @@ def measure(mllm: PreTrainedModel, inputs: dict, processor: AutoGazeVideoProcess
                 gazed = start
                 mllm.generate(**inputs, **FIRST_TOKEN)
             else:
-                if case == BEFORE:
-                    gaze = [gaze_video(four_scales, frames, **settings) for frames in gazer.frames(pixels, grid)]
+                if case == FOUR_SCALES:
+                    clips = gazer.frames(pixels, grid)
+                    gaze = [gaze_video(four_scale_selector, frames, **settings) for frames in clips]
                 else:
                     gaze = model.gaze(pixels, grid, **settings)
                 gazed = now(device)
-                (before if case == BEFORE else model).generate(**inputs, gaze=gaze, **FIRST_TOKEN)
+                (four_scale_model if case == FOUR_SCALES else model).generate(**inputs, gaze=gaze, **FIRST_TOKEN)
                 kept[case] = model.count_units(gaze, grid)[0][0]
-            if run:  # The first run of each was a warm-up.
+            if run:  # The first run is a warm-up.
                 end = now(device)
                 seconds[case].append((gazed - start, end - start))
     return [
@@ -162,7 +163,7 @@ def measure(mllm: PreTrainedModel, inputs: dict, processor: AutoGazeVideoProcess
 
 
 def process(mllm: PreTrainedModel, frames, max_pixels: int | None) -> tuple[dict, AutoGazeVideoProcessor]:
-    """Does what the MLLM's own processor does, which needs torchvision: patches, and a prompt of some words."""
+    """Makes the inputs of the MLLM's own processor, which needs torchvision: patches, and a prompt of some words."""
     vision = mllm.config.vision_config
     merge, patch, pair = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
     side = merge * patch
@@ -174,11 +175,11 @@ def process(mllm: PreTrainedModel, frames, max_pixels: int | None) -> tuple[dict
     levels = torch.cat([levels, levels[-1:].expand(-len(levels) % pair, -1, -1, -1)])
     times, rows, cols = len(levels) // pair, size[0] // patch, size[1] // patch
     pixels = fold_units(processor.to_pixel_values(levels), merge, patch, pair)
-    of_frame = [START, *[VIDEO] * (rows * cols // merge**2), END]
+    frame_tokens = [VIDEO] * (rows * cols // merge**2)
     if mllm.config.model_type == "qwen2_5_vl":
-        prompt = [START, *(of_frame[1:-1] * times), END]
+        prompt = [START, *frame_tokens * times, END]
     else:
-        prompt = [token for time in range(times) for token in (3 + time, *of_frame)]
+        prompt = [token for time in range(times) for token in (3 + time, START, *frame_tokens, END)]
     input_ids = torch.tensor([[*prompt, *range(3, 3 + WORDS)]], device=mllm.device)
     inputs = {
         "input_ids": input_ids,

@@ -1,10 +1,10 @@
 """
 Measures whether the cost of a frame stays constant in a very long stream.
 
-The frames of a video are repeated, and given one at a time, as one stream, to the default selector, to the greedy one, or to an
-`AutoGazeModel` of the published size with random weights, whose cache is cropped to the last frames. They are decoded and
-preprocessed once, so only the choice of patches is measured. Prints memory, and milliseconds per frame both of wall-clock and of
-processor time (which depends less on other programs), at intervals, and rewrites the JSON file each time.
+The frames of a video are repeated as one stream, one at a time, for the default selector, the greedy one, or an `AutoGazeModel` of
+the published size with random weights, whose cache is cropped to the last frames. Frames are decoded and preprocessed once, so
+only the choice of patches is measured. Prints memory and milliseconds per frame, both wall time and CPU time (which depends less
+on other processes), at intervals, and rewrites the JSON file each time.
 
     python benchmarks/soak.py clip.mp4 --selector autogaze --gazing-ratio 0.02 -o soak_autogaze.json
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=20000)
     parser.add_argument("--every", type=int, default=1000, help="frames of an interval")
     parser.add_argument("--gazing-ratio", type=float, default=0.1)
-    parser.add_argument("--keep", type=int, default=16, help="frames that AutoGaze's cache keeps")
+    parser.add_argument("--keep", type=int, default=16, help="frames in AutoGaze's cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("soak.json"))
     options = parser.parse_args()
@@ -57,18 +57,18 @@ def main() -> None:
     settings = {"gazing_ratio": options.gazing_ratio, "past_key_values": cache, "use_cache": True}
     stream, rows = cycle(video.split(1, dim=1)), []
     for first in range(0, options.frames, options.every):
-        patches, start, busy = 0, time.perf_counter(), time.process_time()
+        patches, start, cpu_start = 0, time.perf_counter(), time.process_time()
         for frame in islice(stream, min(options.every, options.frames - first)):
             patches += int(selector.generate(frame, **settings).num_real)
             if isinstance(cache, GazeCache):
                 cache.crop(options.keep)
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         last = min(first + options.every, options.frames)
-        means = {"ms": 1000 * seconds, "processor_ms": 1000 * busy, "patches": patches}
+        means = {"ms": 1000 * seconds, "processor_ms": 1000 * cpu_seconds, "patches": patches}
         rows.append({"frames": last, **{name: total / (last - first) for name, total in means.items()}})
         rows[-1]["mib"] = memory("VmRSS")
         print(
-            "{frames:>8} frames {ms:>7.2f} ms {processor_ms:>7.2f} of a processor {mib:>7.0f} MiB".format(**rows[-1]),
+            "{frames:>8} frames {ms:>7.2f} ms {processor_ms:>7.2f} ms of CPU {mib:>7.0f} MiB".format(**rows[-1]),
             flush=True,
         )
         arguments = {name: str(value) for name, value in vars(options).items() if name != "output"}

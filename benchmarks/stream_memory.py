@@ -1,9 +1,9 @@
 """
-Does memory grow with the length of a stream that is gazed at and encoded?
+Measures the growth of memory with the length of a stream that is gazed at and encoded.
 
-Frames of the demo clip, over and over, go through `stream_gaze` with the default selector and, chunk by chunk, through a
-`SiglipVisionModel` of the base width whose tokens see the canvas, carried on by a `GazeVisionCache`. Each length runs in a process of
-its own. Prints the largest memory of each process and writes JSON.
+The repeated frames of the demo clip go through `stream_gaze` with the default selector and, chunk by chunk, through a
+`SiglipVisionModel` of the base width with attention to the canvas and a `GazeVisionCache`. Each length runs in its own process.
+Prints the peak memory of each process and writes JSON.
 
     python benchmarks/stream_memory.py --lengths 300 1200 --threads 2 -o stream_memory.json
 """
@@ -48,7 +48,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Streams so many frames and gives the process's largest memory."""
+    """Streams `options.measure` frames and returns the peak memory of the process."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     selector, processor = AutoModel.from_pretrained(DEFAULT_SELECTOR), AutoGazeVideoProcessor()

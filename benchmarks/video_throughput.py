@@ -1,9 +1,8 @@
 """
-How many frames per second are decoded, preprocessed and gazed at?
+Measures the frames per second of decoding, preprocessing and choosing patches.
 
-Makes a 1080p H.264 clip and measures, for every tiling: decoding to RGB alone; preprocessing of decoded frames alone
-(resizing, cutting tiles, normalising); both together, as `stream_gaze` runs them; the selector alone; and all of it. Prints
-medians and writes the same as JSON.
+Renders a 1080p H.264 clip and measures, for every tiling: decoding to RGB; preprocessing of decoded frames (resizing, tiling,
+normalisation); both together, as in `stream_gaze`; the selector; and all of it. Prints medians and writes JSON.
 
     python benchmarks/video_throughput.py -o video_throughput.json
 """
@@ -27,8 +26,8 @@ from transformers_autogaze import AUTOGAZE_SELECTOR, GazeOutput, GazeSelector, s
 from transformers_autogaze.video.demo import render_demo_clip
 
 
-class Nothing:
-    """Takes the place of a selector, keeps no patch and takes no time."""
+class EmptySelector:
+    """Keeps no patch and takes no time."""
 
     def __init__(self, selector: GazeSelector):
         self.config, self.device, self.dtype = selector.config, selector.device, selector.dtype
@@ -40,8 +39,8 @@ class Nothing:
         return GazeOutput.from_masks(masks, self.config.grid)
 
 
-class Timed(Nothing):
-    """A selector whose seconds are counted."""
+class TimedSelector(EmptySelector):
+    """Counts the seconds of a selector."""
 
     def __init__(self, selector: GazeSelector):
         super().__init__(selector)
@@ -49,10 +48,10 @@ class Timed(Nothing):
 
     def generate(self, pixel_values_videos: torch.Tensor, **settings) -> GazeOutput:
         start = time.perf_counter()
-        found = self.selector.generate(pixel_values_videos, **settings)
-        found.num_real.tolist()  # Waits for a GPU.
+        gaze = self.selector.generate(pixel_values_videos, **settings)
+        gaze.num_real.tolist()  # Waits for a GPU.
         self.seconds += time.perf_counter() - start
-        return found
+        return gaze
 
 
 def main() -> None:
@@ -61,10 +60,10 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default=AUTOGAZE_SELECTOR,
-        help="checkpoint to gaze with (default: the published AutoGaze, from the Hub)",
+        help="checkpoint of the selector (default: the published AutoGaze, from the Hub)",
     )
     parser.add_argument("--gazing-ratio", type=float, default=0.1)
-    parser.add_argument("--frames", type=int, default=64, help="frames to take, from the beginning")
+    parser.add_argument("--frames", type=int, default=64, help="frames to decode, from the beginning")
     parser.add_argument("--max-tiles", type=int, default=12)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -103,15 +102,15 @@ def main() -> None:
 
 def measure(selector: GazeSelector, clip: Path, options: argparse.Namespace) -> list[dict]:
     settings = {"gazing_ratio": options.gazing_ratio, "max_tiles": options.max_tiles}
-    decoded = np.stack(list(take(clip, options.frames)))
-    nothing, rows = Nothing(selector), []
+    decoded = np.stack(list(decode(clip, options.frames)))
+    empty, rows = EmptySelector(selector), []
     for tiles in ("whole", "grid", "native"):
-        timed = Timed(selector)
+        timed = TimedSelector(selector)
         stages: dict[str, Callable[[], Iterable]] = {
-            "decode": partial(take, clip, options.frames),
-            "preprocess": partial(gaze, nothing, lambda: decoded, tiles=tiles, **settings),
-            "both": partial(gaze, nothing, partial(take, clip, options.frames), tiles=tiles, **settings),
-            "all": partial(gaze, timed, partial(take, clip, options.frames), tiles=tiles, **settings),
+            "decode": partial(decode, clip, options.frames),
+            "preprocess": partial(gaze, empty, lambda: decoded, tiles=tiles, **settings),
+            "both": partial(gaze, empty, partial(decode, clip, options.frames), tiles=tiles, **settings),
+            "all": partial(gaze, timed, partial(decode, clip, options.frames), tiles=tiles, **settings),
         }
         seconds: dict[str, list[float]] = {name: [] for name in (*stages, "gaze")}
         for run in range(options.runs + 1):
@@ -120,21 +119,21 @@ def measure(selector: GazeSelector, clip: Path, options: argparse.Namespace) -> 
                 start = time.perf_counter()
                 for _ in stage():
                     pass
-                if run:  # The first run of each is a warm-up.
+                if run:  # The first run is a warm-up.
                     seconds[name].append(time.perf_counter() - start)
             if run:
                 seconds["gaze"].append(timed.seconds)
         rows.append(
-            {"tiles": tiles, **{name: len(decoded) / statistics.median(all_) for name, all_ in seconds.items()}}
+            {"tiles": tiles, **{name: len(decoded) / statistics.median(values) for name, values in seconds.items()}}
         )
     return rows
 
 
-def gaze(selector: Nothing, frames: Callable[[], Iterable], **settings) -> Iterable:
+def gaze(selector: EmptySelector, frames: Callable[[], Iterable], **settings) -> Iterable:
     return stream_gaze(selector, frames(), **settings)
 
 
-def take(clip: Path, count: int) -> Iterable[np.ndarray]:
+def decode(clip: Path, count: int) -> Iterable[np.ndarray]:
     return islice(stream_video(clip)[1], count)
 
 

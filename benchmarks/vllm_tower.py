@@ -1,10 +1,10 @@
 """
 Measures the time of vLLM's vision towers of Qwen2.5-VL and Qwen3-VL for different shares of kept merge units.
 
-It compares vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which
-runs the whole tower and then drops as many tokens. Towers have the sizes of those of Qwen2.5-VL-7B and Qwen3-VL-8B, with random
-weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All cases run in turn; the first
-run of each is a warm-up. It prints a table and writes JSON. It needs vLLM.
+It compares vLLM's tower on all merge units, the plug-in's tower on the units that a selector keeps, and vLLM's pruning (EVS), which
+drops as many tokens after the tower has encoded all units. Towers have the sizes of Qwen2.5-VL-7B and Qwen3-VL-8B, with random
+weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All cases run alternately, after a
+warm-up. It prints a table and writes JSON. It needs vLLM.
 
     python benchmarks/vllm_tower.py video.mp4 --threads 2 --runs 5 -o vllm_tower.json
 """
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measurement import DTYPES, machine, now
+from measurement import DTYPES, machine, now, run_in_turn
 from transformers import AutoModel, Qwen2_5_VLConfig, Qwen3VLConfig
 from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -112,7 +112,7 @@ def make_tower(name: str, layers: int | None) -> torch.nn.Module:
 
 @torch.no_grad()
 def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> list[dict]:
-    """Runs all cases in turn; gives one row of results per case."""
+    """Runs all cases alternately; returns a row for each."""
     merge, patch = tower.spatial_merge_size, tower.patch_size
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     size = (side // (merge * patch) * merge * patch,) * 2
@@ -123,10 +123,10 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
     gazer = UnitGazer(AutoModel.from_pretrained(DEFAULT_SELECTOR).eval(), processor, None, UnitSizes(merge, patch, 2))
     on_device = pixels.to(device, tower.dtype)
 
-    def whole() -> torch.Tensor:
+    def encode_all() -> torch.Tensor:
         return tower(on_device, grid.tolist())
 
-    cases = {WHOLE: whole}
+    cases = {WHOLE: encode_all}
     gazing = {}
     gazer.gaze(pixels, grid, gazing_ratio=ratios[0])  # a warm-up
     for ratio in ratios:
@@ -138,16 +138,10 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
         patches = pixels.unflatten(0, (-1, merge**2))[kept].flatten(0, 1).to(device, tower.dtype)
         cases[case] = partial(encode_kept_units, tower, patches, grid, kept)
         if ratio < 1:
-            cases[f"EVS, {ratio:g} of tokens"] = partial(prune, whole, grid, merge, ratio)
-    seconds: dict[str, list[float]] = {case: [] for case in cases}
-    counts = {}
-    for run in range(runs + 1):
-        for case, call in cases.items():
-            start = now(device)
-            counts[case] = len(call())
-            if run:
-                seconds[case].append(now(device) - start)
-    of_whole = statistics.median(seconds[WHOLE])
+            cases[f"EVS, {ratio:g} of tokens"] = partial(prune, encode_all, grid, merge, ratio)
+    counts = {case: len(call()) for case, call in cases.items()}
+    seconds = run_in_turn(cases, runs, device)
+    whole_seconds = statistics.median(seconds[WHOLE])
     rows = []
     for case, times in seconds.items():
         rows.append(
@@ -156,7 +150,7 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
                 "units": counts[case],
                 "all_units": units[0] * units[1] * units[2],
                 "seconds": statistics.median(times),
-                "of_whole": statistics.median(times) / of_whole,
+                "of_whole": statistics.median(times) / whole_seconds,
                 "gazing_seconds": gazing.get(case, 0.0),
                 "all_seconds": times,
             }
@@ -165,7 +159,7 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
 
 
 def prune(encode: Callable[[], torch.Tensor], grid: torch.Tensor, merge: int, ratio: float) -> torch.Tensor:
-    """Encodes everything and drops tokens as EVS does, which keeps at least the tokens of one pair of frames."""
+    """Encodes all units and drops tokens like EVS, which keeps at least those of the first pair of frames."""
     features = encode()
     is_kept = compute_retention_mask(features, grid[0].tolist(), spatial_merge_size=merge, q=1 - ratio)
     return features[is_kept]

@@ -3,7 +3,7 @@
 #
 #     examples/benchmark_mllm.sh qwen2_5_vl dense             # no pruning, with tokens and seconds logged
 #     examples/benchmark_mllm.sh qwen2_5_vl gaze              # the same with a selector before the tower
-#     examples/benchmark_mllm.sh qwen2_5_vl own               # lmms-eval's own model, which does not log these
+#     examples/benchmark_mllm.sh qwen2_5_vl own               # lmms-eval's own model, without these logs
 #     examples/benchmark_mllm.sh qwen2_5_vl vllm-dense        # through `vllm serve`, which this script starts and stops
 #     examples/benchmark_mllm.sh qwen2_5_vl vllm-gaze
 #     examples/benchmark_mllm.sh qwen2_5_vl vllm-evs          # drops tokens after the tower, as many as vllm-gaze drops before it

@@ -1,8 +1,8 @@
 """
-Makes a selector of any vision encoder: a small network that foresees what the encoder would see.
+Distils a selector from any vision encoder: a small network learns to predict the encoder's features.
 
     python examples/distill.py facebook/dinov2-small videos/ pictures/ -o gaze   # 2,000 steps
-    python examples/distill.py --tiny -o gaze                                    # a tiny encoder and drawn clips, to see it run
+    python examples/distill.py --tiny -o gaze                                    # a quick run: tiny encoder, rendered clips
 """
 
 import argparse
@@ -32,11 +32,11 @@ def main() -> None:
         config = Dinov2Config(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
         )
-        made = Path(options.output, "tiny")
-        options.encoder = made / "encoder"
+        folder = Path(options.output, "tiny")
+        options.encoder = folder / "encoder"
         Dinov2Model(config).save_pretrained(options.encoder)
         options.inputs = [
-            write_video(made / f"clip{seed}.mp4", render_demo_clip(8, 64, 96, seed), fps=8) for seed in range(3)
+            write_video(folder / f"clip{seed}.mp4", render_demo_clip(8, 64, 96, seed), fps=8) for seed in range(3)
         ]
         arguments |= {"scales": [2, 4], "num_components": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1]}
         arguments |= {"crops_per_video": 8, "max_steps": min(3, options.max_steps), "logging_steps": 1}

@@ -1,11 +1,11 @@
 """
-Encodes a video with a SigLIP tower that sees the gazed patches only.
+Encodes a video with a SigLIP tower that sees only the gazed patches.
 
     python examples/encode_with_siglip.py video.mp4
-    python examples/encode_with_siglip.py --tiny    # random weights and a drawn clip, to see it run
+    python examples/encode_with_siglip.py --tiny    # a quick run: random weights, rendered clip
 
-Any tower of docs/integrations.md goes in the place of SigLIP. The selector is the default one on the tower's own patches, which keeps a
-quarter of the clip's tokens where most changes; --gaze-model names another, such as a published AutoGaze.
+Any tower of docs/integrations.md can replace SigLIP. The default selector chooses the tower's own patches and keeps a quarter of the
+clip's tokens; --gaze-model names another selector, such as the published AutoGaze.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tower, image_processor = tiny_tower() if options.tiny else load_tower(options.tower)
     selector = AutoModel.from_pretrained(options.gaze_model).eval().to(device)
-    # One call makes the inputs of both, at the scales that fit the tower.
+    # The processor makes the inputs of selector and tower, at the scales that fit the tower.
     processor = AutoGazeProcessor(encoder_processor=image_processor)
     grid = processor.match_encoder(tower.config, selector.config.grid)
     tower = GazeVisionModel(tower, grid.scales).eval().to(device)

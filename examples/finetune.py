@@ -1,9 +1,9 @@
 """
-Trains a gaze model on a folder of videos (stage 1): random clips, labelled by greedy search on the way.
+Trains a gaze model on a folder of videos (stage 1): random clips, which are labelled by greedy search during training.
 
     python examples/finetune.py videos/ -o trained                        # from random weights
     python examples/finetune.py videos/ --model checkpoint -o trained     # from a checkpoint, a folder or a Hub repository
-    python examples/finetune.py --tiny -o trained                         # a tiny model and drawn clips, to see it run
+    python examples/finetune.py --tiny -o trained                         # a quick run: tiny model, rendered clips
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
         options.output,
         max_steps=options.max_steps,
         per_device_train_batch_size=2 if options.tiny else 8,
-        on_policy=0.5,  # the model goes on from its own choices in every other batch
+        on_policy=0.5,  # the model sees its own choices in half of the batches
         logging_steps=1 if options.tiny else 10,
         report_to="none",
     )

@@ -2,10 +2,10 @@
 Fine-tunes a vision tower to classify videos by the mean feature of their gazed patches, with transformers' Trainer.
 
     python examples/finetune_tower.py videos/ -o classifier    # videos/<class>/<name>.mp4
-    python examples/finetune_tower.py --tiny -o classifier     # random weights and drawn clips, to see it run
+    python examples/finetune_tower.py --tiny -o classifier     # a quick run: random weights, rendered clips
 
-Tower and head learn; the default selector, on the tower's own patches, does not. Saved are the tower as transformers loads it,
-with the names of the classes, the processor that fits it, and head.safetensors for `GazedClassifier(..).head.load_state_dict`.
+The tower and the head are trained; the default selector, on the tower's own patches, is not. Saves the tower with the names of the
+classes, its processor, and the weights of the head, head.safetensors.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """
-Trains a gaze model further on gazes that it samples itself (stage 2), rewarded by how well they reconstruct.
+Trains a gaze model on gazes that it samples itself (stage 2), with rewards for good reconstructions.
 
     python examples/grpo.py checkpoint videos/ -o trained    # a checkpoint of stage 1, a folder of videos
-    python examples/grpo.py --tiny -o trained                # random weights and drawn clips, to see it run
+    python examples/grpo.py --tiny -o trained                # a quick run: random weights, rendered clips
 
-Rewards come from the closed form; pass `reconstruction=` to the trainer to take another one.
+Rewards come from the closed-form reconstruction; the trainer's argument `reconstruction` sets another one.
 """
 
 import argparse

@@ -1,12 +1,11 @@
 """
-Asks LLaVA-OneVision about a video of which it sees the gazed patches only.
+Asks LLaVA-OneVision about a video of which it sees only the gazed patches.
 
     python examples/llava_onevision_video_qa.py video.mp4 "What happens in this video?"
-    python examples/llava_onevision_video_qa.py --tiny    # random weights and a drawn clip, to see it run
+    python examples/llava_onevision_video_qa.py --tiny    # a quick run: random weights, rendered clip
 
-The selector is the package's default one, on the places that LLaVA-OneVision pools patches to: --ratio is the share of them that the
-language model reads. --gaze-model names another; one of fixed scales, such as a published AutoGaze, keeps that share of its own patches in every
-frame.
+The default selector chooses pooled patches, and --ratio is the share of them that the language model reads. --gaze-model names
+another selector; one of fixed scales, such as the published AutoGaze, keeps that share of its own patches in every frame.
 """
 
 import argparse

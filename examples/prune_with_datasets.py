@@ -4,8 +4,8 @@ Prunes a small collection of videos with `datasets.map`, on one machine and with
     python examples/prune_with_datasets.py videos/ pruned.parquet --num-proc 4
     python examples/prune_with_datasets.py --tiny    # three rendered clips
 
-The rows are those of `autogaze prune-dataset`, which does the same for any number of videos on a cluster. A video that cannot be read gives
-a row with its error.
+The rows equal those of `autogaze prune-dataset`, which prunes any number of videos on a cluster. The row of a video that cannot be
+read has the error.
 """
 
 import argparse

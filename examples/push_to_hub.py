@@ -1,11 +1,11 @@
 """
-Puts a gaze model on the Hub, with its processor, the code that loads it anywhere and its card.
+Pushes a gaze model to the Hub, with its processor, its remote code and its model card.
 
-    python examples/push_to_hub.py stage2 you/autogaze                 # a checkpoint that `autogaze train` or distill made
-    python examples/push_to_hub.py stage2 --only-write DIR             # writes the files and stops there
-    python examples/push_to_hub.py --tiny                              # a random model of small size, to see it run
+    python examples/push_to_hub.py stage2 you/autogaze                 # a checkpoint of `autogaze train` or `autogaze distill`
+    python examples/push_to_hub.py stage2 --only-write DIR             # writes the files without pushing them
+    python examples/push_to_hub.py --tiny                              # a quick run: a small model with random weights
 
-The card is the checkpoint's own README.md. Where there is none, one is made of what the checkpoint tells of itself.
+The card is the checkpoint's README.md. Without one, a card is made from the checkpoint's configuration.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--card", type=Path, help="model card, Markdown, in place of the checkpoint's own")
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--only-write", type=Path, metavar="DIR", help="write the files there and push nothing")
-    parser.add_argument("--tiny", action="store_true", help="write a random model of small size to checkpoint/")
+    parser.add_argument("--tiny", action="store_true", help="write a small model with random weights to checkpoint/")
     options = parser.parse_args()
     if options.tiny:
         options.only_write = options.only_write or Path("checkpoint")
@@ -34,7 +34,7 @@ def main() -> None:
     elif options.model is None or (options.repository is None and options.only_write is None):
         parser.error("name a checkpoint and a repository, such as stage2 you/autogaze")
     else:
-        model, processor = load_selector(options.model)  # a checkpoint that is not whole is refused
+        model, processor = load_selector(options.model)  # raises an error for an incomplete checkpoint
 
     own = Path(options.model or "", "README.md")
     card = options.card or (own if options.model and own.exists() else None)

@@ -1,12 +1,12 @@
 """
-Asks Qwen2.5-VL or Qwen3-VL about a video of which it sees the gazed merge units only.
+Asks Qwen2.5-VL or Qwen3-VL about a video of which it sees only the gazed merge units.
 
     python examples/qwen_vl_video_qa.py video.mp4 "What happens in this video?"
-    python examples/qwen_vl_video_qa.py --tiny    # random weights and a drawn clip, to see it run
+    python examples/qwen_vl_video_qa.py --tiny    # a quick run: random weights, rendered clip
 
-The selector is the package's default one, on the merge units: --ratio is the share of them that the language model reads. One of fixed
-scales, such as a published AutoGaze (--gaze-model), keeps that share of its own patches in every frame, and far more
-units. The MLLM's own processor needs torchvision.
+The default selector chooses merge units, and --ratio is the share of them that the language model reads. A selector of fixed scales
+(--gaze-model), such as the published AutoGaze, keeps that share of its own patches in every frame, which overlap many more units.
+The MLLM's own processor needs torchvision.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def make_tiny() -> tuple:
         vision_config={**size, "depth": 2, "num_heads": 2, "fullatt_block_indexes": [1], "out_hidden_size": 32},
         **{"image_token_id": 46, "video_token_id": 47, "vision_start_token_id": 48, "vision_end_token_id": 49},
     )
-    # A processor of pictures takes every frame for a pair of equal ones.
+    # The image processor repeats every frame to a pair.
     processor = transformers.Qwen2VLImageProcessor()
     pictures = processor(list(render_demo_clip(8)), return_tensors="pt")
     grid = torch.tensor([[8, *pictures["image_grid_thw"][0, 1:].tolist()]])

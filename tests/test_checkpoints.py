@@ -1,4 +1,4 @@
-"""What is no gaze model, or broken, or not whole is refused by every command, which says what is wrong."""
+"""Commands refuse unsupported, broken and incomplete checkpoints with clear errors."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
     return base
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_what_was_loaded_before_is_taken(folders, tmp_path):
+def test_an_unreachable_hub_is_tried_once_and_the_local_cache_is_used(folders, tmp_path):
     """In a process of its own, as where the Hub is and what was loaded from it is read when the library is imported."""
     cached = tmp_path / "models--someone--selector"
     shutil.copytree(folders / "features", cached / "snapshots" / "abc")
@@ -67,10 +67,10 @@ print(model.config.model_type)
     error, kind = result.stdout.splitlines()
     assert "`--selector` must be a checkpoint's folder or Hub repository" in error
     assert "http://127.0.0.1:9 cannot be reached" in error and kind == "autogaze_features"
-    assert "someone/selector is taken as it was loaded before" in result.stderr
+    assert "someone/selector is loaded from the local cache" in result.stderr
 
 
-def spoil(folder, fault):
+def break_checkpoint(folder, fault):
     """Breaks a checkpoint; gives what the message must say."""
     weights = folder / "model.safetensors"
     if fault == "a foreign model":
@@ -140,7 +140,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_it(folders, tmp_path, capsys, command, fault):
+def test_every_command_refuses_broken_checkpoints(folders, tmp_path, capsys, command, fault):
     kind, arguments = COMMANDS[command]
     if command in ("train", "train-grpo", "resume", "distill"):
         pytest.importorskip("accelerate")
@@ -148,23 +148,23 @@ def test_every_command_refuses_it(folders, tmp_path, capsys, command, fault):
         pytest.importorskip("matplotlib")
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(folders / kind, checkpoint)
-    said = spoil(checkpoint, fault)
+    message = break_checkpoint(checkpoint, fault)
     names = {"clip": folders / "videos" / "clip0.mp4", "videos": folders / "videos", "out": tmp_path / "out"}
     assert main([argument.format(checkpoint=checkpoint, **names) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert "autogaze: error:" in error and said in error.rpartition("autogaze: error:")[2]
+    assert "autogaze: error:" in error and message in error.rpartition("autogaze: error:")[2]
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_the_model_does_not_know_are_told(folders, tmp_path):
+def test_unexpected_weights_are_named(folders, tmp_path):
     shutil.copytree(folders / "features", tmp_path / "features")
-    said = spoil(tmp_path / "features", "unknown weights")
-    with pytest.raises(ValueError, match=f"weights that the model does not know: {said}"):
+    message = break_checkpoint(tmp_path / "features", "unknown weights")
+    with pytest.raises(ValueError, match=f"weights that the model does not have: {message}"):
         load_selector(tmp_path / "features")
 
 
 @pytest.mark.parametrize("file", ["processor_config.json", "config.json"])
-def test_a_file_of_a_checkpoint_that_holds_no_object_is_named(folders, tmp_path, file):
+def test_a_file_without_a_json_object_is_named(folders, tmp_path, file):
     shutil.copytree(folders / "features", tmp_path / "features")
     (tmp_path / "features" / file).write_text("[]")
     with pytest.raises(ValueError, match=f"cannot be loaded: {file} must hold a JSON object, got a list") as error:
@@ -173,19 +173,19 @@ def test_a_file_of_a_checkpoint_that_holds_no_object_is_named(folders, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["finest", "features", "greedy"])
-def test_what_ships_loads_by_its_name(name):
+def test_the_packages_selectors_load_by_name(name):
     selector, processor = load_selector(name)
     assert not selector.training and selector.dtype == torch.float32
     assert isinstance(processor, AutoGazeProcessor)
 
 
-def test_a_checkpoint_without_a_processor_gets_the_published_one_and_says_so(tiny, caplog):
+def test_a_checkpoint_without_a_processor_gets_the_published_one_with_a_warning(tiny, caplog):
     _, processor = load_selector(tiny.folder)
     assert processor.to_dict() == AutoGazeProcessor().to_dict()
     assert "has no processor; the published preprocessing is used" in caplog.text
 
 
-def test_parts_of_a_tower_that_features_do_not_pass_may_be_missing(folders, tmp_path):
+def test_weights_that_do_not_affect_features_may_be_missing(folders, tmp_path):
     shutil.copytree(folders / "siglip", tmp_path / "siglip")
     held = load_file(tmp_path / "siglip" / "model.safetensors")
     kept = {name: weight for name, weight in held.items() if "head." not in name}
@@ -197,7 +197,7 @@ def test_parts_of_a_tower_that_features_do_not_pass_may_be_missing(folders, tmp_
 
 @pytest.mark.parametrize("device", ["nowhere", "meta", *([] if torch.cuda.is_available() else ["cuda"])])
 @pytest.mark.parametrize("command", ["prune", "demo", "evaluate", "label"])
-def test_a_device_that_is_not_there_is_refused_before_any_work(folders, tmp_path, capsys, command, device):
+def test_an_unavailable_device_is_refused_before_any_work(folders, tmp_path, capsys, command, device):
     inputs = {
         "prune": [folders / "videos"],
         "demo": [],
@@ -227,7 +227,7 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(folders, tmp_path
         ["distill", "{dinov2}", "{videos}", "-o", ""],
     ],
 )
-def test_an_empty_name_stands_for_nothing(folders, tmp_path, monkeypatch, capsys, arguments):
+def test_empty_names_are_refused(folders, tmp_path, monkeypatch, capsys, arguments):
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     names = {"clip": folders / "videos" / "clip0.mp4", "videos": folders / "videos", "dinov2": folders / "dinov2"}
@@ -254,7 +254,7 @@ def test_an_output_that_is_a_file_is_refused(folders, tmp_path, capsys, command)
 
 
 @pytest.mark.parametrize("command", ["train", "train-grpo", "distill"])
-def test_a_checkpoint_is_not_written_over_what_it_starts_from(folders, tmp_path, capsys, command):
+def test_the_initial_checkpoint_is_not_overwritten(folders, tmp_path, capsys, command):
     pytest.importorskip("accelerate")
     kind = "dinov2" if command == "distill" else "autogaze"
     shutil.copytree(folders / kind, tmp_path / kind)
@@ -267,7 +267,7 @@ def test_a_checkpoint_is_not_written_over_what_it_starts_from(folders, tmp_path,
     assert {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()} == before
 
 
-def test_training_shows_its_bar_and_where_the_model_lies(folders, tmp_path, capfd):
+def test_training_prints_a_progress_bar_and_the_output_folder(folders, tmp_path, capfd):
     pytest.importorskip("accelerate")
     logging.set_verbosity_warning()
     settings = (
@@ -275,10 +275,10 @@ def test_training_shows_its_bar_and_where_the_model_lies(folders, tmp_path, capf
     )
     arguments = ["train", str(folders / "videos"), "--model", str(folders / "autogaze"), *settings.split()]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
-    shown = capfd.readouterr()
-    assert "1/1" in shown.err and shown.out.endswith(f"written: {tmp_path / 'out'}\n")
+    output = capfd.readouterr()
+    assert "1/1" in output.err and output.out.endswith(f"written: {tmp_path / 'out'}\n")
     assert logging.get_verbosity() == logging.WARNING
 
 
-def test_check_device_finds_one_by_itself():
+def test_check_device_has_a_default():
     assert check_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -33,7 +33,9 @@ def test_prune_writes_an_overlay_records_a_sheet_and_a_table(clip, tmp_path, cap
     statistics = gaze["statistics"]
     assert statistics["num_frames"] == 20 and len(statistics["patches_each_frame"]) == 20
     assert statistics["num_patches"] == len(gaze["records"]) == sum(statistics["patches_each_frame"])
-    assert statistics["patches_each_frame"][0] == 196 > statistics["patches_each_frame"][-1]  # it stands still by then
+    assert (
+        statistics["patches_each_frame"][0] == 196 > statistics["patches_each_frame"][-1]
+    )  # the clip is still by then
     assert statistics["num_patches"] == 20 * 196 * 0.3 and gaze["settings"] == {"clip_ratio": 0.3}
     assert [record["frame"] for record in gaze["records"]] == sorted(record["frame"] for record in gaze["records"])
     assert gaze["records"][-1]["frame"] == 19
@@ -42,7 +44,7 @@ def test_prune_writes_an_overlay_records_a_sheet_and_a_table(clip, tmp_path, cap
     assert f"patches kept    {statistics['num_patches']}" in table and "20 frames of 92x66" in table
 
 
-def test_chunks_go_on_with_the_stream(clip, tmp_path):
+def test_chunks_continue_the_stream(clip, tmp_path):
     """The 17th frame opens a chunk; nothing moves there, so the greedy selector needs next to nothing."""
     arguments = ["--selector", "greedy", "--task-loss-requirement", "0.5"]
     assert main(["prune", str(clip), *arguments, "-o", str(tmp_path)]) == 0
@@ -73,17 +75,17 @@ def test_prune_takes_a_model_and_samples_frames(clip, tiny, tmp_path):
 def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
     arguments = ["--selector", selector, "--num-frames", "3", "--tiles", tiles]
     arguments += ["--max-tiles", "6"] if tiles == "grid" else []
-    asked = {
+    settings = {
         "finest": ["--clip-ratio", "0.9"],
         "greedy": ["--gazing-ratio", "0.2", "--task-loss-requirement", "-9"],
     }[selector]
-    assert main(["prune", str(clip), *arguments, *asked, "-o", str(tmp_path)]) == 0
+    assert main(["prune", str(clip), *arguments, *settings, "-o", str(tmp_path)]) == 0
     assert len(read_video(tmp_path / "overlay.mp4")[0]) == 3
     gaze = json.loads((tmp_path / "gaze.json").read_text())
     assert list(gaze["statistics"]["patches_each_scale"])[-1] == finest
     boxes = np.array([record["box"] for record in gaze["records"]])
     assert len(boxes) == gaze["statistics"]["num_patches"] > 3 and gaze["statistics"]["psnr"] > 20
-    # Every patch shows something of the frame of 92x66 pixels, and no box reaches beyond it.
+    # Every patch overlaps the frame of 92x66 pixels, and no box exceeds it.
     assert (boxes[:, :2] < boxes[:, 2:]).all() and boxes.min() >= 0
     assert boxes[:, 2].max() <= 92 and boxes[:, 3].max() <= 66
 
@@ -117,7 +119,7 @@ def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
         (["prune", "{clip}", "--model", "{text}"], "`--model` must be a checkpoint"),
     ],
 )
-def test_bad_input_ends_with_a_message_and_status_2(clip, tmp_path, capsys, arguments, message):
+def test_invalid_input_ends_with_a_message_and_status_2(clip, tmp_path, capsys, arguments, message):
     (tmp_path / "notes.txt").write_text("not a video")
     (tmp_path / "folder").mkdir()
     names = {"clip": clip, "text": tmp_path / "notes.txt", "folder": tmp_path / "folder"}
@@ -131,12 +133,12 @@ def test_bad_input_ends_with_a_message_and_status_2(clip, tmp_path, capsys, argu
 
 def test_the_command_is_installed(tmp_path):
     for module in ("transformers_autogaze.cli", "transformers_autogaze_cli"):
-        shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-        assert shown.returncode == 0 and "prune" in shown.stdout and "demo" in shown.stdout
+        result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+        assert result.returncode == 0 and "prune" in result.stdout and "demo" in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["prune", "--help"], ["prune", "a.mp4", "-o", ""]])
-def test_help_and_errors_of_arguments_load_nothing_heavy(arguments):
+def test_help_and_errors_of_arguments_do_not_import_torch(arguments):
     code = f"""
 import sys
 from transformers_autogaze_cli import main
@@ -145,30 +147,30 @@ try:
 finally:
     print({{"torch", "transformers", "numpy", "av", "transformers_autogaze"}} & set(sys.modules))
 """
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.stdout.endswith("set()\n") and "Traceback" not in shown.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("set()\n") and "Traceback" not in result.stderr
 
 
-def test_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"autogaze {__version__} (") and torch.__version__ in shown
+    result = capsys.readouterr().out
+    assert result.startswith(f"autogaze {__version__} (") and torch.__version__ in result
 
 
-def test_selectors_are_named_as_they_load():
+def test_selectors_have_the_same_names_in_both_packages():
     assert list(SHIPPED_SELECTORS) == list(SELECTORS)
 
 
-def test_of_several_videos_each_gets_its_folder_and_a_bad_one_stops_none(clip, tmp_path, capsys):
+def test_several_videos_have_their_own_folders_and_a_broken_one_does_not_stop_the_others(clip, tmp_path, capsys):
     videos = tmp_path / "videos"
     (videos / "inside").mkdir(parents=True)
     for name in ("clip.mp4", "inside/clip.mp4", "other.mkv"):
         shutil.copy(clip, videos / name)
     (videos / "bad.mp4").write_text("not a video")
     arguments = ["--num-frames", "2", "--no-overlay", "-o", str(videos / "out")]
-    for _ in range(2):  # What the first run wrote is not pruned by the second.
+    for _ in range(2):  # The second run does not prune the output of the first.
         assert main(["prune", str(videos), str(clip), *arguments]) == 2
         written = {str(path.parent.relative_to(videos / "out")) for path in videos.rglob("gaze.json")}
         assert written == {"clip", "inside/clip", "other", "clip-2"}
@@ -178,7 +180,7 @@ def test_of_several_videos_each_gets_its_folder_and_a_bad_one_stops_none(clip, t
     assert json.loads((videos / "out" / "clip-2" / "gaze.json").read_text())["video"] == str(clip)
 
 
-def test_in_a_folder_that_an_earlier_run_wrote_to_only_its_own_overlay_is_left_out(clip, tmp_path, capsys):
+def test_only_the_overlays_of_an_earlier_run_are_left_out(clip, tmp_path, capsys):
     for name in ("overlay.mp4", "clip.mp4"):
         shutil.copy(clip, tmp_path / name)
     (tmp_path / "gaze.json").write_text("{}")
@@ -188,15 +190,15 @@ def test_in_a_folder_that_an_earlier_run_wrote_to_only_its_own_overlay_is_left_o
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "clip.mp4").unlink()
     assert main(arguments) == 2
-    assert "must hold videos beside those that an earlier run wrote" in capsys.readouterr().err
+    assert "must hold videos other than those that an earlier run wrote" in capsys.readouterr().err
 
 
-def test_without_an_overlay_all_else_is_the_same(clip, tmp_path, capsys):
+def test_without_an_overlay_the_other_files_are_the_same(clip, tmp_path, capsys):
     for folder in ("with", "without"):
         assert main(["prune", str(clip), "-o", str(tmp_path / folder)]) == 0
     assert main(["prune", str(clip), "--no-overlay", "-o", str(tmp_path / "without")]) == 0
     assert "overlay.mp4" not in capsys.readouterr().out.rpartition("written")[2]
-    # An overlay of an earlier run would tell of another gaze.
+    # An overlay of an earlier run would belong to another gaze.
     assert sorted(path.name for path in (tmp_path / "without").iterdir()) == ["contact_sheet.png", "gaze.json"]
     for name in ("gaze.json", "contact_sheet.png"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
@@ -213,7 +215,7 @@ def test_a_timeline_is_drawn_below_both_pictures(clip, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("way", ["the same", "relative", "a link"])
-def test_an_input_is_never_written_over(clip, tmp_path, monkeypatch, capsys, way):
+def test_an_input_is_never_overwritten(clip, tmp_path, monkeypatch, capsys, way):
     monkeypatch.chdir(tmp_path)
     shutil.copy(clip, "overlay.mp4")
     (tmp_path / "link.mp4").symlink_to("overlay.mp4")
@@ -223,7 +225,7 @@ def test_an_input_is_never_written_over(clip, tmp_path, monkeypatch, capsys, way
     assert (tmp_path / "overlay.mp4").read_bytes() == clip.read_bytes() and not (tmp_path / "gaze.json").exists()
 
 
-def test_demo_leaves_files_of_the_user(tmp_path, monkeypatch):
+def test_the_demo_does_not_touch_other_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip.mp4").write_text("mine")
     assert main(["demo", "-o", "."]) == 0
@@ -231,12 +233,12 @@ def test_demo_leaves_files_of_the_user(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "gaze.json").read_text())["video"] == "demo"
 
 
-def test_a_run_that_fails_leaves_the_results_of_the_last_one(clip, tmp_path, capsys):
+def test_a_failed_run_keeps_the_earlier_results(clip, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["prune", str(clip), "-o", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The overlay is whole by then, the records are not.
+    # The overlay is complete by then, the records are not.
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before.values())) - 100, hard))
     try:
         assert main(["prune", str(clip), "--clip-ratio", "1", "-o", str(out)]) == 2

@@ -65,7 +65,7 @@ def test_train_trains_a_checkpoint_on_random_clips(videos, checkpoint, tmp_path)
     assert state["global_step"] == 2
 
 
-def test_train_leaves_a_whole_processor_and_a_card(videos, checkpoint, tmp_path, capsys):
+def test_train_saves_a_complete_processor_and_a_card(videos, checkpoint, tmp_path, capsys):
     pytest.importorskip("accelerate")
     assert train(videos, tmp_path / "out", "--model", checkpoint, "--ratio-max", "0.05", "--max-steps", 1) == 0
     assert capsys.readouterr().out.endswith(f"written: {tmp_path / 'out'}\n")
@@ -80,27 +80,27 @@ for folder in sys.argv[1:]:
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     folders = [str(tmp_path / "out"), str(tmp_path / "out" / "checkpoint-1")]
-    shown = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", script, *folders], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.splitlines() == ["AutoGazeProcessor [0.5, 0.25, 0.125]"] * 2
+    assert output.returncode == 0, output.stderr
+    assert output.stdout.splitlines() == ["AutoGazeProcessor [0.5, 0.25, 0.125]"] * 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| started from | {checkpoint.name} |" in card and "| steps | 1 |" in card and "| videos | 3 |" in card
-    assert "None were measured" in card
+    assert "Nothing was measured" in card
 
 
 def test_own_arguments_come_first_in_the_help(capsys):
     for command in ("train", "train-grpo", "distill"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        shown = capsys.readouterr().out
-        places = [shown.index(text) for text in ("-o ", "of this package:", "\nTrainingArguments, of transformers:")]
-        assert places == sorted(places) and shown.index("--learning_rate") > places[-1]
-        assert shown.index("--max_steps") > places[-1]
+        output = capsys.readouterr().out
+        places = [output.index(text) for text in ("-o ", "of this package:", "\nTrainingArguments, of transformers:")]
+        assert places == sorted(places) and output.index("--learning_rate") > places[-1]
+        assert output.index("--max_steps") > places[-1]
 
 
-def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoint, tmp_path):
+def test_train_accepts_label_files_and_a_checkpoint(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     labels = [tmp_path / "labels.json", "--num-frames", "2", "--gazing-ratio", "0.02"]
     assert main(["label", str(videos), "-o", *map(str, labels)]) == 0
@@ -113,14 +113,14 @@ def test_train_takes_label_files_and_goes_on_from_a_checkpoint(videos, checkpoin
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_both_stages_learn_by_features(videos, checkpoint, tmp_path):
+def test_both_stages_train_on_the_task_of_features(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     labels = str(tmp_path / "labels.json")
     frames = ["--num-frames", "2", "--device", "cpu"]
     assert main(["label", str(videos), "-o", labels, "--gazing-ratio", "0.02", "--task", "features", *frames]) == 0
     assert read_label_settings(labels)["task"] == "features"
     losses = [loss for clip in read_labels(labels).values() for losses in clip.task_losses for loss in losses]
-    assert 0 < min(losses) and max(losses) < 1.2  # a frame may be further from the mean than most
+    assert 0 < min(losses) and max(losses) < 1.2  # a frame can be further from the mean than the average
     stage1 = ["--model", checkpoint, "--labels", labels, "--task", "features", "--on-policy", 1]
     assert train(videos, tmp_path / "stage1", *stage1) == 0
     stage2 = [
@@ -147,8 +147,8 @@ def test_labels_of_other_settings_are_not_trained_on(videos, checkpoint, tmp_pat
     assert main(label) == 0
     arguments = ["--model", checkpoint, "--labels", labels]
     for others, message in (
-        (["--num-frames", 4], "`num_frames` 2, but it is 4 asked for now"),
-        (["--task", "features"], "`task` pixels, but it is features asked for now"),
+        (["--num-frames", 4], "`num_frames` 2, but it is 4 now"),
+        (["--task", "features"], "`task` pixels, but it is features now"),
     ):
         assert train(videos, tmp_path / "out", *arguments, *others) == 2
         assert message in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_labels_of_videos_that_have_changed_are_not_trained_on(videos, checkpoin
         assert "the labels of 'clip1.mp4' in" in capsys.readouterr().err
 
 
-def test_a_video_that_does_not_decode_is_left_out_of_training_by_name(videos, checkpoint, tmp_path):
+def test_an_undecodable_video_is_left_out_of_training_by_name(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     for path in videos.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -241,7 +241,7 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
         ),
     ],
 )
-def test_what_is_at_fault_is_said_before_any_work(videos, tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_input_is_an_error_before_any_work(videos, tmp_path, monkeypatch, capsys, arguments, message):
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     assert main([argument.format(videos=videos) for argument in arguments]) == 2

@@ -1,4 +1,4 @@
-"""The selectors that come with the package, and the name of one that does not."""
+"""The selectors of the package, and the name of the published one, which is not part of it."""
 
 import torch
 from transformers import AutoModel
@@ -12,7 +12,7 @@ def test_the_published_autogaze_weights_are_on_the_hub_and_not_in_the_package():
     assert sorted(folder.name for folder in FEATURES_SELECTOR.parent.iterdir()) == ["features", "finest", "greedy"]
 
 
-def test_the_distilled_selector_keeps_what_changes_and_needs_no_more_than_its_share():
+def test_the_distilled_selector_keeps_changes_within_its_budget():
     selector = AutoModel.from_pretrained(FEATURES_SELECTOR)
     assert type(selector) is FeatureGazeModel and selector.dtype == torch.float32 and not selector.training
     assert (FEATURES_SELECTOR / "model.safetensors").stat().st_size < 8e6

@@ -123,7 +123,7 @@ def filled(encoder, files, folder=None, scales=(2, 4), num_pairs=4, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_qwen_teaches_what_its_tower_makes_of_a_picture(request, family):
+def test_a_qwen_teacher_returns_the_features_of_its_tower(request, family):
     folder = request.getfixturevalue(family)
     teacher = load_teacher(folder, [2, 4])
     assert teacher.grid == GazeGrid([16, 32], patch_size=8)
@@ -140,14 +140,14 @@ def test_a_qwen_teaches_what_its_tower_makes_of_a_picture(request, family):
     torch.testing.assert_close(teacher(levels, [1]), features[:, 4:], atol=1e-5, rtol=1e-5)
     is_kept = torch.ones(2, 16, dtype=torch.bool)
     torch.testing.assert_close(teacher.encode_kept(levels, is_kept), expected, atol=1e-4, rtol=1e-4)
-    is_kept[1, 3:] = False  # the second frame's units see those of the first where it kept nothing
+    is_kept[1, 3:] = False  # units of the second frame attend to those of the first at places without a kept unit
     kept = teacher.encode_kept(levels, is_kept)
     assert kept.shape == (19, 24) and not torch.allclose(kept[16:], expected[16:19], atol=1e-4)
     torch.testing.assert_close(kept[:16], expected[:16], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["encoder", "siglip", "qwen2_5_vl", "qwen3_vl"])
-def test_a_selector_of_any_encoder_gazes(request, files, tmp_path, family):
+def test_a_selector_can_be_distilled_from_any_encoder(request, files, tmp_path, family):
     pytest.importorskip("accelerate")
     (tmp_path / "credits.md").write_text("Thanks to all.")
     inputs = [files / "clip*.mp4", files / "inside", files / "a.png"]
@@ -169,7 +169,7 @@ def test_a_selector_of_any_encoder_gazes(request, files, tmp_path, family):
         assert f" {measured:.3f} |" in card
 
 
-def test_a_run_that_broke_off_goes_on_as_if_it_had_not(encoder, files, tmp_path):
+def test_an_interrupted_run_is_resumed_bit_equal(encoder, files, tmp_path):
     pytest.importorskip("accelerate")
     arguments = ["--cache-dir", tmp_path / "cache", "--save-steps", "1"]
     assert run(encoder, [files], tmp_path / "one", *arguments) == 0
@@ -208,8 +208,8 @@ def test_the_loss_falls_and_bfloat16_learns_the_same(encoder, files, tmp_path):
     assert losses[False] < 0.8 and losses[True] == pytest.approx(losses[False], abs=0.1)
 
 
-def test_features_are_made_once_and_gone_on_with(encoder, files, tmp_path, monkeypatch):
-    whole = filled(encoder, files, num_pairs=6).fill()
+def test_features_are_computed_once_and_resumed(encoder, files, tmp_path, monkeypatch):
+    complete = filled(encoder, files, num_pairs=6).fill()
     seen = []
     call = FeatureTeacher.__call__
 
@@ -226,17 +226,17 @@ def test_features_are_made_once_and_gone_on_with(encoder, files, tmp_path, monke
     features = filled(encoder, files, tmp_path, num_pairs=6).fill()
     assert sum(seen) == len(features) + 4
     for name in ("levels", "features"):
-        np.testing.assert_allclose(getattr(features, name), getattr(whole, name), atol=2e-3)
+        np.testing.assert_allclose(getattr(features, name), getattr(complete, name), atol=2e-3)
     again = len(seen)
     np.testing.assert_array_equal(filled(encoder, files, tmp_path, num_pairs=6).fill().features, features.features)
     assert len(seen) == again
 
 
-def test_two_processes_make_what_one_makes(encoder, files, tmp_path):
+def test_two_processes_compute_the_features_of_one(encoder, files, tmp_path):
     """Each its part of the sources; in turn here, so the second opens what the first has made."""
     one = filled(encoder, files).fill()
-    first, second = (filled(encoder, files, tmp_path, part=(number, 2)) for number in (0, 1))
-    for index in (1, 3):  # The second's first rows must be there when the first finds the components.
+    first, second = (filled(encoder, files, tmp_path, process=(number, 2)) for number in (0, 1))
+    for index in (1, 3):  # The first process needs these rows for the components.
         second._fill_source(0, index, _NoProgress())
         second.done[0, index] = 1
     first.fill()
@@ -254,7 +254,7 @@ def test_a_cache_of_another_encoder_or_setting_is_an_error(encoder, siglip, file
     shutil.copytree(encoder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
-    with pytest.raises(ValueError, match="features of another run: encoder is .* name another folder, or delete"):
+    with pytest.raises(ValueError, match="features of another run: encoder is .* give another folder, or delete"):
         filled(siglip, files, tmp_path / "cache")
     with pytest.raises(ValueError, match="encoder"):
         filled(other, files, tmp_path / "cache")
@@ -275,10 +275,10 @@ def test_vectors_have_length_one_and_keep_the_order_of_distances(encoder, files)
     vectors = torch.stack([pairs[index]["vectors"] for index in range(len(pairs))]).flatten(0, 1)
     assert vectors.shape == (64, 2, 8, 4, 4)
     assert float(vectors[:, -1].square().sum(1).mean()) == pytest.approx(1, abs=0.25)
-    # A coarse patch says the same at all of its places.
+    # All places of a coarse patch have the same vector.
     assert torch.equal(vectors[:, 0, :, 0, 0], vectors[:, 0, :, 1, 1])
     assert not torch.equal(vectors[:, 0, :, 0, 0], vectors[:, 0, :, 2, 2])
-    # Against the encoder itself.
+    # Compared with the encoder.
     levels = torch.from_numpy(np.array(features.levels[:1])).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(levels, (56, 56), mode="bilinear", antialias=True)
     expected = features.components(features.teacher(resized))[0, 4:] * features.components.weights(0.0)
@@ -299,7 +299,7 @@ def test_components_are_the_principal_ones():
         assert float(vectors[:, 0].square().mean() / vectors[:, 1].square().mean()) == pytest.approx(ratio, rel=0.1)
 
 
-def test_both_crops_of_a_video_show_one_place_and_those_of_a_picture_are_near(files):
+def test_crops_of_a_video_share_their_box_and_those_of_a_picture_are_close(files):
     still = np.broadcast_to(np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3), dtype=np.uint8), (6, 8, 8, 3))
     write_video(files.parent / "still.mp4", np.kron(still, np.ones((1, 8, 8, 1), dtype=np.uint8)), fps=6)
     sizes = [(28, 28), (32, 32)]
@@ -314,7 +314,7 @@ def test_both_crops_of_a_video_show_one_place_and_those_of_a_picture_are_near(fi
     assert not torch.equal(once[0][0][0], once[0][0][1])
 
 
-def test_light_varies_and_every_other_pair_alike():
+def test_light_varies_equally_in_every_other_pair():
     pixels = torch.rand(1, 3, 8, 8).expand(8, -1, -1, -1)
     varied = vary_light(pixels, torch.Generator().manual_seed(0))
     assert float(varied.min()) >= 0 and float(varied.max()) <= 1
@@ -323,7 +323,7 @@ def test_light_varies_and_every_other_pair_alike():
     assert torch.equal(varied, vary_light(pixels, torch.Generator().manual_seed(0)))
 
 
-def test_held_out_files_are_of_both_kinds():
+def test_videos_and_pictures_are_held_out():
     sources = [Source(f"{number}", number < 10, 5) for number in range(14)]
     held_out = choose_held_out(sources, 0.2)
     assert sum(number < 10 for number in held_out) == 2 and len(held_out) == 3
@@ -336,16 +336,16 @@ def test_a_threshold_keeps_the_fewest_places_that_meet_it():
     set_seed(0)
     vectors = torch.randn(3, 10, 4)
     kept = keep_to_threshold(vectors, 1.5)
-    standing = torch.zeros(10, 4)
-    for frame, keeps in zip(vectors, kept, strict=True):
-        errors = (frame - standing).square().sum(1)
-        left = errors.masked_fill(keeps, 0).sum() / 10
-        assert float(left) <= 1.5 < float(left + errors[keeps].min() / 10)
-        assert float(errors[keeps].min()) >= float(errors[~keeps].max())
-        standing = torch.where(keeps[:, None], frame, standing)
+    canvas = torch.zeros(10, 4)
+    for frame, is_kept in zip(vectors, kept, strict=True):
+        errors = (frame - canvas).square().sum(1)
+        remaining = errors.masked_fill(is_kept, 0).sum() / 10
+        assert float(remaining) <= 1.5 < float(remaining + errors[is_kept].min() / 10)
+        assert float(errors[is_kept].min()) >= float(errors[~is_kept].max())
+        canvas = torch.where(is_kept[:, None], frame, canvas)
 
 
-def test_knots_ascend_whatever_was_measured():
+def test_knots_always_ascend():
     knots = ascending_knots([0.1, 0.2, 0.3, 0.4, 0.5], [0.3, 0.2, 0.1, 0.5, 0.4])
     assert knots == [[0.0, 0.0], [0.2, 0.2], [0.45, 0.45]]
     assert FeatureGazeConfig(loss_knots=knots).loss_knots == knots
@@ -356,7 +356,7 @@ def test_knots_ascend_whatever_was_measured():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{encoder}", "nowhere"], "there is no file, folder or pattern of them 'nowhere'"),
+        (["{encoder}", "nowhere"], "no file or folder matches 'nowhere'"),
         (["{encoder}", "{empty}"], "must hold videos"),
         (["{encoder}", "{text}"], "that can be read, found none"),
         (["{encoder}", "{files}/a.png"], "at least two videos or two pictures"),
@@ -373,7 +373,7 @@ def test_knots_ascend_whatever_was_measured():
         (["{encoder}", "{files}", "--cache-size-gb", "0.00001"], "`cache_size_gb` is 1e-05, but"),
     ],
 )
-def test_what_is_at_fault_is_said_before_any_work(encoder, files, tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_input_is_an_error_before_any_work(encoder, files, tmp_path, monkeypatch, capsys, arguments, message):
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -388,7 +388,7 @@ def test_what_is_at_fault_is_said_before_any_work(encoder, files, tmp_path, monk
     assert message in capsys.readouterr().err
 
 
-def test_what_cannot_be_read_is_left_out_with_a_warning(files, tmp_path):
+def test_unreadable_files_are_left_out_with_a_warning(files, tmp_path):
     shutil.copytree(files, tmp_path / "files")
     (tmp_path / "files" / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "files" / "broken.mp4").write_bytes(b"no video")
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_is_left_out_with_a_warning(files, tmp_path):
     assert [source.is_video for source in sources].count(True) == 2 and len(sources) == 4
 
 
-def test_the_trainer_takes_its_own_arguments_only(tmp_path):
+def test_the_trainer_accepts_only_its_own_arguments(tmp_path):
     pytest.importorskip("accelerate")
     from transformers import TrainingArguments
 

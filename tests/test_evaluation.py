@@ -67,21 +67,21 @@ def test_gain_ranking_keeps_the_patches_that_gain_most_alone():
     clips, composite = make_clips(count=1, num_frames=2), CompositeReconstruction(GRID)
     pixels = pixels_of(clips)
     gaze = GainRankingSelector(CONFIG).generate(clips.pixel_values_videos, gazing_ratio=5 / 21)
-    standing = torch.full_like(pixels[:, 0], 0.5)
+    previous_reconstruction = torch.full_like(pixels[:, 0], 0.5)
     for t, ids in enumerate(gaze.ids_each_frame()):
         frame, errors = pixels[:, t : t + 1], []
         for patch in range(GRID.num_patches):
             alone = GRID.split_by_scale((torch.arange(GRID.num_patches) == patch)[None, None])
-            errors.append((composite.reconstruct(frame, alone, standing) - frame).square().mean())
+            errors.append((composite.reconstruct(frame, alone, previous_reconstruction) - frame).square().mean())
         assert ids.tolist() == torch.stack(errors).argsort(stable=True)[:5].tolist()
         masks = [mask[:, t : t + 1] for mask in gaze.gazing_mask]
-        standing = composite.reconstruct(frame, masks, standing)[:, 0]
+        previous_reconstruction = composite.reconstruct(frame, masks, previous_reconstruction)[:, 0]
 
 
-def test_frame_difference_keeps_finest_patches_that_changed_since_they_were_rebuilt():
+def test_frame_difference_keeps_finest_patches_that_differ_from_the_reconstruction():
     pixels = torch.full((1, 3, 3, 64, 64), 0.5)
     pixels[:, 1:, :, :16, :16] = 1.0  # changes most, patch 5
-    pixels[:, 1:, :, 16:32, :16] = 0.8  # changes less and is left over, patch 9
+    pixels[:, 1:, :, 16:32, :16] = 0.8  # changes less and is not kept, patch 9
     video = PROCESSOR.to_pixel_values(pixels * 255)
     gaze = FrameDifferenceSelector(CONFIG).generate(video, gazing_ratio=1 / 21)
     assert [ids.tolist() for ids in gaze.ids_each_frame()][1:] == [[5], [9]]
@@ -89,12 +89,12 @@ def test_frame_difference_keeps_finest_patches_that_changed_since_they_were_rebu
     assert gaze.ids_each_frame()[1][-5:].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_coarse_first_goes_through_the_ids():
+def test_coarse_first_keeps_ids_in_order():
     gaze = CoarseFirstSelector(CONFIG).generate(make_clips().pixel_values_videos, gazing_ratio=6 / 21)
     assert all(ids.tolist() == [0, 1, 2, 3, 4, 5] for clip in range(3) for ids in gaze.ids_each_frame(clip))
 
 
-def test_random_patches_follow_from_the_seed_and_the_number_of_the_frame():
+def test_random_patches_depend_on_the_seed_and_the_frame_index():
     video = make_clips().pixel_values_videos
     gazes = [RandomSelector(CONFIG, seed).generate(video, gazing_ratio=6 / 21) for seed in (0, 0, 100)]
     assert torch.equal(gazes[0].gazing_pos, gazes[1].gazing_pos)
@@ -104,7 +104,7 @@ def test_random_patches_follow_from_the_seed_and_the_number_of_the_frame():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_keeps_its_budget_in_every_frame(rule):
+def test_a_baseline_uses_its_budget_in_every_frame(rule):
     video = make_clips().pixel_values_videos
     gaze = rule(CONFIG).generate(video, gazing_ratio=[1 / 21, 1, 4 / 21])
     assert gaze.num_real_each_frame.tolist() == [[1, 21, 4]] * 3
@@ -112,7 +112,7 @@ def test_a_rule_keeps_its_budget_in_every_frame(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_stops_at_the_first_patch_that_meets_the_threshold(rule):
+def test_a_baseline_stops_at_the_first_patch_that_meets_the_threshold(rule):
     clips, composite = make_clips(), CompositeReconstruction(GRID)
     gaze = rule(CONFIG).generate(clips.pixel_values_videos, gazing_ratio=1, task_loss_requirement=0.9)
     loss = mse_to_task_loss(composite.measure(pixels_of(clips), gaze))
@@ -127,7 +127,7 @@ def test_a_rule_stops_at_the_first_patch_that_meets_the_threshold(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_gives_a_clip_alone_and_a_stream_what_it_gives_in_a_batch(rule):
+def test_a_baseline_is_equal_for_a_clip_a_stream_and_a_batch(rule):
     video, settings = make_clips().pixel_values_videos, {"gazing_ratio": 8 / 21, "task_loss_requirement": 0.8}
     selector = rule(CONFIG)
     whole = selector.generate(video, **settings)
@@ -143,7 +143,7 @@ def test_a_rule_gives_a_clip_alone_and_a_stream_what_it_gives_in_a_batch(rule):
     assert all(torch.equal(*pair) for pair in zip(masks, whole.gazing_mask, strict=True))
 
 
-def test_a_rule_refuses_the_state_of_others():
+def test_a_baseline_refuses_other_caches():
     video, selector = make_clips().pixel_values_videos, CoarseFirstSelector(CONFIG)
     greedy = GreedyGazeSelector(CONFIG).generate(video, gazing_ratio=0.2, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="`past_key_values` must be a RankingCache, got GreedyGazeCache"):
@@ -165,7 +165,7 @@ def test_baselines_undo_the_processors_own_normalisation():
 # Comparison.
 
 
-def test_scores_are_means_of_what_the_kept_patches_rebuild():
+def test_scores_are_means_over_the_reconstructions():
     clips, composite = make_clips(), CompositeReconstruction(GRID)
     pixels, selectors = pixels_of(clips), baseline_selectors(GRID)
     scores = evaluate_selectors(selectors, clips, [(0.2, None), (0.5, 0.8)], batch_size=2)
@@ -191,7 +191,7 @@ def test_scores_are_means_of_what_the_kept_patches_rebuild():
             assert score.threshold_share == pytest.approx(float((loss <= 0.8 + 1e-4).float().mean()))
 
 
-def test_efficiency_and_patches_are_told_against_greedy_and_random():
+def test_efficiency_and_patches_are_relative_to_greedy_and_random():
     clips = make_clips()
     scores = evaluate_selectors(baseline_selectors(GRID), clips, [(0.3, None), (0.9, 0.9)])
     free, limited = (
@@ -220,7 +220,7 @@ def test_scores_of_several_calls_compare_like_those_of_one():
     assert all(by_name[score.selector, score.gazing_ratio] == score for score in whole)
 
 
-def test_predicted_losses_are_compared_with_those_measured_after_every_kept_patch(tiny):
+def test_predicted_losses_are_compared_after_every_kept_patch(tiny):
     model, clips = tiny.model(torch.float32), make_clips(count=2)
     grid = model.config.grid
     assert grid == GRID
@@ -252,7 +252,7 @@ def test_clips_are_consecutive_frames_from_the_beginning(tmp_path):
     torch.testing.assert_close(means, expected.float(), atol=3, rtol=0)
     one = load_clips([video], size=64, num_frames=4, max_clips=1)
     assert torch.equal(one.pixel_values_videos, clips.pixel_values_videos[:1])
-    # Frames are preprocessed as ever and then made square as selectors do it.
+    # Frames are preprocessed and then resized to a square like by selectors.
     values = PROCESSOR(str(video), return_tensors="pt")["pixel_values_videos"][:, :4]
     assert torch.equal(one.pixel_values_videos, resize_frames(values, 64))
 
@@ -273,7 +273,7 @@ def test_clips_are_consecutive_frames_from_the_beginning(tmp_path):
         ),
     ],
 )
-def test_bad_comparisons_are_refused(options, message):
+def test_invalid_comparisons_are_refused(options, message):
     arguments = {"selectors": {"a": CoarseFirstSelector(CONFIG)}, "clips": make_clips(), "settings": [(0.1, None)]}
     with pytest.raises(ValueError, match=message):
         evaluate_selectors(**{**arguments, **options})
@@ -298,7 +298,7 @@ def scores():
     return evaluate_selectors(baseline_selectors(GRID), make_clips(), settings)
 
 
-def test_a_report_holds_every_score_and_a_curve(scores, tmp_path):
+def test_a_report_has_every_score_and_a_curve(scores, tmp_path):
     written = write_report(scores, tmp_path / "results", {"videos": ["a.mp4", "b.mp4"]}, model="greedy")
     assert {path.name for path in written} == {"results.json", "results.md", "quality_over_patches.png"}
     results = json.loads((tmp_path / "results" / "results.json").read_text())
@@ -311,7 +311,7 @@ def test_a_report_holds_every_score_and_a_curve(scores, tmp_path):
         assert chart.size == (760, 480)
 
 
-def test_tables_show_what_tells_something_at_their_setting(scores):
+def test_tables_have_only_columns_that_are_defined_at_their_setting(scores):
     text = markdown_tables(scores, model="coarse first")
     first, second, third = text.split("\n## ")[1:]
     assert first.startswith("Ratio 0.1\n") and third.startswith("Ratio 0.9, threshold 0.8\n")
@@ -323,7 +323,7 @@ def test_tables_show_what_tells_something_at_their_setting(scores):
     assert "patches, coarse first" in third and third.count("\n| clip") == 4
 
 
-def test_calibration_sums_up_measured_losses_by_tenths_of_predicted_ones():
+def test_calibration_summarises_measured_losses_in_bins_of_predicted_ones():
     generator = torch.Generator().manual_seed(0)
     predicted = 0.5 + 0.1 * torch.rand(200, generator=generator)
     measured = torch.linspace(0, 1, 200)
@@ -345,7 +345,7 @@ def test_a_chart_is_drawn_for_every_panel(tmp_path):
     assert min(left, right) > 200
 
 
-def test_charts_name_what_they_lack(tmp_path, monkeypatch):
+def test_missing_points_and_matplotlib_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`panels` must hold at least one point each, got none for 't'"):
         draw_charts(tmp_path / "chart.png", [Panel({"a": []}, "t", "x", "y")])
     monkeypatch.setattr("transformers_autogaze.evaluation.plots.find_spec", lambda name: None)
@@ -361,7 +361,7 @@ def test_the_command_evaluates_a_checkpoint(tiny, tmp_path, capsys):
     video = write_video(tmp_path / "blobs.mp4", np.ascontiguousarray(levels))
     model = tiny.model(torch.float32)
     with torch.no_grad():
-        # Its random predictions are brought so close together that they make a curve.
+        # The random predictions are scaled to a small range, so that bins have enough of them for a curve.
         model.gaze_decoder.task_loss_prediction_head.weight *= 0.1
     model.save_pretrained(tmp_path / "model")
     arguments = ["evaluate", str(tmp_path / "model"), str(video), "-o", str(tmp_path / "out"), "--num-frames", "4"]

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run, with tiny random weights and drawn clips, and stay short."""
+"""The scripts in examples/ run with tiny random weights and rendered clips, and stay short."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ from transformers_autogaze.video.demo import render_demo_clip
 
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"), key=lambda path: path.name)
-# What a script is called with beside --tiny, and what it prints.
+# Arguments of the scripts beside --tiny, and their output.
 ARGUMENTS = {"encode_with_siglip.py": ["--num-frames", "4"], "finetune_tower.py": ["--num-frames", "4"]}
 NEED_TRAINER = {"distill.py", "finetune.py", "finetune_tower.py", "grpo.py"}
 PRINTS = {
@@ -77,7 +77,9 @@ def test_a_finetuned_tower_is_saved_whole(tmp_path, monkeypatch):
         ("qwen_vl_video_qa.py", "Qwen2_5_VLTextModel", 0),
     ],
 )
-def test_tokens_are_printed_as_the_language_model_sees_them(tmp_path, monkeypatch, capsys, name, model_class, around):
+def test_the_language_model_sees_the_printed_numbers_of_tokens(
+    tmp_path, monkeypatch, capsys, name, model_class, around
+):
     if getattr(transformers.SiglipImageProcessor, "is_dummy", False):
         pytest.skip("this version's image processors need torchvision")
     model_class, lengths = getattr(transformers, model_class), []
@@ -93,18 +95,18 @@ def test_tokens_are_printed_as_the_language_model_sees_them(tmp_path, monkeypatc
     assert lengths[0] == tokens + around
 
 
-def test_a_card_tells_of_its_own_checkpoint_alone(tmp_path, monkeypatch, capsys):
+def test_a_card_describes_only_its_own_checkpoint(tmp_path, monkeypatch, capsys):
     model = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64))
     model.save_pretrained(tmp_path / "mine")
     AutoGazeProcessor().save_pretrained(tmp_path / "mine")
     run("push_to_hub.py", monkeypatch, tmp_path / "mine", "--only-write", tmp_path / "written")
     card = (tmp_path / "written" / "README.md").read_text()
     assert f"| parameters | {model.num_parameters():,}, in float32 |" in card and "| scales | 32, 64 pixels |" in card
-    assert "None were measured" in card and "Nothing is recorded" in card
+    assert "Nothing was measured" in card and "No facts of the training are recorded" in card
     assert not re.search(r"\d dB|PSNR", card)
 
     (tmp_path / "mine" / "README.md").write_text("My own card.")
     run("push_to_hub.py", monkeypatch, tmp_path / "mine", "--only-write", tmp_path / "written")
     assert (tmp_path / "written" / "README.md").read_text() == "My own card."
-    shown = capsys.readouterr().out
-    assert "AutoGazeModel, card made from the checkpoint" in shown and "card of " in shown
+    output = capsys.readouterr().out
+    assert "AutoGazeModel, card made from the checkpoint" in output and "card of " in output

@@ -1,4 +1,4 @@
-"""Selectors measured by what an encoder keeps: the measure, the comparison, its files and the command."""
+"""Comparison of selectors by encoder features: the measure, the comparison, its files and the command."""
 
 import json
 
@@ -40,10 +40,10 @@ from transformers_autogaze.evaluation.feature_selectors import (
 )
 from transformers_autogaze.evaluation.features import (
     FeatureMeasure,
+    canvas_features,
     dense_features,
     k_means,
     keep_dissimilar,
-    lay_features,
 )
 from transformers_autogaze.integrations import GazeVisionModel
 
@@ -87,7 +87,7 @@ def random_gaze(grid: GazeGrid, share: float, seed: int = 1) -> GazeOutput:
 # The measure.
 
 
-def test_with_everything_kept_nothing_is_lost(tower):
+def test_keeping_all_patches_loses_nothing(tower):
     model, values = GazeVisionModel(tower, [SIZE]), encoded(make_levels()).encoder_values
     dense = dense_features(model, values)
     own = tower(values).last_hidden_state[:, 1:]
@@ -95,7 +95,7 @@ def test_with_everything_kept_nothing_is_lost(tower):
     measure, gaze = FeatureMeasure(dense), GazeOutput.full(FINEST, 1, FRAMES)
     for attention in ("frame", "canvas"):
         kept = model(values[None], gaze, attention=attention).last_hidden_state
-        score = measure(lay_features(kept, gaze, measure.mean))
+        score = measure(canvas_features(kept, gaze, measure.mean))
         assert score.cosine == pytest.approx(1, abs=1e-5) and score.agreement == 1
 
 
@@ -106,46 +106,46 @@ def test_the_first_frame_is_enough_for_a_still_clip(tower):
     mask = torch.zeros(1, FRAMES, FINEST.num_patches, dtype=torch.bool)
     mask[:, 0] = True
     gaze = GazeOutput.from_masks([mask], FINEST)
-    score = measure(lay_features(model(values[None], gaze).last_hidden_state, gaze, measure.mean))
+    score = measure(canvas_features(model(values[None], gaze).last_hidden_state, gaze, measure.mean))
     assert score.cosine == pytest.approx(1, abs=1e-5) and score.agreement == 1
     mask[:, 0, : FINEST.num_patches // 2] = False
     gaze = GazeOutput.from_masks([mask], FINEST)
-    score = measure(lay_features(model(values[None], gaze).last_hidden_state, gaze, measure.mean))
-    assert score.cosine < 0.6  # a place that shows the mean counts as 0
+    score = measure(canvas_features(model(values[None], gaze).last_hidden_state, gaze, measure.mean))
+    assert score.cosine < 0.6  # a place with the mean feature has a cosine of 0
 
 
 @pytest.mark.parametrize("grid", [FINEST, SCALES, GazeGrid([(12, 8), (20, 28)], PATCH)], ids=repr)
-def test_features_are_laid_as_a_plain_loop_lays_them(grid):
+def test_canvas_features_equal_a_plain_loop(grid):
     gaze = random_gaze(grid, share=0.2)
     rows, cols = grid.grids[-1]
     features, start = torch.randn(int(gaze.num_real), 5), torch.randn(5)
-    laid, tokens, expected = start.repeat(rows, cols, 1), iter(features), []
+    canvas, tokens, expected = start.repeat(rows, cols, 1), iter(features), []
     for ids in gaze.ids_each_frame():
-        for patch in ids.tolist():  # they ascend, so scales come coarse to fine
+        for patch in ids.tolist():  # ids ascend, so scales are in the order coarse to fine
             left, top, right, bottom = grid.boxes(torch.tensor(patch), rows, cols).tolist()
             feature = next(tokens)
             for row in range(rows):
                 for col in range(cols):
                     if top <= row + 0.5 < bottom and left <= col + 0.5 < right:
-                        laid[row, col] = feature
-        expected.append(laid.flatten(0, 1).clone())
-    torch.testing.assert_close(lay_features(features, gaze, start), torch.stack(expected), atol=0, rtol=0)
+                        canvas[row, col] = feature
+        expected.append(canvas.flatten(0, 1).clone())
+    torch.testing.assert_close(canvas_features(features, gaze, start), torch.stack(expected), atol=0, rtol=0)
 
 
 def test_features_of_other_patches_are_refused():
     gaze = random_gaze(FINEST, share=0.2)
     with pytest.raises(ValueError, match="`features` must be those of the kept patches of one clip"):
-        lay_features(torch.zeros(3, 5), gaze, torch.zeros(5))
-    with pytest.raises(ValueError, match="`laid` must have the shape"):
+        canvas_features(torch.zeros(3, 5), gaze, torch.zeros(5))
+    with pytest.raises(ValueError, match="`canvas` must have the shape"):
         FeatureMeasure(torch.randn(2, 9, 5))(torch.zeros(2, 8, 5))
 
 
-def test_cosine_is_measured_from_the_mean_that_is_given():
+def test_the_cosine_is_relative_to_the_given_mean():
     dense = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)) + 10
-    laid = dense.roll(1, dims=1)
-    near, far = FeatureMeasure(dense)(laid), FeatureMeasure(dense, mean=torch.zeros(5))(laid)
+    canvas = dense.roll(1, dims=1)
+    near, far = FeatureMeasure(dense)(canvas), FeatureMeasure(dense, mean=torch.zeros(5))(canvas)
     assert far.cosine > 0.9 > 0.5 > near.cosine
-    expected = torch.cosine_similarity(laid - dense.mean((0, 1)), dense - dense.mean((0, 1)), dim=-1).mean()
+    expected = torch.cosine_similarity(canvas - dense.mean((0, 1)), dense - dense.mean((0, 1)), dim=-1).mean()
     assert near.cosine == pytest.approx(float(expected), abs=1e-6) and near.agreement == far.agreement < 1
 
 
@@ -161,7 +161,7 @@ def test_k_means_finds_the_same_clusters_every_time():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9, 14, 36])
-def test_evs_keeps_the_first_frame_and_what_is_least_similar(num_tokens):
+def test_evs_keeps_the_first_frame_and_the_least_similar_tokens(num_tokens):
     dense = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(0))
     kept = keep_dissimilar(dense, num_tokens, GazeGrid([12], PATCH)).gazing_mask[0][0]
     assert kept[0].all() and kept.sum() == max(9, num_tokens)
@@ -173,7 +173,7 @@ def test_evs_keeps_the_first_frame_and_what_is_least_similar(num_tokens):
 # Selectors.
 
 
-def test_tokens_are_shared_out_to_the_last():
+def test_all_tokens_are_spread():
     assert spread_evenly(98, 16, 196) == [6] * 7 + [7] + [6] * 7 + [7]
     assert spread_evenly(999, 2, 196) == [196, 196]
     assert spread_as_published(348, 16, 265) == [198] + [10] * 15
@@ -182,27 +182,27 @@ def test_tokens_are_shared_out_to_the_last():
     assert spread_as_published(50, 1, 265) == [50]
 
 
-@pytest.mark.parametrize("spending", [EVENLY, OVER_TIME])
+@pytest.mark.parametrize("allocation", [EVENLY, OVER_TIME])
 @pytest.mark.parametrize("num_tokens", [98, 300, 392])
-def test_selectors_keep_as_many_tokens_as_they_are_given(tower, spending, num_tokens):
+def test_selectors_keep_the_given_number_of_tokens(tower, allocation, num_tokens):
     clip = encoded(make_levels())
     selectors = pixel_clip_selectors(SIZE, PATCH)
     selectors |= {"finest": EncoderClipSelector(GazeVisionModel(tower, [SIZE]))}
     selectors |= {"scales": EncoderClipSelector(GazeVisionModel(tower, SCALES.scales))}
     assert selectors["greedy"].grid == SCALES and selectors["random"].grid == FINEST
     for name, selector in selectors.items():
-        if spending in selector.spendings:
-            gaze = selector.gaze(selector.prepare(clip), num_tokens, spending)
+        if allocation in selector.allocations:
+            gaze = selector.gaze(selector.prepare(clip), num_tokens, allocation)
             assert gaze.grid == selector.grid and gaze.num_real.tolist() == [num_tokens], name
             counts = gaze.num_real_each_frame[0].tolist()
-            if spending == EVENLY:
+            if allocation == EVENLY:
                 assert counts == spread_evenly(num_tokens, FRAMES, selector.grid.num_patches), name
             elif selector.grid == FINEST and num_tokens >= 196:
-                assert counts[0] == 196, name  # what was never kept comes before all changes
-    assert selectors["gain-ranking"].spendings == (EVENLY,)
+                assert counts[0] == 196, name  # patches without a kept predecessor have the largest gains
+    assert selectors["gain-ranking"].allocations == (EVENLY,)
 
 
-def test_a_model_spends_over_time_as_published(tiny):
+def test_a_model_allocates_tokens_over_time_as_published(tiny):
     model = tiny.model(torch.float32)
     grid = model.config.grid.for_encoder(16, 4)
     selector = PixelClipSelector(model, grid, published_way=True)
@@ -211,22 +211,22 @@ def test_a_model_spends_over_time_as_published(tiny):
     assert gaze.num_real_each_frame[0].tolist() == spread_as_published(32, FRAMES, grid.num_patches)
 
 
-def test_the_encoders_own_features_choose_what_changes_most(tower):
+def test_the_encoder_selector_keeps_the_largest_changes_of_features(tower):
     """Frame by frame: what is kept is farther from what stood there than what is not."""
     selector = EncoderClipSelector(GazeVisionModel(tower, [SIZE]))
-    layers = selector.prepare(encoded(make_levels()))
-    assert layers.shape == (1, FRAMES, 1, 32, 14, 14) and layers.abs().amax() == 0.5
-    kept = selector.gaze(layers, 80, EVENLY).gazing_mask[0][0]
-    features, standing = layers[0, :, 0].flatten(2).transpose(1, 2), torch.zeros(196, 32)
+    maps = selector.prepare(encoded(make_levels()))
+    assert maps.shape == (1, FRAMES, 1, 32, 14, 14) and maps.abs().amax() == 0.5
+    kept = selector.gaze(maps, 80, EVENLY).gazing_mask[0][0]
+    features, canvas = maps[0, :, 0].flatten(2).transpose(1, 2), torch.zeros(196, 32)
     for mask, frame in zip(kept, features, strict=True):
-        distance = (frame - standing).square().sum(1)
+        distance = (frame - canvas).square().sum(1)
         assert distance[mask].min() >= distance[~mask].max() - 1e-6
-        standing = torch.where(mask[:, None], frame, standing)
-    kept = selector.gaze(layers, 250, OVER_TIME).gazing_mask[0][0]
+        canvas = torch.where(mask[:, None], frame, canvas)
+    kept = selector.gaze(maps, 250, OVER_TIME).gazing_mask[0][0]
     assert kept[0].all() and kept[1:].sum() == 54
 
 
-def test_random_patches_follow_from_the_seed():
+def test_random_patches_depend_on_the_seed():
     clip = encoded(make_levels())
     gazes = [RandomClipSelector(FINEST, seed).gaze(clip, 300, OVER_TIME) for seed in (0, 0, 1)]
     masks = [gaze.gazing_mask[0] for gaze in gazes]
@@ -261,7 +261,7 @@ def test_normalisation_is_the_encoders_own(tmp_path):
     (tmp_path / "none").mkdir()
     values = encoder_normalization(tmp_path / "none", "dinov2").to_pixel_values(levels)
     torch.testing.assert_close(values, PROCESSOR.to_pixel_values(levels))
-    with pytest.raises(ValueError, match="has no preprocessor_config.json, which says how its frames are normalised"):
+    with pytest.raises(ValueError, match="must have a preprocessor_config.json with the normalisation"):
         encoder_normalization(tmp_path / "none", "siglip_vision_model")
 
 
@@ -275,7 +275,7 @@ def test_a_comparison_measures_every_combination_once(tower):
     statistics = comparison.feature_statistics([clip])["spread"]
     mean = torch.tensor(statistics.mean)
     rows = list(comparison.measure(clip, statistics))
-    assert [row.key for row in rows] == comparison.wanted(clip) and len(rows) == 3 * 2 * 2 + 2
+    assert [row.key for row in rows] == comparison.row_keys(clip) and len(rows) == 3 * 2 * 2 + 2
     found = {row.key[2:]: row for row in rows}
     assert found["evs", OVER_TIME, 0.125, "whole tower"].tokens == 196  # the first frame
     assert found["a", EVENLY, 0.125, "frame"].tokens == 98
@@ -287,40 +287,40 @@ def test_a_comparison_measures_every_combination_once(tower):
     kept = model(encoded(clip.levels).encoder_values[None], gaze, attention="canvas").last_hidden_state
     dense = dense_features(model, encoded(clip.levels).encoder_values)
     assert statistics.variance == pytest.approx(float((dense - mean).square().sum(-1).mean()), rel=1e-4)
-    score = FeatureMeasure(dense, mean)(lay_features(kept, gaze, mean))
+    score = FeatureMeasure(dense, mean)(canvas_features(kept, gaze, mean))
     assert found["a", EVENLY, 0.125, "canvas"][7:10] == pytest.approx(score, abs=1e-4)
     assert found["a", OVER_TIME, 1, "frame"].loss == pytest.approx(0, abs=1e-5)
     again = list(comparison.measure(clip, statistics, {row.key for row in rows[:-1]}))
     assert [row[:10] for row in again] == [rows[-1][:10]]
 
 
-def test_a_comparison_measures_thresholds_of_what_foresees_a_loss(tower):
+def test_a_comparison_measures_thresholds_of_selectors_that_predict_a_loss(tower):
     torch.manual_seed(0)
     config = FeatureGazeConfig(hidden_sizes=[8, 12, 16], depths=[1, 1, 1], feature_size=6, initializer_range=0.5)
-    foreseeing = PixelClipSelector(FeatureGazeModel(config).eval(), FINEST)
-    assert foreseeing.takes_loss and not RandomClipSelector(FINEST).takes_loss
-    selectors = {"a": RandomClipSelector(FINEST), "features": foreseeing}
+    predicting = PixelClipSelector(FeatureGazeModel(config).eval(), FINEST)
+    assert predicting.takes_threshold and not RandomClipSelector(FINEST).takes_threshold
+    selectors = {"a": RandomClipSelector(FINEST), "features": predicting}
     comparison = FeatureComparison(tower, PROCESSOR, selectors, SIZE, [], ["canvas"], [0, 0.2, 0.9])
     clip = FeatureClip("clip", "spread", make_levels())
     rows = list(comparison.measure(clip))
-    assert [(row.selector, row.spending, row.budget) for row in rows] == [
+    assert [(row.selector, row.allocation, row.budget) for row in rows] == [
         ("features", UP_TO_LOSS, threshold) for threshold in (0, 0.2, 0.9)
     ]
     assert rows[0].tokens == 784 and rows[0].loss == pytest.approx(0, abs=1e-5)
     assert rows[0].tokens > rows[1].tokens > rows[2].tokens and rows[1].loss < rows[2].loss
     tables = FeatureTables(rows, "spread", dense_tokens=784)
-    assert "| features foreseen, finest scale | canvas | 0 | 0.000 | 1.000 | 1.000 | 1.000 |" in tables.thresholds()
+    assert "| predicted features, finest scale | canvas | 0 | 0.000 | 1.000 | 1.000 | 1.000 |" in tables.thresholds()
     assert not tables.rows and "Thresholds" in tables.markdown()
     with pytest.raises(ValueError, match="`thresholds` must lie in 0..1, shares of the variance of features, got 1.5"):
         FeatureComparison(tower, PROCESSOR, selectors, SIZE, thresholds=[1.5])
 
 
-def test_a_tower_and_its_size_must_fit(tower):
+def test_invalid_towers_and_sizes_are_refused(tower):
     assert finest_grid(tower) == GazeGrid([14 * PATCH], PATCH)
     with pytest.raises(ValueError, match="`size` must be a positive multiple of the encoder's patch size 4, got 30"):
         finest_grid(tower, 30)
     of_videos = VideoMAEConfig(**SIZES, image_size=32, patch_size=16, num_frames=4)
-    with pytest.raises(ValueError, match="`encoder` must be a tower of images"):
+    with pytest.raises(ValueError, match="`encoder` must be an image tower"):
         finest_grid(AutoModel.from_config(of_videos))
     for budget in (0, 1.5):
         with pytest.raises(ValueError, match="`budgets` must be above 0 and at most 1"):
@@ -347,10 +347,9 @@ def make_rows() -> list[FeatureRow]:
 
 
 def test_tables_show_means_at_the_best_attention(tmp_path):
-    tables = FeatureTables(make_rows(), "spread", dense_tokens=784)
-    way = ("greedy", OVER_TIME)
-    assert tables.best[way] == "canvas" and tables.mean(way, 0.125, "cosine") == pytest.approx(0.6)
-    assert tables.seconds(way, 0.125) == 2.5 and tables.dense_seconds() == 5
+    tables, method = FeatureTables(make_rows(), "spread", dense_tokens=784), ("greedy", OVER_TIME)
+    assert tables.best_attentions[method] == "canvas" and tables.mean(method, 0.125, "cosine") == pytest.approx(0.6)
+    assert tables.seconds(method, 0.125) == 2.5 and tables.dense_seconds() == 5
     over_budgets = tables.over_budgets("cosine")
     assert "| greedy, four scales, over time | canvas | 0.600 |" in over_budgets
     assert "| EVS, over time | whole tower | 0.800* |" in over_budgets
@@ -363,7 +362,7 @@ def test_tables_show_means_at_the_best_attention(tmp_path):
     assert Image.open(tmp_path / "spread.png").width > 1000
 
 
-def test_results_go_on_where_they_stopped_and_with_the_same_settings_only(tmp_path):
+def test_results_are_resumed_with_the_same_settings_only(tmp_path):
     path = tmp_path / "out" / "results.json"
     results = FeatureResults(path, {"encoder": "a", "size": 196})
     results.add(make_rows()[:2], {"spread": FeatureStatistics([0.5, 0.25], 2.0)})
@@ -394,7 +393,7 @@ def clip(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("video") / "blobs.mp4", frames)
 
 
-def test_the_command_measures_what_an_encoder_keeps(encoder, clip, tmp_path, capsys):
+def test_the_command_measures_preserved_features(encoder, clip, tmp_path, capsys):
     arguments = ["evaluate", "--encoder", str(encoder), str(clip), "-o", str(tmp_path), "--num-frames", "4"]
     arguments += ["--device", "cpu", "--clip-ratio", "1/8", "0.5"]
     few = [*arguments, "--selector", "random", "greedy", "evs", "--attention", "canvas", "--sampling", "spread"]
@@ -416,7 +415,7 @@ def test_the_command_measures_what_an_encoder_keeps(encoder, clip, tmp_path, cap
     assert "## Frames spread over the video: 1 clips" in printed and "1/8" in printed and "EVS" in printed
 
 
-def test_a_run_that_was_stopped_gives_the_same_rows(encoder, clip, tmp_path):
+def test_an_interrupted_run_has_the_same_rows(encoder, clip, tmp_path):
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/4", "--selector", "greedy-finest", "evs"]
     command = ["evaluate", "--encoder", str(encoder), str(clip), *arguments]
     assert main([*command, "-o", str(tmp_path / "whole")]) == 0
@@ -428,18 +427,19 @@ def test_a_run_that_was_stopped_gives_the_same_rows(encoder, clip, tmp_path):
     assert [row[:10] for row in again["rows"]] == [row[:10] for row in results["rows"]]
 
 
-def test_the_command_measures_a_model_beside_the_rules(encoder, clip, tiny, tmp_path):
+def test_the_command_compares_a_model_with_the_baselines(encoder, clip, tiny, tmp_path):
     """The small model's finest scale has 4 patches a side, so the encoder sees 16 pixels."""
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/2", "--attention", "frame", "--size", "16"]
     command = ["evaluate", "--encoder", str(encoder), str(tiny.folder), str(clip), "-o", str(tmp_path)]
     assert main([*command, *arguments, "--sampling", "spread"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    ways = {tuple(row[2:4]) for row in results["rows"]}
-    assert {("model", EVENLY), ("model", OVER_TIME), ("greedy-finest", OVER_TIME), ("evs", OVER_TIME)} <= ways
-    assert not {way for way, _ in ways} & {"autogaze", "greedy", "encoder"}  # their scales need 14 patches a side
+    methods = {tuple(row[2:4]) for row in results["rows"]}
+    assert {("model", EVENLY), ("model", OVER_TIME), ("greedy-finest", OVER_TIME), ("evs", OVER_TIME)} <= methods
+    # Their scales need 14 patches a side.
+    assert not {name for name, _ in methods} & {"autogaze", "greedy", "encoder"}
 
 
-def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_knows(encoder, clip, tmp_path):
+def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_its_own(encoder, clip, tmp_path):
     sizes = {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "feature_size": 6}
     arguments = ["--num-frames", "4", "--device", "cpu", "--clip-ratio", "1/4", "--attention", "frame"]
     arguments += ["--task-loss-requirement", "0.2"]
@@ -458,8 +458,8 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_kn
         selectors = ["--selector", "model", "model-scales", "--sampling", "spread"]
         assert main([*command, *arguments, *selectors]) == 0
         rows = json.loads((tmp_path / f"{folder}-out" / "results.json").read_text())["rows"]
-        ways = {(name, way) for name in expected for way in (EVENLY, OVER_TIME, UP_TO_LOSS)}
-        assert {tuple(row[2:4]) for row in rows} == ways
+        methods = {(name, method) for name in expected for method in (EVENLY, OVER_TIME, UP_TO_LOSS)}
+        assert {tuple(row[2:4]) for row in rows} == methods
         assert all(row[6] == 4 * 196 // 4 for row in rows if row[3] != UP_TO_LOSS)
 
 
@@ -471,9 +471,9 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_kn
             "`--encoder` must be a checkpoint's folder or Hub repository, but",
         ),
         (["--encoder", "{bert}", "{clip}", "--num-frames", "4"], "`vision_model` must be of one of the families"),
-        (["--encoder", "{siglip}", "{clip}", "--num-frames", "4"], "has no preprocessor_config.json"),
+        (["--encoder", "{siglip}", "{clip}", "--num-frames", "4"], "must have a preprocessor_config.json"),
         (["--encoder", "{encoder}", "{clip}"], "has 8 frames, a clip needs 16"),
-        (["--encoder", "{encoder}", "{clip}", "{clip}"], "`videos` must differ in their names"),
+        (["--encoder", "{encoder}", "{clip}", "{clip}"], "`videos` must have different names"),
         (["--encoder", "{encoder}", "{encoder}"], "`videos` must name at least one video"),
         (["--encoder", "{encoder}", "{clip}", "--num-frames", "4", "--size", "30"], "multiple of the encoder's patch"),
         (
@@ -488,7 +488,7 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_on_those_it_kn
         (["{clip}"], "a MODEL and at least one VIDEO must be given"),
     ],
 )
-def test_bad_input_ends_with_a_message_before_any_work(encoder, clip, tmp_path, capsys, arguments, message):
+def test_invalid_input_is_an_error_before_any_work(encoder, clip, tmp_path, capsys, arguments, message):
     BertModel(
         BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "bert")
@@ -503,6 +503,6 @@ def test_bad_input_ends_with_a_message_before_any_work(encoder, clip, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_that_is_no_number_is_refused(capsys):
+def test_budgets_must_be_numbers(capsys):
     assert main(["evaluate", "--encoder", "e", "clip.mp4", "-o", "out", "--clip-ratio", "half"]) == 2
     assert "must be a share such as 1/8 or 0.125, got 'half'" in capsys.readouterr().err

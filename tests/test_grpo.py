@@ -52,7 +52,7 @@ def small_model(seed: int = 0, step_size: int = 2, frames_per_token: int = 1) ->
             },
         )
     )
-    # Predicted losses that differ from patch to patch, on both sides of the thresholds.
+    # Predicted losses differ between patches, on both sides of the thresholds.
     torch.manual_seed(seed + 10)
     nn.init.normal_(model.gaze_decoder.task_loss_prediction_head.weight, mean=0.1, std=0.2)
     return model
@@ -135,7 +135,7 @@ def test_published_settings_are_the_defaults(tmp_path):
     assert (config.learning_rate, config.num_train_epochs) == (5e-4, 1)
 
 
-def test_trainer_names_wrong_parts(tmp_path):
+def test_the_trainer_names_invalid_arguments(tmp_path):
     with pytest.raises(ValueError, match="`args` must be an AutoGazeGRPOConfig, got TrainingArguments"):
         AutoGazeGRPOTrainer(small_model(), TrainingArguments(str(tmp_path), report_to="none"))
     with pytest.raises(ValueError, match="`reconstruction` must be callable, got str"):
@@ -165,7 +165,7 @@ def test_advantages_equal_a_plain_loop(discount):
     torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
 
 
-def test_padding_and_slots_after_the_last_reward_get_no_credit():
+def test_padding_and_slots_after_the_last_reward_have_no_advantage():
     generator = torch.Generator().manual_seed(2)
     gaze = random_gaze(4, [4, 4, 4], generator)
     advantages = slot_advantages(torch.randn(4, 1, generator=generator), [1], gaze, 2, 0.995)
@@ -175,7 +175,7 @@ def test_padding_and_slots_after_the_last_reward_get_no_credit():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperature):
+def test_the_gradient_of_two_slots_equals_a_derivation_by_hand(tmp_path, temperature):
     model = small_model().double()
     trainer = make_trainer(
         tmp_path,
@@ -186,7 +186,7 @@ def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperat
         temperature_end=temperature,
         **exactly(0.1),
     )
-    # Noise whose contrast rises from left to right and top to bottom: other patches, another loss.
+    # The contrast of the noise rises from left to right and top to bottom, so patches have different losses.
     contrast = torch.arange(16).view(4, 4).repeat_interleave(16, 0).repeat_interleave(16, 1) * 8
     levels = 128 + contrast * (2 * torch.rand(1, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 1)
     clip = AutoGazeVideoProcessor().to_pixel_values(levels)
@@ -196,13 +196,14 @@ def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperat
     hook.remove()
     loss.backward()
     last_hidden = outputs[-1]
-    trainer._generator_step = None  # rolls out the same again
+    trainer._generator_step = None  # repeats the rollout
     rollout = trainer.roll_out(clip, trainer.step_generator())
     ids, losses = rollout.gaze.gazing_pos, rollout.loss[:, 0].double()
     assert ids.shape == (2, 2) and (losses[0] - losses[1]).abs() > 0.004
 
-    # Both slots of both gazes are read off the last vision token, so one hidden state h stands before all four.
-    # Row i scores slot i: d log p / d W_i = (onehot - p) h, but for the 1e-8 that is added to p. The first slot is one patch further from the reward.
+    # Both slots of both gazes are predicted from the last vision token, so all four share one hidden state h. Row i scores slot
+    # i: d log p / d W_i = (onehot - p) h, except for the 1e-8 that is added to p. The first slot is one patch further from the
+    # reward.
     hidden = last_hidden[0, model.config.num_vision_tokens - 1]
     rows = model.gaze_decoder.lm_head.weight.detach().view(2, 21, 32)
     expected = torch.zeros_like(rows)
@@ -215,7 +216,7 @@ def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperat
             expected[slot] -= credit * toward[:, None] * hidden / 2
     torch.testing.assert_close(model.gaze_decoder.lm_head.weight.grad.view(2, 21, 32), expected, rtol=1e-5, atol=3e-7)
 
-    # The loss after both slots is row 0 of the token that would predict a third one: the second patch itself.
+    # The loss after both slots is row 0 of the token that would predict a third one, which is the second patch.
     after = last_hidden[:, model.config.num_vision_tokens + 1]
     head = model.gaze_decoder.task_loss_prediction_head.weight
     error = after @ head[0].detach() - losses
@@ -224,7 +225,7 @@ def test_gradient_of_two_slots_equals_the_one_derived_by_hand(tmp_path, temperat
     torch.testing.assert_close(loss.detach(), error.square().mean(), rtol=1e-5, atol=1e-5)
 
 
-def test_rollout_holds_groups_up_to_the_last_rewarded_frame(tmp_path):
+def test_a_rollout_has_groups_up_to_the_last_rewarded_frame(tmp_path):
     clips = clips_with_bright_patches(2, 8)
     trainer = make_trainer(tmp_path, group_size=3, rewarded_share=0.25, ratio_max=0.5, threshold_min=0.0)
     lasts, lengths, thresholds = set(), set(), set()
@@ -246,7 +247,7 @@ def test_rollout_holds_groups_up_to_the_last_rewarded_frame(tmp_path):
     assert any(first != [ids.tolist() for ids in gaze.ids_each_frame(other)] for other in (1, 2))
 
 
-def test_rewards_by_features_are_what_the_gazes_lose(tmp_path):
+def test_rewards_by_features_are_the_losses_of_the_gazes(tmp_path):
     set_seed(3)
     settings = {"hidden_sizes": [8, 8, 8], "depths": [1, 1, 1], "scale_factors": [0.5, 1], "feature_size": 4}
     task = GazeTask(
@@ -260,14 +261,14 @@ def test_rewards_by_features_are_what_the_gazes_lose(tmp_path):
     assert trainer.train().global_step == 4 and trainer.evaluate()["eval_loss"] <= 1
 
 
-def test_without_thresholds_every_frame_keeps_its_budget(tmp_path):
+def test_without_thresholds_every_frame_uses_its_budget(tmp_path):
     trainer = make_trainer(tmp_path, rewarded_share=1.0, **exactly(0.15))
     gaze = trainer.roll_out(clips_with_bright_patches(2, 3)).gaze
     assert gaze.num_real_each_frame.tolist() == [[3, 3, 3]] * 6
     assert gaze.task_loss_requirement is None
 
 
-def test_frames_of_another_size_or_rate_are_rewarded_at_the_models_own(tmp_path):
+def test_rewards_of_other_frame_sizes_and_rates_are_at_the_models_own(tmp_path):
     model = small_model(frames_per_token=2)
     trainer = make_trainer(tmp_path, model, clips_with_bright_patches(2, 4, size=96), rewarded_share=1.0)
     rollout = trainer.roll_out(clips_with_bright_patches(2, 4, size=96))
@@ -282,9 +283,9 @@ def test_temperature_falls_exponentially_from_first_to_last_step(tmp_path):
     assert temperatures == pytest.approx([3 * 0.1 ** (step / 4) for step in range(5)])
 
 
-def test_logs_tell_reward_length_entropy_and_prediction_error(tmp_path):
+def test_logs_have_reward_length_entropy_and_prediction_error(tmp_path):
     clips = clips_with_bright_patches(1, 8)
-    # Nothing is learned, so that the step can be repeated.
+    # The learning rate is zero, so that the step can be repeated.
     trainer = make_trainer(
         tmp_path, clips=clips, learning_rate=0.0, max_steps=1, per_device_train_batch_size=1, rewarded_share=0.25
     )
@@ -328,7 +329,7 @@ def test_a_run_repeats_and_a_resumed_one_continues_it(tmp_path):
         return trainer.model.state_dict(), [log["reward"] for log in trainer.state.log_history if "reward" in log]
 
     weights, rewards = train("whole")
-    # Other draws in between change nothing.
+    # Other random draws in between have no effect.
     torch.rand(7)
     again, same_rewards = train("again")
     resumed, later_rewards = train("resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
@@ -428,7 +429,7 @@ def test_command_line_trains_a_checkpoint_further(tmp_path, capsys):
     assert "`group_size` must be a whole number of at least 2" in capsys.readouterr().err
 
 
-def test_every_epoch_takes_new_clips(tmp_path):
+def test_every_epoch_has_new_clips(tmp_path):
     model = small_model()
     dataset = GazeClipDataset([render_demo_clip(8, 64, 64, seed) for seed in range(2)], model.config, num_frames=2)
     arguments = {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 1}
@@ -443,7 +444,7 @@ def test_every_epoch_takes_new_clips(tmp_path):
 
 
 @pytest.mark.slow
-def test_learns_what_greedy_knows(tmp_path):
+def test_the_model_learns_from_rewards(tmp_path):
     """
     200 steps raise the reward of unsampled gazes by at least 0.4, which is 8 dB, and close at least 3/4 of the gap
     between random and greedy gazes.

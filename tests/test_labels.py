@@ -25,7 +25,7 @@ from transformers_autogaze.training.label_files import (
     read_labels,
     write_labels,
 )
-from transformers_autogaze.training.labels import GreedyLabeller, label_videos, labels_of
+from transformers_autogaze.training.labels import GreedyLabeller, label_videos, labels_from_gaze
 from transformers_autogaze.training.task import GazeTask
 from transformers_autogaze.training.videos import VideoCollection
 from transformers_autogaze.video import write_video
@@ -37,7 +37,7 @@ COMPOSITE = CompositeReconstruction(GRID)
 
 
 class MeanAbsoluteError:
-    """A reconstruction that is not the closed form's own: its pixels, but judged by another measure."""
+    """The closed-form reconstruction with another loss."""
 
     def __init__(self):
         self.batches = []
@@ -62,7 +62,7 @@ def gaze_of(ids):
 
 
 def brute_force(pixels, budgets, reconstruction, candidates_of=lambda t, kept: range(GRID.num_patches)):
-    """Tries every patch at every step, by rebuilding the whole clip up to there."""
+    """Tries every patch at every step, by reconstructing the clip up to the step."""
     labels = ClipLabels([], [])
     for t, budget in enumerate(budgets):
         ids, losses = [], []
@@ -100,7 +100,7 @@ def test_labels_on_another_reconstruction_equal_a_brute_force_search():
     assert_labels_equal(labeller(pixels)[0], brute_force(pixels, [6, 6], MeanAbsoluteError()))
 
 
-def test_the_closed_form_as_any_other_reconstruction_gives_the_exact_search():
+def test_labels_with_the_closed_form_as_reconstruction_equal_the_exact_search():
     pixels = make_pixels(batch=2, num_frames=3, seed=2)
     exact = GreedyLabeller(GRID, gazing_ratio=0.4)(pixels)
     for beam in (1, 20):
@@ -108,19 +108,19 @@ def test_the_closed_form_as_any_other_reconstruction_gives_the_exact_search():
             assert_labels_equal(labels, expected)
 
 
-def test_a_beam_holds_the_best_candidates_of_the_closed_form():
+def test_the_beam_has_the_best_candidates_of_the_closed_form():
     pixels = make_pixels(batch=1, num_frames=2, seed=3)
     reconstruction = MeanAbsoluteError()
     labels = GreedyLabeller(GRID, reconstruction, gazing_ratio=0.3, beam=3)(pixels)[0]
     assert set(reconstruction.batches) == {3}
 
     def best_three(t, kept):
-        before = gaze_of([*labels.gazing_pos[:t], [0]])  # the last frame's patches play no part in what it stands on
+        before = gaze_of([*labels.gazing_pos[:t], [0]])  # the patches of the last frame do not affect the frame before
         rebuilt = COMPOSITE.reconstruct(pixels[:, : t + 1], before.gazing_mask)
-        standing = rebuilt[0, t - 1] if t else torch.full_like(pixels[0, 0], 0.5)
+        previous_reconstruction = rebuilt[0, t - 1] if t else torch.full_like(pixels[0, 0], 0.5)
         mask = torch.zeros(1, GRID.num_patches, dtype=torch.bool)
         mask[0, kept] = True
-        gains = COMPOSITE.gains(COMPOSITE.cell_errors(pixels[:, t], standing[None]), mask)[0]
+        gains = COMPOSITE.gains(COMPOSITE.cell_errors(pixels[:, t], previous_reconstruction[None]), mask)[0]
         gains[kept] = -torch.inf
         return gains.topk(3).indices.tolist()
 
@@ -128,7 +128,7 @@ def test_a_beam_holds_the_best_candidates_of_the_closed_form():
 
 
 @pytest.mark.parametrize("reconstruction", [None, MeanAbsoluteError()])
-def test_losses_never_rise_along_a_frame_and_no_patch_comes_twice(reconstruction):
+def test_losses_of_a_frame_never_rise_and_patches_do_not_repeat(reconstruction):
     labels = GreedyLabeller(GRID, reconstruction, gazing_ratio=1.0, beam=4)(make_pixels(dtype=torch.float32))
     for clip in labels:
         for ids, losses in zip(*clip, strict=True):
@@ -142,12 +142,12 @@ def test_frames_end_at_the_threshold():
         labels = GreedyLabeller(GRID, reconstruction, gazing_ratio=1, task_loss_requirement=threshold)(pixels)
         for losses in (losses for clip in labels for losses in clip.task_losses):
             assert losses[-1] <= threshold and all(loss > threshold for loss in losses[:-1])
-    # A first patch is always chosen.
+    # At least one patch is chosen.
     labels = GreedyLabeller(GRID, MeanAbsoluteError(), gazing_ratio=1, task_loss_requirement=9.0)(pixels)
     assert [len(ids) for ids in labels[0].gazing_pos] == [1, 1, 1]
 
 
-def test_a_frame_ends_where_no_patch_lowers_the_loss():
+def test_a_frame_ends_if_no_patch_lowers_the_loss():
     def worse_with_every_patch(pixels, gaze, frames):
         return ReconstructionOutput(pixels[:, frames], gaze.num_real_each_frame[:, frames].double())
 
@@ -176,23 +176,23 @@ def feature_losses(model, pixels, gaze):
     frames = torch.nn.functional.interpolate(pixels[0], (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
     vectors = model.network(model.network.normalize(frames))
     vectors = (vectors / 20**0.5).clamp(-4, 4).double()
-    shown, losses = torch.full((4, 4, 4), torch.nan, dtype=torch.float64), []
+    canvas, losses = torch.full((4, 4, 4), torch.nan, dtype=torch.float64), []
     for t, ids in enumerate(gaze.ids_each_frame(0)):
         for id in sorted(ids.tolist()):  # coarse to fine
             rows, cols = (slice(2 * (id // 2), 2 * (id // 2) + 2), slice(2 * (id % 2), 2 * (id % 2) + 2))
             if id >= 4:
                 rows, cols = (slice(place, place + 1) for place in divmod(id - 4, 4))
-            shown[:, rows, cols] = vectors[t, int(id >= 4), :, rows, cols]
-        lost = (shown.nan_to_num() - vectors[t, 1]).square().sum(0)
+            canvas[:, rows, cols] = vectors[t, int(id >= 4), :, rows, cols]
+        lost = (canvas.nan_to_num() - vectors[t, 1]).square().sum(0)
         share = float(lost.mean())
         losses.append(share * 3 if share < 0.1 else min(1, 0.3 + (share - 0.1) * 0.7 / 3.9))
     return losses
 
 
 @torch.no_grad()
-def test_the_loss_by_features_is_the_share_of_variance_that_is_not_shown():
+def test_the_loss_of_features_is_the_share_of_lost_variance():
     model, pixels = feature_model(), make_pixels(batch=1, num_frames=3, dtype=torch.float32)
-    model.config.image_mean = [0.1, 0.2, 0.3]  # a task takes pixels, whatever the model's normalisation
+    model.config.image_mean = [0.1, 0.2, 0.3]  # a task takes pixels, independently of the model's normalisation
     task = GazeTask(GRID, model)
     for ids in ([[4, 5, 3], [9], [0, 1, 2, 3]], [[0], [1], [4]]):
         gaze = gaze_of(ids)
@@ -213,20 +213,20 @@ def test_labels_by_features_equal_a_brute_force_search():
         assert labels.gazing_pos[0][0] == expected.gazing_pos[0][0]
 
 
-def test_a_task_is_the_same_one_in_pixels_as_the_closed_form():
+def test_the_task_of_pixels_equals_the_closed_form():
     pixels = make_pixels()
     gaze = gaze_of([[5, 1], [0], [19, 4, 7]])
     task = GazeTask(GRID)
     torch.testing.assert_close(task(pixels[:1], gaze).loss, COMPOSITE(pixels[:1], gaze).loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(task.measure(pixels[:1], gaze), mse_to_task_loss(COMPOSITE.measure(pixels[:1], gaze)))
-    labels = labels_of(task.search(pixels, [1.0, 1.0, 0.2], 1.4))
+    labels = labels_from_gaze(task.search(pixels, [1.0, 1.0, 0.2], 1.4))
     found = COMPOSITE.search(pixels, [20, 20, 4], task_loss_to_mse(torch.full((2, 3), 1.4)))
     for clip, counts, ids in zip(labels, found.counts.tolist(), found.ids, strict=True):
         assert clip.gazing_pos == [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
 
 
 @pytest.mark.parametrize("model", [None, feature_model()], ids=["pixels", "features"])
-def test_gazes_of_one_clip_share_what_is_seen_of_it(model):
+def test_gazes_of_a_clip_share_its_preprocessing(model):
     task, pixels = GazeTask(GRID, model), make_pixels(batch=2, dtype=torch.float32)
     ids = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:3] for seed in range(6)])
     gaze = GazeOutput.from_ids(ids, torch.zeros(6, 3, dtype=torch.bool), torch.tensor([3]), GRID)
@@ -234,7 +234,7 @@ def test_gazes_of_one_clip_share_what_is_seen_of_it(model):
     assert torch.equal(task(pixels[:, :1], gaze).loss, repeated) and len(repeated.unique()) == 6
 
 
-def test_a_task_of_something_else_is_refused():
+def test_a_task_refuses_other_models():
     with pytest.raises(ValueError, match="`model` must be a FeatureGazeModel, got Linear"):
         GazeTask(GRID, torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="`grid` must be that of the task"):
@@ -245,10 +245,10 @@ def test_a_task_of_something_else_is_refused():
         GreedyLabeller(GRID, task_loss_requirement=float("nan"))
 
 
-def test_gains_are_by_how_much_the_error_falls():
+def test_gains_are_reductions_of_the_error():
     pixels = make_pixels(batch=1, num_frames=1)
-    standing = torch.full_like(pixels[:, 0], 0.5)
-    errors = COMPOSITE.cell_errors(pixels[:, 0], standing)
+    previous_reconstruction = torch.full_like(pixels[:, 0], 0.5)
+    errors = COMPOSITE.cell_errors(pixels[:, 0], previous_reconstruction)
     for kept in ([], [1], [0, 9], [7, 3, 12]):
         mask = torch.zeros(1, 20, dtype=torch.bool)
         mask[0, kept] = True
@@ -264,7 +264,7 @@ def test_gains_are_by_how_much_the_error_falls():
 
 
 @pytest.mark.parametrize("model", [None, feature_model()], ids=["pixels", "features"])
-def test_a_gaze_is_labelled_by_what_greedy_search_would_choose_next(model):
+def test_continuations_are_the_next_choices_of_greedy_search(model):
     task, pixels = GazeTask(GRID, model), make_pixels(batch=1, dtype=torch.float32)
     own = GreedyLabeller(GRID, task, gazing_ratio=0.4)(pixels)[0]
     labels = task.continuations(pixels, gaze_of(own.gazing_pos), step_size=3)
@@ -280,7 +280,7 @@ def test_a_gaze_is_labelled_by_what_greedy_search_would_choose_next(model):
     for t in range(3):
         for step in (0, 4):
             kept = [*other[:t], other[t][:step]]
-            for slot in range(4):  # what greedy search adds, tried one by one
+            for slot in range(4):  # the choices of greedy search, by trying all patches
                 tried = [
                     float(task(pixels[:, : t + 1], gaze_of([*kept[:-1], [*kept[-1], id]])).loss[0, t])
                     for id in range(20)
@@ -292,7 +292,7 @@ def test_a_gaze_is_labelled_by_what_greedy_search_would_choose_next(model):
 LABELS = {"a/b.mp4": ClipLabels([[3, 0]], [[0.1 + 0.2, -1 / 3]]), "c": ClipLabels([[1]], [[2.0]])}
 
 
-def test_a_label_file_reads_back_equal_and_has_the_published_shape(tmp_path):
+def test_a_label_file_has_the_published_format_and_reads_back_equal(tmp_path):
     write_labels(tmp_path / "labels.json", LABELS)
     assert read_labels(tmp_path / "labels.json", grid=GRID) == LABELS
     published = json.loads((tmp_path / "labels.json").read_text())
@@ -303,7 +303,7 @@ def test_a_label_file_reads_back_equal_and_has_the_published_shape(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
-def test_ids_are_checked_against_the_grid_that_the_file_tells(tmp_path):
+def test_ids_are_checked_against_the_grid_in_the_file(tmp_path):
     settings = {"scales": [[16, 16], [32, 32]], "patch_size": 8}
     write_labels(tmp_path / "labels.json", {"v": ClipLabels([[20]], [[0.5]])}, settings)
     with pytest.raises(ValueError, match=r"'v' must hold ids in 0\.\.19, got 20"):
@@ -343,7 +343,7 @@ def test_a_table_reads_back_equal(tmp_path):
         ('{"v": {"gazing_pos": [[1]], "task_losses": [["a"]]}}', "numbers as losses, got 'a'"),
         (
             '{"v": {"gazing_pos": [[1]], "task_losses": [[1]]}, "w": {"gazing_pos": [[1], [1]], "task_losses": [[1], [1]]}}',
-            "one number of frames, got 1 of 'v' and 2 of 'w'",
+            "equal numbers of frames, got 1 of 'v' and 2 of 'w'",
         ),
         ('{"settings": 3}', "must hold"),
         ("{}", "must hold labels, got none"),
@@ -351,7 +351,7 @@ def test_a_table_reads_back_equal(tmp_path):
         ("3", "must hold"),
     ],
 )
-def test_a_file_that_is_no_label_file_is_refused(tmp_path, content, message):
+def test_files_of_other_formats_are_refused(tmp_path, content, message):
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_labels(tmp_path / "labels.json", grid=GRID)
@@ -378,10 +378,10 @@ class Stopping(GreedyLabeller):
         return super().__call__(pixels)
 
 
-def test_labelling_goes_on_where_it_broke_off(videos, tmp_path):
-    whole = read_labels(label_videos(videos, Stopping(9), tmp_path / "whole.json", num_frames=3, batch_size=2))
-    assert list(whole) == ["0", "1", "2", "3", "4"]
-    assert all(len(clip.gazing_pos) == 3 and len(clip.gazing_pos[0]) == 4 for clip in whole.values())
+def test_interrupted_labelling_is_resumed(videos, tmp_path):
+    expected = read_labels(label_videos(videos, Stopping(9), tmp_path / "whole.json", num_frames=3, batch_size=2))
+    assert list(expected) == ["0", "1", "2", "3", "4"]
+    assert all(len(clip.gazing_pos) == 3 and len(clip.gazing_pos[0]) == 4 for clip in expected.values())
 
     output = tmp_path / "labels" / "broken.json"
     with pytest.raises(KeyboardInterrupt):
@@ -391,24 +391,24 @@ def test_labelling_goes_on_where_it_broke_off(videos, tmp_path):
         file.write('["2", {"gazing_')  # cut off in the middle of a line
     labeller = Stopping(9)
     assert label_videos(videos, labeller, output, num_frames=3, batch_size=2) == output
-    assert labeller.labelled == 3 and read_labels(output) == whole
+    assert labeller.labelled == 3 and read_labels(output) == expected
     assert [path.name for path in output.parent.iterdir()] == ["broken.json"]
-    assert label_videos(videos, Stopping(0), output, num_frames=3) == output  # nothing left to do
+    assert label_videos(videos, Stopping(0), output, num_frames=3) == output  # all videos are labelled
 
 
-def test_a_finished_file_takes_up_videos_that_were_added(tmp_path):
+def test_a_finished_file_is_extended_by_new_videos(tmp_path):
     clips = [render_demo_clip(4, 40, 48, seed) for seed in range(3)]
     labeller, output = Stopping(9), tmp_path / "labels.json"
     first = read_labels(label_videos(VideoCollection(clips[:2]), labeller, output, num_frames=2))
     labels = read_labels(label_videos(VideoCollection(clips), labeller, output, num_frames=2))
     assert list(labels) == ["0", "1", "2"] and labeller.labelled == 3
     assert {name: labels[name] for name in first} == first
-    label_videos(VideoCollection(clips[2:]), Stopping(0), output, num_frames=2)  # fewer again: nothing is lost
+    label_videos(VideoCollection(clips[2:]), Stopping(0), output, num_frames=2)  # fewer videos; all labels are kept
     assert read_labels(output) == labels
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
-def test_labels_are_not_taken_for_those_of_other_videos_of_the_same_names(tmp_path):
+def test_labels_of_other_videos_with_the_same_names_are_detected(tmp_path):
     for folder, height in (("one", 32), ("other", 48)):
         (tmp_path / folder).mkdir()
         for seed in range(3):
@@ -457,19 +457,19 @@ def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
                 r"\[\[16, 16\], \[32, 32\]\], but it is \[\[32, 32\], \[64, 64\]\]",
             ),
         ):
-            with pytest.raises(ValueError, match=f"were made with `{name}` {values} asked for now"):
+            with pytest.raises(ValueError, match=f"were made with `{name}` {values} now"):
                 make()
 
     with pytest.raises(KeyboardInterrupt):
         label_videos(videos, Stopping(1), tmp_path / "labels.json", num_frames=3, batch_size=2)
-    other_settings(tmp_path / "labels.json")  # going on with an unfinished file
+    other_settings(tmp_path / "labels.json")  # resuming from an unfinished file
     label_videos(videos, labeller(), tmp_path / "labels.json", num_frames=3)
-    other_settings(tmp_path / "labels.json")  # taking a finished one for done
+    other_settings(tmp_path / "labels.json")  # using a finished one
 
     settings = read_label_settings(tmp_path / "labels.json")
     assert settings == {"num_frames": 3, "gazing_ratio": 0.2, "task_loss_requirement": None, **GazeTask(GRID).settings}
     assert len(read_labels(tmp_path / "labels.json", settings={"num_frames": 3})) == 5
-    with pytest.raises(ValueError, match="`num_frames` 3, but it is 16 asked for now"):
+    with pytest.raises(ValueError, match="`num_frames` 3, but it is 16 now"):
         read_labels(tmp_path / "labels.json", settings={"num_frames": 16})
     label_videos(videos, labeller(gazing_ratio=0.5), tmp_path / "other.json", num_frames=3)
     with pytest.raises(
@@ -477,7 +477,7 @@ def test_labels_of_other_settings_do_not_mix(videos, tmp_path):
     ):
         read_labels(tmp_path / "labels.json", tmp_path / "other.json")
     write_labels(tmp_path / "published.json", LABELS)
-    with pytest.raises(ValueError, match="holds labels that do not tell what they were made with"):
+    with pytest.raises(ValueError, match="holds labels without the settings that they were made with"):
         label_videos(videos, labeller(), tmp_path / "published.json", num_frames=3)
 
 
@@ -510,30 +510,30 @@ def test_two_processes_at_once_get_a_clear_error(videos, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
-def test_a_process_that_finds_the_labels_finished_takes_them(videos, tmp_path, monkeypatch):
+def test_labels_that_another_process_finished_are_used(videos, tmp_path, monkeypatch):
     """As when another one came to its end after this one looked, and before it began."""
     from transformers_autogaze.training import labels
 
     labeller, output = GreedyLabeller(GRID, gazing_ratio=0.2), tmp_path / "labels.json"
     make = labels.UnfinishedLabels
 
-    def after_another(*arguments):
+    def after_another_process(*arguments):
         monkeypatch.setattr(labels, "UnfinishedLabels", make)
         label_videos(videos, labeller, output, num_frames=3)
         return make(*arguments)
 
-    monkeypatch.setattr(labels, "UnfinishedLabels", after_another)
+    monkeypatch.setattr(labels, "UnfinishedLabels", after_another_process)
     assert label_videos(videos, Stopping(0), output, num_frames=3) == output
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 
 
-def test_shards_make_up_the_whole(videos, tmp_path):
+def test_shards_together_equal_the_whole_collection(videos, tmp_path):
     labeller = GreedyLabeller(GRID, gazing_ratio=0.2)
-    whole = read_labels(label_videos(videos, labeller, tmp_path / "labels.json", num_frames=2))
+    expected = read_labels(label_videos(videos, labeller, tmp_path / "labels.json", num_frames=2))
     paths = [label_videos(videos, labeller, tmp_path / "labels.json", num_frames=2, shard=(n, 2)) for n in (1, 2)]
     assert [path.name for path in paths] == ["labels-00001-of-00002.json", "labels-00002-of-00002.json"]
     assert [len(read_labels(path)) for path in paths] == [3, 2]
-    assert read_labels(*paths) == whole
+    assert read_labels(*paths) == expected
 
 
 def test_videos_that_cannot_be_labelled_are_skipped_and_counted(tmp_path):
@@ -549,7 +549,7 @@ def test_videos_that_cannot_be_labelled_are_skipped_and_counted(tmp_path):
     ]
 
 
-def test_videos_of_which_none_can_be_labelled_are_an_error_and_leave_no_file(videos, tmp_path):
+def test_no_readable_video_is_an_error_and_leaves_no_file(videos, tmp_path):
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="videos of 99 frames"):
         label_videos(videos, GreedyLabeller(GRID), tmp_path / "labels.json", num_frames=99)
     assert not list(tmp_path.iterdir())
@@ -558,7 +558,7 @@ def test_videos_of_which_none_can_be_labelled_are_an_error_and_leave_no_file(vid
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shard": (3, 2)}, r"`shard` must be one of 1\.\.2"),
+        ({"shard": (3, 2)}, r"`shard` must be a number in 1\.\.2"),
         ({"shard": (0, 2)}, "`shard`"),
         ({"output": "labels.txt"}, "`output` must end in .json, got 'labels.txt'"),
         ({"num_frames": 0}, "`num_frames` must be a whole number of at least 1, got 0"),
@@ -567,7 +567,7 @@ def test_videos_of_which_none_can_be_labelled_are_an_error_and_leave_no_file(vid
         ({"num_workers": -1}, "`num_workers` must be a whole number of at least 0, got -1"),
     ],
 )
-def test_impossible_labelling_is_refused_before_any_work(videos, arguments, message):
+def test_invalid_arguments_are_refused_before_labelling(videos, arguments, message):
     with pytest.raises(ValueError, match=message):
         label_videos(videos, Stopping(0), **{"output": "labels.json", **arguments})
 
@@ -586,6 +586,6 @@ def test_a_labeller_checks_its_arguments(arguments, message):
         GreedyLabeller(GRID, **arguments)
 
 
-def test_frames_without_a_ratio_of_their_own_are_refused():
+def test_as_many_ratios_as_frames_are_required():
     with pytest.raises(ValueError, match="`gazing_ratio` must be one number or one for each of the 3 frames"):
         GreedyLabeller(GRID, gazing_ratio=[0.1, 0.2])(make_pixels())

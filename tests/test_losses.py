@@ -35,11 +35,11 @@ def make_frames(size=28, batch=2, frames=3):
 
 
 def layer_outputs(model, layers, images):
-    """The hidden states after each layer, caught where they arise."""
-    caught = []
+    """Returns the hidden states after each layer, recorded by hooks."""
+    outputs = []
     hooks = [
         layer.register_forward_hook(
-            lambda _, __, output: caught.append(output[0] if isinstance(output, tuple) else output)
+            lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
         for layer in layers
     ]
@@ -47,21 +47,23 @@ def layer_outputs(model, layers, images):
         model(images)
     for hook in hooks:
         hook.remove()
-    return caught
+    return outputs
 
 
-def layers_of(model):
+def transformer_layers(model):
     return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
 
 
 @pytest.mark.parametrize("name, mean, std, first", [("dinov2", 0.4, 0.2, 5), ("siglip2", 0.5, 0.5, 0)])
-def test_feature_loss_is_the_mean_over_patch_tokens_of_the_last_four_layers(name, mean, std, first, request):
+def test_feature_loss_is_the_mean_over_patch_tokens_of_the_last_four_hidden_states(name, mean, std, first, request):
     model = request.getfixturevalue(name)
     rebuilt, frames = make_frames()
     loss = FeatureLoss(model, [mean] * 3, [std] * 3)(rebuilt, frames)
     assert loss.shape == (2, 3)
-    states = [layer_outputs(model, layers_of(model), ((x - mean) / std).flatten(0, 1)) for x in (rebuilt, frames)]
-    # DINOv2 puts a CLS token and four registers before its patches, SigLIP nothing.
+    states = [
+        layer_outputs(model, transformer_layers(model), ((x - mean) / std).flatten(0, 1)) for x in (rebuilt, frames)
+    ]
+    # DINOv2 has a CLS token and four registers before its patches, SigLIP has none.
     got, wanted = (torch.cat([state[:, first:] for state in part[-4:]], dim=-1) for part in states)
     assert got.shape == (6, 4, 64)
     expected = (got - wanted).square().mean((1, 2)).view(2, 3)
@@ -99,7 +101,7 @@ def test_l1_is_that_of_normalised_values():
     torch.testing.assert_close(L1Loss([0.1, 0.2, 0.4])(rebuilt, frames), expected)
 
 
-def test_bad_parts_of_a_loss_are_refused():
+def test_invalid_arguments_of_losses_are_refused():
     with pytest.raises(ValueError, match=r"`weights` must be one for each of the 2 losses, got \[1.0\]"):
         WeightedLoss([L1Loss(), L1Loss()], [1.0])
     language = LlamaModel(LlamaConfig(**SIZES, intermediate_size=16, vocab_size=8))

@@ -67,7 +67,7 @@ def metric(tmp_path_factory):
     return evaluate.load(metrics.__file__, cache_dir=str(tmp_path_factory.mktemp("metrics")))
 
 
-def test_the_metric_gives_means_over_the_frames(metric):
+def test_the_metric_returns_means_over_the_frames(metric):
     rebuilt, frames = make_frames()
     result = metric.compute(predictions=rebuilt.numpy(), references=frames.numpy())
     assert result.keys() == {"psnr", "ssim", "l1", "task_loss"}
@@ -76,7 +76,7 @@ def test_the_metric_gives_means_over_the_frames(metric):
     assert result["task_loss"] == pytest.approx((40 - result["psnr"]) / 20)
 
 
-def test_the_metric_takes_frames_in_batches_of_several_sizes(metric):
+def test_the_metric_accepts_batches_of_frames_of_several_sizes(metric):
     pairs = [make_frames(seed=1), make_frames(count=2, height=16, seed=2)]
     for rebuilt, frames in pairs:
         metric.add_batch(predictions=list(rebuilt.numpy()), references=list(frames.numpy()))
@@ -84,7 +84,7 @@ def test_the_metric_takes_frames_in_batches_of_several_sizes(metric):
     assert metric.compute()["psnr"] == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_the_metric_says_what_the_patches_cost_and_what_they_are_worth(metric):
+def test_the_metric_returns_patch_counts_and_efficiency(metric):
     frames = torch.full((4, 3, 12, 12), 0.5)
     rebuilt = frames + torch.tensor([0.1, 0.01, 0.1, 0.01])[:, None, None, None]
     result = metric.compute(
@@ -120,7 +120,7 @@ def test_the_metric_says_what_the_patches_cost_and_what_they_are_worth(metric):
         ),
     ],
 )
-def test_bad_arguments_of_the_metric_are_refused(metric, options, message):
+def test_invalid_arguments_of_the_metric_are_refused(metric, options, message):
     rebuilt, frames = make_frames()
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=rebuilt.numpy(), references=frames.numpy(), **options)

@@ -1,7 +1,7 @@
 """
-Cards of checkpoints hold what the Hub reads, as `huggingface_hub` has it.
+The metadata of model cards is valid for `huggingface_hub`.
 
-The Hub's own check, `ModelCard.validate`, asks its API and does not run here.
+The check `ModelCard.validate` needs the Hub's API and does not run here.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ SELECTORS = {
 
 
 @pytest.mark.parametrize("kind", SELECTORS)
-def test_the_card_of_a_selector_says_what_the_hub_asks_for(tmp_path, kind):
+def test_the_card_of_a_selector_has_the_hubs_metadata(tmp_path, kind):
     card = card_of(make_card(SELECTORS[kind](), 'Mine: "the first"', {"steps": 3}), tmp_path)
     data = card.data
     assert (data.get("library_name"), data.pipeline_tag, data.model_name) == ("transformers", "other", None)
@@ -73,7 +73,7 @@ def test_the_card_of_a_trained_model_names_the_one_it_started_from(tmp_path):
     assert card.data.base_model == "nvidia/AutoGaze"
 
 
-def test_the_card_of_a_distilled_selector_lists_what_was_measured(tmp_path):
+def test_the_card_of_a_distilled_selector_lists_its_results(tmp_path):
     card = distillation_card(tmp_path)
     data = card.data
     assert data.base_model == "facebook/dinov2-small" and "distillation" in data.tags
@@ -87,6 +87,6 @@ def test_the_card_of_a_distilled_selector_lists_what_was_measured(tmp_path):
     assert ModelCard(str(card)).data.to_dict() == data.to_dict()
 
 
-def test_what_is_no_repository_or_no_number_is_left_out(tmp_path):
+def test_local_encoders_and_undefined_results_are_left_out(tmp_path):
     data = distillation_card(tmp_path, encoder="dinov2-small", r2=[float("nan")], change_r2=float("nan")).data
     assert data.base_model is None and data.metrics is None and data.eval_results is None

@@ -88,7 +88,7 @@ def feature_task(config):
     return GazeTask(config.grid, FeatureGazeModel(FeatureGazeConfig(**settings, initializer_range=0.5)))
 
 
-def test_training_teaches_what_to_keep(tmp_path):
+def test_training_learns_the_labels(tmp_path):
     """One clip, so it can be learned by heart: the model's own gaze comes to rebuild it about as well as greedy search."""
     model = small_model()
     train = clips(model.config, num_videos=1, augmentation=None, schedule=BudgetSchedule("fixed", ratio_min=0.3))
@@ -117,7 +117,7 @@ def test_training_teaches_what_to_keep(tmp_path):
         assert history[-1][name] < 0.7 * history[0][name], name
 
 
-def test_the_loss_is_that_of_the_model_itself_and_its_parts_are_logged(tmp_path):
+def test_the_loss_equals_the_models_and_its_parts_are_logged(tmp_path):
     items = [clips(small_model().config)[index] for index in range(2)]
     trainer = make_trainer(tmp_path, max_steps=1, train_dataset=items)
     batch = GazeCollator(trainer.model.config)(items)
@@ -125,13 +125,13 @@ def test_the_loss_is_that_of_the_model_itself_and_its_parts_are_logged(tmp_path)
         outputs = small_model().train()(**batch)
     trainer.train()
     entry = trainer.state.log_history[0]
-    # Labels that are missing count in neither part; the sum of both is over the labels of patches.
+    # Missing labels are ignored in both parts; their sum is averaged over the labels of patches.
     assert entry["next_token_loss"] == pytest.approx(float(outputs.next_token_loss), rel=1e-4)
     assert entry["task_loss_error"] == pytest.approx(float(outputs.task_loss_error), rel=1e-4)
     assert entry["loss"] == pytest.approx(float(outputs.loss), rel=1e-4)
 
 
-def test_accumulated_batches_count_like_one_batch(tmp_path):
+def test_accumulated_batches_equal_one_batch(tmp_path):
     items = [clips(small_model().config)[index] for index in range(4)]
     assert len({sum(map(len, item["gazing_pos"])) for item in items}) > 1
     settings = {"max_steps": 1, "train_dataset": items, "optim": "sgd", "max_grad_norm": 1e9, "learning_rate": 0.1}
@@ -143,20 +143,20 @@ def test_accumulated_batches_count_like_one_batch(tmp_path):
     assert accumulated.state.log_history[0]["loss"] == pytest.approx(at_once.state.log_history[0]["loss"], rel=1e-5)
 
 
-def test_a_resumed_run_goes_on_bit_equal(tmp_path):
+def test_a_resumed_run_is_bit_equal(tmp_path):
     settings = {"on_policy": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    unbroken = make_trainer(tmp_path, **settings)
-    unbroken.train()  # three epochs of four clips; the checkpoint lies in the middle of the second
+    uninterrupted = make_trainer(tmp_path, **settings)
+    uninterrupted.train()  # three epochs of four clips, with the checkpoint in the middle of the second
     checkpoint = tmp_path / "checkpoint-3"
     resumed = make_trainer(tmp_path / "resumed", small_model(seed=1), **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_weights_equal(resumed.model, unbroken.model)
-    ends = [[entry for entry in run.state.log_history if entry["step"] > 3] for run in (resumed, unbroken)]
+    assert_weights_equal(resumed.model, uninterrupted.model)
+    ends = [[entry for entry in run.state.log_history if entry["step"] > 3] for run in (resumed, uninterrupted)]
     for entry, expected in zip(ends[0][:3], ends[1][:3], strict=True):
         assert entry == expected
 
 
-def test_every_epoch_takes_new_clips(tmp_path):
+def test_every_epoch_has_new_clips(tmp_path):
     seen = []
     trainer = make_trainer(tmp_path, max_steps=4)
     dataset = trainer.train_dataset
@@ -166,7 +166,7 @@ def test_every_epoch_takes_new_clips(tmp_path):
     assert len(seen) == len(set(seen)) == 8  # two epochs of four
 
 
-def test_what_is_saved_is_the_model_and_its_processor_alone(tmp_path):
+def test_only_the_model_and_its_processor_are_saved(tmp_path):
     processor = AutoGazeVideoProcessor(image_std=(0.5, 0.25, 0.125))
     trainer = make_trainer(tmp_path, processing_class=processor, max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -178,7 +178,7 @@ def test_what_is_saved_is_the_model_and_its_processor_alone(tmp_path):
     assert_weights_equal(AutoGazeModel.from_pretrained(tmp_path), trainer.model)
 
 
-def test_a_whole_processor_is_taken_as_well(tmp_path):
+def test_a_complete_processor_is_accepted(tmp_path):
     model = small_model()
     args = AutoGazeTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = AutoGazeTrainer(model, args, processing_class=AutoGazeProcessor())
@@ -186,7 +186,7 @@ def test_a_whole_processor_is_taken_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("make_task", [lambda config: GazeTask(config.grid), feature_task], ids=["pixels", "features"])
-def test_on_policy_batches_go_on_from_the_models_own_choices(tmp_path, make_task):
+def test_on_policy_batches_have_the_models_own_choices(tmp_path, make_task):
     config = small_model().config
     task = make_task(config)
     schedule = BudgetSchedule(ratio_max=0.8, threshold_share=0.5)
@@ -227,7 +227,7 @@ def test_training_by_features_runs_and_evaluates(tmp_path):
     assert trainer.task is not dataset.task and trainer.task.settings == dataset.task.settings
 
 
-def test_on_policy_batches_are_as_many_as_asked_for(tmp_path):
+def test_the_share_of_on_policy_batches_is_as_configured(tmp_path):
     counted, items = [], [clips(small_model().config)[index] for index in range(2)]
     for share, steps in ((0.0, 2), (0.5, 16), (1.0, 2)):
         trainer = make_trainer(tmp_path, train_dataset=items, on_policy=share, max_steps=steps, logging_steps=99)
@@ -239,7 +239,7 @@ def test_on_policy_batches_are_as_many_as_asked_for(tmp_path):
     assert counted[0] == 0 and 3 < counted[1] < 13 and counted[2] == 2
 
 
-def test_evaluation_gives_the_loss_of_labels(tmp_path):
+def test_evaluation_returns_the_loss_of_labels(tmp_path):
     model = small_model()
     trainer = make_trainer(tmp_path, model, eval_dataset=clips(model.config, augmentation=None), on_policy=1.0)
     metrics = trainer.evaluate()
@@ -250,7 +250,7 @@ def test_evaluation_gives_the_loss_of_labels(tmp_path):
     }
 
 
-def test_evaluation_between_steps_leaves_no_trace_in_the_logs(tmp_path):
+def test_evaluation_does_not_change_the_training_logs(tmp_path):
     items = [clips(small_model().config)[index] for index in range(4)]
     histories = []
     for strategy in ("no", "steps"):
@@ -285,12 +285,12 @@ def test_half_precision_trains(tmp_path):
         ({"on_policy": -0.1}, "`on_policy` must lie in 0..1, a share of the batches, got -0.1"),
     ],
 )
-def test_impossible_arguments_are_refused(tmp_path, arguments, message):
+def test_invalid_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         AutoGazeTrainingArguments(str(tmp_path), **arguments)
 
 
-def test_other_arguments_than_its_own_are_refused(tmp_path):
+def test_other_classes_of_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`args` must be AutoGazeTrainingArguments, got TrainingArguments"):
         AutoGazeTrainer(small_model(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
 
@@ -307,7 +307,7 @@ trainer.save_model()
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives_on_the_same_global_batch(tmp_path):
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path):
     one = make_trainer(tmp_path, per_device_train_batch_size=4, max_steps=4, learning_rate=1e-2, optim="sgd")
     one.train()
     script = tmp_path / "worker.py"

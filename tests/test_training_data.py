@@ -54,13 +54,13 @@ def assert_items_equal(item, expected):
         assert torch.equal(value, expected[key]) if isinstance(value, torch.Tensor) else value == expected[key], key
 
 
-def frames_shown(item):
+def frame_numbers(item):
     """The numbers of the frames of a clip of `numbered`."""
     pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"])
     return (pixels.mean((1, 2, 3)) * 25.5).round().long().tolist()
 
 
-def test_items_follow_from_seed_and_index_alone():
+def test_items_depend_on_seed_and_index_only():
     settings = {"augmentation": ClipAugmentation(), "schedule": BudgetSchedule()}
     clips, again = dataset(**settings), dataset(**settings)
     items = [clips[index] for index in range(9)]
@@ -73,44 +73,44 @@ def test_items_follow_from_seed_and_index_alone():
     assert not torch.equal(other["pixel_values_videos"], items[1]["pixel_values_videos"])
 
 
-def test_clips_begin_anywhere_and_take_every_nth_frame():
+def test_clips_start_anywhere_and_have_a_constant_stride():
     clips = dataset([numbered(20)], max_stride=4)
-    shown = [frames_shown(clips[index]) for index in range(400)]
-    steps = [{b - a for a, b in zip(frames, frames[1:], strict=False)} for frames in shown]
+    clip_frames = [frame_numbers(clips[index]) for index in range(400)]
+    steps = [{b - a for a, b in zip(frames, frames[1:], strict=False)} for frames in clip_frames]
     assert all(len(step) == 1 for step in steps)
     assert {step.pop() for step in steps} == {1, 2, 3, 4}
-    starts, ends = ({frames[place] for frames in shown} for place in (0, -1))
+    starts, ends = ({frames[place] for frames in clip_frames} for place in (0, -1))
     assert len(starts) > 12 and {0, 16} <= starts and min(ends) == 3 and max(ends) == 19
 
 
-def test_strides_stop_at_what_a_video_is_long_enough_for_and_short_ones_rest_on_their_last_frame():
+def test_strides_are_limited_by_the_video_and_short_videos_repeat_the_last_frame():
     clips = dataset([numbered(8)], max_stride=9)
-    steps = {frames[1] - frames[0] for frames in (frames_shown(clips[index]) for index in range(60))}
+    steps = {frames[1] - frames[0] for frames in (frame_numbers(clips[index]) for index in range(60))}
     assert steps == {1, 2}
-    assert frames_shown(dataset([numbered(2)])[0]) == [0, 1, 1, 1]
-    assert frames_shown(dataset([numbered(1)])[0]) == [0, 0, 0, 0]
+    assert frame_numbers(dataset([numbered(2)])[0]) == [0, 1, 1, 1]
+    assert frame_numbers(dataset([numbered(1)])[0]) == [0, 0, 0, 0]
 
 
-def test_files_are_decoded_to_the_frames_that_were_asked_for(tmp_path):
+def test_files_are_decoded_to_the_requested_frames(tmp_path):
     levels = numbered(20, 64, 64)
     write_video(tmp_path / "clip.mp4", levels, fps=10)
     from_file, from_array = dataset(tmp_path), dataset([levels])
     contents = dataset([(tmp_path / "clip.mp4").read_bytes()])
     held = dataset(VideoCollection(tmp_path, in_memory=True))
     for index in range(5):
-        expected = frames_shown(from_array[index])
+        expected = frame_numbers(from_array[index])
         for clips in (from_file, contents, held):
-            assert frames_shown(clips[index]) == expected
+            assert frame_numbers(clips[index]) == expected
 
 
-def test_folders_are_searched_with_the_folders_in_them(tmp_path):
+def test_folders_are_searched_recursively(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.mp4", "sub/a.MKV", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     assert VideoCollection(tmp_path).names == ["b.mp4", "sub/a.MKV"]
 
 
-def test_a_datasets_dataset_gives_videos_of_any_kind_in_a_column():
+def test_a_datasets_column_can_have_videos_of_any_kind():
     datasets = pytest.importorskip("datasets")
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
@@ -120,17 +120,17 @@ def test_a_datasets_dataset_gives_videos_of_any_kind_in_a_column():
             container.mux(output.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
         container.mux(output.encode())
     table = datasets.Dataset.from_dict({"clip": [{"bytes": stream.getvalue(), "path": None}]})
-    assert frames_shown(dataset(VideoCollection(table, column="clip"), max_stride=1)[0]) in (
+    assert frame_numbers(dataset(VideoCollection(table, column="clip"), max_stride=1)[0]) in (
         [0, 1, 2, 3],
         [1, 2, 3, 4],
         [2, 3, 4, 5],
     )
     pictures = datasets.Dataset.from_dict({"image": [Image.new("RGB", (48, 40), (90, 90, 90))]})
     pictures = pictures.cast_column("image", datasets.Image())
-    assert frames_shown(dataset(VideoCollection(pictures, column="image"))[0]) == [9, 9, 9, 9]
+    assert frame_numbers(dataset(VideoCollection(pictures, column="image"))[0]) == [9, 9, 9, 9]
 
 
-def test_a_video_that_cannot_be_read_is_left_out_with_one_warning_that_names_it(tmp_path):
+def test_an_unreadable_video_is_skipped_with_one_warning(tmp_path):
     for name in ("broken1.mp4", "broken2.mp4"):
         (tmp_path / name).write_bytes(b"nothing")
     write_video(tmp_path / "clip.mp4", numbered(6, 64, 64), fps=10)
@@ -141,7 +141,7 @@ def test_a_video_that_cannot_be_read_is_left_out_with_one_warning_that_names_it(
         "the video broken1.mp4",
         "the video broken2.mp4",
     ]
-    assert clips.num_skipped == 2 and all(max(frames_shown(item)) <= 5 for item in items)
+    assert clips.num_skipped == 2 and all(max(frame_numbers(item)) <= 5 for item in items)
     with pytest.warns(UserWarning, match="broken2.mp4 cannot be read and is left out"):
         assert VideoCollection(tmp_path, in_memory=True).num_skipped == 2
     (tmp_path / "clip.mp4").write_bytes(b"nothing")
@@ -150,7 +150,7 @@ def test_a_video_that_cannot_be_read_is_left_out_with_one_warning_that_names_it(
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged or cut off")
-def test_a_damaged_video_gives_clips_of_the_frames_that_can_be_decoded(tmp_path):
+def test_clips_of_a_damaged_video_have_the_decodable_frames(tmp_path):
     clips = dataset([FIXTURES / "videos" / "ftrunc_25.mp4"], max_stride=3)
     decoded = read_video(FIXTURES / "videos" / "ftrunc_25.mp4")[0]
     assert len(decoded) == 12
@@ -160,7 +160,7 @@ def test_a_damaged_video_gives_clips_of_the_frames_that_can_be_decoded(tmp_path)
     assert clips.num_skipped == 0
 
 
-def test_a_video_that_tells_of_more_frames_than_it_gives_is_not_left_out(tmp_path, monkeypatch):
+def test_a_video_with_fewer_frames_than_declared_is_not_skipped(tmp_path, monkeypatch):
     """As a long one does whose damage lies in the middle, which is not decoded beforehand."""
     write_video(tmp_path / "clip.mp4", numbered(8, 64, 64), fps=10)
     videos = VideoCollection(tmp_path)
@@ -170,7 +170,7 @@ def test_a_video_that_tells_of_more_frames_than_it_gives_is_not_left_out(tmp_pat
     assert videos.num_skipped == 0
 
 
-def test_what_workers_skip_counts_as_well(tmp_path):
+def test_videos_skipped_by_workers_are_counted(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     write_video(tmp_path / "clip.mp4", numbered(6, 64, 64), fps=10)
     clips = dataset(tmp_path)
@@ -180,7 +180,7 @@ def test_what_workers_skip_counts_as_well(tmp_path):
     assert clips.num_skipped == 1
 
 
-def test_items_hold_the_greedy_search_of_the_pixels_that_the_model_sees():
+def test_items_have_the_greedy_search_of_the_models_pixels():
     schedule = BudgetSchedule("uniform", ratio_max=0.6, threshold_share=0)
     item = dataset(augmentation=ClipAugmentation(), schedule=schedule)[1]
     pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"]).clamp(0, 1)
@@ -191,12 +191,12 @@ def test_items_hold_the_greedy_search_of_the_pixels_that_the_model_sees():
         assert losses[0] == pytest.approx(expected[0], abs=1e-2)
 
 
-def test_whole_frames_are_what_the_processor_and_the_model_make_of_them():
+def test_whole_frames_are_preprocessed_like_by_the_model():
     video = render_demo_clip(4, 90, 120)
     item = GazeClipDataset([video], CONFIG, num_frames=4)[0]
     seen = resize_frames(AutoGazeVideoProcessor()(video, return_tensors="pt")["pixel_values_videos"], 64)
     to_pixels = AutoGazeVideoProcessor().to_pixels
-    expected = to_pixels(seen[0]).clamp(0, 1)  # enlarging overshoots
+    expected = to_pixels(seen[0]).clamp(0, 1)  # upscaling exceeds 0..1
     torch.testing.assert_close(to_pixels(item["pixel_values_videos"]), expected, rtol=0, atol=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_budgets_are_drawn_as_the_schedule_says():
     assert 0.4 <= thresholds.min() < 0.41 and 0.99 < thresholds.max() <= 1 and abs(thresholds.mean() - 0.7) < 0.02
 
     means = torch.stack([ratios.mean() for ratios, _ in draws("exponential", ratio_max=1, dirichlet_share=0)])
-    assert 0.15 < means.mean() < 0.21 and means.median() < means.mean()  # 1/6 beyond 0.02, give or take
+    assert 0.15 < means.mean() < 0.21 and means.median() < means.mean()  # the mean is about 1/6 + 0.02
 
     ratios = torch.stack([ratios for ratios, _ in draws("fixed", ratio_min=0.2, dirichlet_share=1)])
     assert ratios[:, 0].mean() / ratios[:, 1].mean() == pytest.approx(10 / 3, rel=0.1)
@@ -231,7 +231,7 @@ def test_budgets_are_drawn_as_the_schedule_says():
     assert abs(np.mean([len(set(ratios.tolist())) > 1 for ratios, _ in drawn]) - 0.5) < 0.05
 
 
-def test_labels_fill_whole_steps_unless_a_threshold_ends_them():
+def test_labels_fill_whole_steps_without_a_threshold():
     settings = {"dirichlet_share": 1, "ratio_max": 1}
     clips = dataset([render_demo_clip(12, 64, 64)], schedule=BudgetSchedule(threshold_share=0, **settings))
     counts = {len(ids) for index in range(20) for ids in clips[index]["gazing_pos"]}
@@ -241,22 +241,22 @@ def test_labels_fill_whole_steps_unless_a_threshold_ends_them():
         assert losses[-1] <= 1.0 and all(loss > 1.0 for loss in losses[:-1])
 
 
-def test_labels_from_a_file_come_with_the_frames_they_were_made_for(tmp_path):
+def test_labels_from_a_file_have_the_frames_they_were_made_for(tmp_path):
     videos = [numbered(9, 64, 64), render_demo_clip(7, 64, 64), render_demo_clip(7, 64, 64, 3)]
     labeller = GreedyLabeller(CONFIG.grid, gazing_ratio=0.4)
     labels = read_labels(label_videos(VideoCollection(videos), labeller, tmp_path / "labels.json", num_frames=3))
     del labels["1"]
     clips = GazeClipDataset(videos, CONFIG, labels=labels)
-    assert len(clips) == 2 and frames_shown(clips[0]) == [0, 3, 6]
+    assert len(clips) == 2 and frame_numbers(clips[0]) == [0, 3, 6]
     item = clips[1]
     assert item["gazing_pos"] == labels["2"].gazing_pos and item["task_losses"] == labels["2"].task_losses
     pixels = AutoGazeVideoProcessor().to_pixels(item["pixel_values_videos"]).clamp(0, 1)
     for losses, expected in zip(labeller(pixels[None])[0].task_losses, item["task_losses"], strict=True):
         assert losses == pytest.approx(expected, abs=1e-2)
-    assert clips.longest_labels(1) == 24
+    assert clips.max_num_labels(1) == 24
 
 
-def test_an_epoch_takes_every_clip_once_and_the_next_one_new_clips():
+def test_an_epoch_has_every_clip_once_and_the_next_has_new_clips():
     clips = dataset(schedule=BudgetSchedule(), clips_per_video=20)
     orders = [list(ClipSampler(clips, 4, seed=0, epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != sorted(orders[0]) and sorted(orders[0]) == list(range(60))
@@ -264,17 +264,17 @@ def test_an_epoch_takes_every_clip_once_and_the_next_one_new_clips():
     assert list(ClipSampler(clips, 4, seed=1, epoch=lambda: 0)) != orders[0]
 
 
-def test_batches_hold_clips_of_about_as_many_labels():
+def test_batches_have_clips_with_similar_numbers_of_labels():
     clips = dataset(schedule=BudgetSchedule(), clips_per_video=40)
     order = list(ClipSampler(clips, 4, seed=0, epoch=lambda: 0))
 
-    def waste(order):
-        lengths = torch.tensor([clips.longest_labels(index) for index in order]).view(-1, 4)
+    def padding_share(order):
+        lengths = torch.tensor([clips.max_num_labels(index) for index in order]).view(-1, 4)
         return float((lengths.amax(1, keepdim=True) - lengths).sum() / lengths.sum())
 
-    assert waste(order) < 0.3 * waste(torch.randperm(120, generator=seeded()).tolist())
+    assert padding_share(order) < 0.3 * padding_share(torch.randperm(120, generator=seeded()).tolist())
     lengths = [len(ids) for item in [clips[order[0]]] for ids in item["gazing_pos"]]
-    assert sum(lengths) <= clips.longest_labels(order[0])
+    assert sum(lengths) <= clips.max_num_labels(order[0])
 
 
 def test_padding_in_a_batch_changes_no_score():
@@ -305,7 +305,7 @@ def test_padding_in_a_batch_changes_no_score():
         assert bool(batch["task_loss_labels"][number, ~real].isnan().all())
 
 
-def test_a_whole_clip_is_varied_alike():
+def test_all_frames_of_a_clip_are_augmented_alike():
     still = torch.from_numpy(render_demo_clip(2, 60, 80)[:1]).permute(0, 3, 1, 2).expand(3, -1, -1, -1)
     augmentation, varied = ClipAugmentation(still=0), set()
     for seed in range(20):
@@ -316,7 +316,7 @@ def test_a_whole_clip_is_varied_alike():
     assert len(varied) == 20
 
 
-def test_crops_keep_their_share_and_lie_anywhere():
+def test_crops_keep_their_share_at_any_position():
     rows, cols = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
     levels = torch.stack([rows, cols, cols])[None].byte()
     augmentation = ClipAugmentation(min_crop=0.25, flip=0, colour=0, still=0)
@@ -329,11 +329,11 @@ def test_crops_keep_their_share_and_lie_anywhere():
         assert 0.5 < height / width < 2
     assert 0.2 < min(areas) < 0.35 and 0.85 < max(areas) < 1.1
     assert min(tops) < 5 and max(tops) > 50
-    whole = ClipAugmentation(min_crop=1, flip=0, colour=0, still=0)(levels, (200, 200), seeded())
-    assert float((whole[0, 0] * 255 - rows).abs().mean()) < 30  # only the aspect ratio is left to vary
+    uncropped = ClipAugmentation(min_crop=1, flip=0, colour=0, still=0)(levels, (200, 200), seeded())
+    assert float((uncropped[0, 0] * 255 - rows).abs().mean()) < 30  # only the aspect ratio varies
 
 
-def test_flips_mirror_and_colours_stay_in_range():
+def test_flips_and_colours_stay_in_range():
     levels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     levels[..., :16] = 200
     shares = [ClipAugmentation(min_crop=1, colour=0, still=0, flip=flip) for flip in (0.0, 1.0)]
@@ -345,7 +345,7 @@ def test_flips_mirror_and_colours_stay_in_range():
     assert min(means) < 0.2 and max(means) > 0.5
 
 
-def test_a_camera_pans_and_zooms_evenly_over_a_still():
+def test_camera_motion_over_a_still_image_is_constant():
     picture = torch.from_numpy(render_demo_clip(2, 240, 320)[0]).permute(2, 0, 1)
     changes = []
     for seed in range(10):
@@ -391,7 +391,7 @@ def test_a_camera_pans_and_zooms_evenly_over_a_still():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*left out")
-def test_impossible_settings_are_refused(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -22,7 +22,7 @@ SMALL = {
     "scales": [16, 32],
     "image_size": 32,
     "max_num_frames": 4,
-    "initializer_range": 0.3,  # so large that a wrong connection shows
+    "initializer_range": 0.3,  # large enough to detect wrong connections
 }
 GRID = GazeGrid([16, 32], 16)
 
@@ -39,7 +39,7 @@ class Fixture:
             self.expected["gaze.num_gazing_each_frame"],
             GazeGrid([16, 32, 64], 16),
         )
-        # (value + mean + 1) / 2 for ImageNet's numbers, which is what the processor does backwards.
+        # The inverse of the processor's normalisation.
         self.std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None] / 2
         self.mean = (torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None] + 1) / 2
         self.pixels = self.expected["video"].double() * self.std + self.mean
@@ -75,7 +75,7 @@ def make_pixels(batch=2, num_frames=4, seed=0) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [[0, 1, 2, 3, 4], [0, 3], [4]], ids=str)
-def test_reconstructions_and_losses_are_the_published_ones(published, published_model, frames):
+def test_reconstructions_and_losses_equal_the_published_ones(published, published_model, frames):
     output = published_model(published.pixels, published.gaze, frames)
     name = "frames_" + "_".join(map(str, frames))
     rebuilt = (output.reconstruction - published.mean) / published.std
@@ -87,7 +87,7 @@ def test_a_published_folder_loads_without_missing_or_unexpected_weights(publishe
     weights = load_file(published.folder / "model.safetensors")
     _, info = GazeVideoMAE.from_pretrained(published.folder, output_loading_info=True)
     assert not any(info.values())
-    # The feature networks of the published loss may lie in the same file; they are not this model's.
+    # The published file may have the feature networks of the loss, which this model ignores.
     save_file({**weights, "dinov2_reg.layernorm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((published.folder / "config.json").read_text())
     _, info = GazeVideoMAE.from_pretrained(tmp_path, output_loading_info=True)
@@ -136,7 +136,7 @@ def published_names_of_full_size() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def test_the_published_names_and_shapes_of_full_size_are_this_models():
+def test_full_size_weights_have_the_published_names_and_shapes():
     with torch.device("meta"):
         model = GazeVideoMAE(GazeVideoMAEConfig())
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == published_names_of_full_size()
@@ -151,7 +151,7 @@ def test_the_fixture_has_the_names_of_full_size(published):
 
 
 def test_full_width_weights_under_published_names_load(tmp_path):
-    # One layer of either side at full width; the others have the same names and shapes.
+    # Encoder and decoder have one layer each at full width; the other layers have the same names and shapes.
     layers = re.compile(r"(layer|decoder_layers)\.(?!0\.)\d+\.")
     names = {key: shape for key, shape in published_names_of_full_size().items() if not layers.search(key)}
     generator = torch.Generator().manual_seed(0)
@@ -187,7 +187,7 @@ def test_padding_changes_nothing(model):
 
 
 @torch.no_grad()
-def test_only_gazed_patches_and_no_later_frames_are_seen(model):
+def test_tokens_attend_only_to_gazed_patches_of_no_later_frames(model):
     pixels = make_pixels(batch=1)
     masks = [torch.zeros(1, 4, n, dtype=torch.bool) for n in GRID.num_patches_each_scale]
     masks[1][:, :, 0] = True  # the upper left corner of every frame
@@ -203,7 +203,7 @@ def test_only_gazed_patches_and_no_later_frames_are_seen(model):
 
 
 @torch.no_grad()
-def test_frames_come_in_the_order_asked_for(model):
+def test_frames_have_the_requested_order(model):
     pixels, gaze = make_pixels(), make_gaze()
     one = model(pixels, gaze, frames=[1, 3])
     other = model(pixels, gaze, frames=[3, 1, 3])
@@ -212,17 +212,17 @@ def test_frames_come_in_the_order_asked_for(model):
 
 
 @torch.no_grad()
-def test_eager_attention_gives_what_sdpa_gives(model):
+def test_eager_attention_equals_sdpa(model):
     eager = GazeVideoMAE._from_config(GazeVideoMAEConfig(**SMALL), attn_implementation="eager").double().eval()
     eager.load_state_dict(model.state_dict())
     pixels, gaze = make_pixels(), make_gaze()
     assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
-    # Eager attention of the library takes its softmax in float32.
+    # The eager attention of transformers computes its softmax in float32.
     expected = model(pixels, gaze).reconstruction
     torch.testing.assert_close(eager(pixels, gaze).reconstruction, expected, atol=1e-5, rtol=0)
 
 
-def test_the_loss_is_what_the_call_says_and_gradients_reach_every_weight(model):
+def test_the_loss_is_that_of_the_call_and_gradients_reach_every_weight(model):
     pixels, gaze = make_pixels(), make_gaze()
     output = model(pixels, gaze, loss=L1Loss())
     expected = (output.reconstruction - pixels).abs().mean((2, 3, 4))
@@ -234,12 +234,12 @@ def test_the_loss_is_what_the_call_says_and_gradients_reach_every_weight(model):
     model.zero_grad()
 
 
-def test_fresh_weights_have_sincos_positions():
+def test_new_weights_have_sincos_positions():
     torch.manual_seed(0)
     model = GazeVideoMAE(GazeVideoMAEConfig(**SMALL))
     positions = model.vit.embeddings.position_embeddings
     assert not positions.requires_grad and (positions[0, 0] == 0).all()
-    # Patch 1 lies at column 1, row 0; the slowest of the four waves has the frequency 1/1000.
+    # Patch 1 is at column 1 and row 0; the lowest of the four frequencies is 1/1000.
     wave = torch.tensor([1, 0.1, 0.01, 0.001], dtype=torch.float64)
     expected = torch.cat([wave.sin(), wave.cos(), torch.zeros(4), torch.ones(4)]).float()
     torch.testing.assert_close(positions[0, 2].detach(), expected)
@@ -254,7 +254,7 @@ def test_fresh_weights_have_sincos_positions():
         ({"scales": "16+40"}, r"`scales\[1\]` must be a positive multiple of the patch size 16, got 40"),
     ],
 )
-def test_configurations_that_were_never_published_are_refused(options, message):
+def test_unsupported_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GazeVideoMAEConfig(**{**SMALL, **options})
 
@@ -268,6 +268,6 @@ def test_configurations_that_were_never_published_are_refused(options, message):
         (make_pixels(num_frames=5), make_gaze(num_frames=5), {}, r"`pixels` must hold at most 4 frames a clip, got 5"),
     ],
 )
-def test_bad_arguments_are_refused(model, pixels, gaze, options, message):
+def test_invalid_arguments_are_refused(model, pixels, gaze, options, message):
     with pytest.raises(ValueError, match=message):
         model(pixels, gaze, **options)

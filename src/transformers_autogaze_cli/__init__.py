@@ -1,8 +1,8 @@
 """
-The command line, `autogaze`: which commands there are, and what went wrong.
+The command line, `autogaze`: its commands and their errors.
 
-Importing `transformers_autogaze` loads torch and transformers. This package lies beside it, so that help is there at once: what
-a command needs is loaded when it is named.
+It is a package of its own, since importing `transformers_autogaze` loads torch and transformers. Help is therefore fast: only the
+module of the given command is imported.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "distill": ("distill a selector from any vision encoder", "transformers_autogaze.cli.distill"),
 }
-"""What each command does, and the module whose `add_commands` adds it to the command line."""
+"""Help text of each command, and the module whose `add_commands` adds it to the parser."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`Sequence[str]`, *optional*): the arguments, those of the process by default.
 
     Returns:
-        `int`: exit status; 0 when all went well, 2 when the input was at fault.
+        `int`: exit status, 0 for success and 2 for invalid input.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_error(error: object) -> None:
-    """Says what is at fault, as all commands do."""
+    """Prints an error in the format of all commands."""
     print(f"autogaze: error: {error}", file=sys.stderr)
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """Makes the parser of a command; all others are only named."""
+    """Makes the parser, with the arguments of the given command only."""
     parser = _Parser(prog="autogaze", description="Keep the patches of a video that matter.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -1,9 +1,9 @@
-"""The arguments of `autogaze app`; the page itself is in `transformers_autogaze.app`."""
+"""The arguments of `autogaze app`, which `transformers_autogaze.app` implements."""
 
 import argparse
 from typing import Any
 
-from .arguments import a_count, a_name, add_command, add_device
+from .arguments import add_command, add_device, nonempty_string, positive_integer
 
 
 def add_commands(commands: Any) -> None:
@@ -11,12 +11,15 @@ def add_commands(commands: Any) -> None:
     app = add_command(commands, "app", usage="autogaze app [options]")
     app.add_argument(
         "--host",
-        type=a_name,
+        type=nonempty_string,
         metavar="HOST",
-        help="address to listen at (default: 127.0.0.1, which only this machine can reach)",
+        help="address to listen on (default: 127.0.0.1, which only this machine can reach)",
     )
     app.add_argument(
-        "--port", type=a_count, metavar="PORT", help="port to listen at (default: the first free one from 7860 on)"
+        "--port",
+        type=positive_integer,
+        metavar="PORT",
+        help="port to listen on (default: the first free one from 7860 on)",
     )
     add_device(app)
     app.set_defaults(run=_run)

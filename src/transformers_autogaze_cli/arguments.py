@@ -1,4 +1,4 @@
-"""Commands and the arguments that several of them have, spelled and checked alike."""
+"""Types of arguments, and arguments that several commands share."""
 
 import argparse
 import math
@@ -9,25 +9,25 @@ from . import COMMANDS
 
 
 def add_command(commands: Any, name: str, more: str = "", **options: Any) -> argparse.ArgumentParser:
-    """Adds one of `COMMANDS`; its description is the text there, followed by `more`."""
+    """Adds one of `COMMANDS`; its description is the help text, followed by `more`."""
     text = COMMANDS[name][0]
     return commands.add_parser(name, description=f"{text[0].upper()}{text[1:]}.{more}", **options)
 
 
-def a_name(text: str) -> str:
-    """Takes a name that is not empty."""
+def nonempty_string(text: str) -> str:
+    """Checks that a string is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
     return text
 
 
-def a_path(text: str) -> Path:
-    """Takes a path that is not empty, which would stand for the folder that the command runs in."""
-    return Path(a_name(text))
+def nonempty_path(text: str) -> Path:
+    """Converts a string to a path; an empty one, which would be the current folder, is an error."""
+    return Path(nonempty_string(text))
 
 
-def a_number(text: str) -> float:
-    """Takes a finite number."""
+def finite_number(text: str) -> float:
+    """Converts a string to a finite number."""
     try:
         number = float(text)
     except ValueError:
@@ -37,23 +37,23 @@ def a_number(text: str) -> float:
     return number
 
 
-def a_count(text: str) -> int:
-    """Takes a whole number of at least 1."""
+def positive_integer(text: str) -> int:
+    """Converts a string to a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def add_output(parser: Any, metavar: str = "OUT", what: str = "folder to write to") -> None:
-    """Adds where to write."""
-    parser.add_argument("-o", "--output", type=a_path, required=True, metavar=metavar, help=what)
+    """Adds the argument of the output."""
+    parser.add_argument("-o", "--output", type=nonempty_path, required=True, metavar=metavar, help=what)
 
 
 def add_device(parser: Any) -> None:
-    """Adds where to compute."""
+    """Adds the argument of the device."""
     parser.add_argument(
         "--device",
-        type=a_name,
+        type=nonempty_string,
         metavar="DEVICE",
-        help="where to compute; if not given, on cuda where there is one, or else on the cpu",
+        help="device to compute on; if not given, cuda if it is available, or else cpu",
     )

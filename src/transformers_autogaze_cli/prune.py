@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .arguments import a_count, a_name, a_number, add_command, add_device, add_output
+from .arguments import add_command, add_device, add_output, finite_number, nonempty_string, positive_integer
 
 
 SELECTORS = ("features", "finest", "greedy", "autogaze")
@@ -16,7 +16,7 @@ def add_commands(commands: Any) -> None:
     prune.add_argument(
         "videos",
         nargs="+",
-        type=a_name,
+        type=nonempty_string,
         metavar="VIDEO",
         help="path or http(s) URL of a video, or a folder of videos; with several videos, each gets its own folder in OUT",
     )
@@ -32,7 +32,7 @@ def _add_command(commands: Any, name: str, usage: str) -> argparse.ArgumentParse
     command.add_argument(
         "--timeline",
         action="store_true",
-        help="draw a timeline below the overlay and the contact sheet: number of patches of every frame, and scene cuts",
+        help="draw a timeline of the patches of every frame and of scene cuts below the overlay and the contact sheet",
     )
     add_device(command)
     add_selector(command.add_argument_group("selector"))
@@ -47,11 +47,11 @@ def add_selector(group: Any) -> None:
     group.add_argument(
         "--selector",
         choices=SELECTORS,
-        help="the selector distilled from DINOv2's features (features, the default), greedy search on pixels of the finest "
-        "scale or of the four published ones, or the published AutoGaze weights, fetched from the Hub (no commercial use)",
+        help="features (default): distilled from DINOv2; finest: greedy search on pixels of the finest scale; greedy: the same "
+        "on the four published scales; autogaze: the published weights, from the Hub (no commercial use)",
     )
     group.add_argument(
-        "--model", type=a_name, metavar="DIR", help="checkpoint of a gaze model, a folder or a Hub repository"
+        "--model", type=nonempty_string, metavar="DIR", help="checkpoint of a gaze model, a folder or a Hub repository"
     )
 
 
@@ -60,30 +60,30 @@ def add_budgets(group: Any) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
         "--clip-ratio",
-        type=a_number,
+        type=finite_number,
         metavar="R",
-        help="share of a dense encoder's tokens to keep of the whole video, 0..1, spent where they gain most (default: "
-        "0.25 for the default selector)",
+        help="tokens of the whole video to keep, as a share of a dense encoder's, 0..1, allocated where they gain most "
+        "(default: 0.25 for the default selector)",
     )
     budget.add_argument(
         "--tokens-per-second",
-        type=a_number,
+        type=finite_number,
         metavar="N",
         help="tokens to keep per second of video, on average over any ten seconds",
     )
     budget.add_argument(
         "--gazing-ratio",
-        type=a_number,
+        type=finite_number,
         metavar="R",
-        help="share of patches to keep of every frame at most, 0..1 (default: 0.75 for --selector greedy and autogaze)",
+        help="maximum share of patches to keep of every frame, 0..1 (default: 0.75 for --selector greedy and autogaze)",
     )
     group.add_argument(
         "--task-loss-requirement",
-        type=a_number,
+        type=finite_number,
         metavar="L",
-        help="loss at which a frame is good enough: for the default selector the share of the encoder's feature variance that it "
-        "may lose, 0..1; for those on pixels 0.7 is 26 dB (default: 0.7 for --selector greedy and autogaze, none with any of the "
-        "options above)",
+        help="threshold of the loss at which a frame ends: for the default selector the share of the encoder's feature variance "
+        "that a frame may lose, 0..1; for selectors on pixels (40 - PSNR) / 20, so that 0.7 is 26 dB (default: 0.7 for "
+        "--selector greedy and autogaze, none with any of the options above)",
     )
 
 
@@ -91,19 +91,19 @@ def add_frames(group: Any) -> None:
     """Adds the choice of frames and tiles."""
     frames = group.add_mutually_exclusive_group()
     frames.add_argument(
-        "--num-frames", type=a_count, metavar="N", help="how many frames to take, evenly (default: all)"
+        "--num-frames", type=positive_integer, metavar="N", help="frames to sample evenly (default: all)"
     )
-    frames.add_argument("--fps", type=a_number, metavar="F", help="how many frames to take per second")
+    frames.add_argument("--fps", type=finite_number, metavar="F", help="frames to sample per second")
     group.add_argument(
         "--tiles",
         choices=["whole", "grid", "native"],
         default="whole",
-        help="gaze at whole frames, resized (default); at tiles of frames resized to a grid of them that fits their "
-        "aspect ratio; or at tiles of frames as large as they are",
+        help="process whole resized frames (default), tiles of frames that are resized to a grid of tiles of about their "
+        "aspect ratio, or tiles of frames at their native size",
     )
     group.add_argument(
         "--max-tiles",
-        type=a_count,
+        type=positive_integer,
         metavar="N",
         help="maximum number of tiles of a frame, for --tiles grid (default: 48)",
     )

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from .arguments import a_count, a_name, a_number, a_path, add_command
+from .arguments import add_command, finite_number, nonempty_path, nonempty_string, positive_integer
 from .prune import SELECTORS, add_budgets, add_frames, add_selector, check_frames
 
 
@@ -19,14 +19,14 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument(
         "source",
-        type=a_name,
+        type=nonempty_string,
         metavar="INPUT",
         help="folder of videos, pattern such as 'clips/*.mp4', .txt list of paths or URLs, or .parquet or .lance table; a local "
-        "path or a URL that fsspec opens, such as s3://, gs:// or hf://",
+        "path or a URL that fsspec supports, such as s3://, gs:// or hf://",
     )
     command.add_argument(
         "output",
-        type=a_path,
+        type=nonempty_path,
         metavar="OUTPUT",
         help="folder to write to, on a file system that all machines of the cluster share",
     )
@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
         "--patches", action="store_true", help="also write the pixels of kept patches, in WebDataset tars"
     )
     command.add_argument(
-        "--psnr", action="store_true", help="rebuild the frames from the kept patches and measure their PSNR"
+        "--psnr", action="store_true", help="reconstruct the frames from the kept patches and measure their PSNR"
     )
     _add_tables(command.add_argument_group("tables"))
     _add_workers(command.add_argument_group("execution"))
@@ -47,36 +47,40 @@ def add_commands(commands: Any) -> None:
 def _add_tables(group: Any) -> None:
     group.add_argument(
         "--video-column",
-        type=a_name,
+        type=nonempty_string,
         default="video",
         metavar="NAME",
         help="column with paths, URLs or encoded bytes of videos (default: video)",
     )
     group.add_argument(
         "--id-column",
-        type=a_name,
+        type=nonempty_string,
         metavar="NAME",
-        help="column with a unique name for each video (default: the path or URL, or the table and the number of the row)",
+        help="column with a unique name for each video (default: the path or URL, or the table and the row number)",
     )
 
 
 def _add_workers(group: Any) -> None:
     group.add_argument(
         "--workers",
-        type=a_count,
+        type=positive_integer,
         metavar="N",
-        help="number of videos that are pruned in parallel (default: all cores but one, or with --gpus-per-worker as many as fit on "
-        "the GPUs)",
+        help="number of videos that are pruned in parallel (default: all cores but one, or with --gpus-per-worker as many as the "
+        "GPUs allow)",
     )
     group.add_argument(
         "--gpus-per-worker",
-        type=a_number,
+        type=finite_number,
         default=0,
         metavar="F",
         help="share of a GPU for each worker, such as 0.25 (default: 0, compute on the CPU)",
     )
     group.add_argument(
-        "--rows-per-shard", type=a_count, default=1024, metavar="N", help="number of videos of a shard (default: 1024)"
+        "--rows-per-shard",
+        type=positive_integer,
+        default=1024,
+        metavar="N",
+        help="number of videos of a shard (default: 1024)",
     )
 
 
@@ -84,13 +88,13 @@ def _run(options: argparse.Namespace) -> int:
     from transformers_autogaze.dataset_pruning import PruneSettings, prune_dataset
 
     check_frames(options)
-    known = {
+    values = {
         **vars(options),
         "selector": options.model or options.selector or SELECTORS[0],
         "measures_quality": options.psnr,
         "keeps_patches": options.patches,
     }
-    settings = PruneSettings(**{field.name: known[field.name] for field in fields(PruneSettings)})
+    settings = PruneSettings(**{field.name: values[field.name] for field in fields(PruneSettings)})
     summary = prune_dataset(
         options.source,
         options.output,

@@ -1,7 +1,7 @@
 """
-The commands of `autogaze`: what each computes, and the options of those that need the library to name them.
+The implementations of the `autogaze` commands, and the arguments of those whose arguments need the library.
 
-`transformers_autogaze_cli` names all commands and loads nothing heavy.
+`transformers_autogaze_cli` lists all commands without importing the library.
 """
 
 from transformers_autogaze_cli import main

@@ -1,4 +1,4 @@
-"""Dataclasses of settings on the command line: every field is an argument of the same name."""
+"""Dataclasses as command-line arguments: every field is an argument of the same name."""
 
 import argparse
 import dataclasses
@@ -15,23 +15,24 @@ Settings = TypeVar("Settings")
 
 def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
     """
-    Makes a parent parser with one argument for every field of some dataclasses.
+    Makes a parent parser with an argument for every field of the dataclasses.
 
     Fields that a dataclass defines itself come first, in one group for each dataclass; fields inherited from
     [`~transformers.TrainingArguments`] come last.
     """
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - {"output_dir"}
-    own, others = [], []
+    own_groups, inherited_groups = [], []
     for settings in types:
         names = {field.name for field in dataclasses.fields(settings) if field.init}
-        of_trainer = names & inherited if issubclass(settings, TrainingArguments) else set()
-        own.append(_select_fields(settings, names - of_trainer, f"{settings.__name__}, of this package"))
-        others.append(_select_fields(settings, of_trainer, "TrainingArguments, of transformers"))
-    return HfArgumentParser([made for made in (*own, *others) if dataclasses.fields(made)], add_help=False)
+        inherited_names = names & inherited if issubclass(settings, TrainingArguments) else set()
+        own_groups.append(_select_fields(settings, names - inherited_names, f"{settings.__name__}, of this package"))
+        inherited_groups.append(_select_fields(settings, inherited_names, "TrainingArguments, of transformers"))
+    groups = [group for group in (*own_groups, *inherited_groups) if dataclasses.fields(group)]
+    return HfArgumentParser(groups, add_help=False)
 
 
 def _select_fields(settings: type, names: Collection[str], title: str) -> type:
-    """Makes a dataclass with some fields of another one; its arguments form a group with a title."""
+    """Makes a dataclass with some fields of another one, whose arguments form a group with a title."""
     hints = get_type_hints(settings)
     fields = []
     for field in dataclasses.fields(settings):
@@ -51,7 +52,7 @@ def from_arguments(settings: type[Settings], options: argparse.Namespace) -> Set
 
 
 def check_output(output: str | None, *inputs: str | None) -> None:
-    """Checks that a checkpoint can be written to a folder, and that the folder is none of the inputs."""
+    """Checks that a checkpoint can be written to a folder, and that the folder is not an input."""
     if not output or not output.strip():
         raise ValueError(f"`--output` must name a folder to write to, got {output!r}")
     check_folder(output)

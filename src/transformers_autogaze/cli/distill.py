@@ -1,14 +1,10 @@
-"""
-The command line of distillation: `autogaze distill`.
-
-A thin layer over `training.distill`: every field of [`DistillationArguments`] is an argument of the same name.
-"""
+"""The command `autogaze distill`, which runs `training.distill`; every field of [`DistillationArguments`] is an argument."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers_autogaze_cli.arguments import a_name, a_path, add_command
+from transformers_autogaze_cli.arguments import add_command, nonempty_path, nonempty_string
 
 from ..hub.checkpoints import check_weights_files
 from ..training.distill import distill
@@ -28,19 +24,19 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument(
         "encoder",
-        type=a_name,
+        type=nonempty_string,
         metavar="ENCODER",
         help="an image tower, a Qwen2.5-VL or a Qwen3-VL: a folder or a Hub repository",
     )
     command.add_argument(
         "inputs",
         nargs="+",
-        type=a_name,
+        type=nonempty_string,
         metavar="VIDEOS_OR_PICTURES",
         help="files, folders or patterns of videos and pictures",
     )
     command.add_argument(
-        "--credits", type=a_path, metavar="FILE", help="text for the card on data and licences, in Markdown"
+        "--credits", type=nonempty_path, metavar="FILE", help="section of the card on data and licences, in Markdown"
     )
     command.set_defaults(run=_distill)
 
@@ -55,4 +51,4 @@ def _distill(options: argparse.Namespace) -> None:
     credits = None if options.credits is None else options.credits.read_text(encoding="utf-8")
     model = distill(options.encoder, options.inputs, args, credits)
     if args.process_index == 0:
-        print(f"written: {args.output_dir}, {model.num_parameters():,} parameters; README.md tells what it is worth")
+        print(f"written: {args.output_dir}, {model.num_parameters():,} parameters; see the results in its README.md")

@@ -1,14 +1,17 @@
-"""
-The options of `autogaze evaluate`, and the choice between its two evaluations.
-
-These are implemented in `evaluate_pixels` and `evaluate_features`.
-"""
+"""The arguments of `autogaze evaluate`, which `evaluate_pixels` and `evaluate_features` implement."""
 
 import argparse
 from fractions import Fraction
 from typing import Any
 
-from transformers_autogaze_cli.arguments import a_count, a_name, a_number, add_command, add_device, add_output
+from transformers_autogaze_cli.arguments import (
+    add_command,
+    add_device,
+    add_output,
+    finite_number,
+    nonempty_string,
+    positive_integer,
+)
 from transformers_autogaze_cli.prune import SELECTORS
 
 from ..evaluation.feature_clips import SAMPLINGS
@@ -31,7 +34,7 @@ _ON_FEATURES = {
     "selector": list(LABELS),
     "dtype": "float32",
 }
-"""Options that only one of the two evaluations has, with their defaults."""
+"""Arguments that only one of the two evaluations has, with their defaults."""
 _PIXEL_THRESHOLDS = [0.7]
 _FILES = ("results.json", "results.md", *(f"{name}.png" for name in (*CURVES, *SAMPLINGS)))
 
@@ -47,65 +50,71 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "inputs",
         nargs="+",
-        type=a_name,
+        type=nonempty_string,
         metavar="[MODEL] VIDEO",
-        help=f"checkpoint of a selector, a folder, a Hub repository or one of {', '.join(SELECTORS)}, and videos to measure "
-        "on; with --encoder, the checkpoint must be a folder or one of these names, and can be left out",
+        help=f"checkpoint of a selector (a folder, a Hub repository or one of {', '.join(SELECTORS)}) and videos; with "
+        "--encoder, the checkpoint must be a folder or one of these names, or is left out",
     )
     add_output(evaluate)
     evaluate.add_argument(
         "--encoder",
-        type=a_name,
+        type=nonempty_string,
         metavar="DIR",
-        help="a vision tower, a folder or a Hub repository: measure what it keeps",
+        help="vision tower, a folder or a Hub repository, whose preserved features are measured",
     )
-    evaluate.add_argument("--num-frames", type=a_count, default=16, metavar="N", help="frames of a clip (default: 16)")
     evaluate.add_argument(
-        "--max-clips", type=a_count, default=4, metavar="N", help="clips of one video at most (default: 4)"
+        "--num-frames", type=positive_integer, default=16, metavar="N", help="frames of a clip (default: 16)"
+    )
+    evaluate.add_argument(
+        "--max-clips",
+        type=positive_integer,
+        default=4,
+        metavar="N",
+        help="maximum number of clips of a video (default: 4)",
     )
     evaluate.add_argument(
         "--task-loss-requirement",
-        type=a_number,
+        type=finite_number,
         nargs="+",
         metavar="L",
-        help="losses at which a frame is good enough: of pixels (default: 0.7) or, with --encoder, the share of the variance "
-        f"of features, 0..1 (default: {' '.join(map(str, THRESHOLDS))}); none where only a ratio is given",
+        help="thresholds of the loss at which a frame ends: of pixels (default: 0.7) or, with --encoder, shares of the variance "
+        f"of features, 0..1 (default: {' '.join(map(str, THRESHOLDS))}); none if only a ratio is given",
     )
     add_device(evaluate)
-    _add_pixel_options(evaluate.add_argument_group("by rebuilt pixels, without --encoder"))
-    _add_feature_options(evaluate.add_argument_group("by what an encoder keeps, with --encoder"))
+    _add_pixel_options(evaluate.add_argument_group("by reconstructions, without --encoder"))
+    _add_feature_options(evaluate.add_argument_group("by preserved features, with --encoder"))
     evaluate.set_defaults(run=_evaluate)
 
 
 def _add_pixel_options(group: Any) -> None:
     group.add_argument(
         "--gazing-ratio",
-        type=a_number,
+        type=finite_number,
         nargs="+",
         metavar="R",
         help="shares of patches to keep of every frame, 0..1 (default: 0.1 0.25, none with --task-loss-requirement alone)",
     )
     group.add_argument(
         "--max-gazing-ratio",
-        type=a_number,
+        type=finite_number,
         metavar="R",
-        help="share of patches to keep at most with --task-loss-requirement (default: 0.75)",
+        help="maximum share of patches to keep with --task-loss-requirement (default: 0.75)",
     )
-    group.add_argument("--batch-size", type=a_count, metavar="N", help="clips to gaze at together (default: 4)")
+    group.add_argument("--batch-size", type=positive_integer, metavar="N", help="clips in a batch (default: 4)")
 
 
 def _add_feature_options(group: Any) -> None:
     group.add_argument(
         "--size",
-        type=a_count,
+        type=positive_integer,
         metavar="PIXELS",
-        help="height and width that the encoder sees frames at (default: 14 of its patches)",
+        help="height and width of the encoder's frames (default: 14 of its patches)",
     )
     group.add_argument(
         "--sampling",
         nargs="+",
         choices=SAMPLINGS,
-        help="frames of clips: consecutive, or spread over the video (default: both)",
+        help="sampling of the frames of clips: consecutive, or spread over the video (default: both)",
     )
     group.add_argument(
         "--clip-ratio",
@@ -115,10 +124,8 @@ def _add_feature_options(group: Any) -> None:
         help=f"shares of a dense encoder's tokens to keep (default: {' '.join(map(fraction, BUDGETS))})",
     )
     group.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="attentions of the encoder (default: all)")
-    group.add_argument("--selector", nargs="+", choices=LABELS, help="what to measure (default: all)")
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="precision that the encoder computes in (default: float32)"
-    )
+    group.add_argument("--selector", nargs="+", choices=LABELS, help="selectors to compare (default: all)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision of the encoder (default: float32)")
 
 
 def _share(text: str) -> float:
@@ -129,7 +136,7 @@ def _share(text: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    ours, others = (_ON_PIXELS, _ON_FEATURES) if options.encoder is None else (_ON_FEATURES, _ON_PIXELS)
+    defaults, others = (_ON_PIXELS, _ON_FEATURES) if options.encoder is None else (_ON_FEATURES, _ON_PIXELS)
     for name in others:
         if getattr(options, name) is not None:
             needs = "needs" if options.encoder is None else "does not go with"
@@ -137,10 +144,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     thresholds, ratio = (_PIXEL_THRESHOLDS, "gazing_ratio") if options.encoder is None else (THRESHOLDS, "clip_ratio")
     if getattr(options, ratio) is None and options.task_loss_requirement is None:
         options.task_loss_requirement = list(thresholds)
-    else:  # Of these two, only the given one is used.
+    else:  # Of budgets and thresholds, only the given ones are used.
         options.task_loss_requirement = options.task_loss_requirement or []
         setattr(options, ratio, getattr(options, ratio) or [])
-    for name, default in ours.items():
+    for name, default in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
     check_folder(options.output)

@@ -1,10 +1,11 @@
-"""The implementation of `autogaze evaluate --encoder`: selectors compared by the encoder features that are preserved."""
+"""The implementation of `autogaze evaluate --encoder`: compares selectors by preserved encoder features."""
 
 import argparse
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -29,65 +30,73 @@ from ..integrations.vision import GazeVisionModel
 def evaluate_on_features(options: argparse.Namespace) -> None:
     """Measures the chosen selectors, reuses earlier results of the same folder, and writes tables and curves."""
     folder, videos = None, options.inputs
-    if os.path.isdir(options.inputs[0]) or (options.inputs[0] in SELECTORS and not os.path.exists(options.inputs[0])):
-        folder, *videos = options.inputs
-    taken = {"num_frames": options.num_frames, "max_clips": options.max_clips}
-    num_clips = count_clips(videos, options.sampling, **taken)
-    wrapped, processor = load_encoder(options.encoder, getattr(torch, options.dtype))
-    tower = wrapped.vision_model
+    if os.path.isdir(videos[0]) or (videos[0] in SELECTORS and not os.path.exists(videos[0])):
+        folder, *videos = videos
+    num_clips = count_clips(videos, options.sampling, options.num_frames, options.max_clips)
+    model, processor = load_encoder(options.encoder, getattr(torch, options.dtype))
+    tower = model.vision_model
     grid = finest_grid(tower, options.size)
-    size, _ = grid.sizes[-1]
-    settings = {
+    settings = _collect_settings(options, tower, folder, videos, grid)
+    results = FeatureResults(options.output / "results.json", settings)
+    comparison = FeatureComparison(
+        tower.to(options.device),
+        processor,
+        _make_selectors(options, tower, grid, folder),
+        grid.sizes[-1][0],
+        options.clip_ratio,
+        options.attention,
+        options.task_loss_requirement,
+        evs=EVS in options.selector,
+    )
+    _measure_clips(options, comparison, results, videos, num_clips)
+    dense_tokens = options.num_frames * grid.num_patches
+    about = {key: value for key, value in settings.items() if value is not None}
+    written = [results.path, *write_feature_report(results.rows, options.output, about, dense_tokens)]
+    print((options.output / "results.md").read_text(encoding="utf-8"))
+    print("written: " + ", ".join(map(str, written)))
+
+
+def _collect_settings(
+    options: argparse.Namespace, tower: torch.nn.Module, folder: str | None, videos: Sequence[str], grid: GazeGrid
+) -> dict[str, Any]:
+    """Returns the settings that all results in a file must share."""
+    return {
         "encoder": Path(options.encoder).name,
         "encoder_weights": _fingerprint(tower),
         "model": None if folder is None else Path(folder).name,
         "model_weights": None if folder is None else _fingerprint(load_selector(folder, argument="MODEL")[0]),
         "features_weights": _fingerprint(load_selector("features", argument="MODEL")[0]),
         "videos": [Path(video).name for video in videos],
-        "size": size,
+        "size": grid.sizes[-1][0],
         "frames_of_a_clip": options.num_frames,
         "clips_of_a_video": options.max_clips,
         "device": str(options.device),
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
     }
-    results = FeatureResults(options.output / "results.json", settings)
-    tower.to(options.device)
-    selectors = _clip_selectors(options, tower, size, grid.patch_size, folder)
-    optional = (EVS, "model-scales", "features-scales")
-    missing = [name for name in options.selector if name not in selectors and name not in optional]
-    if missing and options.selector != list(LABELS):
-        raise ValueError(
-            f'`--selector` cannot be {", ".join(missing)} here: "model" needs a MODEL, and selectors of four scales a size '
-            f"of a multiple of 14 patches, got {size} pixels with patches of {grid.patch_size}"
-        )
-    comparison = FeatureComparison(
-        tower,
-        processor,
-        selectors,
-        size,
-        options.clip_ratio,
-        options.attention,
-        options.task_loss_requirement,
-        evs=EVS in options.selector,
-    )
+
+
+def _measure_clips(
+    options: argparse.Namespace,
+    comparison: FeatureComparison,
+    results: FeatureResults,
+    videos: Sequence[str],
+    num_clips: int,
+) -> None:
+    """Adds the missing statistics and rows to the results, clip by clip."""
 
     def clips(samplings: Sequence[str]) -> Iterator[FeatureClip]:
         for sampling in samplings:
             for video in videos:
-                yield from read_clips(video, size, sampling, **taken)
+                size = comparison.finest.sizes[-1][0]
+                yield from read_clips(video, size, sampling, options.num_frames, options.max_clips)
 
-    if unknown := [sampling for sampling in options.sampling if sampling not in results.statistics]:
-        seen = tqdm(clips(unknown), unit="clip", desc="mean feature")
-        results.add(statistics=comparison.feature_statistics(seen))
+    if missing := [sampling for sampling in options.sampling if sampling not in results.statistics]:
+        progress = tqdm(clips(missing), unit="clip", desc="mean feature")
+        results.add(statistics=comparison.feature_statistics(progress))
     for clip in tqdm(clips(options.sampling), unit="clip", desc="evaluating", total=num_clips):
         if rows := list(comparison.measure(clip, results.statistics[clip.sampling], results.keys)):
             results.add(rows)
-    dense_tokens = options.num_frames * grid.num_patches
-    about = {key: value for key, value in settings.items() if value is not None}
-    written = [results.path, *write_feature_report(results.rows, options.output, about, dense_tokens)]
-    print((options.output / "results.md").read_text(encoding="utf-8"))
-    print("written: " + ", ".join(map(str, written)))
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
@@ -99,40 +108,52 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _clip_selectors(
-    options: argparse.Namespace, tower: torch.nn.Module, size: int, patch_size: int, folder: str | None
+def _make_selectors(
+    options: argparse.Namespace, tower: torch.nn.Module, grid: GazeGrid, folder: str | None
 ) -> dict[str, ClipSelector]:
-    """Makes the chosen selectors, as far as the size allows them, in the order of `LABELS`."""
-    made: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
+    """Makes the chosen selectors that support the size, in the order of `LABELS`; others must not be chosen by name."""
+    (size, _), patch_size = grid.sizes[-1], grid.patch_size
+    selectors: dict[str, ClipSelector] = pixel_clip_selectors(size, patch_size, options.device)
     if folder is not None and {"model", "model-scales"} & {*options.selector}:
-        made |= _model_clip_selectors(folder, size, patch_size, options.device)
+        selectors |= _model_clip_selectors(folder, size, patch_size, options.device)
     if {"features", "features-scales"} & {*options.selector}:
-        found = _model_clip_selectors("features", size, patch_size, options.device)
-        made |= {name.replace("model", "features"): selector for name, selector in found.items()}
-    if "encoder" in options.selector and (grid := scales_of_encoder(size, patch_size)) is not None:
-        made["encoder"] = EncoderClipSelector(GazeVisionModel(tower, grid.scales))
+        for name, selector in _model_clip_selectors("features", size, patch_size, options.device).items():
+            selectors[name.replace("model", "features")] = selector
+    if "encoder" in options.selector and (scales := scales_of_encoder(size, patch_size)) is not None:
+        selectors["encoder"] = EncoderClipSelector(GazeVisionModel(tower, scales.scales))
     if "encoder-finest" in options.selector:
-        made["encoder-finest"] = EncoderClipSelector(GazeVisionModel(tower, [size]))
-    return {name: made[name] for name in LABELS if name in made and name in options.selector}
+        selectors["encoder-finest"] = EncoderClipSelector(GazeVisionModel(tower, [size]))
+    optional = (EVS, "model-scales", "features-scales")
+    missing = [name for name in options.selector if name not in selectors and name not in optional]
+    if missing and options.selector != list(LABELS):
+        raise ValueError(
+            f'`--selector` cannot be {", ".join(missing)} here: "model" needs a MODEL, and selectors of four scales need a size '
+            f"of a multiple of 14 patches, got {size} pixels with patches of {patch_size}"
+        )
+    return {name: selectors[name] for name in LABELS if name in selectors and name in options.selector}
 
 
 def _model_clip_selectors(folder: str, size: int, patch_size: int, device: torch.device) -> dict[str, ClipSelector]:
     """
-    Makes the selectors of one model: `"model"` on its own scales. A model that takes any grid is `"model"` on the finest scale
-    only, and `"model-scales"` on the published scales. Those that the size or the model does not allow are left out.
+    Makes the selectors of one model.
+
+    `"model"` has the scales of the model. For a model that takes any grid, `"model"` has the finest scale only and
+    `"model-scales"` the published scales. Selectors that the size or the model does not support are left out.
     """
     model, processor = load_selector(folder, argument="MODEL")
-    model, own = model.to(device), model.config.grid
-    grids = {"model": scales_of_encoder(size, patch_size, own)}
+    model, own_grid = model.to(device), model.config.grid
+    grids = {"model": scales_of_encoder(size, patch_size, own_grid)}
     if model.takes_any_grid:
         grids = {"model": GazeGrid([size], patch_size), "model-scales": scales_of_encoder(size, patch_size)}
-    made: dict[str, ClipSelector] = {}
+    selectors: dict[str, ClipSelector] = {}
     for name, grid in grids.items():
         if grid is None:
             continue
         try:
-            model.for_grid(grid if model.takes_any_grid else own)
+            model.for_grid(grid if model.takes_any_grid else own_grid)
         except ValueError:
             continue  # The model has other scales.
-        made[name] = PixelClipSelector(model, grid, processor.video_processor, published_way=not model.takes_any_grid)
-    return made
+        selectors[name] = PixelClipSelector(
+            model, grid, processor.video_processor, published_way=not model.takes_any_grid
+        )
+    return selectors

@@ -1,4 +1,4 @@
-"""The implementation of `autogaze evaluate` without `--encoder`: selectors compared by the PSNR of rebuilt frames."""
+"""The implementation of `autogaze evaluate` without `--encoder`: compares selectors by their reconstructions."""
 
 import argparse
 from pathlib import Path

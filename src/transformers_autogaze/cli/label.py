@@ -1,9 +1,16 @@
-"""The command `autogaze label`, a thin layer over `training.labels`."""
+"""The command `autogaze label`, which runs `training.labels`."""
 
 import argparse
 from typing import Any
 
-from transformers_autogaze_cli.arguments import a_count, a_number, a_path, add_command, add_device, add_output
+from transformers_autogaze_cli.arguments import (
+    add_command,
+    add_device,
+    add_output,
+    finite_number,
+    nonempty_path,
+    positive_integer,
+)
 
 from ..configuration_autogaze import AutoGazeConfig
 from ..hub.checkpoints import check_device
@@ -21,15 +28,21 @@ def add_commands(commands: Any) -> None:
         parents=[task_arguments()],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    label.add_argument("videos", type=a_path, metavar="VIDEOS", help="folder of videos")
+    label.add_argument("videos", type=nonempty_path, metavar="VIDEOS", help="folder of videos")
     add_output(label, "FILE", "JSON file to write")
-    label.add_argument("--num-frames", type=a_count, default=16, metavar="N", help="frames to take of each video")
     label.add_argument(
-        "--gazing-ratio", type=a_number, default=0.1, metavar="R", help="share of patches to choose, 0..1"
+        "--num-frames", type=positive_integer, default=16, metavar="N", help="frames to sample of each video"
     )
-    label.add_argument("--task-loss-requirement", type=a_number, metavar="L", help="loss at which a frame is done")
-    label.add_argument("--shard", default="1/1", metavar="I/N", help="label only the I-th of N parts of the videos")
-    label.add_argument("--batch-size", type=a_count, default=8, metavar="N", help="clips to search together")
+    label.add_argument(
+        "--gazing-ratio",
+        type=finite_number,
+        default=0.1,
+        metavar="R",
+        help="maximum share of patches to choose of every frame, 0..1",
+    )
+    label.add_argument("--task-loss-requirement", type=finite_number, metavar="L", help="loss at which a frame ends")
+    label.add_argument("--shard", default="1/1", metavar="I/N", help="label only shard I of N shards of the videos")
+    label.add_argument("--batch-size", type=positive_integer, default=8, metavar="N", help="clips in a batch")
     label.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode")
     add_device(label)
     label.set_defaults(run=_label)

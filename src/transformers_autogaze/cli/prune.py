@@ -1,4 +1,4 @@
-"""The implementation of `autogaze prune` and `autogaze demo`: runs [`prune_video`] on each video and prints a short table."""
+"""The implementation of `autogaze prune` and `autogaze demo`: runs [`prune_video`] on each video and prints a table."""
 
 import argparse
 import os
@@ -34,7 +34,7 @@ def demo(options: argparse.Namespace) -> int:
     """Runs `autogaze demo`."""
     check_folder(options.output)
     with tempfile.TemporaryDirectory() as folder:
-        # The clip itself is the left third of the overlay; a file of its own could replace one of the user's.
+        # The clip is not kept, since it is part of the overlay and could replace a file of the user.
         options.videos = [str(write_video(Path(folder) / "demo.mp4", render_demo_clip(), fps=15))]
         options.num_frames = options.fps = options.max_tiles = None
         options.tiles = "whole"
@@ -54,14 +54,14 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
     """
     check_frames(options)
     videos = _name_videos(options.videos)
-    is_alone = len(videos) == 1
-    folders = [options.output if is_alone else options.output / name for name in videos.values()]
+    is_single = len(videos) == 1
+    folders = [options.output if is_single else options.output / name for name in videos.values()]
     for folder in folders:
         check_folder(folder)
         check_not_inputs([folder / name for name in FILES], videos)
     device = check_device(options.device)
     # Errors of a single video are reported before the selector is loaded.
-    opened = _open(*videos, options) if is_alone else None
+    opened = _open(*videos, options) if is_single else None
     name = options.model or options.selector or SELECTORS[0]
     loaded = load_selector(name, device=device)
     status = 0
@@ -69,9 +69,9 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
         try:
             _prune_video(_open(video, options) if opened is None else opened, loaded, options, name, title, folder)
         except (OSError, ValueError) as error:
-            if is_alone:
+            if is_single:
                 raise
-            print_error(f"{_short(title)}: {error}")
+            print_error(f"{_shorten(title)}: {error}")
             status = 2
     return status
 
@@ -102,7 +102,7 @@ def _prune_video(
 
 
 def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
-    """Finds the videos, and a unique name for each, as a dictionary from paths or URLs to names."""
+    """Finds the videos and returns a unique name for each path or URL."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for item in inputs:
@@ -115,7 +115,7 @@ def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
             paths = [path for path in map(Path, find_videos(Path(item))) if not _is_overlay(path)]
             if not paths:
                 raise ValueError(
-                    f"VIDEO folder {item!r} must hold videos beside those that an earlier run wrote, found none"
+                    f"VIDEO folder {item!r} must hold videos other than those that an earlier run wrote, found none"
                 )
             found = {str(path): str(path.relative_to(item).with_suffix("")) for path in paths}
         else:
@@ -124,8 +124,8 @@ def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
         for video, name in found.items():
             if video in names:
                 continue
-            places = chain([name], (f"{name}-{number}" for number in count(2)))
-            names[video] = next(place for place in places if place not in taken)
+            candidates = chain([name], (f"{name}-{number}" for number in count(2)))
+            names[video] = next(candidate for candidate in candidates if candidate not in taken)
             taken.add(names[video])
     return names
 
@@ -139,7 +139,7 @@ def _open(video: str, options: argparse.Namespace) -> OpenedVideo:
     return OpenedVideo(video, num_frames=options.num_frames, fps=options.fps)
 
 
-def _short(title: str) -> str:
+def _shorten(title: str) -> str:
     return title if len(title) <= _MAX_NAME else f"{title[:_MAX_NAME]}.."
 
 
@@ -152,11 +152,11 @@ def _print_table(pruning: VideoPruning, seconds: float, written: Sequence[Path])
     tokens = f"{factor:.1f}x fewer than the {round(factor * kept)} of a dense encoder" if factor else "none"
     device = pruning.selector.device
     rows = {
-        "video": f"{Path(_short(pruning.title)).name}, {count} frames of {metadata.width}x{metadata.height}",
+        "video": f"{Path(_shorten(pruning.title)).name}, {count} frames of {metadata.width}x{metadata.height}",
         "selector": f"{pruning.selector_name}, {settings}",
         "patches kept": f"{kept}, {kept / count:.1f} a frame ({scales})",
         "tokens": tokens,
-        "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches alone",
+        "reconstruction": f"{statistics['psnr']:.1f} dB PSNR from the kept patches",
         "time": f"{seconds:.2f} s, {count / seconds:.0f} frames/s on {device}, from decoding to drawing",
         "written": ", ".join(map(str, written)),
     }

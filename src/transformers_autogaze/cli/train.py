@@ -1,8 +1,4 @@
-"""
-The commands `autogaze train` and `autogaze train-grpo`.
-
-A thin layer over `training`: every field of its dataclasses is an argument of the same name.
-"""
+"""The commands `autogaze train` and `autogaze train-grpo`, which run `training`; every field of its dataclasses is an argument."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer, set_seed
 
-from transformers_autogaze_cli.arguments import a_path, add_command
+from transformers_autogaze_cli.arguments import add_command, nonempty_path
 
 from ..configuration_autogaze import AutoGazeConfig
 from ..hub.checkpoints import load_selector
@@ -44,14 +40,14 @@ def add_commands(commands: Any) -> None:
         type=int,
         default=10,
         metavar="K",
-        help="patches that a new model proposes per decoding step",
+        help="patches that a new model predicts per decoding step",
     )
     train.add_argument(
         "--labels",
         nargs="+",
-        type=a_path,
+        type=nonempty_path,
         metavar="FILE",
-        help="label files of the videos to train on; by default random clips are labelled during training",
+        help="label files of the training videos; by default random clips are labelled during training",
     )
     train.set_defaults(run=_train)
 
@@ -66,14 +62,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _check_start(options: argparse.Namespace) -> None:
-    """Checks the checkpoints to start from and the folder to write to."""
+    """Checks the initial checkpoint and the output folder."""
     check_output(options.output_dir, options.model)
     if options.resume_from_checkpoint is not None:
         load_selector(options.resume_from_checkpoint, [AutoGazeConfig], "--resume-from-checkpoint")
 
 
 def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None:
-    """Trains, writes the model with its card, and prints the folder."""
+    """Trains, saves the model with its card, and prints the folder."""
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -1,9 +1,9 @@
-"""The inputs of the training commands (model, task and clips): their arguments, and how they are loaded."""
+"""The inputs of the training commands: arguments and loading of the model, the task and the clips."""
 
 import argparse
 from typing import Any
 
-from transformers_autogaze_cli.arguments import a_count, a_name, a_path
+from transformers_autogaze_cli.arguments import nonempty_path, nonempty_string, positive_integer
 
 from .. import FEATURES_SELECTOR
 from ..configuration_autogaze import AutoGazeConfig
@@ -20,14 +20,14 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 def clip_arguments() -> argparse.ArgumentParser:
-    """Makes a parent parser with the arguments of the model to train and of the clips to train on."""
+    """Makes a parent parser with the arguments of the model and of the training clips."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("videos", type=a_path, metavar="VIDEOS", help="folder of videos to train on")
-    parser.add_argument("--eval-videos", type=a_path, metavar="DIR", help="folder of videos to evaluate on")
+    parser.add_argument("videos", type=nonempty_path, metavar="VIDEOS", help="folder of videos to train on")
+    parser.add_argument("--eval-videos", type=nonempty_path, metavar="DIR", help="folder of videos to evaluate on")
     parser.add_argument(
-        "--model", type=a_name, metavar="DIR", help="checkpoint to start from; a new model if not given"
+        "--model", type=nonempty_string, metavar="DIR", help="checkpoint to start from; a new model if not given"
     )
-    parser.add_argument("--num-frames", type=a_count, default=16, metavar="N", help="frames of a clip")
+    parser.add_argument("--num-frames", type=positive_integer, default=16, metavar="N", help="frames of a clip")
     parser.add_argument(
         "--max-stride", type=int, default=4, metavar="N", help="largest distance between the frames of a clip"
     )
@@ -43,21 +43,21 @@ def task_arguments() -> argparse.ArgumentParser:
         "--task",
         choices=["pixels", "features"],
         default="pixels",
-        help="loss that patches are chosen by: of rebuilt pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
+        help="loss that patches minimise: of reconstructed pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
         "their variance that a frame loses, 0..1",
     )
     parser.add_argument(
         "--feature-model",
-        type=a_name,
+        type=nonempty_string,
         metavar="DIR",
-        help="with --task features, the selector distilled from the encoder; if not given, the one from DINOv2 that comes "
-        "with the package",
+        help="selector distilled from the encoder, for --task features; if not given, the package's selector distilled from "
+        "DINOv2",
     )
     return parser
 
 
 def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
-    """Makes the task that the arguments name."""
+    """Makes the task of the arguments."""
     if options.task == "pixels":
         if options.feature_model is not None:
             raise ValueError(f"`--feature-model` needs `--task features`, got {options.feature_model!r}")
@@ -67,7 +67,7 @@ def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
 
 
 def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeModel, AutoGazeVideoProcessor]:
-    """Loads the model that training starts from, in float32, and its video processor, or makes new ones."""
+    """Loads the initial model in float32 and its video processor, or makes new ones."""
     if options.model is None:
         return AutoGazeModel(AutoGazeConfig(**config)), AutoGazeVideoProcessor()
     model, processor = load_selector(options.model, [AutoGazeConfig])
@@ -83,7 +83,7 @@ def load_clips(
     task: GazeTask | None = None,
     labels: dict[str, ClipLabels] | None = None,
 ) -> dict[str, GazeClipDataset | None]:
-    """Makes the datasets that the arguments name: random clips, or those that have labels; whole frames to evaluate on."""
+    """Makes the datasets of the arguments: random or labelled clips for training, and clips of whole frames for evaluation."""
     shared = {
         "config": model.config,
         "num_frames": options.num_frames,

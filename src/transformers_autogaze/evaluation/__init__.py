@@ -1,11 +1,11 @@
 """
-How good gazes are: measures, the selectors to compare with, and the comparison itself.
+Evaluation of selectors: measures, baselines and comparisons.
 
-By rebuilt pixels: `comparison` measures selectors on clips; `selectors` holds the rules a model is compared with; `quality`
-the measures of rebuilt frames, which `metrics` offers to `evaluate.load`; `report` writes tables and curves.
+By reconstructions: `comparison` compares selectors on clips, `selectors` has the baselines, `quality` the measures, which
+`metrics` makes available to `evaluate.load`, and `report` writes tables and curves.
 
-By what an encoder keeps: `features` is the measure, `feature_clips` the clips, `feature_selectors` and `encoder_selector`
-what is compared, `feature_comparison` the comparison, `feature_report` its tables and curves.
+By preserved encoder features: `features` has the measures, `feature_clips` the clips, `feature_selectors` and `encoder_selector`
+the selectors, `feature_comparison` the comparison, and `feature_report` writes tables and curves.
 """
 
 from .comparison import EvaluationClips, GazeSetting, SelectorScores, compare_scores, evaluate_selectors, load_clips

@@ -1,8 +1,7 @@
 """
-Measures selectors against each other on clips of video.
+Comparison of selectors on clips of video, by their reconstructions.
 
-This module owns the protocol: which clips, which settings, what is measured and how it is averaged. How measures are
-defined is `quality`'s matter, how they are shown `report`'s.
+This module has the protocol: clips, settings, measures and averages. `quality` defines the measures and `report` writes them.
 """
 
 import os
@@ -28,7 +27,7 @@ class EvaluationClips(NamedTuple):
     Clips to measure selectors on.
 
     Args:
-        names (`list[str]`): name of the video and first frame of each clip.
+        names (`list[str]`): name of the video and index of the first frame, for each clip.
         pixel_values_videos (`torch.FloatTensor` of shape `(clips, frames, 3, height, width)`): normalised frames.
     """
 
@@ -38,11 +37,11 @@ class EvaluationClips(NamedTuple):
 
 class GazeSetting(NamedTuple):
     """
-    How many patches a selector may keep.
+    Budget and threshold of a selector.
 
     Args:
-        gazing_ratio (`float`): share of patches to keep of a frame, at most if there is a threshold.
-        task_loss_requirement (`float`, *optional*): loss at which a frame is good enough.
+        gazing_ratio (`float`): share of the patches of a frame to keep, the maximum if there is a threshold.
+        task_loss_requirement (`float`, *optional*): loss at which a frame ends.
     """
 
     gazing_ratio: float
@@ -50,13 +49,13 @@ class GazeSetting(NamedTuple):
 
 
 PROTOCOL = (GazeSetting(0.10), GazeSetting(0.25), GazeSetting(0.75, 0.7))
-"""The settings that selectors are compared at if nothing else is said."""
+"""The default settings of a comparison."""
 
 
 @dataclass
 class SelectorScores:
     """
-    What one selector reached at one setting; means over all frames of all clips.
+    Scores of one selector at one setting, as means over all frames of all clips.
 
     Args:
         selector (`str`): its name.
@@ -64,16 +63,16 @@ class SelectorScores:
         task_loss (`float`): `(40 - PSNR) / 20` of the closed-form reconstruction.
         psnr, ssim, l1 (`float`): quality of the closed-form reconstruction; PSNR in dB, of pixels in 0..1.
         patches_per_frame (`float`): kept patches.
-        reduction_factor (`float`): patches of the finest scale, all a dense encoder sees, over kept ones.
+        reduction_factor (`float`): patches of the finest scale, which a dense encoder sees, over kept patches.
         predicted_loss_error (`float`, *optional*):
-            Mean absolute difference between the loss that a model predicts after each kept patch and the one measured
-            there, over all kept patches; `None` for selectors that predict nothing.
+            Mean absolute difference between the predicted and the measured loss after each kept patch; `None` for selectors
+            that do not predict losses.
         threshold_share (`float`, *optional*): share of frames whose measured loss meets the threshold, if there is one.
         efficiency (`float`, *optional*):
-            See [`~quality.efficiency`]; without a threshold, where `"greedy"` and `"random"` are measured as well.
+            See [`~quality.efficiency`]; for settings without a threshold, if `"greedy"` and `"random"` are compared as well.
         patches_over_greedy (`float`, *optional*):
-            Kept patches over those of `"greedy"`; with a threshold, where it is measured as well.
-        each_clip (`list[dict]`): for every clip its `name`, `task_loss`, `psnr` and `num_patches`, all frames together.
+            Kept patches over those of `"greedy"`; for settings with a threshold, if it is compared as well.
+        each_clip (`list[dict]`): for every clip its `name`, `task_loss`, `psnr` and total `num_patches`.
         predictions (`list[tuple[float, float]]`): predicted and measured loss after each kept patch.
     """
 
@@ -106,16 +105,16 @@ def load_clips(
 
     Args:
         videos (`Sequence` of `str` or `os.PathLike`): the videos; see [`read_video`].
-        processor (`AutoGazeVideoProcessor`, *optional*): what makes the pixel values; the published one by default.
-        size (`int` or `tuple[int, int]`, *optional*, defaults to 224): height and width in pixels that selectors see.
+        processor (`AutoGazeVideoProcessor`, *optional*): preprocessing, the published one by default.
+        size (`int` or `tuple[int, int]`, *optional*, defaults to 224): height and width of the clips in pixels.
         num_frames (`int`, *optional*, defaults to 16): frames of a clip.
-        max_clips (`int`, *optional*, defaults to 4): clips of one video at most; what is left over is not used.
+        max_clips (`int`, *optional*, defaults to 4): maximum number of clips of a video; remaining frames are not used.
 
     Returns:
         [`EvaluationClips`]
 
     Raises:
-        ValueError: if a video is no video or too short, or a number is below 1.
+        ValueError: if a video cannot be read or is too short, or a number is below 1.
     """
     for name, value in {"num_frames": num_frames, "max_clips": max_clips}.items():
         if value < 1:
@@ -146,25 +145,25 @@ def evaluate_selectors(
     progress: bool = False,
 ) -> list[SelectorScores]:
     """
-    Lets selectors gaze at the same clips and measures what their patches are worth.
+    Runs selectors on the same clips and measures the reconstructions from their patches.
 
-    Every selector must be on the same device and grid. Efficiency needs `"greedy"` and `"random"` among them; see
+    All selectors must have the same device and grid. Efficiency needs `"greedy"` and `"random"` among them; see
     [`~selectors.baseline_selectors`].
 
     Args:
-        selectors (`Mapping` of `str` to [`GazeSelector`]): what to compare, by name.
-        clips ([`EvaluationClips`]): in the selectors' own size; see [`load_clips`].
+        selectors (`Mapping` of `str` to [`GazeSelector`]): selectors to compare, by name.
+        clips ([`EvaluationClips`]): clips in the selectors' size; see [`load_clips`].
         settings (`Sequence[GazeSetting]`, *optional*): by default ratios 0.10 and 0.25, and 0.75 with the threshold 0.7.
-        processor (`AutoGazeVideoProcessor`, *optional*): what made the pixel values; the published one by default.
-        batch_size (`int`, *optional*, defaults to 4): clips that are gazed at together. Changes no result.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a bar.
+        processor (`AutoGazeVideoProcessor`, *optional*): preprocessing of the clips, the published one by default.
+        batch_size (`int`, *optional*, defaults to 4): clips in a batch, which does not change the results.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
     Returns:
-        `list[SelectorScores]`: one per setting and selector, in the order given, settings first.
+        `list[SelectorScores]`: one for each setting and selector, in the order given, settings first.
 
     Raises:
         ValueError: if there is no selector or setting, the selectors differ in their grids, a setting is out of range, or
-            the clips are of another size.
+            the clips have another size.
 
     Example:
 
@@ -192,32 +191,32 @@ def evaluate_selectors(
     with tqdm(total=steps, unit="clip", desc="evaluating", disable=not progress) as bar:
         for setting in settings:
             for name, selector in selectors.items():
-                tally = _Tally(composite)
+                accumulator = _ScoreAccumulator(composite)
                 for values in clips.pixel_values_videos.split(batch_size):
                     values = values.to(getattr(selector, "device", "cpu"))
-                    tally.add(*_gaze(selector, values, setting), processor.to_pixels(values.float()).clamp(0, 1))
+                    accumulator.add(*_gaze(selector, values, setting), processor.to_pixels(values.float()).clamp(0, 1))
                     bar.update(len(values))
-                scores.append(tally.scores(name, setting, clips.names))
+                scores.append(accumulator.scores(name, setting, clips.names))
     compare_scores(scores)
     return scores
 
 
 def compare_scores(scores: Sequence[SelectorScores]) -> None:
     """
-    Fills in what is measured against `"greedy"` and `"random"` at the same setting: `efficiency`, `patches_over_greedy`.
+    Sets the scores relative to `"greedy"` and `"random"` at the same setting: `efficiency` and `patches_over_greedy`.
 
-    [`evaluate_selectors`] does this itself. It is of use to join scores of several calls, so that selectors which do not
-    change are measured but once while a model trains.
+    [`evaluate_selectors`] calls it. It also joins scores of several calls, so that the baselines are measured only once while a
+    model trains.
 
     Args:
-        scores (`Sequence[SelectorScores]`): scores on the same clips, of any settings; they are changed.
+        scores (`Sequence[SelectorScores]`): scores on the same clips, at any settings; they are modified.
     """
     by_name = {(score.selector, score.gazing_ratio, score.task_loss_requirement): score for score in scores}
     for score in scores:
         setting = score.gazing_ratio, score.task_loss_requirement
         greedy, random = by_name.get(("greedy", *setting)), by_name.get(("random", *setting))
         if score.task_loss_requirement is None:
-            # Where even random patches do as well as greedy search, as when all are kept, there is nothing to share out.
+            # Efficiency is not defined if random patches are as good as greedy search, such as when all are kept.
             if greedy is not None and random is not None and greedy.task_loss != random.task_loss:
                 score.efficiency = efficiency(score.task_loss, random.task_loss, greedy.task_loss)
         elif greedy is not None:
@@ -225,8 +224,8 @@ def compare_scores(scores: Sequence[SelectorScores]) -> None:
 
 
 def _gaze(selector: GazeSelector, values: torch.Tensor, setting: GazeSetting) -> tuple[GazeOutput, bool]:
-    """Gazes; tells also whether the losses in the gaze are predictions."""
-    # Only a model predicts its losses; what others give they have measured.
+    """Returns a gaze, and whether its losses are predictions."""
+    # Other selectors measure their losses.
     predicts = isinstance(selector, AutoGazeModel)
     if predicts:
         values = values.to(selector.dtype)
@@ -234,8 +233,8 @@ def _gaze(selector: GazeSelector, values: torch.Tensor, setting: GazeSetting) ->
     return selector.generate(values, **setting._asdict(), **options), predicts
 
 
-class _Tally:
-    """Gathers the measures of one selector at one setting, batch by batch."""
+class _ScoreAccumulator:
+    """Accumulates the measures of one selector at one setting over batches."""
 
     def __init__(self, composite: CompositeReconstruction):
         self.composite = composite
@@ -265,7 +264,7 @@ class _Tally:
         patches = means.pop("num_patches")
         threshold, share, error, predictions = setting.task_loss_requirement, None, None, []
         if threshold is not None:
-            # Selectors that measure stop at the very loss, give or take the rounding of float32.
+            # Selectors that measure their losses stop exactly at the threshold, up to rounding in float32.
             share = float((frames["task_loss"] <= threshold + 1e-4).double().mean())
         if self.predicted:
             predicted, measured = torch.cat(self.predicted), torch.cat(self.measured)

@@ -1,8 +1,7 @@
 """
-Choosing patches by the very features that an encoder makes of them: what a selector could do that foresees features.
+A reference selector that searches on the encoder's own features, as if a network predicted them perfectly.
 
-This module makes a canvas search of an encoder's features. As it runs the whole encoder first, it saves nothing; it is there
-to be compared with.
+It runs the whole encoder before it chooses, so it saves no computation.
 """
 
 import torch
@@ -15,12 +14,12 @@ from .feature_selectors import EVENLY, ClipSelector, EncodedClip, spread_evenly
 
 class EncoderClipSelector(ClipSelector):
     """
-    Keeps the patches whose features are farthest from what stands at their places.
+    Keeps the patches whose features are farthest from those of the canvas at their places.
 
-    What a patch stands for is the feature that the encoder gives it when it sees the whole frame at the scale of the patch.
+    The features of a patch are those of the whole frame, encoded at the scale of the patch.
 
     Args:
-        tower ([`GazeVisionModel`]): the encoder; its scales are those that patches are chosen at.
+        tower ([`GazeVisionModel`]): the encoder, with the scales of the patches to choose from.
     """
 
     def __init__(self, tower: GazeVisionModel):
@@ -29,25 +28,25 @@ class EncoderClipSelector(ClipSelector):
         self._search = FeatureSearch(tower.grid)
 
     def prepare(self, clip: EncodedClip) -> torch.Tensor:
-        frames, layers = clip.encoder_values, []
+        frames, maps = clip.encoder_values, []
         for scale, (rows, cols) in enumerate(self.grid.grids):
             gaze = GazeOutput.full(self.grid, 1, len(frames), scale)
             features = self.tower(frames[None], gaze, attention="frame").last_hidden_state.float()
             features = features.view(len(frames), rows, cols, -1).permute(0, 3, 1, 2)
             for axis, count in ((2, rows), (3, cols)):
                 features = features.repeat_interleave(self._search.cells[axis - 2] // count, dim=axis)
-            layers.append(features)
-        layers = torch.stack(layers, dim=1)
-        layers = layers - layers[:, -1].mean((0, 2, 3))[:, None, None]
-        return (layers / (2 * layers.abs().amax()).clamp(min=1e-12))[None]
+            maps.append(features)
+        maps = torch.stack(maps, dim=1)
+        maps = maps - maps[:, -1].mean((0, 2, 3))[:, None, None]
+        return (maps / (2 * maps.abs().amax()).clamp(min=1e-12))[None]
 
-    def gaze(self, prepared: torch.Tensor, num_tokens: int, spending: str) -> GazeOutput:
-        if spending == EVENLY:
+    def gaze(self, prepared: torch.Tensor, num_tokens: int, allocation: str) -> GazeOutput:
+        if allocation == EVENLY:
             counts = spread_evenly(num_tokens, prepared.shape[1], self.grid.num_patches)
             ids = self._search.search_frames(prepared, counts).ids
         else:
             ids = self._search.search_clip(prepared, torch.tensor([num_tokens])).ids
-        last = self.grid.num_patches
-        kept = torch.zeros(*ids.shape[:2], last + 1, dtype=torch.bool, device=ids.device)
-        kept = kept.scatter_(2, ids.where(ids >= 0, last), True)[..., :-1]
+        padding_id = self.grid.num_patches
+        kept = torch.zeros(*ids.shape[:2], padding_id + 1, dtype=torch.bool, device=ids.device)
+        kept = kept.scatter_(2, ids.where(ids >= 0, padding_id), True)[..., :-1]
         return GazeOutput.from_masks(self.grid.split_by_scale(kept), self.grid)

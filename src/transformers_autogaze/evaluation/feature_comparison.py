@@ -1,8 +1,8 @@
 """
-Measures selectors by what an encoder keeps, clip by clip, over budgets, ways to spend them and attentions.
+Comparison of selectors by the encoder features that are preserved, over clips, budgets, allocations and attentions.
 
-This module owns the protocol and the file of results, from which a run that was stopped goes on. The measure is `features`'
-matter, the selectors `feature_selectors`', tables and curves `feature_report`'s.
+This module has the protocol and the file of results, from which an interrupted run is resumed. `features` defines the measure,
+`feature_selectors` the selectors, and `feature_report` writes tables and curves.
 """
 
 import json
@@ -22,7 +22,7 @@ from ..utils.output_files import replacing
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .feature_clips import FeatureClip
 from .feature_selectors import OVER_TIME, UP_TO_LOSS, ClipSelector, EncodedClip
-from .features import FeatureMeasure, dense_features, keep_dissimilar, lay_features
+from .features import FeatureMeasure, canvas_features, dense_features, keep_dissimilar
 
 
 BUDGETS = (1 / 32, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 3, 1 / 2)
@@ -30,36 +30,36 @@ BUDGETS = (1 / 32, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 3, 1 / 2)
 THRESHOLDS = (0.1, 0.2, 0.3)
 """Shares of the variance of features that a frame may lose."""
 ATTENTIONS = ("frame", "block_causal", "canvas")
-"""Who may see whom in the tower."""
+"""Attentions of the tower; see [`GazeVisionModel`]."""
 WHOLE_TOWER = "whole tower"
-"""Stands for an attention where the tower ran on everything and tokens were dropped afterwards."""
+"""The attention of rows where the tower encodes all patches and tokens are dropped afterwards."""
 EVS = "evs"
-"""Name of dropping tokens afterwards; see [`~features.keep_dissimilar`]."""
+"""Name of the method that drops tokens after the tower; see [`~features.keep_dissimilar`]."""
 
 T = TypeVar("T")
 
 
 class FeatureRow(NamedTuple):
     """
-    What one selector reached on one clip.
+    Result of one selector on one clip.
 
     Args:
         clip, sampling (`str`): the clip; see [`FeatureClip`].
-        selector (`str`): name of what chose.
-        spending (`str`): how tokens were spent; see [`ClipSelector`].
-        budget (`float`): share of a dense encoder's tokens that it was to keep, or the threshold.
-        attention (`str`): that of the tower.
-        tokens (`int`): tokens that it kept.
+        selector (`str`): name of the selector.
+        allocation (`str`): allocation of tokens to frames; see [`ClipSelector`].
+        budget (`float`): share of a dense encoder's tokens to keep, or the threshold.
+        attention (`str`): attention of the tower.
+        tokens (`int`): number of kept tokens.
         cosine, agreement, loss (`float`): see [`~features.FeatureScore`].
         choosing_seconds, tower_seconds (`float`):
-            Time that choosing and encoding took. What looks at the encoder's own features has to run the whole tower
-            before it chooses; for EVS, that is its only run.
+            Times of choosing and of encoding. The first includes a run of the whole tower for selectors that use the encoder's
+            own features; EVS runs the tower only once.
     """
 
     clip: str
     sampling: str
     selector: str
-    spending: str
+    allocation: str
     budget: float
     attention: str
     tokens: int
@@ -71,22 +71,22 @@ class FeatureRow(NamedTuple):
 
     @property
     def key(self) -> tuple[str | float, ...]:
-        """What was measured, without what came out."""
+        """The fields that identify a row."""
         return self[:6]
 
     @property
     def seconds(self) -> float:
-        """Time until a language model could begin."""
+        """Total time before the language model."""
         return self.choosing_seconds + self.tower_seconds
 
 
 class FeatureStatistics(NamedTuple):
     """
-    What scores are measured by.
+    Statistics of dense features that scores are relative to.
 
     Args:
         mean (`list[float]`): the mean dense feature.
-        variance (`float`): mean squared distance of dense features from it.
+        variance (`float`): mean squared distance of dense features from the mean.
     """
 
     mean: list[float]
@@ -95,18 +95,18 @@ class FeatureStatistics(NamedTuple):
 
 class FeatureComparison:
     """
-    Measures selectors on clips by what one encoder keeps.
+    Measures selectors on clips by the features of one encoder that are preserved.
 
     Args:
-        tower (`nn.Module`): an image tower of a known family; see [`GazeVisionModel`].
-        processor ([`AutoGazeVideoProcessor`]): how frames are normalised for it.
-        selectors (`Mapping` of `str` to [`ClipSelector`]): what to compare, by name.
-        size (`int`): height and width in pixels that the tower sees frames at.
+        tower (`nn.Module`): an image tower that [`GazeVisionModel`] supports.
+        processor ([`AutoGazeVideoProcessor`]): normalisation of its frames.
+        selectors (`Mapping` of `str` to [`ClipSelector`]): selectors to compare, by name.
+        size (`int`): height and width of the tower's frames in pixels.
         budgets (`Sequence[float]`, *optional*): shares of a dense encoder's tokens, above 0 and up to 1.
         attentions (`Sequence[str]`, *optional*): attentions to run the tower with.
         thresholds (`Sequence[float]`, *optional*): shares of the variance of features that a frame may lose, 0..1, for
-            selectors that foresee it.
-        evs (`bool`, *optional*, defaults to `True`): whether to measure dropping tokens after the whole tower.
+            selectors that predict this loss.
+        evs (`bool`, *optional*, defaults to `True`): whether to measure EVS, which drops tokens after the tower.
 
     Raises:
         ValueError: if an argument is out of range, or the tower's tokens cover several frames.
@@ -135,7 +135,7 @@ class FeatureComparison:
         self.processor, self.selectors, self.evs = processor, dict(selectors), evs
         self.budgets, self.attentions, self.thresholds = tuple(budgets), tuple(attentions), tuple(thresholds)
         grids = {self.finest, *(selector.grid for selector in self.selectors.values())}
-        # One tower under several grids; its weights are there once.
+        # The models of several grids share the weights of the tower.
         self._towers = {
             grid: GazeVisionModel(tower, grid.scales, attention=self.attentions[0] if self.attentions else "frame")
             for grid in grids
@@ -143,42 +143,42 @@ class FeatureComparison:
 
     @property
     def device(self) -> torch.device:
-        """Where the tower is."""
+        """Device of the tower."""
         return next(self._towers[self.finest].parameters()).device
 
     def num_tokens(self, budget: float, num_frames: int) -> int:
-        """Tokens of a clip that a budget allows, one at least."""
+        """Returns the number of tokens of a clip for a budget, at least one."""
         return max(1, int(budget * num_frames * self.finest.num_patches + 1e-6))
 
-    def wanted(self, clip: FeatureClip) -> list[tuple[str | float, ...]]:
-        """Lists what there is to measure of a clip: the keys of its rows, in order."""
-        at = clip.name, clip.sampling
+    def row_keys(self, clip: FeatureClip) -> list[tuple[str | float, ...]]:
+        """Returns the keys of all rows of a clip, in order."""
+        clip_key = clip.name, clip.sampling
         keys = [
-            (*at, name, spending, budget, attention)
+            (*clip_key, name, allocation, budget, attention)
             for name, selector in self.selectors.items()
-            for spending in selector.spendings
+            for allocation in selector.allocations
             for budget in self.budgets
             for attention in self.attentions
         ]
         keys += [
-            (*at, name, UP_TO_LOSS, threshold, attention)
+            (*clip_key, name, UP_TO_LOSS, threshold, attention)
             for name, selector in self.selectors.items()
-            if selector.takes_loss
+            if selector.takes_threshold
             for threshold in self.thresholds
             for attention in self.attentions
         ]
-        return keys + [(*at, EVS, OVER_TIME, budget, WHOLE_TOWER) for budget in self.budgets if self.evs]
+        return keys + [(*clip_key, EVS, OVER_TIME, budget, WHOLE_TOWER) for budget in self.budgets if self.evs]
 
     @torch.no_grad()
     def feature_statistics(self, clips: Iterable[FeatureClip]) -> dict[str, FeatureStatistics]:
         """
-        Finds the mean dense feature of all clips and the variance around it, which scores are measured by.
+        Computes the mean and variance of the dense features of all clips, which scores are relative to.
 
         Args:
-            clips (`Iterable` of [`FeatureClip`]): the clips, which can come one by one.
+            clips (`Iterable` of [`FeatureClip`]): the clips, which are processed one by one.
 
         Returns:
-            `dict` of [`FeatureStatistics`] by `sampling` of the clips.
+            `dict` of [`FeatureStatistics`] by the `sampling` of the clips.
         """
         moments: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for clip in clips:
@@ -186,8 +186,8 @@ class FeatureComparison:
             dense = dense_features(self._towers[self.finest], values).double()
             moments.setdefault(clip.sampling, []).append((dense.mean((0, 1)), dense.square().sum(-1).mean()))
         statistics = {}
-        for sampling, of_clips in moments.items():
-            mean, square = (torch.stack(moment).mean(0) for moment in zip(*of_clips, strict=True))
+        for sampling, clip_moments in moments.items():
+            mean, square = (torch.stack(moment).mean(0) for moment in zip(*clip_moments, strict=True))
             statistics[sampling] = FeatureStatistics(mean.tolist(), float(square - mean.square().sum()))
         return statistics
 
@@ -205,14 +205,14 @@ class FeatureComparison:
             clip ([`FeatureClip`]): frames of the tower's size.
             statistics ([`FeatureStatistics`], *optional*): see [`~FeatureComparison.feature_statistics`]; the clip's own by
                 default.
-            done (`Collection[tuple]`, *optional*): keys of rows that are there already and need no measuring.
+            done (`Collection[tuple]`, *optional*): keys of rows that were measured before.
 
         Yields:
-            [`FeatureRow`]: the other rows of `wanted`, in order.
+            [`FeatureRow`]: the remaining rows of `row_keys`, in order.
         """
         missing: dict[tuple[str, str, float], list[str]] = {}
-        for *_, name, spending, budget, attention in (key for key in self.wanted(clip) if key not in done):
-            missing.setdefault((name, spending, budget), []).append(attention)
+        for *_, name, allocation, budget, attention in (key for key in self.row_keys(clip) if key not in done):
+            missing.setdefault((name, allocation, budget), []).append(attention)
         if not missing:
             return
         levels = clip.levels.to(device := self.device)
@@ -221,24 +221,24 @@ class FeatureComparison:
         mean, variance = (None, None) if statistics is None else (torch.tensor(statistics.mean), statistics.variance)
         measure = FeatureMeasure(dense, mean, variance)
         prepared: dict[str, tuple[Any, float]] = {}
-        for (name, spending, budget), attentions in missing.items():
-            count, at = self.num_tokens(budget, len(levels)), (clip.name, clip.sampling, name, spending, budget)
-            count = budget if spending == UP_TO_LOSS else count
+        for (name, allocation, budget), attentions in missing.items():
+            key = clip.name, clip.sampling, name, allocation, budget
+            limit = budget if allocation == UP_TO_LOSS else self.num_tokens(budget, len(levels))
             if name == EVS:
-                gaze, seconds = _timed(device, keep_dissimilar, dense, count, self.finest)
+                gaze, seconds = _timed(device, keep_dissimilar, dense, limit, self.finest)
                 kept = dense[gaze.gazing_mask[-1][0]]
-                score = measure(lay_features(kept, gaze, measure.mean))
-                yield FeatureRow(*at, WHOLE_TOWER, len(kept), *score, seconds, dense_seconds)
+                score = measure(canvas_features(kept, gaze, measure.mean))
+                yield FeatureRow(*key, WHOLE_TOWER, len(kept), *score, seconds, dense_seconds)
                 continue
             selector = self.selectors[name]
             if name not in prepared:
                 prepared = {name: _timed(device, selector.prepare, encoded)}
-            gaze, seconds = _timed(device, selector.gaze, prepared[name][0], count, spending)
-            choosing = prepared[name][1] + seconds
+            gaze, seconds = _timed(device, selector.gaze, prepared[name][0], limit, allocation)
+            choosing_seconds = prepared[name][1] + seconds
             for attention in attentions:
                 kept, seconds = _timed(device, self._encode, encoded, gaze, attention)
-                score = measure(lay_features(kept, gaze, measure.mean))
-                yield FeatureRow(*at, attention, len(kept), *score, choosing, seconds)
+                score = measure(canvas_features(kept, gaze, measure.mean))
+                yield FeatureRow(*key, attention, len(kept), *score, choosing_seconds, seconds)
 
     def _encode(self, clip: EncodedClip, gaze: GazeOutput, attention: str) -> torch.Tensor:
         tower = self._towers[gaze.grid]
@@ -248,10 +248,10 @@ class FeatureComparison:
 
 def finest_grid(tower: nn.Module, size: int | None = None) -> GazeGrid:
     """
-    Gives the patches of frames that a tower sees at one size.
+    Returns the grid of a tower's patches at one size.
 
     Args:
-        tower (`nn.Module`): an image tower of a known family; see [`GazeVisionModel`].
+        tower (`nn.Module`): an image tower that [`GazeVisionModel`] supports.
         size (`int`, *optional*): height and width in pixels; 14 patches by default.
 
     Returns:
@@ -264,7 +264,7 @@ def finest_grid(tower: nn.Module, size: int | None = None) -> GazeGrid:
     patch = adapter.patch_embedding.kernel_size[-1]
     if adapter.tubelet_size != 1:
         raise ValueError(
-            f"`encoder` must be a tower of images, whose tokens cover one frame, got {adapter.model_type}, whose tokens "
+            f"`encoder` must be an image tower, whose tokens cover one frame, got {adapter.model_type}, whose tokens "
             f"cover {adapter.tubelet_size}"
         )
     size = 14 * patch if size is None else size
@@ -275,14 +275,14 @@ def finest_grid(tower: nn.Module, size: int | None = None) -> GazeGrid:
 
 class FeatureResults:
     """
-    Rows of a comparison and the file that they are kept in.
+    Rows of a comparison, kept in a file.
 
     Args:
-        path (`str` or `os.PathLike`): a JSON file. Rows that lie there are read, to go on from them.
-        settings (`Mapping[str, Any]`): what rows must have in common to stand in one table, ready for JSON.
+        path (`str` or `os.PathLike`): a JSON file. The rows of an existing file are read.
+        settings (`Mapping[str, Any]`): settings that all rows of a file must share, as JSON values.
 
     Raises:
-        ValueError: if the file holds something else or rows of other settings.
+        ValueError: if the file has another format or rows of other settings.
 
     Example:
 
@@ -302,19 +302,19 @@ class FeatureResults:
         self.path, self.settings = Path(path), dict(settings)
         self.rows: list[FeatureRow] = []
         self.statistics: dict[str, FeatureStatistics] = {}
-        """Mean and variance of dense features that scores were measured by, by sampling of the clips."""
+        """Mean and variance of dense features that scores are relative to, by sampling of the clips."""
         if not self.path.exists():
             return
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            before, columns, rows, statistics = (found[key] for key in ("settings", "columns", "rows", "statistics"))
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            before, columns, rows, statistics = (content[key] for key in ("settings", "columns", "rows", "statistics"))
             self.statistics = {sampling: FeatureStatistics(*values) for sampling, values in statistics.items()}
-            if tuple(columns) != FeatureRow._fields:
+            if tuple(columns) != _COLUMNS:
                 raise ValueError(f"its columns are {columns}")
             self.rows = [FeatureRow(*row) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path} must hold results of such a comparison to go on from; choose another folder, or delete it"
+                f"{self.path} must hold results of such a comparison to be resumed; choose another folder, or delete it"
             ) from error
         for key in {**before, **self.settings}:
             if before.get(key) != self.settings.get(key):
@@ -325,28 +325,30 @@ class FeatureResults:
 
     @property
     def keys(self) -> set[tuple[str | float, ...]]:
-        """What the rows are about."""
+        """The keys of all rows."""
         return {row.key for row in self.rows}
 
     def add(self, rows: Sequence[FeatureRow] = (), statistics: Mapping[str, FeatureStatistics] | None = None) -> None:
-        """Adds rows and statistics, and writes the file anew in one step, so that it is whole whenever work is stopped."""
+        """Adds rows and statistics, and replaces the file in one step, so that it is complete after an interruption."""
         self.rows += [
             row._replace(**{key: round(getattr(row, key), digits) for key, digits in _DIGITS.items()}) for row in rows
         ]
         for key, (mean, variance) in (statistics or {}).items():
             self.statistics[key] = FeatureStatistics([round(value, 6) for value in mean], variance)
-        parts = {"settings": self.settings, "statistics": self.statistics, "columns": FeatureRow._fields}
+        parts = {"settings": self.settings, "statistics": self.statistics, "columns": _COLUMNS}
         head = ",\n".join(f'"{key}": {json.dumps(part)}' for key, part in parts.items())
         lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in self.rows)
         with replacing(self.path) as unfinished:
             unfinished.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
+_COLUMNS = tuple("spending" if name == "allocation" else name for name in FeatureRow._fields)
+"""Names of the fields in files."""
 _DIGITS = {"cosine": 4, "agreement": 4, "loss": 4, "choosing_seconds": 3, "tower_seconds": 3}
 
 
 def _timed(device: torch.device, call: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-    """Calls and tells how many seconds it took, until the device is done."""
+    """Returns the result of a call and its seconds, measured after the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """
-The selectors that are compared by what an encoder keeps, all made to take one number of tokens for a whole clip.
+The selectors of the comparison by encoder features, which all take a number of tokens for a whole clip.
 
-This module owns how each spends it, evenly or over time; how they choose is theirs.
+This module allocates the tokens to frames, evenly or over time.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from .selectors import GainRankingSelector
 
 
 EVENLY, OVER_TIME = "evenly", "over time"
-"""How tokens are spent: as many in every frame, or where and when they are worth most."""
+"""Allocation of tokens: equally many in every frame, or where they gain most."""
 UP_TO_LOSS = "up to a loss"
-"""No number of tokens is given: every frame keeps what it needs to lose no more of its features than a threshold."""
+"""A threshold in place of a number of tokens: every frame keeps as many as its loss of features requires."""
 _PUBLISHED = 198, 10
-"""Patches of the first frame and of each later one that the published model was shown with."""
+"""Patches of the first frame and of each later one in the example of the published model."""
 
 
 class EncodedClip(NamedTuple):
     """
-    A clip that is to be encoded.
+    A clip to encode.
 
     Args:
         levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): frames in levels 0..255.
-        encoder_values (`torch.FloatTensor` of the same shape): the same normalised for the encoder.
+        encoder_values (`torch.FloatTensor` of the same shape): frames normalised for the encoder.
     """
 
     levels: torch.Tensor
@@ -41,39 +41,39 @@ class EncodedClip(NamedTuple):
 
 class ClipSelector:
     """
-    Chooses patches of whole clips; what is compared.
+    Base class of the compared selectors, which choose patches of whole clips.
 
     Args:
-        grid ([`GazeGrid`]): the patches to choose from: scales and patch size of the encoder.
-        spendings (`Sequence[str]`): how it can spend tokens, `EVENLY`, `OVER_TIME` or both.
+        grid ([`GazeGrid`]): the patches to choose from, with the encoder's scales and patch size.
+        allocations (`Sequence[str]`): supported allocations, `EVENLY`, `OVER_TIME` or both.
     """
 
-    takes_loss = False
-    """Whether `gaze` takes [`UP_TO_LOSS`] as well: whether it foresees what an encoder loses."""
+    takes_threshold = False
+    """Whether `gaze` also supports [`UP_TO_LOSS`], which needs a predicted loss of features."""
 
-    def __init__(self, grid: GazeGrid, spendings: Sequence[str] = (EVENLY, OVER_TIME)):
-        self.grid, self.spendings = grid, tuple(spendings)
+    def __init__(self, grid: GazeGrid, allocations: Sequence[str] = (EVENLY, OVER_TIME)):
+        self.grid, self.allocations = grid, tuple(allocations)
 
     def prepare(self, clip: EncodedClip) -> Any:
         """
-        Does once for a clip what all its gazes need.
+        Prepares a clip once for all its gazes.
 
         Args:
             clip ([`EncodedClip`]): the frames.
 
         Returns:
-            what `gaze` takes; here the clip itself.
+            the first argument of `gaze`; here the clip itself.
         """
         return clip
 
-    def gaze(self, prepared: Any, num_tokens: int | float, spending: str) -> GazeOutput:
+    def gaze(self, prepared: Any, num_tokens: int | float, allocation: str) -> GazeOutput:
         """
-        Gazes at one clip.
+        Chooses the patches of one clip.
 
         Args:
-            prepared: what `prepare` made of the clip.
-            num_tokens (`int` or `float`): patches to keep, all frames together; with [`UP_TO_LOSS`] the threshold instead.
-            spending (`str`): one of `spendings`, or [`UP_TO_LOSS`] where `takes_loss`.
+            prepared: output of `prepare`.
+            num_tokens (`int` or `float`): patches of all frames to keep; with [`UP_TO_LOSS`] the threshold instead.
+            allocation (`str`): one of `allocations`, or [`UP_TO_LOSS`] if `takes_threshold` is true.
 
         Returns:
             [`GazeOutput`] of one clip, on `grid`.
@@ -83,16 +83,16 @@ class ClipSelector:
 
 class PixelClipSelector(ClipSelector):
     """
-    Lets a [`GazeSelector`] choose.
+    Wraps a [`GazeSelector`].
 
-    One that knows gains spends over time by itself. Of others, only those with `published_way` spend over time at all: as
-    the published model does it, most in the first frame and few in each later one.
+    Selectors that know gains allocate tokens over time by themselves. Others support this allocation only with `published_way`,
+    with most tokens in the first frame.
 
     Args:
-        selector ([`GazeSelector`]): what chooses.
-        grid ([`GazeGrid`]): the encoder's scales and patch size, as many scales as the selector's.
-        processor ([`AutoGazeVideoProcessor`], *optional*): what makes its pixel values; the published one by default.
-        published_way (`bool`, *optional*, defaults to `False`): whether to spend over time as published.
+        selector ([`GazeSelector`]): the selector.
+        grid ([`GazeGrid`]): the encoder's scales and patch size, with as many scales as the selector's grid.
+        processor ([`AutoGazeVideoProcessor`], *optional*): preprocessing of the selector, the published one by default.
+        published_way (`bool`, *optional*, defaults to `False`): whether to allocate tokens over time as published.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class PixelClipSelector(ClipSelector):
         self.selector = selector
         self.processor = AutoGazeVideoProcessor() if processor is None else processor
         self.knows_gains = getattr(selector, "knows_gains", False)
-        self.takes_loss = isinstance(selector, FeatureGazeModel)
+        self.takes_threshold = isinstance(selector, FeatureGazeModel)
         super().__init__(grid, (EVENLY, OVER_TIME) if self.knows_gains or published_way else (EVENLY,))
         self._target = {}
         if selector.config.grid != grid:
@@ -114,37 +114,37 @@ class PixelClipSelector(ClipSelector):
     def prepare(self, clip: EncodedClip) -> torch.Tensor:
         return self.processor.to_pixel_values(clip.levels)[None]
 
-    def gaze(self, prepared: torch.Tensor, num_tokens: int | float, spending: str) -> GazeOutput:
-        if spending == UP_TO_LOSS:
+    def gaze(self, prepared: torch.Tensor, num_tokens: int | float, allocation: str) -> GazeOutput:
+        if allocation == UP_TO_LOSS:
             return self.selector.generate(prepared, task_loss_requirement=num_tokens, gazing_ratio=1.0, **self._target)
-        if spending == OVER_TIME and self.knows_gains:
+        if allocation == OVER_TIME and self.knows_gains:
             return self.selector.generate(prepared, tokens_per_clip=num_tokens, **self._target)
-        share = spread_evenly if spending == EVENLY else spread_as_published
-        counts = share(num_tokens, prepared.shape[1], self.grid.num_patches)
+        spread = spread_evenly if allocation == EVENLY else spread_as_published
+        counts = spread(num_tokens, prepared.shape[1], self.grid.num_patches)
         ratios = [count / self.grid.num_patches for count in counts]
         return self.selector.generate(prepared, gazing_ratio=ratios, **self._target)
 
 
 class RandomClipSelector(ClipSelector):
     """
-    Chooses patches of the finest scale at random; over time, the first frame whole, then any of all later frames.
+    Chooses random patches of the finest scale; over time, all of the first frame and random ones of the later frames.
 
     Args:
-        grid ([`GazeGrid`]): the encoder's finest scale alone.
-        seed (`int`, *optional*, defaults to 0): where the random numbers start.
+        grid ([`GazeGrid`]): the encoder's finest scale only.
+        seed (`int`, *optional*, defaults to 0): seed of the random numbers.
     """
 
     def __init__(self, grid: GazeGrid, seed: int = 0):
         super().__init__(grid)
         self.seed = seed
 
-    def gaze(self, prepared: EncodedClip, num_tokens: int, spending: str) -> GazeOutput:
+    def gaze(self, prepared: EncodedClip, num_tokens: int, allocation: str) -> GazeOutput:
         num_frames, places = len(prepared.levels), self.grid.num_patches
         generator = torch.Generator().manual_seed(self.seed)
         mask = torch.zeros(num_frames, places, dtype=torch.bool)
-        if spending == EVENLY:
-            for row, count in zip(mask, spread_evenly(num_tokens, num_frames, places), strict=True):
-                row[torch.randperm(places, generator=generator)[:count]] = True
+        if allocation == EVENLY:
+            for frame_mask, count in zip(mask, spread_evenly(num_tokens, num_frames, places), strict=True):
+                frame_mask[torch.randperm(places, generator=generator)[:count]] = True
         else:
             first = min(num_tokens, places)
             mask[0, torch.randperm(places, generator=generator)[:first]] = True
@@ -155,12 +155,12 @@ class RandomClipSelector(ClipSelector):
 
 def spread_evenly(num_tokens: int, num_frames: int, num_patches: int) -> list[int]:
     """
-    Shares tokens out evenly.
+    Spreads tokens evenly over frames.
 
     Args:
         num_tokens (`int`): tokens of the clip.
-        num_frames (`int`): its frames.
-        num_patches (`int`): patches that a frame has.
+        num_frames (`int`): frames of the clip.
+        num_patches (`int`): patches of a frame.
 
     Returns:
         `list[int]`: tokens of each frame.
@@ -181,12 +181,13 @@ def spread_evenly(num_tokens: int, num_frames: int, num_patches: int) -> list[in
 
 def spread_as_published(num_tokens: int, num_frames: int, num_patches: int) -> list[int]:
     """
-    Shares tokens out as the published model does: 198 in the first frame for every 10 in each later one.
+    Spreads tokens over frames like the published model: 198 in the first frame for every 10 in each later one.
 
-    Args: as for [`spread_evenly`].
+    Args:
+        num_tokens, num_frames, num_patches (`int`): as for [`spread_evenly`].
 
     Returns:
-        `list[int]`: tokens of each frame; what the first has no patches for goes to the others.
+        `list[int]`: tokens of each frame; those that exceed the patches of the first frame are spread over the others.
 
     Example:
 
@@ -199,22 +200,21 @@ def spread_as_published(num_tokens: int, num_frames: int, num_patches: int) -> l
     ```
     """
     first, later = _PUBLISHED
-    share = num_tokens * first / (first + later * (num_frames - 1))
-    count = min(round(share), num_patches)
+    count = min(round(num_tokens * first / (first + later * (num_frames - 1))), num_patches)
     return [count, *(spread_evenly(num_tokens - count, num_frames - 1, num_patches) if num_frames > 1 else [])]
 
 
 def scales_of_encoder(size: int, patch_size: int, grid: GazeGrid = PUBLISHED_GRID) -> GazeGrid | None:
     """
-    Matches the scales of a selector to frames of an encoder.
+    Matches the scales of a selector to the frames of an encoder.
 
     Args:
-        size (`int`): height and width in pixels of the encoder's frames.
-        patch_size (`int`): its patch size.
-        grid ([`GazeGrid`], *optional*): the selector's, the published one by default.
+        size (`int`): height and width of the encoder's frames in pixels.
+        patch_size (`int`): patch size of the encoder.
+        grid ([`GazeGrid`], *optional*): grid of the selector, the published one by default.
 
     Returns:
-        [`GazeGrid`] with as many scales whose finest is `size`; `None` where whole tiles do not fill such a frame.
+        [`GazeGrid`] with as many scales, of which the finest is `size`; `None` if whole tiles do not fill such a frame.
     """
     matched = grid.for_encoder(size, patch_size)
     return matched if matched.sizes[-1] == (size, size) else None
@@ -222,17 +222,17 @@ def scales_of_encoder(size: int, patch_size: int, grid: GazeGrid = PUBLISHED_GRI
 
 def pixel_clip_selectors(size: int, patch_size: int, device: torch.device | str = "cpu") -> dict[str, ClipSelector]:
     """
-    Makes the rules that look at pixels, and the random one.
+    Makes the selectors that choose by pixels, and the random one.
 
     Args:
-        size (`int`): height and width in pixels of the encoder's frames, a multiple of `patch_size`.
-        patch_size (`int`): its patch size.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where they work.
+        size (`int`): height and width of the encoder's frames in pixels, a multiple of `patch_size`.
+        patch_size (`int`): patch size of the encoder.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): device of the selectors.
 
     Returns:
-        `dict` of [`ClipSelector`] by name: `"greedy"` and `"gain-ranking"` on the four published scales, where these fit
-        the size, `"greedy-finest"` and `"random"` on the finest alone. There, greedy search is the distance of pixels from
-        what stands at their place, so with as many patches in every frame it is [`FrameDifferenceSelector`]'s choice.
+        `dict` of [`ClipSelector`] by name: `"greedy"` and `"gain-ranking"` on the four published scales, if these fit the size,
+        and `"greedy-finest"` and `"random"` on the finest scale. On one scale, greedy search ranks patches by the distance of
+        their pixels from the canvas, so with an even allocation it equals [`FrameDifferenceSelector`].
 
     Example:
 
@@ -247,16 +247,16 @@ def pixel_clip_selectors(size: int, patch_size: int, device: torch.device | str 
     ```
     """
 
-    def made(rule: type[GazeSelector], grid: GazeGrid | None) -> ClipSelector | None:
+    def make(selector: type[GazeSelector], grid: GazeGrid | None) -> ClipSelector | None:
         if grid is None:
             return None
-        return PixelClipSelector(rule(GreedyGazeConfig(grid.scales, grid.patch_size)).to(device), grid)
+        return PixelClipSelector(selector(GreedyGazeConfig(grid.scales, grid.patch_size)).to(device), grid)
 
     finest, scales = GazeGrid([size], patch_size), scales_of_encoder(size, patch_size)
     selectors = {
-        "greedy": made(GreedyGazeSelector, scales),
-        "greedy-finest": made(GreedyGazeSelector, finest),
-        "gain-ranking": made(GainRankingSelector, scales),
+        "greedy": make(GreedyGazeSelector, scales),
+        "greedy-finest": make(GreedyGazeSelector, finest),
+        "gain-ranking": make(GainRankingSelector, scales),
         "random": RandomClipSelector(finest),
     }
     return {name: selector for name, selector in selectors.items() if selector is not None}

@@ -1,8 +1,7 @@
 """
-The measures of a gaze as one metric of the `evaluate` library: `evaluate.load` takes this file.
+The measures of `quality` as a metric of the `evaluate` library, which `evaluate.load` loads from this file.
 
-It needs `evaluate`; the measures themselves are `quality`'s. Nothing else of the package is imported, so the two files can
-be loaded where the package is not installed.
+It imports nothing else of the package, so that both files can be loaded without installing it.
 """
 
 from collections.abc import Sequence
@@ -15,18 +14,18 @@ import torch
 from .quality import efficiency, l1, psnr, ssim
 
 
-_DESCRIPTION = "How well frames of video are rebuilt from the patches that a gaze kept, and what the patches cost."
+_DESCRIPTION = "Quality of video frames that are reconstructed from kept patches, and the number of patches."
 _INPUTS = """
 Args:
-    predictions: rebuilt frames, each `(3, height, width)`, pixels in 0..1.
-    references: the frames themselves, alike.
+    predictions: reconstructed frames, each `(3, height, width)`, pixels in 0..1.
+    references: the original frames, in the same format.
     num_patches (*optional*): kept patches of each frame.
-    dense_patches (*optional*, 196): patches of a frame that a dense encoder sees.
-    threshold (*optional*): loss at which a frame is good enough; losses are `(40 - PSNR) / 20`.
-    predicted_losses, measured_losses (*optional*): after each kept patch, the loss a model predicts and the one measured.
-    random_loss, greedy_loss (*optional*): mean losses of random patches and of greedy search, as many patches kept.
+    dense_patches (*optional*, 196): patches of a frame for a dense encoder.
+    threshold (*optional*): loss that frames should not exceed; losses are `(40 - PSNR) / 20`.
+    predicted_losses, measured_losses (*optional*): predicted and measured loss after each kept patch.
+    random_loss, greedy_loss (*optional*): mean losses of random patches and of greedy search, for equal numbers of patches.
 Returns:
-    `psnr` (dB), `ssim`, `l1`, `task_loss`: means over the frames; and for what is given beside them
+    `psnr` (dB), `ssim`, `l1`, `task_loss`: means over the frames; and for the optional arguments
     `patches_per_frame`, `reduction_factor`, `threshold_share`, `predicted_loss_error` and `efficiency`.
 """
 _CITATION = "AutoGaze, arXiv 2603.12254"
@@ -34,7 +33,7 @@ _CITATION = "AutoGaze, arXiv 2603.12254"
 
 class GazeQuality(evaluate.Metric):
     """
-    How well frames are rebuilt from what was kept, and what that cost.
+    Quality of frames that are reconstructed from kept patches, and the number of patches.
 
     Example:
 
@@ -87,7 +86,7 @@ class GazeQuality(evaluate.Metric):
                 f"{len(measured_losses)}"
             )
 
-        # One frame at a time: they may differ in size.
+        # Frames may differ in size, so they are measured one by one.
         pairs = [(_frame(rebuilt), _frame(frame)) for rebuilt, frame in zip(predictions, references, strict=True)]
         result = {
             measure.__name__: float(torch.stack([measure(*pair) for pair in pairs]).double().mean())

@@ -1,8 +1,4 @@
-"""
-Line charts, drawn by matplotlib, which only this module needs and only when it draws.
-
-Knows nothing of what the lines mean.
-"""
+"""Line charts with matplotlib, which is imported only when a chart is drawn."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -14,14 +10,14 @@ from ..utils.output_files import replacing
 
 class Panel(NamedTuple):
     """
-    One chart of a picture.
+    One chart of a figure.
 
     Args:
         lines (`Mapping` of `str` to `Sequence[tuple[float, float]]`): the points of each line by its name, in order.
-        title, x_label, y_label (`str`): what to write above and at the axes.
+        title, x_label, y_label (`str`): title of the chart and labels of its axes.
         styles (`Mapping` of `str` to `dict`, *optional*): arguments of matplotlib's `plot` for lines, by name.
         log_x (`bool`, *optional*, defaults to `False`): whether the x axis is logarithmic.
-        x_ticks (`Mapping` of `float` to `str`, *optional*): what to write at which places of the x axis.
+        x_ticks (`Mapping` of `float` to `str`, *optional*): labels of the x axis by their positions.
     """
 
     lines: Mapping[str, Sequence[tuple[float, float]]]
@@ -35,7 +31,7 @@ class Panel(NamedTuple):
 
 def check_matplotlib() -> None:
     """
-    Checks that charts can be drawn, without loading what draws them.
+    Checks that charts can be drawn, without importing matplotlib.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -46,7 +42,7 @@ def check_matplotlib() -> None:
 
 def draw_charts(path: str | Path, panels: Sequence[Panel]) -> Path:
     """
-    Draws charts side by side, with one legend at the right, into a PNG.
+    Draws charts side by side with a legend at the right, as a PNG.
 
     Args:
         path (`str` or `Path`): the file to write.
@@ -56,7 +52,7 @@ def draw_charts(path: str | Path, panels: Sequence[Panel]) -> Path:
         `Path`: the file.
 
     Raises:
-        ValueError: if a chart has no point.
+        ValueError: if a chart has no points.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -76,7 +72,7 @@ def draw_charts(path: str | Path, panels: Sequence[Panel]) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    # The legend takes about the place of half a chart.
+    # The legend takes about half the width of a chart.
     figure = Figure(figsize=(5.1 * len(panels) + 2.5, 4.8), dpi=100, layout="constrained")
     handles: dict[str, Any] = {}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -1,8 +1,4 @@
-"""
-What rebuilt frames and kept patches are worth, in numbers.
-
-Plain functions on tensors; this module knows nothing of selectors, gazes or files.
-"""
+"""Measures of the quality of reconstructed frames, as functions of tensors."""
 
 import math
 
@@ -10,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 
-_LEAST_MSE = 1e-10
+_MIN_MSE = 1e-10
 _WINDOW, _DEVIATION = 11, 1.5  # pixels
 _LUMA = (0.299, 0.587, 0.114)
 _STABILISERS = (0.01**2, 0.03**2)  # for pixels in 0..1
@@ -24,10 +20,10 @@ def psnr(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         rebuilt, frames (`torch.FloatTensor` of shape `(.., channels, height, width)`): pixels in 0..1.
 
     Returns:
-        `torch.FloatTensor` of shape `(..)`, in dB; 100 at most.
+        `torch.FloatTensor` of shape `(..)`, in dB, at most 100.
     """
     mse = (rebuilt - frames).square().mean((-3, -2, -1))
-    return -10 * mse.clamp(min=_LEAST_MSE).log10()
+    return -10 * mse.clamp(min=_MIN_MSE).log10()
 
 
 def l1(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
@@ -46,11 +42,11 @@ def l1(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 def ssim(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """
     Structural similarity of each frame's luma (Wang et al., 2004; luma as in BT.601): Gaussian window of 11 pixels and
-    deviation 1.5, K of 0.01 and 0.03, mean over the windows that lie inside the frame.
+    standard deviation 1.5, K of 0.01 and 0.03, mean over the windows that lie inside the frame.
 
     Args:
         rebuilt, frames (`torch.FloatTensor` of shape `(.., 3, height, width)`):
-            RGB pixels in 0..1, at least 11 in height and width.
+            RGB pixels in 0..1, with a height and width of at least 11.
 
     Returns:
         `torch.FloatTensor` of shape `(..)`, 1 for equal frames.
@@ -88,28 +84,28 @@ def ssim(rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 
 def _smoothing(length: int, like: torch.Tensor) -> torch.Tensor:
     """
-    Gives the Gaussian window along one axis as a matrix, `(length - 10, length)`.
+    Returns the Gaussian window along one axis as a matrix, `(length - 10, length)`.
 
-    Products with it are several times faster on a CPU than the convolution.
+    Matrix products are several times faster on a CPU than a convolution.
     """
     distance = torch.arange(_WINDOW, dtype=like.dtype, device=like.device) - _WINDOW // 2
     window = (-(distance**2) / (2 * _DEVIATION**2)).exp()
     return torch.stack(
-        [F.pad(window / window.sum(), (at, length - _WINDOW - at)) for at in range(length - _WINDOW + 1)]
+        [F.pad(window / window.sum(), (start, length - _WINDOW - start)) for start in range(length - _WINDOW + 1)]
     )
 
 
 def efficiency(loss: float, random_loss: float, greedy_loss: float) -> float:
     """
-    How much of what greedy search gains over random patches a selector gains, at equal numbers of patches.
+    Gain of a selector over random patches, as a share of the gain of greedy search, for equal numbers of patches.
 
     Args:
         loss, random_loss, greedy_loss (`float`): mean reconstruction losses of the selector, of random patches and of
             greedy search.
 
     Returns:
-        `float`: `(random - selector) / (random - greedy)`: 1 is as good as greedy search, 0 no better than random; NaN if
-        greedy search and random patches are equal.
+        `float`: `(random - selector) / (random - greedy)`: 1 is as good as greedy search, 0 no better than random patches; NaN if
+        both have the same loss.
 
     Example:
 

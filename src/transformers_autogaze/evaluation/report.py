@@ -1,8 +1,4 @@
-"""
-Writes what selectors scored: a JSON file, a table in Markdown, and curves.
-
-This module owns the form of results; it measures nothing.
-"""
+"""Reports of a comparison of selectors: a JSON file, Markdown tables and curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,10 +12,10 @@ from .comparison import SelectorScores
 from .plots import Panel, check_matplotlib, draw_charts
 
 
-_BIN = 0.1  # of predicted loss
-_LEAST_IN_BIN = 20
+_BIN_WIDTH = 0.1  # of predicted loss
+_MIN_BIN_COUNT = 20
 CURVES = ("quality_over_patches", "measured_over_predicted_loss")
-"""Names of the charts that are written."""
+"""Names of the charts."""
 
 
 def write_report(
@@ -30,12 +26,12 @@ def write_report(
     `measured_over_predicted_loss.png`.
 
     Args:
-        scores (`Sequence[SelectorScores]`): what [`evaluate_selectors`] gave.
+        scores (`Sequence[SelectorScores]`): output of [`evaluate_selectors`].
         folder (`str` or `Path`):
-            Where to write; made if it is missing. All files are written together: those of an earlier run stay as they
-            were until these are whole, and none stays beside them.
-        about (`Mapping[str, Any]`): what was measured and how, such as the videos; written as it is, ready for JSON.
-        model (`str`, *optional*, defaults to `"model"`): the selector whose predictions and clips are shown one by one.
+            Folder to write to, created if it is missing. The files of an earlier run are replaced together, once all new ones
+            are complete.
+        about (`Mapping[str, Any]`): settings of the comparison, such as the videos, as JSON values.
+        model (`str`, *optional*, defaults to `"model"`): the selector whose predictions and single clips are reported.
 
     Returns:
         `list[Path]`: the files written.
@@ -66,7 +62,14 @@ def write_report(
         }
         charts[CURVES[1]] = Panel(lines, "Measured over predicted loss", "predicted loss", "measured loss")
 
-    text = [*_about_lines(about), markdown_tables(scores, model)]
+    text = [
+        *about_lines("Quality of the reconstructions from kept patches", about),
+        "",
+        "Values are means over all frames. Frames are reconstructed from their kept patches and the frame before by the closed "
+        "form. The task loss is (40 - PSNR) / 20. Efficiency is 1 for greedy search and 0 for random patches. Predicted losses "
+        "are compared with the measured ones after every kept patch.",
+        markdown_tables(scores, model),
+    ]
     text += [f"\n![{name.replace('_', ' ')}]({name}.png)" for name in charts]
     names = ["results.json", *(f"{name}.png" for name in charts), "results.md"]
     with replacing_files(folder, [f"{name}.png" for name in CURVES]) as unfinished:
@@ -79,11 +82,11 @@ def write_report(
 
 def markdown_tables(scores: Sequence[SelectorScores], model: str = "model") -> str:
     """
-    Puts scores into tables, one for every setting, and with a threshold one more of the model's clips.
+    Formats scores as one table for every setting, and for settings with a threshold another one of single clips.
 
     Args:
-        scores (`Sequence[SelectorScores]`): what [`evaluate_selectors`] gave.
-        model (`str`, *optional*, defaults to `"model"`): the selector whose clips are shown, beside those of `"greedy"`.
+        scores (`Sequence[SelectorScores]`): output of [`evaluate_selectors`].
+        model (`str`, *optional*, defaults to `"model"`): the selector in the tables of single clips, beside `"greedy"`.
 
     Returns:
         `str`: the tables in Markdown, each under a heading.
@@ -106,7 +109,7 @@ def markdown_tables(scores: Sequence[SelectorScores], model: str = "model") -> s
             "patches over greedy's": [_or_dash(score.patches_over_greedy, ".2f") for score in group],
             "predicted loss off by": [_or_dash(score.predicted_loss_error, ".3f") for score in group],
         }
-        # A column that tells nothing at this setting is left out.
+        # Columns that are not defined at this setting are left out.
         columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
         limit = "" if threshold is None else f", threshold {threshold:g}"
         parts.append(f"\n## Ratio {ratio:g}{limit}\n\n{markdown_table(columns)}")
@@ -117,14 +120,14 @@ def markdown_tables(scores: Sequence[SelectorScores], model: str = "model") -> s
 
 def calibration(predictions: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
     """
-    Sums up what was measured where a model predicted about the same loss.
+    Summarises the measured losses in bins of the predicted loss.
 
     Args:
         predictions (`Sequence[tuple[float, float]]`): predicted and measured losses.
 
     Returns:
-        `list[dict]`, one entry for every tenth of predicted loss that holds at least 20 of them, in ascending order:
-        means `predicted` and `measured`, the 10th and 90th percentile `low` and `high` of the measured, and the `count`.
+        `list[dict]`: one entry for every bin of width 0.1 with at least 20 predictions, in ascending order: means `predicted` and
+        `measured`, the 10th and 90th percentile `low` and `high` of the measured losses, and the `count`.
 
     Example:
 
@@ -137,11 +140,11 @@ def calibration(predictions: Sequence[tuple[float, float]]) -> list[dict[str, fl
     ```
     """
     pairs = np.asarray(predictions, dtype=float).reshape(-1, 2)
-    bins = np.floor(pairs[:, 0] / _BIN + 1e-9)
+    bins = np.floor(pairs[:, 0] / _BIN_WIDTH + 1e-9)
     parts = []
     for number in np.unique(bins):
         predicted, measured = pairs[bins == number].T
-        if len(predicted) >= _LEAST_IN_BIN:
+        if len(predicted) >= _MIN_BIN_COUNT:
             low, high = np.percentile(measured, [10, 90])
             numbers = {"predicted": predicted.mean(), "measured": measured.mean(), "low": low, "high": high}
             parts.append({key: round(float(value), 4) for key, value in numbers.items()} | {"count": len(predicted)})
@@ -149,7 +152,7 @@ def calibration(predictions: Sequence[tuple[float, float]]) -> list[dict[str, fl
 
 
 def _quality_curves(scores: Sequence[SelectorScores]) -> dict[str, list[tuple[float, float]]]:
-    """PSNR over patches of the settings without threshold, by selector."""
+    """Returns the points of PSNR over patches for settings without a threshold, by selector."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for score in scores:
         if score.task_loss_requirement is None:
@@ -157,17 +160,12 @@ def _quality_curves(scores: Sequence[SelectorScores]) -> dict[str, list[tuple[fl
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def _about_lines(about: Mapping[str, Any]) -> list[str]:
-    lines = ["# How good the kept patches are", ""]
+def about_lines(title: str, about: Mapping[str, Any]) -> list[str]:
+    """Returns the Markdown lines of a report's title and settings."""
+    lines = [f"# {title}", ""]
     for key, value in about.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        lines.append(f"- {key.replace('_', ' ')}: {shown}")
-    lines += [
-        "",
-        "Means over all frames. Frames are rebuilt by the closed form from the kept patches alone; task loss is (40 - PSNR) "
-        "/ 20; efficiency is 1 for greedy search and 0 for random patches; predicted losses are compared with the "
-        "measured ones after every kept patch.",
-    ]
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        lines.append(f"- {key.replace('_', ' ')}: {text}")
     return lines
 
 
@@ -178,11 +176,11 @@ def _clip_table(group: Sequence[SelectorScores]) -> str:
     for score in group:
         columns[f"patches, {score.selector}"] = [str(clip["num_patches"]) for clip in score.each_clip]
         columns[f"PSNR (dB), {score.selector}"] = [f"{clip['psnr']:.1f}" for clip in score.each_clip]
-    return f"\nClip by clip:\n\n{markdown_table(columns)}"
+    return f"\nSingle clips:\n\n{markdown_table(columns)}"
 
 
 def markdown_table(columns: Mapping[str, Sequence[str]]) -> str:
-    """Makes a table in Markdown of columns by their heads; all but the first stand at the right."""
+    """Formats columns, by their headings, as a Markdown table; all but the first are right-aligned."""
     lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,8 +1,4 @@
-"""
-The selectors that a model is compared with: simple rules that rank the patches of a frame once and keep the first.
-
-This module owns the rules; that of best measured effect, the greedy search, is `greedy_autogaze`. Nothing here is learned.
-"""
+"""Baseline selectors, which rank the patches of a frame once by a simple rule and keep the first."""
 
 import torch
 from torch import nn
@@ -17,24 +13,24 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 class RankingCache:
-    """What a [`RankingSelector`] remembers of a stream."""
+    """State of a [`RankingSelector`] in a stream."""
 
     def __init__(self):
         self.num_frames: int = 0
-        """Frames seen so far."""
+        """Number of frames seen so far."""
         self.reconstruction: torch.Tensor | None = None
-        """The last of them as rebuilt from its kept patches, `(batch, 3, height, width)`; `None` before the first."""
+        """Reconstruction of the last frame, `(batch, 3, height, width)`; `None` before the first."""
 
 
 class RankingSelector(GazeSelector, nn.Module):
     """
-    Ranks all patches of a frame once and keeps the first; how it ranks is up to the class that derives from it.
+    Base class of selectors that rank all patches of a frame once and keep the first; subclasses define the ranking.
 
     It has the interface of the model. With a threshold, a frame ends with the first patch after which the measured loss
-    of the closed-form reconstruction meets it, so a rule is stopped as well as the greedy selector is.
+    of the closed-form reconstruction meets it, as for the greedy selector.
 
     Args:
-        config (`GreedyGazeConfig`, *optional*): scales, patch size, and the normalisation of the frames.
+        config (`GreedyGazeConfig`, *optional*): scales, patch size and normalisation of the frames.
     """
 
     def __init__(self, config: GreedyGazeConfig | None = None):
@@ -44,18 +40,18 @@ class RankingSelector(GazeSelector, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the selector works."""
+        """Device of the selector."""
         return self._greedy.device
 
-    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+    def _rank(self, frame: torch.Tensor, previous_reconstruction: torch.Tensor, frame_index: int) -> torch.Tensor:
         """
         Ranks the patches of the next frame of every clip.
 
         Args:
             frame (`torch.FloatTensor` of shape `(batch, 3, height, width)`): pixels in 0..1.
-            standing (`torch.FloatTensor` of the same shape):
-                What stands before anything is kept: the frame before, as rebuilt, or mid-grey.
-            number (`int`): how many frames came before.
+            previous_reconstruction (`torch.FloatTensor` of the same shape):
+                Reconstruction of the frame before; mid-grey for the first frame.
+            frame_index (`int`): index of the frame in the stream.
 
         Returns:
             `torch.LongTensor` of shape `(batch, patches)`: all ids, best first.
@@ -90,25 +86,29 @@ class RankingSelector(GazeSelector, nn.Module):
         return GazeOutput.concatenate(gazes).replace(cache=cache if use_cache else None)
 
     def _stop(
-        self, ids: torch.Tensor, frame: torch.Tensor, threshold: torch.Tensor | None, standing: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        frame: torch.Tensor,
+        threshold: torch.Tensor | None,
+        previous_reconstruction: torch.Tensor,
     ) -> GazeOutput:
-        """Keeps patches `(batch, K)` of a frame `(batch, 1, 3, height, width)`, in order, until the threshold is met."""
+        """Keeps patches `(batch, K)` of a frame `(batch, 1, 3, height, width)` in order until the threshold is met."""
         grid, longest = self.config.grid, torch.tensor([ids.shape[1]], device=ids.device)
         gaze = GazeOutput.from_ids(ids, torch.zeros_like(ids, dtype=torch.bool), longest, grid)
-        mse = self._greedy.composite.measure(frame, gaze, standing)
+        mse = self._greedy.composite.measure(frame, gaze, previous_reconstruction)
         counts = longest.repeat(len(ids), 1)
         if threshold is not None:
             is_met = mse <= task_loss_to_mse(threshold).to(mse)[:, None]
             counts = torch.where(is_met.any(1), is_met.int().argmax(1) + 1, longest)[:, None]
         num_slots = counts.amax(0)
-        place = torch.arange(int(num_slots), device=ids.device)
-        is_padding = place >= counts
+        slots = torch.arange(int(num_slots), device=ids.device)
+        is_padding = slots >= counts
         return GazeOutput.from_ids(
             ids[:, :num_slots].masked_fill(is_padding, grid.num_patches),
             is_padding,
             num_slots,
             grid,
-            task_loss_prediction=mse_to_task_loss(mse.gather(1, place.minimum(counts - 1))),
+            task_loss_prediction=mse_to_task_loss(mse.gather(1, slots.minimum(counts - 1))),
             clip_num_gazing_each_frame=counts,
         )
 
@@ -118,9 +118,9 @@ class RankingSelector(GazeSelector, nn.Module):
 
 class GainRankingSelector(RankingSelector):
     """
-    Ranks patches by how much each alone would lower the error of the standing reconstruction: one-shot greedy search.
+    Ranks patches by how much each alone would lower the error of the previous reconstruction: one-shot greedy search.
 
-    What it misses is that patches overlap, over scales, and gain little twice.
+    Unlike greedy search, it ignores that patches of several scales overlap.
 
     Example:
 
@@ -135,23 +135,23 @@ class GainRankingSelector(RankingSelector):
     ```
     """
 
-    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+    def _rank(self, frame: torch.Tensor, previous_reconstruction: torch.Tensor, frame_index: int) -> torch.Tensor:
         composite = self._greedy.composite
-        gains = composite.gains(composite.cell_errors(frame, standing))
+        gains = composite.gains(composite.cell_errors(frame, previous_reconstruction))
         return gains.argsort(dim=1, descending=True, stable=True)
 
 
 class FrameDifferenceSelector(RankingSelector):
     """
-    Ranks the patches of the finest scale by how far their pixels are from the frame before, as rebuilt.
+    Ranks the patches of the finest scale by the distance of their pixels from the reconstruction of the frame before.
 
-    Against the rebuilt frame, a change that was not kept when it came still counts later; against the frame itself it
-    would be lost for good. Before the first frame lies mid-grey. Coarser patches follow when all of the finest are kept.
+    With the reconstruction instead of the frame itself, a change that was not kept still counts in later frames. The
+    reconstruction before the first frame is mid-grey. Coarser patches follow after all of the finest scale.
     """
 
-    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+    def _rank(self, frame: torch.Tensor, previous_reconstruction: torch.Tensor, frame_index: int) -> torch.Tensor:
         rows, cols = self.config.grid.grids[-1]
-        change = (frame - standing).square().mean(1, keepdim=True)
+        change = (frame - previous_reconstruction).square().mean(1, keepdim=True)
         change = F.adaptive_avg_pool2d(change, (rows, cols)).flatten(1)
         coarser = self.config.grid.num_patches - rows * cols
         finest = change.argsort(dim=1, descending=True, stable=True) + coarser
@@ -159,42 +159,42 @@ class FrameDifferenceSelector(RankingSelector):
 
 
 class CoarseFirstSelector(RankingSelector):
-    """Ranks patches from coarse to fine, row by row inside a scale, whatever the frame shows."""
+    """Ranks patches from coarse to fine, in row-major order within a scale, independently of the frame."""
 
-    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
+    def _rank(self, frame: torch.Tensor, previous_reconstruction: torch.Tensor, frame_index: int) -> torch.Tensor:
         return torch.arange(self.config.grid.num_patches, device=frame.device).repeat(len(frame), 1)
 
 
 class RandomSelector(RankingSelector):
     """
-    Ranks the patches of all scales at random: anew for every frame, alike for all clips, so no batch changes a gaze.
+    Ranks the patches of all scales at random, differently in every frame but equally in all clips, so that a gaze does not depend
+    on its batch.
 
     Args:
         config (`GreedyGazeConfig`, *optional*): as for every [`RankingSelector`].
-        seed (`int`, *optional*, defaults to 0): where the random numbers start.
+        seed (`int`, *optional*, defaults to 0): seed of the random numbers.
     """
 
     def __init__(self, config: GreedyGazeConfig | None = None, seed: int = 0):
         super().__init__(config)
         self.seed = seed
 
-    def _rank(self, frame: torch.Tensor, standing: torch.Tensor, number: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed + number)
+    def _rank(self, frame: torch.Tensor, previous_reconstruction: torch.Tensor, frame_index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed + frame_index)
         order = torch.randperm(self.config.grid.num_patches, generator=generator)
         return order.to(frame.device).repeat(len(frame), 1)
 
 
 def baseline_selectors(grid: GazeGrid, processor: AutoGazeVideoProcessor | None = None) -> dict[str, GazeSelector]:
     """
-    Makes all selectors that a model is compared with.
+    Makes all baseline selectors.
 
     Args:
         grid (`GazeGrid`): the model's scales and patches.
-        processor (`AutoGazeVideoProcessor`, *optional*): what makes the pixel values; the published one by default.
+        processor (`AutoGazeVideoProcessor`, *optional*): preprocessing of the model, the published one by default.
 
     Returns:
-        `dict` of [`GazeSelector`] by name, best informed first: `"greedy"`, `"gain ranking"`, `"frame difference"`,
-        `"coarse first"`, `"random"`.
+        `dict` of [`GazeSelector`] by name: `"greedy"`, `"gain ranking"`, `"frame difference"`, `"coarse first"`, `"random"`.
 
     Example:
 

@@ -1,8 +1,8 @@
 """
-Loading of checkpoints for the command line: what is foreign, broken or incomplete is refused, and the message says why.
+Loading of checkpoints for the command line, with errors for unsupported, broken or incomplete ones.
 
-`from_pretrained` of transformers warns of weights that are missing and goes on with random ones, as it must where a model
-gets a new head. A command has no use for random weights.
+`from_pretrained` of transformers only warns about missing weights and initialises them at random, which a model with a new head
+needs. For a command, missing weights are an error.
 """
 
 import functools
@@ -41,16 +41,16 @@ SHIPPED_SELECTORS = {
     "greedy": GREEDY_SELECTOR,
     "autogaze": AUTOGAZE_SELECTOR,
 }
-"""What the command line calls selectors, and where they lie: those of this package in it, the published one on the Hub."""
+"""Names of selectors on the command line, and their folders or repositories."""
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _FAULTS = {
     "missing_keys": "no weights for",
-    "unexpected_keys": "weights that the model does not know",
-    "mismatched_keys": "weights of other shapes than its configuration says",
+    "unexpected_keys": "weights that the model does not have",
+    "mismatched_keys": "weights of other shapes than those of its configuration",
     "infinite_keys": "weights that are not finite",
 }
-_UNUSED = r"(^|\.)(pooler|head|mask_token)(\.|$)"  # parts of towers that features do not pass
-_SHOWN, _LONGEST = 5, 400  # names of weights, and characters of an error, in a message
+_UNUSED_WEIGHTS = r"(^|\.)(pooler|head|mask_token)(\.|$)"  # parts of towers that do not affect features
+_MAX_NAMES, _MAX_ERROR_LENGTH = 5, 400  # of weights and of characters of an error in a message
 _HUB_TIMEOUT = 5  # seconds
 
 T = TypeVar("T")
@@ -61,35 +61,35 @@ def check_device(device: str | None) -> torch.device:
     Finds the device to compute on.
 
     Args:
-        device (`str`, *optional*): its name, such as `"cuda:1"`; CUDA where there is one, or else the CPU, by default.
+        device (`str`, *optional*): its name, such as `"cuda:1"`; by default CUDA if it is available, or else the CPU.
 
     Returns:
         `torch.device`
 
     Raises:
-        ValueError: if torch cannot compute there.
+        ValueError: if torch cannot compute on the device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).item()
         return torch.device(device)
-    except Exception as error:  # Which one depends on how torch was built.
+    except Exception as error:  # Its class depends on the build of torch.
         raise ValueError(
-            f"`--device` must be a device that torch can compute on here, such as cpu, got {device!r}: {_short(error)}"
+            f"`--device` must be a device that torch can compute on here, such as cpu, got {device!r}: {_shorten(error)}"
         ) from error
 
 
 def check_weights_files(folder: str | os.PathLike, argument: str) -> None:
     """
-    Checks that files of weights in a folder are whole.
+    Checks that the weight files in a folder can be opened.
 
     Args:
         folder (`str` or `os.PathLike`): folder of a checkpoint.
-        argument (`str`): what to call it in messages.
+        argument (`str`): name of the argument in messages.
 
     Raises:
-        ValueError: if there are none, or one cannot be opened.
+        ValueError: if there is no weight file, or one cannot be opened.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -99,7 +99,7 @@ def check_weights_files(folder: str | os.PathLike, argument: str) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except Exception as error:  # A broken file can raise anything.
-            raise ValueError(f"`{argument}`: {str(file)!r} cannot be loaded: {_short(error)}") from error
+            raise ValueError(f"`{argument}`: {str(file)!r} cannot be loaded: {_shorten(error)}") from error
 
 
 def load_selector(
@@ -113,16 +113,16 @@ def load_selector(
 
     Args:
         name (`str` or `os.PathLike`): a folder, a repository of the Hub, or a name of `SHIPPED_SELECTORS`.
-        configs (`Iterable[type[PreTrainedConfig]]`, *optional*): kinds of selectors that will do; all by default.
-        argument (`str`, *optional*, defaults to `"--model"`): what to call it in messages.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where to put it.
+        configs (`Iterable[type[PreTrainedConfig]]`, *optional*): accepted configuration classes, all by default.
+        argument (`str`, *optional*, defaults to `"--model"`): name of the argument in messages.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): device of the selector.
 
     Returns:
-        `tuple` of the selector, ready to gaze, and its processor: the published one where the checkpoint has none.
+        `tuple` of the selector, in evaluation mode, and its processor; the published one if the checkpoint has none.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is one of another model, its weights are not those of its
-            configuration, or a file cannot be read.
+        ValueError: if the checkpoint does not exist or belongs to another model, its weights do not match its configuration,
+            or a file cannot be read.
     """
     name = _find(name, argument)
     config = load_config(name, argument)
@@ -132,9 +132,9 @@ def load_selector(
             f"`{argument}` must be a checkpoint of a gaze model ({kinds}), but {name!r} is one of {config.model_type!r}"
         )
     if isinstance(config, GreedyGazeConfig):  # It has no weights.
-        model = _reading(name, argument, "config.json", lambda: AutoModel.from_pretrained(name, config=config))
+        model = _read_part(name, argument, "config.json", lambda: AutoModel.from_pretrained(name, config=config))
     else:
-        model = load_whole(AutoModel, name, config, argument, faults=_FAULTS)
+        model = load_complete(AutoModel, name, config, argument, faults=_FAULTS)
     return model.eval().to(device), _load_processor(name, argument)
 
 
@@ -142,31 +142,31 @@ def load_encoder(
     name: str | os.PathLike, dtype: torch.dtype = torch.float32, argument: str = "--encoder"
 ) -> tuple[GazeVisionModel, AutoGazeVideoProcessor]:
     """
-    Loads a vision tower and what normalises its frames.
+    Loads a vision tower and the normalisation of its frames.
 
     Args:
-        name (`str` or `os.PathLike`): a folder or a repository of the Hub; of a model for pictures and text, its vision part.
+        name (`str` or `os.PathLike`): a folder or a repository of the Hub; of a vision-language model, the vision model is loaded.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): precision of the weights.
-        argument (`str`, *optional*, defaults to `"--encoder"`): what to call it in messages.
+        argument (`str`, *optional*, defaults to `"--encoder"`): name of the argument in messages.
 
     Returns:
-        `tuple` of the tower, ready to encode, and the video processor.
+        `tuple` of the tower, in evaluation mode and frozen, and the video processor.
 
     Raises:
-        ValueError: if there is no such checkpoint, its family is not known, weights of the tower are missing, or a file
-            cannot be read.
+        ValueError: if the checkpoint does not exist, its architecture is not supported, weights of the tower are missing, or a
+            file cannot be read.
     """
     name = _find(name, argument)
     config = load_config(name, argument)
     vision_config = getattr(config, "vision_config", None)
     config = vision_config if getattr(vision_config, "model_type", None) in ADAPTERS else config
     if config.model_type not in ADAPTERS:
-        # Of a foreign family, that is what is wrong, not the weights.
-        _reading(
+        # An unsupported architecture is reported before the weights are loaded.
+        _read_part(
             name, argument, "model", lambda: GazeVisionModel(AutoModel.from_config(config, trust_remote_code=False))
         )
-    tower = GazeVisionModel(load_whole(AutoModel, name, config, argument, dtype, _UNUSED))
-    processor = _reading(
+    tower = GazeVisionModel(load_complete(AutoModel, name, config, argument, dtype, _UNUSED_WEIGHTS))
+    processor = _read_part(
         name, argument, "image processor", lambda: encoder_normalization(name, tower.config.model_type)
     )
     return tower.eval().requires_grad_(False), processor
@@ -178,18 +178,18 @@ def load_config(name: str | os.PathLike, argument: str) -> PreTrainedConfig:
 
     Args:
         name (`str` or `os.PathLike`): a folder or a repository of the Hub.
-        argument (`str`): what to call it in messages.
+        argument (`str`): name of the argument in messages.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if the checkpoint does not exist, or its configuration cannot be read.
     """
     name = _find(name, argument)
     if os.path.isfile(file := os.path.join(name, "config.json")):
-        _reading(name, argument, "config.json", lambda: _check_object(file))
-    return _reading(name, argument, "config.json", lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+        _read_part(name, argument, "config.json", lambda: _check_object(file))
+    return _read_part(name, argument, "config.json", lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
 
 
-def load_whole(
+def load_complete(
     loader: Any,
     name: str | os.PathLike,
     config: PreTrainedConfig,
@@ -199,15 +199,15 @@ def load_whole(
     faults: Iterable[str] = ("missing_keys", "mismatched_keys", "infinite_keys"),
 ) -> PreTrainedModel:
     """
-    Loads a model, all of whose weights its checkpoint must hold.
+    Loads a model from a checkpoint that must have all of its weights.
 
     Args:
-        loader: a class of models, or an Auto class.
+        loader: a model class or an Auto class.
         name (`str` or `os.PathLike`): a folder or a repository of the Hub.
-        config ([`~transformers.PreTrainedConfig`]): the model's configuration.
-        argument (`str`): what to call it in messages.
+        config ([`~transformers.PreTrainedConfig`]): configuration of the model.
+        argument (`str`): name of the argument in messages.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): precision of the weights.
-        unused (`str`, *optional*): pattern of weights that do not matter.
+        unused (`str`, *optional*): regular expression for names of weights that may be missing.
         faults (`Iterable[str]`, *optional*):
             Kinds of faults that are errors: keys of transformers' loading report, such as `"missing_keys"`, and
             `"infinite_keys"` for weights that are not finite.
@@ -219,10 +219,10 @@ def load_whole(
         ValueError: if weights are missing, have other shapes or are not finite, or a file cannot be read.
     """
     options = {"config": config, "dtype": dtype, "trust_remote_code": False}
-    # Weights of other shapes are to be in the report, beside those that are missing.
+    # With this option, weights of other shapes are in the report instead of an error.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     name = os.fspath(name)
-    model, found = _reading(name, argument, "model", lambda: loader.from_pretrained(name, **options))
+    model, found = _read_part(name, argument, "model", lambda: loader.from_pretrained(name, **options))
     found["infinite_keys"] = [key for key, weight in model.state_dict().items() if not bool(weight.isfinite().all())]
     _check_weights(name, argument, {key: found[key] for key in faults}, unused)
     return model
@@ -241,12 +241,12 @@ def _find(name: str | os.PathLike, argument: str) -> str:
     if os.path.isdir(name):
         return name
     name = str(SHIPPED_SELECTORS.get(name, name))
-    return name if os.path.isdir(name) or is_offline_mode() or _is_hub_reachable() else _find_in_cache(name, argument)
+    return name if os.path.isdir(name) or is_offline_mode() or _is_hub_reachable() else _find_cached(name, argument)
 
 
 @functools.cache
 def _is_hub_reachable() -> bool:
-    """Whether the Hub can be reached; checked once, as loading would otherwise retry for minutes, file by file."""
+    """Whether the Hub can be reached; checked once, since loading would otherwise retry for minutes for each file."""
     try:
         get_session().head(ENDPOINT, timeout=_HUB_TIMEOUT)
         return True
@@ -254,20 +254,20 @@ def _is_hub_reachable() -> bool:
         return False
 
 
-def _find_in_cache(name: str, argument: str) -> str:
-    """Returns the folder in the Hub's local cache of a repository that was loaded before."""
+def _find_cached(name: str, argument: str) -> str:
+    """Returns the folder of a repository in the Hub's local cache."""
     config = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
     if not isinstance(config, str):
         raise ValueError(
             f"`{argument}` must be a checkpoint's folder or Hub repository, but the config.json of {name!r} cannot be loaded: "
-            f"there is no such folder, {ENDPOINT} cannot be reached, and it was not loaded from there before"
+            f"there is no such folder, {ENDPOINT} cannot be reached, and it is not in the local cache"
         )
-    logger.warning(f"{ENDPOINT} cannot be reached; {name} is taken as it was loaded before, from the local cache.")
+    logger.warning(f"{ENDPOINT} cannot be reached; {name} is loaded from the local cache.")
     return os.path.dirname(config)
 
 
-def _reading(name: str, argument: str, what: str, read: Callable[[], T]) -> T:
-    """Reads a part of a checkpoint; whatever goes wrong there, the message says in which."""
+def _read_part(name: str, argument: str, what: str, read: Callable[[], T]) -> T:
+    """Reads a part of a checkpoint, with the name of the part in the message of any error."""
     try:
         return read()
     except ImportError:
@@ -275,20 +275,20 @@ def _reading(name: str, argument: str, what: str, read: Callable[[], T]) -> T:
     except Exception as error:  # A broken file can raise anything.
         must = "" if os.path.isdir(name) else " must be a checkpoint's folder or Hub repository, but"
         raise ValueError(
-            f"`{argument}`{must or ':'} the {what} of {name!r} cannot be loaded: {_short(error)}"
+            f"`{argument}`{must or ':'} the {what} of {name!r} cannot be loaded: {_shorten(error)}"
         ) from error
 
 
 def _check_weights(name: str, argument: str, found: dict[str, Any], unused: str | None = None) -> None:
-    """Raises a ValueError where a report of loading names anything but weights whose names have an `unused` part."""
+    """Raises a ValueError if a loading report names weights that do not match the pattern `unused`."""
     for key, weights in found.items():
         names = sorted(weight if isinstance(weight, str) else weight[0] for weight in weights)
         names = [weight for weight in names if unused is None or not re.search(unused, weight)]
         if names:
-            more = "" if len(names) <= _SHOWN else f" and {len(names) - _SHOWN} more"
+            more = "" if len(names) <= _MAX_NAMES else f" and {len(names) - _MAX_NAMES} more"
             raise ValueError(
-                f"`{argument}` must be a whole checkpoint, but that of {name!r} has {_FAULTS[key]}: "
-                f"{', '.join(names[:_SHOWN])}{more}"
+                f"`{argument}` must be a complete checkpoint, but that of {name!r} has {_FAULTS[key]}: "
+                f"{', '.join(names[:_MAX_NAMES])}{more}"
             )
 
 
@@ -300,19 +300,19 @@ def _load_processor(name: str, argument: str) -> AutoGazeProcessor:
             _check_object(file)
         return found
 
-    if _reading(name, argument, "processor", find):
-        return _reading(name, argument, "processor", lambda: AutoGazeProcessor.from_pretrained(name))
+    if _read_part(name, argument, "processor", find):
+        return _read_part(name, argument, "processor", lambda: AutoGazeProcessor.from_pretrained(name))
     logger.warning(f"{name} has no processor; the published preprocessing is used.")
     return AutoGazeProcessor()
 
 
 def _check_object(file: str) -> None:
-    """Raises a ValueError where a file is no JSON object; the error of transformers would be unclear."""
+    """Raises a ValueError if a file is no JSON object, since the error of transformers would be unclear."""
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{os.path.basename(file)} must hold a JSON object, got a {type(content).__name__}")
 
 
-def _short(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} .."
+    return text if len(text) <= _MAX_ERROR_LENGTH else f"{text[:_MAX_ERROR_LENGTH]} .."

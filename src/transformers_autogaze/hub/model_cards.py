@@ -1,4 +1,4 @@
-"""Cards of checkpoints, made from what is known of them: what a selector is and how it was made. No figure is foreign."""
+"""Model cards of checkpoints: facts of a selector and of its training, without figures that were not measured on it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from ..selection_autogaze import GazeSelector
 
 
 TASK = "other"
-"""Pipeline tag of a selector on the Hub, which has no task of choosing patches."""
+"""Pipeline tag of a selector on the Hub, which has no task for choosing patches."""
 _TAGS = ("video", "token-pruning", "autogaze", "custom_code")
 
 _TEXT = """# {title}
 
-A selector of patches of a video: it tells which ones a vision encoder needs to see, before the encoder runs. It is of the kind
+A selector that chooses the patches of a video that a vision encoder needs, before the encoder runs. It has the model type
 `{kind}` of the package `transformers-autogaze`.
 
 ## Use
@@ -29,17 +29,17 @@ processor = AutoProcessor.from_pretrained("path/to/this/folder", trust_remote_co
 gaze = model.generate(**processor(videos="video.mp4", num_frames=16, return_tensors="pt"), {setting})
 ```
 
-## What it is
+## Model
 
 {facts}
 
-## How it was made
+## Training
 
 {made}
 
-## Figures
+## Evaluation
 
-None were measured for this card. `autogaze evaluate` measures a checkpoint on videos.
+Nothing was measured for this card. `autogaze evaluate` measures a checkpoint on videos.
 """
 
 
@@ -49,16 +49,16 @@ def card_metadata(
     """
     Makes the metadata of a card, which the Hub reads.
 
-    They have no `datasets`, as the Hub accepts only datasets of its own there and selectors are trained on files.
+    It has no `datasets`, since the Hub accepts only its own datasets there and selectors are trained on files.
 
     Args:
-        title (`str`): name of the model that the results are of.
+        title (`str`): name of the model that was evaluated.
         tags (`Sequence[str]`, *optional*): further tags.
         base_model (`str`, *optional*): Hub repository of the model that the weights come from.
         results (`Sequence[EvalResult]`, *optional*): measured results.
 
     Returns:
-        `str`: a block of YAML between lines of dashes, with a line break at the end.
+        `str`: a YAML block between lines of dashes, with a line break at the end.
 
     Example:
 
@@ -76,7 +76,7 @@ def card_metadata(
         eval_results=list(results) or None,
         library_name="transformers",
         metrics=sorted({result.metric_type for result in results}) or None,
-        model_name=title if results else None,  # needed with results only
+        model_name=title if results else None,  # required for results only
         pipeline_tag=TASK,
         tags=[*_TAGS, *tags],
     )
@@ -95,7 +95,7 @@ def make_card(
     Args:
         model ([`GazeSelector`]): the selector.
         title (`str`, *optional*, defaults to `"A selector of patches"`): its heading.
-        made (`Mapping[str, Any]`, *optional*): how it was made, such as `{"steps": 1000}`; nothing is known by default.
+        made (`Mapping[str, Any]`, *optional*): facts of its training, such as `{"steps": 1000}`.
         base_model (`str`, *optional*): Hub repository of the model that training started from.
 
     Returns:
@@ -126,7 +126,7 @@ def make_card(
         kind=config.model_type,
         setting="clip_ratio=0.25" if is_over_time else "gazing_ratio=0.25",
         facts=_table(facts),
-        made=_table(made) if made else "Nothing is recorded of how it was made.",
+        made=_table(made) if made else "No facts of the training are recorded.",
     )
     return f"{card_metadata(title, base_model=base_model)}\n{text}"
 

@@ -1,8 +1,7 @@
 """
-Rebuilding videos from their kept patches.
+Reconstruction of videos from their kept patches.
 
-The closed form lives in `composite_autogaze`, among the modules that travel with a checkpoint, because the pipeline needs
-it there; here it is at hand under the name of its topic.
+The closed-form reconstruction is defined in `composite_autogaze`, since it is part of the remote code of checkpoints.
 """
 
 from ..composite_autogaze import (

@@ -1,8 +1,7 @@
 """
-What a rebuilt frame is worth: pixel and feature losses, one number per frame.
+Losses of reconstructed frames, in pixels and features.
 
-Losses are modules called as `loss(rebuilt, frames)` with pixels in 0..1; they know nothing of gazes or of how frames were
-rebuilt.
+Losses are modules that are called as `loss(rebuilt, frames)` with pixels in 0..1, and return one number per frame.
 """
 
 import inspect
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-_LAYERS = 4
+_NUM_HIDDEN_STATES = 4
 _PUBLISHED_WEIGHTS = (1.0, 0.3, 0.3)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -25,7 +24,7 @@ class L1Loss(nn.Module):
 
     Args:
         std (`Sequence[float]`, *optional*, defaults to 1 per channel):
-            What the error of each channel is divided by, so that it is that of normalised values.
+            Divisors of the errors of the channels, for the error of normalised values.
 
     Example:
 
@@ -45,7 +44,7 @@ class L1Loss(nn.Module):
 
     def forward(self, rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """
-        Measures each frame.
+        Computes the loss of each frame.
 
         Args:
             rebuilt, frames (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`): pixels in 0..1.
@@ -62,9 +61,9 @@ class FeatureLoss(nn.Module):
 
     See docs/specification.md, section 12.2.
 
-    Any vision model of the library will do that takes `pixel_values` and has a `config.patch_size`, such as DINOv2 with
-    registers or SigLIP 2. Tokens that are no patches (CLS, registers) do not count. Its weights are frozen; gradients
-    reach the rebuilt frames. Frames go in as large as they are, so give them in the size that the model takes.
+    It supports any vision model of transformers that takes `pixel_values` and has a `config.patch_size`, such as DINOv2 with
+    registers or SigLIP 2. Other tokens (CLS, registers) are ignored. The model's weights are frozen; gradients reach the
+    reconstructed frames. Frames are not resized, so they should have the model's size.
 
     Args:
         model (`PreTrainedModel`): the vision model.
@@ -93,19 +92,19 @@ class FeatureLoss(nn.Module):
             )
         self.model = model.eval().requires_grad_(False)
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        # Models with learned positions stop at other sizes than their own unless they are told to resize them.
-        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self._options = {"interpolate_pos_encoding": True} if resizes else {}
+        # Without this option, models with learned positions raise an error for other sizes than their own.
+        can_interpolate = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if can_interpolate else {}
 
     def train(self, mode: bool = True) -> "FeatureLoss":
-        """Does what it does for every module, but the vision model never trains."""
+        """Sets the training mode; the vision model stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
         return self
 
     def forward(self, rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """
-        Measures each frame.
+        Computes the loss of each frame.
 
         Args:
             rebuilt, frames (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`): pixels in 0..1.
@@ -114,20 +113,21 @@ class FeatureLoss(nn.Module):
             `torch.FloatTensor` of shape `(batch, frames)`.
         """
         with torch.no_grad():
-            wanted = self._features(frames)
-        distance = [
-            (got - want).square().mean((-2, -1)) for got, want in zip(self._features(rebuilt), wanted, strict=True)
+            targets = self._features(frames)
+        distances = [
+            (features - target).square().mean((-2, -1))
+            for features, target in zip(self._features(rebuilt), targets, strict=True)
         ]
-        return torch.stack(distance).mean(0).view(rebuilt.shape[:2])
+        return torch.stack(distances).mean(0).view(rebuilt.shape[:2])
 
     def _features(self, frames: torch.Tensor) -> list[torch.Tensor]:
-        """Gives the last hidden states of the patches, each `(batch * frames, patches, hidden)`."""
+        """Returns the last hidden states of the patches, each `(batch * frames, patches, hidden)`."""
         mean, std = (frames.new_tensor(numbers)[:, None, None] for numbers in (self.image_mean, self.image_std))
         images = ((frames - mean) / std).flatten(0, 1).to(self.model.dtype)
-        states = self.model(images, output_hidden_states=True, **self._options).hidden_states[-_LAYERS:]
-        patch = self.model.config.patch_size
-        patches = (images.shape[-2] // patch) * (images.shape[-1] // patch)
-        return [state[:, -patches:] for state in states]
+        states = self.model(images, output_hidden_states=True, **self._options).hidden_states[-_NUM_HIDDEN_STATES:]
+        patch_size = self.model.config.patch_size
+        num_patches = (images.shape[-2] // patch_size) * (images.shape[-1] // patch_size)
+        return [state[:, -num_patches:] for state in states]
 
 
 class WeightedLoss(nn.Module):
@@ -136,10 +136,10 @@ class WeightedLoss(nn.Module):
 
     Args:
         losses (`Sequence[nn.Module]`): the losses, each called as `loss(rebuilt, frames)`.
-        weights (`Sequence[float]`): as many weights.
+        weights (`Sequence[float]`): one weight for each loss.
 
     Raises:
-        ValueError: if losses and weights are not as many.
+        ValueError: if the numbers of losses and weights differ.
     """
 
     def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float]):
@@ -151,7 +151,7 @@ class WeightedLoss(nn.Module):
 
     def forward(self, rebuilt: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """
-        Measures each frame.
+        Computes the loss of each frame.
 
         Args:
             rebuilt, frames (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`): pixels in 0..1.
@@ -164,14 +164,15 @@ class WeightedLoss(nn.Module):
 
 def published_loss(dinov2: PreTrainedModel, siglip2: PreTrainedModel, std: Sequence[float]) -> WeightedLoss:
     """
-    Puts together the published loss: L1 on normalised pixels + 0.3 DINOv2 + 0.3 SigLIP 2 features.
+    Makes the published loss: L1 of normalised pixels, plus 0.3 times the feature losses of DINOv2 and SigLIP 2.
 
     See docs/specification.md, section 12.2.
 
     Args:
-        dinov2 (`PreTrainedModel`): DINOv2 with registers, published at size base.
-        siglip2 (`PreTrainedModel`): the vision tower of SigLIP 2, published at size base, patch 16, 224 pixels.
-        std (`Sequence[float]`): see [`L1Loss`]; the published `image_std` over 2, for pixels were scaled to -1..1 first.
+        dinov2 (`PreTrainedModel`): DINOv2 with registers; the base size in the published loss.
+        siglip2 (`PreTrainedModel`): vision tower of SigLIP 2; base size, patch 16 and 224 pixels in the published loss.
+        std (`Sequence[float]`):
+            See [`L1Loss`]; half of `image_std` in the published loss, where pixels are scaled to -1..1 before normalisation.
 
     Returns:
         [`WeightedLoss`]

@@ -1,8 +1,7 @@
 """
-The published learned reconstruction: a masked autoencoder that sees the gazed patches of a video alone.
+The published learned reconstruction: a masked autoencoder that encodes only the gazed patches of a video.
 
-This module owns the network and its configuration (docs/specification.md, section 12.1); what a reconstruction is worth
-it asks of `losses`, and what ids mean of the gaze. Nothing else of the package needs it.
+See docs/specification.md, section 12.1.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from ..modeling_autogaze import outputs_to_record
 from .losses import L1Loss
 
 
-# Bicubically resized frames leave 0..1 by less than this; normalised values and levels 0..255 by more.
+# Frames that are resized bicubically exceed 0..1 by less than this; normalised values and levels 0..255 by more.
 _OVERSHOOT = 0.5
 
 
@@ -36,8 +35,8 @@ class GazeVideoMAEConfig(PreTrainedConfig):
     """
     Configuration of a [`GazeVideoMAE`]; the defaults are the published size, that of ViT-MAE large.
 
-    The published `config.json` loads as it is. Its `loss_type` and `loss_weights` are kept but choose nothing: a loss is
-    given in the call.
+    The published `config.json` can be loaded. Its `loss_type` and `loss_weights` are kept but not used: the loss is an argument
+    of the call.
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`, *optional*, default to 1024, 4096,
@@ -45,20 +44,20 @@ class GazeVideoMAEConfig(PreTrainedConfig):
         decoder_hidden_size, decoder_intermediate_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`,
             *optional*, default to 512, 2048, 8 and 16): the decoder.
         scales (`str` or `Sequence[int]`, *optional*, defaults to `"32+64+112+224"`):
-            Sizes in pixels at which patches are gazed at, coarse to fine; frames have the last.
-        image_size (`int`, *optional*, defaults to 224): size in pixels that the position embeddings are made for.
+            Sizes of the scales in pixels, coarse to fine; the last is the size of frames.
+        image_size (`int`, *optional*, defaults to 224): size in pixels of the position embeddings.
         patch_size (`int`, *optional*, defaults to 16): height and width of a patch in pixels, at every scale.
-        max_num_frames (`int`, *optional*, defaults to 256): frames of a clip at most.
-        hidden_act (`str`, *optional*, defaults to `"gelu"`): activation between the layers of a perceptron.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-12): what keeps the normalisation from dividing by zero.
-        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of fresh weights.
+        max_num_frames (`int`, *optional*, defaults to 256): maximum number of frames of a clip.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): activation of the MLPs.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12): epsilon of the layer normalisation.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of new weights.
         rescale_factor (`float`, *optional*, defaults to 1/127.5), offset (`bool`, *optional*, defaults to `True`),
         image_mean, image_std (`list[float]`, *optional*, default to ImageNet's):
-            How levels 0..255 become the values that the network works with: times the factor, minus 1 with `offset`,
-            minus the mean, over the standard deviation. The model does this itself.
+            Normalisation of levels 0..255, which the model applies itself: times the factor, minus 1 with `offset`, minus the
+            mean, over the standard deviation.
 
     Raises:
-        ValueError: if the scales are none, or the published options `scale_embed`, `time_embed` or `causal` are off.
+        ValueError: if the scales are not valid, or one of `scale_embed`, `time_embed` and `causal` is false.
     """
 
     model_type = "autogaze_video_mae"
@@ -121,20 +120,20 @@ class GazeVideoMAEConfig(PreTrainedConfig):
 @dataclass
 class GazeVideoMAEOutput(ModelOutput):
     """
-    What [`GazeVideoMAE`] returns; `F` frames were asked for.
+    Output of [`GazeVideoMAE`], with `F` requested frames.
 
     Args:
         reconstruction (`torch.FloatTensor` of shape `(batch, F, 3, height, width)`):
-            The frames as rebuilt from what was kept; they may overshoot 0..1.
+            The frames, reconstructed from the kept patches; values can exceed 0..1.
         loss (`torch.FloatTensor` of shape `(batch, F)`):
-            Task loss of each of them.
+            Loss of each of these frames.
         hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, 1 + N, hidden)`, returned with
             `output_hidden_states`):
-            The tokens as the encoder reads them, the CLS token first, and what each of its layers makes of them, the last
-            normalised.
+            Hidden states of the encoder at the output of the embeddings and of each layer, the last normalised, with the CLS
+            token first.
         attentions (`tuple[torch.FloatTensor]` of shape `(batch, heads, 1 + N, 1 + N)`, returned with
             `output_attentions`):
-            For each of its layers, how much each token attends to each other.
+            Attention weights of each layer of the encoder.
     """
 
     reconstruction: torch.FloatTensor | None = None
@@ -144,7 +143,7 @@ class GazeVideoMAEOutput(ModelOutput):
 
 
 class GazeVideoMAELayer(GradientCheckpointingLayer):
-    """A transformer layer, normalised before each half, under the published names of its weights."""
+    """A pre-norm transformer layer with the published names of the weights."""
 
     def __init__(self, config: GazeVideoMAEConfig, hidden_size: int, intermediate_size: int, num_heads: int):
         super().__init__()
@@ -159,49 +158,51 @@ class GazeVideoMAELayer(GradientCheckpointingLayer):
         self.output = nn.ModuleDict({"dense": nn.Linear(intermediate_size, hidden_size)})
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Takes `(batch, tokens, hidden)` and an additive mask `(batch, 1, tokens, tokens)`; gives the tokens, and attentions
-        `(batch, heads, tokens, tokens)` if the implementation keeps them.
+        Takes hidden states `(batch, tokens, hidden)` and an additive mask `(batch, 1, tokens, tokens)`; returns hidden states, and
+        attentions `(batch, heads, tokens, tokens)` if the implementation returns them.
         """
-        normed, heads = self.layernorm_before(hidden), self.attention["attention"]
+        normed, heads = self.layernorm_before(hidden_states), self.attention["attention"]
         query, key, value = (
             heads[name](normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         name = self.config._attn_implementation
         attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        attended, attention = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
-        hidden = hidden + self.attention["output"]["dense"](attended.flatten(2))
-        inner = self.activation(self.intermediate["dense"](self.layernorm_after(hidden)))
-        return hidden + self.output["dense"](inner), attention
+        attended, attention = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        hidden_states = hidden_states + self.attention["output"]["dense"](attended.flatten(2))
+        intermediate = self.activation(self.intermediate["dense"](self.layernorm_after(hidden_states)))
+        return hidden_states + self.output["dense"](intermediate), attention
 
 
 class GazeVideoMAEEmbeddings(nn.Module):
-    """Turns the gazed patches of a clip into tokens, a CLS token before them."""
+    """Embeds the gazed patches of a clip, after a CLS token."""
 
     def __init__(self, config: GazeVideoMAEConfig):
         super().__init__()
         self.grid, size = config.grid, config.hidden_size
-        self.rows = config.image_size // config.patch_size
+        self.num_rows = config.image_size // config.patch_size
         projection = nn.Conv2d(3, size, config.patch_size, config.patch_size)
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, self.rows**2 + 1, size), requires_grad=False)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.num_rows**2 + 1, size), requires_grad=False)
         self.scale_embed = nn.Parameter(torch.zeros(len(self.grid.scales), size))
         self.time_embed = nn.Parameter(torch.zeros(config.max_num_frames, size))
 
     def forward(self, values: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
-        """Takes normalised frames `(batch, frames, 3, height, width)`; gives `(batch, 1 + N, hidden)`."""
+        """Takes normalised frames `(batch, frames, 3, height, width)`; returns `(batch, 1 + N, hidden)`."""
         patches = gaze.replace(frame_sampling_rate=1).gather_patches(values)
         tokens = self.patch_embeddings["projection"](patches.flatten(0, 1)).view(*patches.shape[:2], -1)
-        tokens = tokens + self._places()[_local_ids(gaze)] + self.time_embed[gaze.frame_of_slot]
+        tokens = tokens + self._position_embeddings()[_local_ids(gaze)] + self.time_embed[gaze.frame_of_slot]
         cls_token = self.cls_token + self.position_embeddings[:, :1]
         return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
 
-    def _places(self) -> torch.Tensor:
-        """Where in a frame, and at which scale, each of its patches lies: `(patches + 1, hidden)`, the last none."""
-        stored = self.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (self.rows, self.rows))
+    def _position_embeddings(self) -> torch.Tensor:
+        """Returns the position and scale embeddings of the patches of a frame and of padding, `(patches + 1, hidden)`."""
+        stored = self.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (self.num_rows, self.num_rows))
         positions = [
             (F.interpolate(stored, size=grid, mode="bicubic") if grid != stored.shape[2:] else stored)[0].flatten(1).T
             for grid in self.grid.grids
@@ -210,7 +211,7 @@ class GazeVideoMAEEmbeddings(nn.Module):
 
 
 class GazeVideoMAEEncoder(nn.Module):
-    """Encodes the gazed patches; each sees those of its own frame and of earlier ones."""
+    """Encodes the gazed patches, which attend to those of their own and earlier frames."""
 
     def __init__(self, config: GazeVideoMAEConfig):
         super().__init__()
@@ -228,34 +229,34 @@ class GazeVideoMAEEncoder(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """
-        Takes normalised frames `(batch, frames, 3, height, width)`; gives `(batch, 1 + N, hidden)`, and hidden states and
-        attentions where they are asked for.
+        Takes normalised frames `(batch, frames, 3, height, width)`; returns `(batch, 1 + N, hidden)`, all hidden states and
+        attentions, the last two as requested.
         """
-        hidden = self.embeddings(values, gaze)
-        mask = _block_causal_mask(gaze.frame_of_slot, gaze.if_padded_gazing, hidden.dtype)
-        hidden_states, attentions = [], []
+        hidden_states = self.embeddings(values, gaze)
+        attention_mask = _block_causal_mask(gaze.frame_of_slot, gaze.if_padded_gazing, hidden_states.dtype)
+        all_hidden_states, attentions = [], []
         for layer in self.encoder["layer"]:
-            hidden_states += [hidden] if output_hidden_states else []
-            hidden, attention = layer(hidden, mask)
+            all_hidden_states += [hidden_states] if output_hidden_states else []
+            hidden_states, attention = layer(hidden_states, attention_mask)
             attentions += [attention] if output_attentions else []
-        hidden = self.layernorm(hidden)
+        hidden_states = self.layernorm(hidden_states)
         return (
-            hidden,
-            (*hidden_states, hidden) if output_hidden_states else None,
+            hidden_states,
+            (*all_hidden_states, hidden_states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
 
 
 class GazeVideoMAEDecoder(nn.Module):
-    """Fills in all patches of the frames asked for, from what was gazed at in all frames."""
+    """Predicts all patches of the requested frames from the gazed patches of all frames."""
 
     def __init__(self, config: GazeVideoMAEConfig):
         super().__init__()
         self.grid, size = config.grid, config.decoder_hidden_size
-        self.rows = config.image_size // config.patch_size
+        self.num_rows = config.image_size // config.patch_size
         self.decoder_embed = nn.Linear(config.hidden_size, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.rows**2 + 1, size), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.num_rows**2 + 1, size), requires_grad=False)
         self.decoder_scale_embed = nn.Parameter(torch.zeros(len(self.grid.scales), size))
         self.time_embed = nn.Parameter(torch.zeros(config.max_num_frames, size))
         sizes = size, config.decoder_intermediate_size, config.decoder_num_attention_heads
@@ -265,36 +266,37 @@ class GazeVideoMAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(size, 3 * config.patch_size**2)
 
     def forward(self, latent: torch.Tensor, gaze: GazeOutput, frames: list[int]) -> torch.Tensor:
-        """Takes `(batch, 1 + N, hidden)`; gives normalised frames `(batch, F, 3, height, width)` in ascending order."""
-        tokens, number, frame_of_slot = self.decoder_embed(latent), self.grid.num_patches, gaze.frame_of_slot
+        """Takes `(batch, 1 + N, hidden)`; returns normalised frames `(batch, F, 3, height, width)` in ascending order."""
+        tokens, num_patches, frame_of_slot = self.decoder_embed(latent), self.grid.num_patches, gaze.frame_of_slot
         cls_token, tokens = tokens[:, :1] + self.decoder_pos_embed[:, :1], tokens[:, 1:]
-        asked = torch.tensor(frames, device=tokens.device)
-        is_asked = torch.isin(frame_of_slot, asked)
-        places, local = self._places(), _local_ids(gaze)
+        requested = torch.tensor(frames, device=tokens.device)
+        is_requested = torch.isin(frame_of_slot, requested)
+        embeddings, local_ids = self._position_embeddings(), _local_ids(gaze)
 
-        # Padding is written to an extra place of its frame, which is cut off again.
+        # Padding is written to an extra patch of its frame, which is removed afterwards.
         batch, _, size = tokens.shape
-        slot = torch.searchsorted(asked, frame_of_slot[is_asked]) * (number + 1) + local[:, is_asked]
-        whole = self.mask_token.expand(batch, len(frames) * (number + 1), -1)
-        whole = whole.scatter(1, slot[..., None].expand(-1, -1, size), tokens[:, is_asked])
-        whole = whole.unflatten(1, (len(frames), -1))[:, :, :-1] + places[:-1] + self.time_embed[asked][:, None]
-        gazed = tokens + places[local] + self.time_embed[frame_of_slot]
+        index = torch.searchsorted(requested, frame_of_slot[is_requested]) * (num_patches + 1)
+        index = (index + local_ids[:, is_requested])[..., None].expand(-1, -1, size)
+        whole = self.mask_token.expand(batch, len(frames) * (num_patches + 1), -1)
+        whole = whole.scatter(1, index, tokens[:, is_requested]).unflatten(1, (len(frames), -1))[:, :, :-1]
+        whole = whole + embeddings[:-1] + self.time_embed[requested][:, None]
+        gazed = tokens + embeddings[local_ids] + self.time_embed[frame_of_slot]
 
-        hidden = torch.cat([cls_token, gazed[:, ~is_asked], whole.flatten(1, 2)], dim=1)
-        frame_of_token = torch.cat([frame_of_slot[~is_asked], asked.repeat_interleave(number)])
-        is_padding = F.pad(gaze.if_padded_gazing[:, ~is_asked], (0, len(frames) * number))
-        mask = _block_causal_mask(frame_of_token, is_padding, hidden.dtype)
+        hidden_states = torch.cat([cls_token, gazed[:, ~is_requested], whole.flatten(1, 2)], dim=1)
+        frame_of_token = torch.cat([frame_of_slot[~is_requested], requested.repeat_interleave(num_patches)])
+        is_padding = F.pad(gaze.if_padded_gazing[:, ~is_requested], (0, len(frames) * num_patches))
+        attention_mask = _block_causal_mask(frame_of_token, is_padding, hidden_states.dtype)
         for layer in self.decoder_layers:
-            hidden, _ = layer(hidden, mask)
+            hidden_states, _ = layer(hidden_states, attention_mask)
 
         rows, cols = self.grid.grids[-1]
-        finest = hidden[:, -len(frames) * number :].unflatten(1, (len(frames), number))[:, :, -rows * cols :]
+        finest = hidden_states[:, -len(frames) * num_patches :].unflatten(1, (len(frames), -1))[:, :, -rows * cols :]
         patches = self.decoder_pred(self.decoder_norm(finest))
         patches = patches.view(batch, len(frames), rows, cols, self.grid.patch_size, self.grid.patch_size, 3)
         return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, len(frames), 3, *self.grid.sizes[-1])
 
-    def _places(self) -> torch.Tensor:
-        """As in the encoder; but the published decoder resizes the row of all positions, not their square."""
+    def _position_embeddings(self) -> torch.Tensor:
+        """Returns embeddings as in the encoder; the published decoder resizes the positions as one row, not as a square."""
         stored = self.decoder_pos_embed[:, None, 1:].permute(0, 3, 1, 2)
         positions = [
             F.interpolate(stored, size=(1, count), mode="bicubic")[0, :, 0].T
@@ -305,14 +307,13 @@ class GazeVideoMAEDecoder(nn.Module):
 
 class GazeVideoMAE(PreTrainedModel):
     """
-    Rebuilds frames from their gazed patches with a masked autoencoder: the published learned reconstruction.
+    Reconstructs frames from their gazed patches with a masked autoencoder: the published learned reconstruction.
 
-    It is called like [`CompositeReconstruction`]: pixels in 0..1 and a gaze in, frames and losses out. The encoder works
-    on gazed patches alone, the decoder on all patches of the frames asked for and on the gazed ones of all others. Both
-    see earlier frames, so which frames are asked for together has a little effect on the later ones, as published.
+    It is called like [`CompositeReconstruction`], with pixels in 0..1 and a gaze, and returns frames and losses. The encoder
+    reads only gazed patches. The decoder reads all patches of the requested frames and the gazed patches of the others. Tokens
+    attend to earlier frames, so the set of requested frames has a small effect on the later ones, as in the published model.
 
-    The published checkpoint's names of weights are this model's; its feature networks, where they come with it, are left
-    out.
+    The names of weights are those of the published checkpoint; its feature networks are ignored.
 
     Args:
         config (`GazeVideoMAEConfig`): the configuration.
@@ -355,7 +356,7 @@ class GazeVideoMAE(PreTrainedModel):
         if isinstance(module, (GazeVideoMAEEmbeddings, GazeVideoMAEDecoder)):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in ("position_embeddings", "decoder_pos_embed"):
-                    init.copy_(parameter, _sincos_positions(module.rows, parameter.shape[-1])[None])
+                    init.copy_(parameter, _sincos_positions(module.num_rows, parameter.shape[-1])[None])
                 else:
                     init.normal_(parameter, std=self.config.initializer_range)
 
@@ -370,25 +371,25 @@ class GazeVideoMAE(PreTrainedModel):
         output_attentions: bool | None = None,
     ) -> GazeVideoMAEOutput:
         """
-        Rebuilds frames and measures how well.
+        Reconstructs frames and measures their loss.
 
         Args:
             pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-                The clips, one frame per frame of gaze, pixels in 0..1, in the size of the finest scale. They are
-                normalised in here, as the configuration says.
-            gaze ([`GazeOutput`]): what was kept of them, on the model's scales.
-            frames (`Sequence[int]`, *optional*): the frames to give, by their place in the clip; all if not given.
+                The clips, one frame per frame of gaze, pixels in 0..1, in the size of the finest scale. The model normalises
+                them.
+            gaze ([`GazeOutput`]): the kept patches, on the model's scales.
+            frames (`Sequence[int]`, *optional*): indices of the frames to reconstruct, all by default.
             loss (`Callable`, *optional*):
-                What to measure, called as `loss(rebuilt, frames)` with pixels in 0..1 of shape `(batch, F, 3, height,
-                width)`; gives `(batch, F)`. By default the published pixel loss, the mean absolute error of normalised
-                values; see [`~losses.published_loss`] for the published sum with features.
+                Loss, called as `loss(rebuilt, frames)` with pixels in 0..1 of shape `(batch, F, 3, height, width)`, which returns
+                `(batch, F)`. By default the published pixel loss, the mean absolute error of normalised values; see
+                [`~losses.published_loss`] for the published sum with features.
             output_hidden_states, output_attentions (`bool`, *optional*, default to those of the configuration):
                 Whether to return the hidden states and attentions of the encoder; the latter need eager attention.
             return_dict (`bool`, *optional*, defaults to that of the configuration):
                 Whether to return a [`GazeVideoMAEOutput`].
 
         Returns:
-            [`GazeVideoMAEOutput`], or a tuple of what is not `None` in it.
+            [`GazeVideoMAEOutput`], or a tuple of its fields that are not `None`.
 
         Raises:
             ValueError: if pixels or gaze are not as above, a frame does not exist or the clip is too long.
@@ -405,14 +406,14 @@ class GazeVideoMAE(PreTrainedModel):
         recorded = outputs_to_record(self.config, attention, output_hidden_states, output_attentions)
         mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in self._mean_and_std())
         latent, hidden_states, attentions = self.vit(((pixels - mean) / std).to(self.dtype), gaze, **recorded)
-        asked = sorted(set(index))
-        rebuilt = self.decoder(latent, gaze, asked)[:, [asked.index(frame) for frame in index]]
+        requested = sorted(set(index))
+        rebuilt = self.decoder(latent, gaze, requested)[:, [requested.index(frame) for frame in index]]
         rebuilt = rebuilt.to(pixels.dtype) * std + mean
         loss = L1Loss(self._mean_and_std()[1]) if loss is None else loss
         return GazeVideoMAEOutput(rebuilt, loss(rebuilt, pixels[:, index]), hidden_states, attentions)
 
     def _mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Gives the whole normalisation as a mean and a deviation of pixels in 0..1, per channel."""
+        """Returns the normalisation as mean and standard deviation of pixels in 0..1, per channel."""
         config, scale = self.config, 1 / (255 * self.config.rescale_factor)
         return [(mean + config.offset) * scale for mean in config.image_mean], [
             std * scale for std in config.image_std
@@ -420,39 +421,42 @@ class GazeVideoMAE(PreTrainedModel):
 
 
 def _local_ids(gaze: GazeOutput) -> torch.Tensor:
-    """Ids counted from their frame, `(batch, N)`; padding has the id after the last."""
+    """Returns ids counted from the first patch of their frame, `(batch, N)`; padding has the id after the last patch."""
     ids = gaze.gazing_pos - gaze.frame_of_slot * gaze.num_vision_tokens_each_frame
     return ids.masked_fill(gaze.if_padded_gazing, gaze.num_vision_tokens_each_frame)
 
 
 def _with_scales(positions: Sequence[torch.Tensor], scale_embed: torch.Tensor) -> torch.Tensor:
-    """Adds the embedding of each scale to its positions `(patches, hidden)`, joins them and adds a row for padding."""
+    """Adds the embedding of each scale to its positions `(patches, hidden)`, joins them and appends zeros for padding."""
     joined = torch.cat([part + scale for part, scale in zip(positions, scale_embed, strict=True)])
     return F.pad(joined, (0, 0, 0, 1))
 
 
 def _block_causal_mask(frame_of_token: torch.Tensor, is_padding: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
-    Lets tokens see those of their own frame and of earlier ones, the CLS token, which sees itself alone, and no padding.
+    Makes the attention mask: tokens attend to the CLS token and to their own and earlier frames, the CLS token to itself only.
 
     Args:
-        frame_of_token (`torch.LongTensor` of shape `(tokens,)`): the frame of each token but the CLS token.
-        is_padding (`torch.BoolTensor` of shape `(batch, tokens)`): where not to look.
-        dtype (`torch.dtype`): of the mask.
+        frame_of_token (`torch.LongTensor` of shape `(tokens,)`): frame of each token except the CLS token.
+        is_padding (`torch.BoolTensor` of shape `(batch, tokens)`): tokens that are not attended to.
+        dtype (`torch.dtype`): dtype of the mask.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, 1, 1 + tokens, 1 + tokens)`, to be added to attention scores.
     """
     frame = F.pad(frame_of_token, (1, 0), value=-1)
-    is_seen = (frame[:, None] >= frame) & ~F.pad(is_padding, (1, 0))[:, None, None]
-    mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
-    return mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
+    is_visible = (frame[:, None] >= frame) & ~F.pad(is_padding, (1, 0))[:, None, None]
+    mask = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
+    return mask.masked_fill_(~is_visible, torch.finfo(dtype).min)
 
 
-def _sincos_positions(rows: int, size: int) -> torch.Tensor:
-    """Gives the fixed embeddings of a square of positions, columns before rows, `(1 + rows * rows, size)`; CLS first."""
+def _sincos_positions(num_rows: int, size: int) -> torch.Tensor:
+    """
+    Returns the fixed embeddings of a square of positions, `(1 + num_rows**2, size)`, with zeros for the CLS token first; the
+    first half of the channels encodes columns, the second half rows.
+    """
     frequency = 10000 ** (-torch.arange(size // 4, dtype=torch.float64) * 4 / size)
-    angle = torch.arange(rows, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(num_rows, dtype=torch.float64)[:, None] * frequency
     waves = torch.cat([angle.sin(), angle.cos()], dim=1)
-    square = torch.cat([waves.repeat(rows, 1), waves.repeat_interleave(rows, dim=0)], dim=1)
+    square = torch.cat([waves.repeat(num_rows, 1), waves.repeat_interleave(num_rows, dim=0)], dim=1)
     return F.pad(square, (0, 0, 1, 0)).float()

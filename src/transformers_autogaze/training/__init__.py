@@ -1,4 +1,4 @@
-"""Training: distillation from an encoder (`distill`); labels and clips, stage 1 on labels (`ntp`), stage 2 on own gazes (`grpo`)."""
+"""Training: distillation from an encoder (`distill`), and the two stages of AutoGaze: on labels (`ntp`) and on own gazes (`grpo`)."""
 
 from .augmentation import ClipAugmentation
 from .data import BudgetSchedule, GazeClipDataset, GazeCollator

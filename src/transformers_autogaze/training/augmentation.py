@@ -1,8 +1,7 @@
 """
-Augmentation of clips: random crops, flips, colours, and cameras that move over a still picture.
+Augmentation of clips: random crops, flips and colour changes, and camera motion over a still image.
 
-This module owns what is done to the pixels of a clip before it is trained on, always to the whole clip at once. It knows
-nothing of files, patches or models.
+All frames of a clip are augmented alike.
 """
 
 import math
@@ -12,29 +11,29 @@ import torch
 from torch.nn import functional as F
 
 
-# Weights of red, green and blue in how bright a pixel looks (ITU-R BT.601).
+# Weights of red, green and blue in the luma (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
-# By how much light varies at most: gamma as a logarithm, saturation, contrast and colours as factors, others in pixels.
+# Largest changes of light: gamma as a logarithm; saturation, contrast and colours as factors; the others in pixel values.
 _GAMMA, _SATURATION, _CONTRAST, _GAINS, _BRIGHTNESS, _NOISE = 0.6, 0.6, 0.4, 0.15, 0.15, 0.06
 
 
 @dataclass
 class ClipAugmentation:
     """
-    Varies clips at random, every frame of a clip alike.
+    Augments clips at random, all frames of a clip alike.
 
-    A crop keeps the frame's own aspect ratio give or take a third, so that one of the whole frame is what a model sees
-    later. Clips that would stand still otherwise can be made by a camera that pans and zooms over one of their frames.
+    The aspect ratio of a crop differs from that of the frame by a third at most, since models are applied to whole frames.
+    For a share of the clips, a simulated camera pans and zooms over one of their frames.
 
     Args:
         min_crop (`float`, *optional*, defaults to 0.2):
             Smallest share of a frame's area that is kept, above 0 and up to 1; 1 keeps whole frames.
         flip (`float`, *optional*, defaults to 0.5):
-            Share of clips that are mirrored, left for right.
+            Share of clips that are flipped horizontally, 0..1.
         colour (`float`, *optional*, defaults to 0.3):
-            By how much brightness, contrast and saturation change at most, 0..1.
+            Largest change of brightness, contrast and saturation, 0..1.
         still (`float`, *optional*, defaults to 0.15):
-            Share of clips that a moving camera makes of one frame; clips of one frame always are.
+            Share of clips that are made of one frame by camera motion, 0..1.
 
     Raises:
         ValueError: if one of them is out of range.
@@ -53,10 +52,10 @@ class ClipAugmentation:
     """
 
     min_crop: float = field(default=0.2, metadata={"help": "Smallest share of a frame's area that a crop keeps."})
-    flip: float = field(default=0.5, metadata={"help": "Share of clips that are mirrored."})
+    flip: float = field(default=0.5, metadata={"help": "Share of clips that are flipped horizontally."})
     colour: float = field(default=0.3, metadata={"help": "Largest change of brightness, contrast and saturation."})
     still: float = field(
-        default=0.15, metadata={"help": "Share of clips that a moving camera makes of one frame of their video."}
+        default=0.15, metadata={"help": "Share of clips that are made of one frame by camera motion."}
     )
 
     def __post_init__(self):
@@ -68,12 +67,12 @@ class ClipAugmentation:
 
     def __call__(self, levels: torch.Tensor, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
         """
-        Varies one clip.
+        Augments one clip.
 
         Args:
             levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
             size (`tuple[int, int]`): height and width in pixels to resize to.
-            generator (`torch.Generator`): where random numbers come from.
+            generator (`torch.Generator`): source of random numbers.
 
         Returns:
             `torch.FloatTensor` of shape `(frames, 3, *size)`: pixels in 0..1.
@@ -89,7 +88,7 @@ class ClipAugmentation:
 
     def _crop(self, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         height, width = levels.shape[-2:]
-        tall, wide = _shares(self.min_crop, generator)
+        tall, wide = _draw_crop_shares(self.min_crop, generator)
         rows, cols = max(1, round(height * tall)), max(1, round(width * wide))
         top = int(_uniform(generator) * (height - rows + 1))
         left = int(_uniform(generator) * (width - cols + 1))
@@ -106,23 +105,23 @@ class ClipAugmentation:
 
 
 def pan_and_zoom(
-    picture: torch.Tensor, num_frames: int, size: tuple[int, int], generator: torch.Generator, min_crop: float = 0.2
+    image: torch.Tensor, num_frames: int, size: tuple[int, int], generator: torch.Generator, min_crop: float = 0.2
 ) -> torch.Tensor:
     """
-    Makes a clip of one picture, over which a camera moves straight on and zooms evenly.
+    Makes a clip from one image by linear camera motion and constant zoom.
 
     Args:
-        picture (`torch.ByteTensor` of shape `(3, height, width)`): levels 0..255.
-        num_frames (`int`): frames to make.
+        image (`torch.ByteTensor` of shape `(3, height, width)`): levels 0..255.
+        num_frames (`int`): number of frames.
         size (`tuple[int, int]`): height and width in pixels of the clip.
-        generator (`torch.Generator`): where random numbers come from.
-        min_crop (`float`, *optional*, defaults to 0.2): smallest share of the picture's area that is ever seen.
+        generator (`torch.Generator`): source of random numbers.
+        min_crop (`float`, *optional*, defaults to 0.2): smallest share of the image's area that a frame shows.
 
     Returns:
         `torch.FloatTensor` of shape `(num_frames, 3, *size)`: pixels in 0..1.
     """
-    first = torch.tensor(_shares(min_crop, generator))
-    # No faster than a shift of a thirtieth of the picture, or 3 % of zoom, from frame to frame.
+    first = torch.tensor(_draw_crop_shares(min_crop, generator))
+    # The motion is limited to a thirtieth of the image, and the zoom to 3 %, from frame to frame.
     zoom = math.exp(0.03 * (2 * _uniform(generator) - 1) * max(num_frames - 1, 1))
     last = (first * zoom).clamp(math.sqrt(min_crop) / 2, 1)
     reach = [(1 - shares) * torch.tensor([2 * _uniform(generator) - 1 for _ in range(2)]) for shares in (first, last)]
@@ -132,37 +131,37 @@ def pan_and_zoom(
         reach[1] = (reach[0] + (reach[1] - reach[0]) / speed).clamp(last - 1, 1 - last)
     progress = torch.linspace(0, 1, num_frames)[:, None]
     shares, centre = (torch.lerp(a, b, progress) for a, b in ((first, last), tuple(reach)))
-    # The picture is shrunk to about the scale of the clip first, since sampling it does not antialias.
+    # The image is downscaled to about the scale of the clip first, since `grid_sample` does not antialias.
     mean = shares.mean(0)
-    fitting = [
-        min(side, max(1, round(want / share)))
-        for side, want, share in zip(picture.shape[-2:], size, mean.tolist(), strict=True)
+    source_size = [
+        min(side, max(1, round(target / share)))
+        for side, target, share in zip(image.shape[-2:], size, mean.tolist(), strict=True)
     ]
     theta = torch.zeros(num_frames, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = shares[:, 1], shares[:, 0]
     theta[:, 0, 2], theta[:, 1, 2] = centre[:, 1], centre[:, 0]
     grid = F.affine_grid(theta, [num_frames, 3, *size], align_corners=False)
-    source = resize_pixels(picture[None], tuple(fitting)).expand(num_frames, -1, -1, -1)
+    source = resize_pixels(image[None], tuple(source_size)).expand(num_frames, -1, -1, -1)
     return F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(0, 1)
 
 
 def vary_light(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    Shows pictures in another light: other gamma, brightness, contrast, saturation and colour, and with noise.
+    Changes gamma, brightness, contrast, saturation and colours of images at random, and adds noise.
 
-    Each varies by itself, some hardly and some a lot; of the pairs `2 i` and `2 i + 1`, every other one varies alike but for
-    its noise.
+    The strength is drawn for each image. In every other pair of images `2 i` and `2 i + 1`, both images change alike except
+    for the noise.
 
     Args:
-        pixels (`torch.FloatTensor` of shape `(pictures, 3, height, width)`): pixels in 0..1.
-        generator (`torch.Generator`): where random numbers come from, on the CPU.
+        pixels (`torch.FloatTensor` of shape `(images, 3, height, width)`): pixels in 0..1.
+        generator (`torch.Generator`): source of random numbers, on the CPU.
 
     Returns:
         `torch.FloatTensor` of the same shape: pixels in 0..1.
     """
     draws = torch.rand(len(pixels), 9, generator=generator)
-    twice = 2 * (torch.arange(0, len(pixels) // 2, 2))
-    draws[twice + 1] = draws[twice]
+    first = 2 * torch.arange(0, len(pixels) // 2, 2)
+    draws[first + 1] = draws[first]
     draws = draws.to(pixels.device)[..., None, None, None]
     strength = draws[:, 0]
     gamma, brightness, contrast, saturation = (2 * draws[:, number] - 1 for number in (1, 2, 3, 4))
@@ -188,7 +187,7 @@ def resize_pixels(levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         `torch.FloatTensor` of shape `(frames, 3, *size)`: pixels in 0..1.
     """
-    # Levels are resized several times faster than floats.
+    # `interpolate` is several times faster on bytes than on floats.
     if tuple(levels.shape[-2:]) != tuple(size):
         levels = F.interpolate(levels, size, mode="bilinear", antialias=True)
     return levels.float().div_(255)
@@ -198,8 +197,8 @@ def _uniform(generator: torch.Generator) -> float:
     return float(torch.rand((), generator=generator))
 
 
-def _shares(min_area: float, generator: torch.Generator) -> tuple[float, float]:
-    """Draws the shares of height and width that a crop keeps."""
+def _draw_crop_shares(min_area: float, generator: torch.Generator) -> tuple[float, float]:
+    """Draws the height and width of a crop, as shares of the frame's."""
     area = min_area + (1 - min_area) * _uniform(generator)
     aspect = math.exp(math.log(4 / 3) * (2 * _uniform(generator) - 1))
     return min(1.0, math.sqrt(area / aspect)), min(1.0, math.sqrt(area * aspect))

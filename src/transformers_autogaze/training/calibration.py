@@ -1,7 +1,8 @@
 """
-Calibration of a distilled network: what its distances foretell of what an encoder loses, measured on whole clips.
+Evaluation and calibration of a distilled network.
 
-This module owns the measure of foreseen vectors and the way from distances to losses. It knows nothing of training.
+The R2 of the predicted vectors is measured on crops. Calibration measures, on whole clips, the encoder's loss for each loss that
+the network predicts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..evaluation.features import lay_features
+from ..evaluation.features import canvas_features
 from ..feature_network_autogaze import FeatureGazeNetwork
 from ..frame_decoding_autogaze import read_video, stream_video
 from ..gazing_autogaze import GazeOutput
@@ -22,18 +23,19 @@ from .crops import Source, read_source
 from .teacher_features import TeacherFeatures
 
 
-_FRAMES = 16  # of a clip
+_NUM_FRAMES = 16  # of a clip
 _MAX_FILES = 12  # number of files that clips are taken from
-_PREDICTED = (0.01, 0.02, 0.04, 0.08, 0.14, 0.22, 0.34, 0.5, 0.7)  # losses that thresholds are tried at
+# Thresholds at which the encoder's loss is measured.
+_PREDICTED_LOSSES = (0.01, 0.02, 0.04, 0.08, 0.14, 0.22, 0.34, 0.5, 0.7)
 
 
-class Foresight(NamedTuple):
+class PredictionQuality(NamedTuple):
     """
-    How well vectors are foreseen.
+    R2 of predicted vectors.
 
     Args:
-        r2 (`list[float]`): share of the variance that is foreseen, at each scale, coarse to fine.
-        change_r2 (`float`): the same, of what changes between the crops of a pair at the finest scale.
+        r2 (`list[float]`): share of the variance that is predicted, at each scale, coarse to fine.
+        change_r2 (`float`): the same for the difference between the crops of a pair, at the finest scale.
     """
 
     r2: list[float]
@@ -41,17 +43,17 @@ class Foresight(NamedTuple):
 
 
 @torch.no_grad()
-def measure_foresight(network: FeatureGazeNetwork, pairs: Dataset, batch_size: int = 8) -> Foresight:
+def measure_predictions(network: FeatureGazeNetwork, pairs: Dataset, batch_size: int = 8) -> PredictionQuality:
     """
-    Measures a network on crops.
+    Measures the R2 of a network's predictions on crops.
 
     Args:
         network ([`FeatureGazeNetwork`]): the network.
         pairs (`Dataset`): a [`CropPairDataset`] of files that were not trained on.
-        batch_size (`int`, *optional*, defaults to 8): pairs to look at together.
+        batch_size (`int`, *optional*, defaults to 8): pairs in a batch.
 
     Returns:
-        [`Foresight`]
+        [`PredictionQuality`]
     """
     network.eval()
     sums = torch.zeros(4, len(network.config.scale_factors), dtype=torch.float64)
@@ -59,13 +61,12 @@ def measure_foresight(network: FeatureGazeNetwork, pairs: Dataset, batch_size: i
         items = [pairs[index] for index in range(first, min(first + batch_size, len(pairs)))]
         vectors = torch.stack([item["vectors"] for item in items])
         levels = torch.stack([item["levels"] for item in items]).flatten(0, 1).permute(0, 3, 1, 2)
-        foreseen = look(network, levels).unflatten(0, (-1, 2)).cpu()
-        of_change = vectors[:, 0] - vectors[:, 1]
-        parts = (vectors - foreseen, vectors), (of_change - (foreseen[:, 0] - foreseen[:, 1]), of_change)
-        for row, part in enumerate(value for pair in parts for value in pair):
-            sums[row] += part.double().square().transpose(0, -4).flatten(1).sum(1)
+        errors = vectors - predict_vectors(network, levels).unflatten(0, (-1, 2)).cpu()
+        values = errors, vectors, errors[:, 0] - errors[:, 1], vectors[:, 0] - vectors[:, 1]
+        for index, value in enumerate(values):
+            sums[index] += value.double().square().transpose(0, -4).flatten(1).sum(1)
     r2 = 1 - sums[0] / sums[1].clamp(min=1e-12)
-    return Foresight(r2.tolist(), float(1 - sums[2, -1] / sums[3, -1].clamp(min=1e-12)))
+    return PredictionQuality(r2.tolist(), float(1 - sums[2, -1] / sums[3, -1].clamp(min=1e-12)))
 
 
 def calibrate(
@@ -75,20 +76,20 @@ def calibrate(
     trained_on: Sequence[Source] = (),
 ) -> list[list[float]]:
     """
-    Measures which share of an encoder's feature variance is really lost where a network predicts a loss.
+    Measures the share of an encoder's feature variance that is lost at each predicted loss.
 
-    Predictions are worse for files unlike those of training. So the loss is measured on files that were not trained on, and
-    on whole frames of files whose crops were; both groups have the same weight.
+    Predictions are worse for files that differ from those of training. The loss is therefore measured both on files that were
+    not trained on and on whole frames of files whose crops were; both groups have the same weight.
 
     Patches of the finest scale are chosen with thresholds on the predicted loss. The encoder reads the kept patches
-    (`attention="canvas"`), and its features, put at their places, are compared with those of whole frames.
+    (`attention="canvas"`), and the canvas of its features is compared with the features of whole frames.
 
     Args:
         network ([`FeatureGazeNetwork`]): the network.
         features ([`TeacherFeatures`]): the encoder and its components.
         held_out (`Sequence[Source]`): files that were not trained on. Videos give a clip of frames spread over them and
-            one of frames next to each other; without videos, a camera moves over the pictures.
-        trained_on (`Sequence[Source]`, *optional*): files that were trained on; without any, only `held_out` counts.
+            one of consecutive frames; without videos, clips are made by camera motion over the pictures.
+        trained_on (`Sequence[Source]`, *optional*): files that were trained on; without any, only `held_out` is used.
 
     Returns:
         `list[list[float]]`: pairs of predicted and measured loss, ascending, from `[0, 0]` on; `config.loss_knots`.
@@ -99,7 +100,7 @@ def calibrate(
         for sources in (held_out, trained_on)
         if sources
     ]
-    return ascending_knots(_PREDICTED, np.mean(groups, axis=0).tolist())
+    return ascending_knots(_PREDICTED_LOSSES, np.mean(groups, axis=0).tolist())
 
 
 def _measure_losses(network: FeatureGazeNetwork, features: TeacherFeatures, levels: torch.Tensor) -> list[float]:
@@ -111,27 +112,27 @@ def _measure_losses(network: FeatureGazeNetwork, features: TeacherFeatures, leve
         (resize_pixels(levels, size) * 255).round().to(torch.uint8) for size in (teacher.grid.sizes[-1], features.size)
     )
     with torch.no_grad():
-        vectors = look(network, large)[:, -1].flatten(2).transpose(1, 2)
+        vectors = predict_vectors(network, large)[:, -1].flatten(2).transpose(1, 2)
     dense = teacher(small, [finest])
     losses = []
-    for predicted in _PREDICTED:
+    for predicted in _PREDICTED_LOSSES:
         is_kept = keep_to_threshold(vectors, predicted)
         gaze = GazeOutput.from_masks([is_kept[None].to(teacher.device)], one_scale)
-        laid = lay_features(teacher.encode_kept(small, is_kept), gaze, mean)
-        losses.append(float((laid - dense).square().sum(-1).mean()))
+        canvas = canvas_features(teacher.encode_kept(small, is_kept), gaze, mean)
+        losses.append(float((canvas - dense).square().sum(-1).mean()))
     return [loss / float(features.components.variances.sum()) for loss in losses]
 
 
 def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
     """
-    Keeps the fewest places of each frame with which its foretold loss is at most a threshold.
+    Keeps the fewest places of each frame for which the predicted loss is at most a threshold.
 
     Args:
         vectors (`torch.FloatTensor` of shape `(frames, places, feature_size)`): vectors of a clip.
-        max_loss (`float`): mean squared distance of a frame's vectors to those last kept at their places.
+        max_loss (`float`): largest mean squared distance of a frame's vectors from those of the canvas.
 
     Returns:
-        `torch.BoolTensor` of shape `(frames, places)`: true where a place is kept.
+        `torch.BoolTensor` of shape `(frames, places)`: the kept places.
 
     Example:
 
@@ -148,17 +149,17 @@ def keep_to_threshold(vectors: torch.Tensor, max_loss: float) -> torch.Tensor:
     for frame in vectors:
         errors = (frame - canvas).square().sum(-1)
         largest, order = errors.sort(descending=True)
-        left = largest.flip(0).cumsum(0).flip(0)  # where this place and all after it are not kept
-        keeps = torch.zeros_like(order, dtype=torch.bool)
-        keeps[order] = left > max_loss * len(errors)
-        kept.append(keeps)
-        canvas = torch.where(keeps[:, None], frame, canvas)
+        remaining = largest.flip(0).cumsum(0).flip(0)  # error if this place and all after it are not kept
+        is_kept = torch.zeros_like(order, dtype=torch.bool)
+        is_kept[order] = remaining > max_loss * len(errors)
+        kept.append(is_kept)
+        canvas = torch.where(is_kept[:, None], frame, canvas)
     return torch.stack(kept)
 
 
 def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> list[list[float]]:
     """
-    Makes pairs that ascend strictly, from zero to one at most: where measured losses fall, neighbours are averaged.
+    Makes strictly ascending pairs of losses in 0..1: where measured losses fall, neighbours are averaged.
 
     Args:
         predicted, measured (`Sequence[float]`): losses, the predicted ones ascending.
@@ -179,7 +180,7 @@ def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> li
     groups: list[tuple[float, float, int]] = []
     for x, y in zip(predicted, measured, strict=True):
         groups.append((x, min(y, 1.0), 1))
-        # As they are rounded below, so that none is written twice.
+        # Means are compared as they are rounded below, so that no pair is returned twice.
         while len(groups) > 1 and round(groups[-1][1] / groups[-1][2], 5) <= round(groups[-2][1] / groups[-2][2], 5):
             last, before = groups.pop(), groups.pop()
             groups.append(tuple(a + b for a, b in zip(last, before, strict=True)))
@@ -187,8 +188,8 @@ def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> li
     return [[0.0, 0.0], *(pair for pair in pairs if min(pair) > 0)]
 
 
-def look(network: FeatureGazeNetwork, levels: torch.Tensor) -> torch.Tensor:
-    """Runs a network on frames `(frames, 3, height, width)` in levels 0..255."""
+def predict_vectors(network: FeatureGazeNetwork, levels: torch.Tensor) -> torch.Tensor:
+    """Returns a network's vectors for frames `(frames, 3, height, width)` in levels 0..255."""
     pixels = levels.to(network.device).float() / 255
     return network(FeatureGazeNetwork.normalize(pixels)).float()
 
@@ -197,17 +198,17 @@ def _read_clips(sources: Sequence[Source], seed: int) -> Iterator[torch.Tensor]:
     """Yields clips `(frames, 3, height, width)` in levels 0..255."""
     videos = [source for source in sources if source.is_video and source.num_frames > 1]
     for source in _choose_evenly(videos):
-        count = min(_FRAMES, source.num_frames)
+        count = min(_NUM_FRAMES, source.num_frames)
         spread = read_video(source.path, num_frames=count)[0]
         consecutive = np.stack(list(islice(stream_video(source.path)[1], count)))
         yield from (torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (spread, consecutive))
     if not videos:
         generator = torch.Generator().manual_seed(seed)
         for source in _choose_evenly(sources):
-            frames = pan_and_zoom(read_source(source)[0], _FRAMES, (512, 512), generator)
+            frames = pan_and_zoom(read_source(source)[0], _NUM_FRAMES, (512, 512), generator)
             yield (frames * 255).round().to(torch.uint8)
 
 
 def _choose_evenly(sources: Sequence[Source]) -> list[Source]:
-    """Chooses at most `_MAX_FILES` files, evenly, as files with neighbouring names are often alike."""
+    """Chooses at most `_MAX_FILES` files, evenly spread, since files with neighbouring names are often similar."""
     return [sources[index] for index in np.unique(np.linspace(0, len(sources) - 1, _MAX_FILES).round().astype(int))]

@@ -1,7 +1,7 @@
 """
-What a network is distilled on: crops of frames and pictures, two at a time, that lie in the same place or a little apart.
+Pairs of crops of video frames and pictures, for distillation.
 
-This module owns the way from files to pairs of crops in levels 0..255. It knows nothing of encoders or networks.
+Both crops of a pair show the same part of two frames of a video, or overlapping parts of a picture.
 """
 
 import glob
@@ -22,13 +22,13 @@ from .videos import VIDEO_SUFFIXES
 
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_MAX_FRAMES = 64  # of a video that crops are cut from
-_REACH = 0.25  # frames between the two crops of a pair, as a share of those
-_SHIFT = 0.12  # by which the second crop of a picture lies elsewhere at most, as a share of its sides
-_ZOOM = 1.1  # by which it is smaller or larger at most
-_ASPECT = 4 / 3  # by which a crop is taller or wider than its frame at most
-_LARGE = 1024  # pixels of the shorter side of a picture, of twice which it is halved
-_LEAST_AREA = 0.06  # of a frame that a crop takes, however large the frame is
+_MAX_FRAMES = 64  # frames of a video that crops are cut from
+_MAX_DISTANCE = 0.25  # between the frames of a pair, as a share of these frames
+_MAX_SHIFT = 0.12  # of the second crop of a picture, as a share of its sides
+_MAX_ZOOM = 1.1  # of the second crop of a picture
+_MAX_ASPECT = 4 / 3  # aspect ratio of a crop over that of its frame
+_SHORT_SIDE = 1024  # pixels; a picture is reduced by a whole factor while its shorter side stays at least this long
+_MIN_AREA = 0.06  # of a crop, as a share of the frame
 
 
 class Source(NamedTuple):
@@ -37,8 +37,8 @@ class Source(NamedTuple):
 
     Args:
         path (`str`): the file.
-        is_video (`bool`): whether it is a video, or else a picture.
-        num_frames (`int`): frames of the video, 1 for a picture.
+        is_video (`bool`): whether it is a video; otherwise it is a picture.
+        num_frames (`int`): number of frames, 1 for a picture.
     """
 
     path: str
@@ -48,20 +48,20 @@ class Source(NamedTuple):
 
 def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
     """
-    Finds videos and pictures, and opens each to see that it can be read.
+    Finds videos and pictures, and opens each to check that it can be read.
 
-    What cannot be read is left out, with one warning that names the first.
+    Files that cannot be read are left out, with one warning that names the first.
 
     Args:
         inputs (`Sequence` of `str` or `os.PathLike`):
-            Files, folders, patterns of them such as `"clips/*.mp4"`; folders are searched with those in them for files that end
-            in one of `VIDEO_SUFFIXES` or `PICTURE_SUFFIXES`.
+            Files, folders, and patterns such as `"clips/*.mp4"`; folders are searched recursively for files that end in one of
+            `VIDEO_SUFFIXES` or `PICTURE_SUFFIXES`.
 
     Returns:
-        `list[Source]`: in the order of their paths for each input, no file twice.
+        `list[Source]`: in the order of their paths for each input, without repetition.
 
     Raises:
-        ValueError: if there is no file of a name, or an input holds nothing that can be read.
+        ValueError: if an input does not exist or holds no readable file.
     """
     found: dict[str, Source] = {}
     broken: list[str] = []
@@ -69,7 +69,7 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
         paths = _paths(os.fspath(item))
         known = {}
         for path in paths:
-            # One file under several names would be trained on and held out at once.
+            # A file with several names could otherwise be both trained on and held out.
             file = os.path.realpath(path)
             try:
                 known[file] = found.get(file) or _open(path)
@@ -91,16 +91,16 @@ def cut_pairs(
     source: Source, count: int, sizes: Sequence[tuple[int, int]], seed: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
     """
-    Cuts pairs of random crops, in several sizes each.
+    Cuts pairs of random crops, each in several sizes.
 
-    Of a video, both crops of a pair show the same part of two frames; of a picture, the second lies a little elsewhere.
-    Random numbers follow from `seed` alone, so the same pairs come again.
+    In a video, both crops of a pair show the same part of two frames; in a picture, the second crop is shifted and zoomed
+    slightly. The pairs depend on `seed` only.
 
     Args:
         source ([`Source`]): the file.
-        count (`int`): pairs to cut.
-        sizes (`Sequence[tuple[int, int]]`): heights and widths in pixels that every crop is resized to, antialiased.
-        seed (`Sequence[int]`): where random numbers start from.
+        count (`int`): number of pairs.
+        sizes (`Sequence[tuple[int, int]]`): heights and widths in pixels to which every crop is resized, antialiased.
+        seed (`Sequence[int]`): seed of the random numbers.
 
     Yields:
         `list[torch.ByteTensor]` of shape `(2, 3, height, width)`, levels 0..255: a pair in each size.
@@ -108,17 +108,17 @@ def cut_pairs(
     Raises:
         ValueError: if the file cannot be read to the end.
     """
-    draw = np.random.default_rng(list(seed))
+    generator = np.random.default_rng(list(seed))
     frames = read_source(source)
     for _ in range(count):
-        first = second = int(draw.integers(len(frames)))
+        first = second = int(generator.integers(len(frames)))
         if source.is_video and len(frames) > 1:
-            reach = max(1, round(len(frames) * _REACH))
-            others = [t for t in range(first - reach, first + reach + 1) if t != first and 0 <= t < len(frames)]
-            second = others[int(draw.integers(len(others)))]
-        box = _draw_box(draw, frames.shape[-2:], min(sizes[0]))
-        other = box if source.is_video else _move_box(draw, box)
-        is_flipped = bool(draw.random() < 0.5)
+            distance = max(1, round(len(frames) * _MAX_DISTANCE))
+            others = [t for t in range(first - distance, first + distance + 1) if t != first and 0 <= t < len(frames)]
+            second = others[int(generator.integers(len(others)))]
+        box = _draw_box(generator, frames.shape[-2:], min(sizes[0]))
+        other = box if source.is_video else _move_box(generator, box)
+        is_flipped = bool(generator.random() < 0.5)
         crops = [_cut(frames[t], part) for t, part in ((first, box), (second, other))]
         pair = [torch.stack([_resize(crop, size) for crop in crops]) for size in sizes]
         yield [crops.flip(-1) if is_flipped else crops for crops in pair]
@@ -132,7 +132,7 @@ def _paths(item: str) -> list[str]:
         return [item]
     matches = sorted(glob.glob(item))
     if not matches:
-        raise ValueError(f"`inputs`: there is no file, folder or pattern of them {item!r}")
+        raise ValueError(f"`inputs`: no file or folder matches {item!r}")
     return [path for match in matches for path in _paths(match)]
 
 
@@ -150,8 +150,8 @@ def read_source(source: Source) -> torch.Tensor:
         frames = read_video(source.path, num_frames=min(source.num_frames, _MAX_FRAMES))[0]
     else:
         with Image.open(source.path) as picture:
-            shrink = max(1, min(picture.size) // _LARGE)
-            frames = np.asarray(picture.convert("RGB").reduce(shrink))[None]
+            factor = max(1, min(picture.size) // _SHORT_SIDE)
+            frames = np.asarray(picture.convert("RGB").reduce(factor))[None]
     return torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
 
 
@@ -164,21 +164,22 @@ class _Box(NamedTuple):
     width: float
 
 
-def _draw_box(draw: np.random.Generator, frame: Sequence[int], size: int) -> _Box:
-    """Draws a part of a frame, as small as shows detail and as large as all of it, in about the frame's aspect ratio."""
-    least = min(0.5, max(_LEAST_AREA, (size / min(frame)) ** 2 / 2))
-    share = math.sqrt(least) ** draw.random()  # evenly in how far the camera went in
-    aspect = _ASPECT ** (draw.uniform(-0.5, 0.5))
+def _draw_box(generator: np.random.Generator, frame_size: Sequence[int], crop_size: int) -> _Box:
+    """Draws a part of a frame, up to the whole frame, in about the frame's aspect ratio."""
+    # Smaller crops would be upscaled by more than a factor of about 1.4.
+    min_area = min(0.5, max(_MIN_AREA, (crop_size / min(frame_size)) ** 2 / 2))
+    share = math.sqrt(min_area) ** generator.random()  # uniform in the logarithm
+    aspect = _MAX_ASPECT ** (generator.uniform(-0.5, 0.5))
     height, width = min(1.0, share * aspect), min(1.0, share / aspect)
-    return _Box(draw.random() * (1 - height), draw.random() * (1 - width), height, width)
+    return _Box(generator.random() * (1 - height), generator.random() * (1 - width), height, width)
 
 
-def _move_box(draw: np.random.Generator, box: _Box) -> _Box:
-    """Moves a part of a picture a little, as a camera does."""
-    zoom = _ZOOM ** draw.uniform(-1, 1)
+def _move_box(generator: np.random.Generator, box: _Box) -> _Box:
+    """Shifts and zooms a box slightly, like camera motion."""
+    zoom = _MAX_ZOOM ** generator.uniform(-1, 1)
     height, width = min(1.0, box.height * zoom), min(1.0, box.width * zoom)
-    top = box.top + box.height / 2 - height / 2 + _SHIFT * draw.uniform(-1, 1) * box.height
-    left = box.left + box.width / 2 - width / 2 + _SHIFT * draw.uniform(-1, 1) * box.width
+    top = box.top + box.height / 2 - height / 2 + _MAX_SHIFT * generator.uniform(-1, 1) * box.height
+    left = box.left + box.width / 2 - width / 2 + _MAX_SHIFT * generator.uniform(-1, 1) * box.width
     return _Box(min(max(top, 0.0), 1 - height), min(max(left, 0.0), 1 - width), height, width)
 
 

@@ -1,8 +1,7 @@
 """
-Training data: random clips of videos, what to learn from them, and batches.
+Training data: random clips of videos with labels, and batches of them as inputs of [`AutoGazeModel`].
 
-This module owns the way from videos to the inputs of [`AutoGazeModel`] with labels. Reading is `videos`' matter, how
-pixels are varied `augmentation`'s, and what good labels are that of `labels`.
+`videos` reads the clips, `augmentation` augments them and `labels` makes the labels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,36 +19,36 @@ from ..token_budgets_autogaze import budget_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .augmentation import ClipAugmentation
 from .label_files import ClipLabels
-from .labels import gazed_pixels, labels_of
+from .labels import labels_from_gaze, selector_pixels
 from .task import GazeTask
 from .videos import VideoCollection
 
 
-_SORTED_BATCHES = 16  # whose clips are sorted by the length of their labels
+_SORTED_BATCHES = 16  # number of batches whose clips are sorted by their number of labels
 
 
 @dataclass
 class BudgetSchedule:
     """
-    Draws, clip by clip, how many patches the labels of each frame hold (docs/specification.md, section 13.1).
+    Draws the budget of each frame of a clip, and for some clips a threshold (docs/specification.md, section 13.1).
 
-    The share of all patches that a clip may use is drawn first, then spread over its frames; in some clips a frame ends
-    earlier, as soon as its task loss is low enough.
+    The share of patches of the clip is drawn first, then spread over its frames. With a threshold, the labels of a frame end
+    as soon as its task loss is low enough.
 
     Args:
         ratio_strategy (`str`, *optional*, defaults to `"exponential"`):
-            How the share is drawn: `"fixed"` (it is `ratio_min`), `"uniform"` or `"exponential"`, small ones likelier.
+            Distribution of the share: `"fixed"` (it is `ratio_min`), `"uniform"` or `"exponential"` (small shares are likelier).
         ratio_min, ratio_max (`float`, *optional*, default to 0.02 and 0.6):
             Bounds of the share, 0..1.
         ratio_decay (`float`, *optional*, defaults to 6.0):
-            How fast an exponential share grows rare.
+            Decay rate of the exponential distribution.
         dirichlet_share (`float`, *optional*, defaults to 0.5):
-            Share of clips whose patches are spread over the frames by a Dirichlet law, in which the first frame has the
-            weight 10 and every later one 3. The others' frames get equally many.
+            Share of clips whose budget is spread over the frames by a Dirichlet distribution, with concentration 10 for the
+            first frame and 3 for every later one. In the other clips, all frames have equal budgets.
         threshold_share (`float`, *optional*, defaults to 0.3):
-            Share of clips whose frames end at a threshold.
+            Share of clips with a threshold.
         threshold_min, threshold_max (`float`, *optional*, default to 0.3 and 1.0):
-            Its bounds, uniformly drawn.
+            Bounds of the threshold, which is drawn uniformly.
 
     Raises:
         ValueError: if one of them is out of range.
@@ -69,19 +68,16 @@ class BudgetSchedule:
     """
 
     ratio_strategy: str = field(
-        default="exponential", metadata={"help": "How the share of patches is drawn: fixed, uniform or exponential."}
+        default="exponential",
+        metadata={"help": "Distribution of the share of patches: fixed, uniform or exponential."},
     )
     ratio_min: float = field(default=0.02, metadata={"help": "Lowest share of patches; the share if it is fixed."})
     ratio_max: float = field(default=0.6, metadata={"help": "Highest share of patches."})
-    ratio_decay: float = field(default=6.0, metadata={"help": "How fast an exponential share grows rare."})
-    dirichlet_share: float = field(
-        default=0.5, metadata={"help": "Share of clips whose frames get unequally many patches."}
-    )
-    threshold_share: float = field(
-        default=0.3, metadata={"help": "Share of clips whose frames end at a task loss that is low enough."}
-    )
-    threshold_min: float = field(default=0.3, metadata={"help": "Lowest of these task losses."})
-    threshold_max: float = field(default=1.0, metadata={"help": "Highest of these task losses."})
+    ratio_decay: float = field(default=6.0, metadata={"help": "Decay rate of the exponential distribution."})
+    dirichlet_share: float = field(default=0.5, metadata={"help": "Share of clips whose frames have unequal budgets."})
+    threshold_share: float = field(default=0.3, metadata={"help": "Share of clips with a threshold of the task loss."})
+    threshold_min: float = field(default=0.3, metadata={"help": "Lowest threshold."})
+    threshold_max: float = field(default=1.0, metadata={"help": "Highest threshold."})
 
     def __post_init__(self):
         strategies = ("fixed", "uniform", "exponential")
@@ -104,11 +100,11 @@ class BudgetSchedule:
 
     def draw(self, num_frames: int, generator: torch.Generator) -> tuple[torch.Tensor, float | None]:
         """
-        Draws for one clip.
+        Draws the budgets and the threshold of one clip.
 
         Args:
             num_frames (`int`): frames of the clip.
-            generator (`torch.Generator`): where random numbers come from.
+            generator (`torch.Generator`): source of random numbers.
 
         Returns:
             `tuple`: ratios, a `torch.FloatTensor` of shape `(frames,)`, and a threshold or `None`.
@@ -144,32 +140,33 @@ class BudgetSchedule:
 
 class GazeClipDataset(Dataset):
     """
-    Clips of videos, with what to learn from each.
+    Clips of videos with labels.
 
-    Item `i` is a clip of video `i % len(videos)`, drawn and varied at random and labelled by greedy search. The random numbers follow from `seed` and `i` alone, so item `i` is the same on every machine, in every
-    worker and after a restart. Indices beyond the length give further clips of the same videos, which is how
-    [`ClipSampler`] makes every epoch new. In place of a video that cannot be read comes the next one that can.
+    Item `i` is a random clip of video `i % len(videos)`, augmented at random and labelled by greedy search. Items depend only on
+    `seed` and the index, so they are the same on every machine, in every worker and after a restart. Indices beyond the length
+    give further clips of the same videos, which [`ClipSampler`] uses for new clips in every epoch. A video that cannot be read
+    is replaced by the next one that can.
 
-    With `labels` from a file, a clip is what they were made for: frames evenly chosen over the video, whole and not
-    varied. Videos without labels are left out.
+    With `labels` from a file, the item of a video is the clip that was labelled: whole frames sampled evenly over the video,
+    without augmentation. Videos without labels are left out.
 
     Args:
-        videos ([`VideoCollection`], or what one is made of): the videos.
-        config ([`AutoGazeConfig`]): of the model to train: its patches and sizes.
+        videos ([`VideoCollection`], or its first argument): the videos.
+        config ([`AutoGazeConfig`]): configuration of the model to train.
         num_frames (`int`, *optional*, defaults to 16):
-            Frames of a clip, a multiple of the model's sampling rate. Labels know their own.
+            Frames of a clip, a multiple of the model's sampling rate. With `labels`, it follows from them.
         max_stride (`int`, *optional*, defaults to 4):
-            A clip takes every n-th frame of its video, n drawn from 1 to this, or what the video is long enough for.
-            Where even 1 is too much, the last frame repeats.
+            A clip takes every n-th frame of its video, with n drawn from 1 to `max_stride` or to what the length of the video
+            allows. The last frame of a video that is too short is repeated.
         clips_per_video (`int`, *optional*, defaults to 1): clips of each video in one epoch.
-        augmentation ([`ClipAugmentation`], *optional*): how clips are varied; not at all by default.
+        augmentation ([`ClipAugmentation`], *optional*): augmentation of the clips, none by default.
         schedule ([`BudgetSchedule`], *optional*):
-            How long labels are. By default there are none, as training on the model's own gazes needs none.
-        task ([`GazeTask`], *optional*): what these labels serve, pixels or features; that of pixels by default.
+            Budgets of the labels. By default clips have no labels, which training on the model's own gazes does not need.
+        task ([`GazeTask`], *optional*): task that the labels are made for, that of pixels by default.
         labels (`Mapping[str, ClipLabels]`, *optional*):
-            Labels by the names of the videos, see [`read_labels`]; in place of random clips.
-        processor ([`AutoGazeVideoProcessor`], *optional*): how frames are preprocessed; the published way by default.
-        seed (`int`, *optional*, defaults to 0): where random numbers start from.
+            Labels by the names of the videos, see [`read_labels`]; they replace random clips.
+        processor ([`AutoGazeVideoProcessor`], *optional*): preprocessing of the frames, the published one by default.
+        seed (`int`, *optional*, defaults to 0): seed of the random numbers.
 
     Raises:
         ValueError: if an argument is out of range, arguments exclude each other, or there is no video.
@@ -212,9 +209,7 @@ class GazeClipDataset(Dataset):
         if not isinstance(num_frames, int) or num_frames < 1 or num_frames % rate:
             raise ValueError(f"`num_frames` must be a positive multiple of {rate}, got {num_frames!r}")
         if labels is not None and (augmentation is not None or schedule is not None):
-            raise ValueError(
-                "`labels` are those of whole frames: `augmentation` and `schedule` must be None with them"
-            )
+            raise ValueError("`labels` belong to whole frames: `augmentation` and `schedule` must be None with them")
         self.videos = videos if isinstance(videos, VideoCollection) else VideoCollection(videos)
         self.config = config
         self.num_frames = num_frames
@@ -228,24 +223,24 @@ class GazeClipDataset(Dataset):
         self.task = GazeTask(config.grid) if task is None else task
         if schedule is not None and schedule.threshold_share:
             self.task.check_thresholds(schedule.threshold_min, schedule.threshold_max)
-        self._numbers = [i for i, name in enumerate(self.videos.names) if labels is None or name in labels]
-        if not self._numbers:
+        self._video_indices = [i for i, name in enumerate(self.videos.names) if labels is None or name in labels]
+        if not self._video_indices:
             raise ValueError(
                 f"`labels` must name videos of the collection, such as {self.videos.names[0]!r}, got labels of "
                 f"{next(iter(labels), 'none')!r}"
             )
 
     def __len__(self) -> int:
-        return len(self._numbers) * self.clips_per_video
+        return len(self._video_indices) * self.clips_per_video
 
     @property
     def num_skipped(self) -> int:
-        """Videos found unreadable so far."""
+        """Number of videos found unreadable so far."""
         return self.videos.num_skipped
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
-        Gives one clip.
+        Returns one clip.
 
         Returns:
             `dict` with `pixel_values_videos`, a `torch.FloatTensor` of shape `(frames, 3, height, width)`, and, with
@@ -254,12 +249,12 @@ class GazeClipDataset(Dataset):
         Raises:
             ValueError: if no video can be read.
         """
-        generator = _generator(self.seed, index)
-        lengths = self._draw_lengths(generator)
-        number, levels = self._read(index % len(self._numbers), generator)
+        generator = _make_generator(self.seed, index)
+        drawn = self._draw_budgets(generator)
+        number, levels = self._read(index % len(self._video_indices), generator)
         size = self.config.grid.sizes[-1]
         if self.augmentation is None:
-            pixels = gazed_pixels(levels, self.processor, size)
+            pixels = selector_pixels(levels, self.processor, size)
         else:
             pixels = self.augmentation(levels, size, generator)
         item = {"pixel_values_videos": self.processor.to_pixel_values(pixels * 255)}
@@ -267,42 +262,42 @@ class GazeClipDataset(Dataset):
         if self.labels is not None:
             labels = self.labels[self.videos.names[number]]
             return {**item, **labels._asdict()}
-        if lengths is None:
+        if drawn is None:
             return item
-        budgets, threshold = lengths
+        budgets, threshold = drawn
         gaze = self.task.search(gazed[None], budgets.double() / self.config.grid.num_patches, threshold)
-        return {**item, **labels_of(gaze)[0]._asdict()}
+        return {**item, **labels_from_gaze(gaze)[0]._asdict()}
 
-    def longest_labels(self, index: int) -> int:
-        """Tells how many patches the labels of an item hold at most, without making them."""
+    def max_num_labels(self, index: int) -> int:
+        """Returns the largest possible number of labels of an item, without making them."""
         if self.labels is not None:
-            name = self.videos.names[self._numbers[index % len(self._numbers)]]
+            name = self.videos.names[self._video_indices[index % len(self._video_indices)]]
             return sum(len(ids) for ids in self.labels[name].gazing_pos)
-        return 0 if self.schedule is None else int(self._draw_lengths(_generator(self.seed, index))[0].sum())
+        return 0 if self.schedule is None else int(self._draw_budgets(_make_generator(self.seed, index))[0].sum())
 
-    def _draw_lengths(self, generator: torch.Generator) -> tuple[torch.Tensor, float | None] | None:
-        """Draws the budget of every frame of gaze, and the task loss at which it is done."""
+    def _draw_budgets(self, generator: torch.Generator) -> tuple[torch.Tensor, float | None] | None:
+        """Draws the budget of every frame of gaze and the threshold, if there is a schedule."""
         if self.schedule is None:
             return None
         num_frames = self.num_frames // self.config.frame_sampling_rate
         ratios, threshold = self.schedule.draw(num_frames, generator)
-        # Whole steps, as the model takes them.
-        step, most = self.config.decoder_config.num_multi_token_pred, self.config.grid.num_patches
-        budgets = ((budget_each_frame(ratios, num_frames, most) + step - 1) // step * step).clamp(max=most)
-        return budgets, threshold
+        # Budgets are rounded up to whole decoding steps of the model.
+        step, num_patches = self.config.decoder_config.num_multi_token_pred, self.config.grid.num_patches
+        budgets = (budget_each_frame(ratios, num_frames, num_patches) + step - 1) // step * step
+        return budgets.clamp(max=num_patches), threshold
 
-    def _read(self, place: int, generator: torch.Generator) -> tuple[int, torch.Tensor]:
-        """Reads a clip of a video, or of the next one that can be read: `(frames, 3, height, width)`, levels 0..255."""
-        stride_place, start_place = torch.rand(2, generator=generator).tolist()
+    def _read(self, index: int, generator: torch.Generator) -> tuple[int, torch.Tensor]:
+        """Reads a clip `(frames, 3, height, width)` in levels 0..255 of a video, or of the next one that can be read."""
+        stride_draw, start_draw = torch.rand(2, generator=generator).tolist()
 
         def choose(total: int) -> range:
             longest = max(1, (total - 1) // max(1, self.num_frames - 1))
-            stride = 1 + int(stride_place * min(self.max_stride, longest))
+            stride = 1 + int(stride_draw * min(self.max_stride, longest))
             span = min(total, (self.num_frames - 1) * stride + 1)
-            start = int(start_place * (total - span + 1))
+            start = int(start_draw * (total - span + 1))
             return range(start, start + span, stride)
 
-        for number in self._numbers[place:] + self._numbers[:place]:
+        for number in self._video_indices[index:] + self._video_indices[:index]:
             if self.labels is None:
                 levels = self.videos.read_clip(number, choose)
             else:
@@ -316,15 +311,15 @@ class GazeClipDataset(Dataset):
 
 class ClipSampler(Sampler[int]):
     """
-    Orders the clips of a [`GazeClipDataset`] at random, and takes new clips of all videos in every epoch.
+    Samples the clips of a [`GazeClipDataset`] in random order, with new clips of all videos in every epoch.
 
-    Clips of about as many labels come in one batch, since labels are padded to the longest there.
+    Clips with similar numbers of labels share a batch, since labels are padded to the longest of the batch.
 
     Args:
         dataset ([`GazeClipDataset`]): the clips.
-        batch_size (`int`): clips that are trained on together, by all processes.
-        seed (`int`): where random numbers start from.
-        epoch (`Callable`): tells, whenever an iteration begins, which epoch it is of.
+        batch_size (`int`): clips of a batch, over all processes.
+        seed (`int`): seed of the random numbers.
+        epoch (`Callable`): returns the current epoch; called at the start of every iteration.
     """
 
     def __init__(self, dataset: GazeClipDataset, batch_size: int, seed: int, epoch: Callable[[], int]):
@@ -338,26 +333,26 @@ class ClipSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         epoch, length = self.epoch(), len(self.dataset)
-        generator = _generator(self.seed, epoch)
+        generator = _make_generator(self.seed, epoch)
         order = (torch.randperm(length, generator=generator) + epoch * length).tolist()
         for start in range(0, length, self.batch_size * _SORTED_BATCHES):
-            window = sorted(order[start : start + self.batch_size * _SORTED_BATCHES], key=self.dataset.longest_labels)
-            whole = len(window) // self.batch_size
-            for number in [*torch.randperm(whole, generator=generator).tolist(), whole]:
+            window = sorted(order[start : start + self.batch_size * _SORTED_BATCHES], key=self.dataset.max_num_labels)
+            num_full = len(window) // self.batch_size
+            for number in [*torch.randperm(num_full, generator=generator).tolist(), num_full]:
                 yield from window[number * self.batch_size : (number + 1) * self.batch_size]
 
 
-def _generator(*seeds: int) -> torch.Generator:
-    place = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(place >> 1))
+def _make_generator(*seeds: int) -> torch.Generator:
+    state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
 
 
 class GazeCollator:
     """
-    Makes batches of clips, padding their labels frame by frame to the longest of the batch.
+    Collates clips into a batch, with the labels of each frame padded to the longest of the batch.
 
     Args:
-        config ([`AutoGazeConfig`]): of the model to train.
+        config ([`AutoGazeConfig`]): configuration of the model to train.
 
     Example:
 
@@ -382,13 +377,13 @@ class GazeCollator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        Collates clips of one length.
+        Collates clips of equal length.
 
         Args:
-            items (`Sequence[Mapping]`): what a [`GazeClipDataset`] gives.
+            items (`Sequence[Mapping]`): items of a [`GazeClipDataset`].
 
         Returns:
-            `dict` with what [`AutoGazeModel`] is called with: `pixel_values_videos` and, where the items have labels,
+            `dict` with arguments of [`AutoGazeModel.forward`]: `pixel_values_videos` and, if the items have labels,
             `gazing_pos`, `if_padded_gazing`, `num_gazing_each_frame`, `labels` and `task_loss_labels`.
         """
         batch = {"pixel_values_videos": torch.stack([item["pixel_values_videos"] for item in items])}
@@ -400,8 +395,8 @@ class GazeCollator:
         counts = torch.tensor([[len(ids) for ids in clip.gazing_pos] for clip in labels])
         longest = counts.amax(0)
         frame = torch.arange(len(longest)).repeat_interleave(longest)
-        place = torch.arange(len(frame)) - (longest.cumsum(0) - longest)[frame]
-        is_real = place < counts[:, frame]
+        slot = torch.arange(len(frame)) - (longest.cumsum(0) - longest)[frame]
+        is_real = slot < counts[:, frame]
         ids = torch.full(is_real.shape, self.num_patches)
         losses = torch.full(is_real.shape, torch.nan)
         ids[is_real] = torch.tensor([id for clip in labels for frame_ids in clip.gazing_pos for id in frame_ids])

@@ -1,8 +1,4 @@
-"""
-The whole way from an encoder and files to a [`FeatureGazeModel`]: crops, features, training, calibration, card.
-
-This module owns the order of these steps and what the card says of them.
-"""
+"""Distillation of a [`FeatureGazeModel`] from an encoder: crops, features, training, calibration and model card."""
 
 import json
 import os
@@ -19,7 +15,7 @@ from ..feature_gaze_autogaze import FeatureGazeModel
 from ..feature_network_autogaze import FeatureGazeNetwork
 from ..processing_autogaze import AutoGazeProcessor
 from ..utils.output_files import replacing_files
-from .calibration import Foresight, calibrate, measure_foresight
+from .calibration import PredictionQuality, calibrate, measure_predictions
 from .crops import Source, find_sources
 from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer, new_network
 from .distillation_card import make_card
@@ -34,19 +30,19 @@ def distill(
     credits: str | None = None,
 ) -> FeatureGazeModel:
     """
-    Distills a selector from an encoder, and writes it to `args.output_dir` with its processor and a card.
+    Distills a selector from an encoder, and saves it to `args.output_dir` with its processor and a model card.
 
     Args:
         encoder (`str` or `os.PathLike`): folder or Hub repository of an image tower or a Qwen-VL; see [`load_teacher`].
         inputs (`Sequence` of `str` or `os.PathLike`): videos and pictures; see [`find_sources`].
-        args ([`DistillationArguments`]): the arguments; `bf16` holds for the encoder as well.
-        credits (`str`, *optional*): what the card says of data and licences, in Markdown.
+        args ([`DistillationArguments`]): the arguments; `bf16` and `fp16` apply to the encoder as well.
+        credits (`str`, *optional*): section of the card on data and licences, in Markdown.
 
     Returns:
-        [`FeatureGazeModel`]: as it was written, its weights rounded to float16.
+        [`FeatureGazeModel`]: the saved selector, its weights rounded to float16.
 
     Raises:
-        ValueError: if nothing can be read, the encoder is not known, or the arguments do not fit.
+        ValueError: if no file can be read, the encoder is not supported, or the arguments do not fit.
 
     Example:
 
@@ -88,39 +84,40 @@ def distill(
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = {"teacher_seconds": teacher_seconds, "train_seconds": trained.metrics["train_runtime"]}
     network = trainer.accelerator.unwrap_model(trainer.model)
-    # Half precision is what will be loaded, so that is what is measured.
+    # Weights are saved in half precision, so the rounded ones are evaluated.
     network.half().float()
     if trainer.is_world_process_zero():
-        foresight = measure_foresight(network, datasets[1])
+        quality = measure_predictions(network, datasets[1])
         trained_on = [source for number, source in enumerate(sources) if number not in held_out]
         network.config.loss_knots = calibrate(network, features, [sources[i] for i in sorted(held_out)], trained_on)
-        facts = _facts(features, sources, held_out, datasets, network, foresight)
+        facts = _collect_facts(features, sources, held_out, datasets, network, quality)
         _save(network, args, facts | seconds | {"steps": trained.global_step}, credits)
-    features.wait()
+    features.barrier()
     return FeatureGazeModel.from_pretrained(args.output_dir).eval()
 
 
 def choose_held_out(sources: Sequence[Source], share: float, seed: int = 0) -> set[int]:
     """
-    Chooses the files that are not trained on: of videos and of pictures a share each, at least one of two or more.
+    Chooses the files that are held out from training: a share of the videos and of the pictures, at least one of each kind that
+    has several files.
 
     Args:
         sources (`Sequence[Source]`): all files.
-        share (`float`): share of them, above 0 and below 1.
-        seed (`int`, *optional*, defaults to 0): where random numbers start from.
+        share (`float`): share to hold out, above 0 and below 1.
+        seed (`int`, *optional*, defaults to 0): seed of the random numbers.
 
     Returns:
-        `set[int]`: their numbers.
+        `set[int]`: indices of the held-out files.
 
     Raises:
         ValueError: if there are not two videos or two pictures.
     """
-    draw, chosen = np.random.default_rng(seed), set()
+    generator, chosen = np.random.default_rng(seed), set()
     for is_video in (True, False):
         numbers = [number for number, source in enumerate(sources) if source.is_video == is_video]
         if len(numbers) > 1:
             count = min(len(numbers) - 1, max(1, round(share * len(numbers))))
-            chosen |= {int(number) for number in draw.permutation(numbers)[:count]}
+            chosen |= {int(number) for number in generator.permutation(numbers)[:count]}
     if not chosen:
         raise ValueError(
             "`inputs` must hold at least two videos or two pictures, as one is held out to calibrate on, got "
@@ -132,15 +129,15 @@ def choose_held_out(sources: Sequence[Source], share: float, seed: int = 0) -> s
 def _prepare_features(
     encoder: str | os.PathLike, sources: Sequence[Source], args: DistillationArguments
 ) -> TeacherFeatures:
-    """Loads the encoder and opens the store, on all processes."""
-    number, count = args.process_index, args.world_size
-    if count > 1 and args.cache_dir is None:
-        raise ValueError(f"`cache_dir` must be given where several processes share it, got none for {count} processes")
+    """Loads the encoder and opens the cache, on all processes."""
+    rank, world_size = args.process_index, args.world_size
+    if world_size > 1 and args.cache_dir is None:
+        raise ValueError(f"`cache_dir` must be given for several processes, got none for {world_size} processes")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     teacher = load_teacher(encoder, args.scales, args.device, dtype)
 
-    def wait() -> None:
-        if count > 1:
+    def barrier() -> None:
+        if world_size > 1:
             torch.distributed.barrier()
 
     counts = [args.crops_per_video if source.is_video else args.crops_per_picture for source in sources]
@@ -152,15 +149,15 @@ def _prepare_features(
         args.cache_dir,
         args.cache_size_gb,
         args.seed,
-        (number, count),
-        wait,
+        (rank, world_size),
+        barrier,
     )
 
 
 def _save(
     network: FeatureGazeNetwork, args: DistillationArguments, facts: dict[str, Any], credits: str | None
 ) -> None:
-    """Writes the selector in float16, as one that loads in float32, its processor and its card."""
+    """Saves the selector in float16, with a configuration that loads it in float32, its processor and its card."""
     model = FeatureGazeModel(network.config)
     model.network.load_state_dict(network.state_dict())
     with replacing_files(args.output_dir) as unfinished:
@@ -172,15 +169,15 @@ def _save(
         (unfinished / "README.md").write_text(make_card(args, facts, credits), encoding="utf-8")
 
 
-def _facts(
+def _collect_facts(
     features: TeacherFeatures,
     sources: Sequence[Source],
     held_out: set[int],
     datasets: Sequence[CropPairDataset],
     network: FeatureGazeNetwork,
-    foresight: Foresight,
+    quality: PredictionQuality,
 ) -> dict[str, Any]:
-    """Gathers what the card says of a run."""
+    """Collects the facts of a run that the card lists."""
     return {
         "encoder": features.teacher.name,
         "patch_size": features.teacher.grid.patch_size,
@@ -190,7 +187,7 @@ def _facts(
         "crops": [2 * len(dataset) for dataset in datasets],
         "explained": features.components.explained,
         "parameters": network.num_parameters(),
-        "r2": foresight.r2,
-        "change_r2": foresight.change_r2,
+        "r2": quality.r2,
+        "change_r2": quality.change_r2,
         "knots": network.config.loss_knots,
     }

@@ -1,8 +1,8 @@
 """
-Distillation: a small network learns what an encoder makes of every place of a frame, for [`FeatureGazeModel`].
+Distillation: a small network learns to predict an encoder's features at every place of a frame, for [`FeatureGazeModel`].
 
-This module owns the arguments, the loss and the trainer. Crops come from `crops`, what is to be foreseen from
-`teacher_features`; the whole way from files to a checkpoint is `distill`'s.
+This module has the arguments, the loss and the trainer. Targets are made by `teacher_features`; `distill` runs all steps from
+files to a checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from ..feature_network_autogaze import STRIDE, FeatureGazeConfig, FeatureGazeNet
 from .augmentation import vary_light
 from .teacher_features import TeacherFeatures, teacher_vectors
 from .teachers import check_scales
-from .trainer import NotingTrainer
+from .trainer import MetricsTrainer
 
 
 @dataclass
@@ -29,26 +29,26 @@ class DistillationArguments(TrainingArguments):
 
     Args:
         scales (`list[int]`, *optional*, defaults to `[2, 4, 7, 14]`):
-            Rows and columns of patches of each scale that the network is to know, coarse to fine; crops have as many
-            patches as the last says.
-        num_components (`int`, *optional*, defaults to 96): numbers in the vector of a place.
+            Rows and columns of patches at each scale that the network supports, coarse to fine; the last is the size of crops.
+        num_components (`int`, *optional*, defaults to 96): size of the vector of a place.
         whitening (`float`, *optional*, defaults to 0.5):
-            Power of its deviation, 0..1, that each component is divided by: the higher, the more weak ones count.
+            Each component is divided by its standard deviation to this power, 0..1; higher values give weak components more
+            weight.
         hidden_sizes (`list[int]`, *optional*, defaults to `[48, 96, 192]`), depths (`list[int]`, *optional*, defaults to
             `[1, 2, 6]`): size of the network; see [`FeatureGazeConfig`].
         coarse_loss_weight (`float`, *optional*, defaults to 0.25):
             Weight of the error of each scale but the finest, at least 0; that of the finest is 1.
         change_loss_weight (`float`, *optional*, defaults to 0.5):
-            Weight of the error of what changes from one crop of a pair to the other, at least 0.
+            Weight of the error of the difference between the crops of a pair, at least 0.
         crops_per_video (`int`, *optional*, defaults to 96), crops_per_picture (`int`, *optional*, defaults to 16):
             Crops of each file, even numbers of at least 2.
         eval_share (`float`, *optional*, defaults to 0.1):
-            Share of the files, above 0 and below 1, that are not trained on: what comes out is measured on them, and
-            calibrated on them and some of the others; at least one.
+            Share of the files, above 0 and below 1, that are held out, at least one: the network is evaluated on them, and
+            calibrated on them and some of the others.
         cache_dir (`str`, *optional*):
-            Folder for crops and the encoder's features, to go on with when a run broke off, or to train on again. In
-            memory by default.
-        cache_size_gb (`float`, *optional*, defaults to 8.0): what they may take there, in 1e9 bytes.
+            Folder for crops and the encoder's features, from which an interrupted run is resumed and later runs can train. They
+            are kept in memory by default.
+        cache_size_gb (`float`, *optional*, defaults to 8.0): maximum size of crops and features, in 1e9 bytes.
         learning_rate (`float`, *optional*, defaults to 2e-3), per_device_train_batch_size (`int`, *optional*, defaults to
             12, counted in pairs of crops), lr_scheduler_type (*optional*, defaults to `"cosine"`), warmup_steps (`float`,
             *optional*, defaults to 50), weight_decay (`float`, *optional*, defaults to 0.05), remove_unused_columns
@@ -74,9 +74,9 @@ class DistillationArguments(TrainingArguments):
     scales: list[int] = field(
         default_factory=lambda: [2, 4, 7, 14], metadata={"help": "Rows of patches of each scale, coarse to fine."}
     )
-    num_components: int = field(default=96, metadata={"help": "Numbers in the vector of a place."})
+    num_components: int = field(default=96, metadata={"help": "Size of the vector of a place."})
     whitening: float = field(
-        default=0.5, metadata={"help": "Power of its deviation that each component is divided by, 0..1."}
+        default=0.5, metadata={"help": "Power of its standard deviation that each component is divided by, 0..1."}
     )
     hidden_sizes: list[int] = field(
         default_factory=lambda: [48, 96, 192], metadata={"help": "Channels of the network's three stages."}
@@ -86,27 +86,25 @@ class DistillationArguments(TrainingArguments):
         default=0.25, metadata={"help": "Weight of the error of each scale but the finest."}
     )
     change_loss_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the error of what changes between the two crops of a pair."}
+        default=0.5, metadata={"help": "Weight of the error of the difference between the two crops of a pair."}
     )
     crops_per_video: int = field(default=96, metadata={"help": "Crops of each video."})
     crops_per_picture: int = field(default=16, metadata={"help": "Crops of each picture."})
-    eval_share: float = field(
-        default=0.1, metadata={"help": "Share of the files that are not trained on but measured on."}
-    )
+    eval_share: float = field(default=0.1, metadata={"help": "Share of the files that are held out for evaluation."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder to keep crops and features in; in memory if not given."}
+        default=None, metadata={"help": "Folder for crops and features, which are kept in memory if it is not given."}
     )
-    cache_size_gb: float = field(default=8.0, metadata={"help": "What crops and features may take, in 1e9 bytes."})
+    cache_size_gb: float = field(default=8.0, metadata={"help": "Maximum size of crops and features, in 1e9 bytes."})
     learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate."})
     per_device_train_batch_size: int = field(default=12, metadata={"help": "Pairs of crops in a batch."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=50, metadata={"help": "Steps, or share of them, in which it rises."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=50, metadata={"help": "Number or share of warm-up steps."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to drop what the model's forward does not take."}
+        default=False, metadata={"help": "Whether to drop columns that the model's forward does not accept."}
     )
     label_names: list[str] | None = field(
-        default_factory=lambda: ["vectors"], metadata={"help": "What of an item is to be foreseen."}
+        default_factory=lambda: ["vectors"], metadata={"help": "Keys of an item that are labels."}
     )
 
     def __post_init__(self):
@@ -124,12 +122,12 @@ class DistillationArguments(TrainingArguments):
         if not self.cache_size_gb > 0:
             raise ValueError(f"`cache_size_gb` must be above 0, got {self.cache_size_gb}")
         self.network_config()
-        # Mixed precision on a CPU asks for it by name.
+        # transformers accepts mixed precision on a CPU only with `use_cpu`.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
     def network_config(self) -> FeatureGazeConfig:
-        """Makes the configuration of the network to train."""
+        """Returns the configuration of the network to train."""
         return FeatureGazeConfig(
             scales=[STRIDE * self.scales[-1]],
             scale_factors=[scale / self.scales[-1] for scale in self.scales],
@@ -141,9 +139,9 @@ class DistillationArguments(TrainingArguments):
 
 def new_network(args: DistillationArguments) -> FeatureGazeNetwork:
     """
-    Makes a network to train, that foresees the mean feature at first.
+    Makes a network that predicts the mean feature everywhere, to start training from.
 
-    From random vectors it takes hundreds of steps to get there, and learns nothing else meanwhile.
+    From random predictions, the first hundreds of steps would only learn the mean.
 
     Args:
         args ([`DistillationArguments`]): scales and sizes.
@@ -154,7 +152,7 @@ def new_network(args: DistillationArguments) -> FeatureGazeNetwork:
     network = FeatureGazeNetwork(args.network_config())
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.reset_parameters()  # weights as large as their inputs allow, unlike small ones, learn at once
+            module.reset_parameters()  # the small initial weights of transformers learn slowly
     nn.init.zeros_(network.head.weight)
     nn.init.zeros_(network.head.bias)
     return network
@@ -162,11 +160,11 @@ def new_network(args: DistillationArguments) -> FeatureGazeNetwork:
 
 class CropPairDataset(Dataset):
     """
-    Pairs of crops with the vectors that are to be foreseen.
+    Pairs of crops and the vectors to predict for them.
 
     Args:
         features ([`TeacherFeatures`]): the crops and features of all files, filled.
-        sources (`Sequence[int]`): numbers of the files to take crops of.
+        sources (`Sequence[int]`): indices of the files whose crops to use.
         whitening (`float`, *optional*, defaults to 0.5): see [`DistillationArguments`].
     """
 
@@ -182,7 +180,7 @@ class CropPairDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """
-        Gives one pair.
+        Returns one pair.
 
         Returns:
             `dict` with `levels`, a `torch.ByteTensor` of shape `(2, height, width, 3)`, and `vectors`, a
@@ -195,22 +193,21 @@ class CropPairDataset(Dataset):
         return {"levels": levels, "vectors": teacher_vectors(features, self.weights, self._patch_at)}
 
 
-class DistillationTrainer(NotingTrainer):
+class DistillationTrainer(MetricsTrainer):
     """
-    Trains a [`FeatureGazeNetwork`] to foresee an encoder's features.
+    Trains a [`FeatureGazeNetwork`] to predict an encoder's features.
 
-    The network sees each crop in another light than the encoder saw it: it has to learn what an encoder ignores. The loss
-    is the squared distance of its vectors from the encoder's, and the same of what changes between the two crops of a pair,
-    as selectors look at what changed at a place. A loss of 1 is that of the mean feature.
+    The network sees each crop with random changes of light, and predicts the encoder's features of the unchanged crop. The loss
+    is the squared distance of its vectors from the encoder's, plus that of the differences between the two crops of a pair, since
+    selectors compare the features of a place over time. Predicting the mean feature everywhere has a loss of 1.
 
-    Everything else is [`~transformers.Trainer`]'s. Logged, averaged since the last time: `finest_loss`, of the finest scale,
-    and `change_loss`. Random draws follow from `seed`, the step and the process alone.
+    Everything else is as in [`~transformers.Trainer`]. It logs `finest_loss` (of the finest scale) and `change_loss`, averaged
+    since the last log. Random numbers depend on `seed`, the step and the process only.
 
     Args:
         model ([`FeatureGazeNetwork`]): the network to train.
         args ([`DistillationArguments`]): the arguments.
-        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets are [`CropPairDataset`]s, or others with such
-            items.
+        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets have items as in [`CropPairDataset`].
 
     Raises:
         ValueError: if the arguments are not [`DistillationArguments`].
@@ -231,16 +228,16 @@ class DistillationTrainer(NotingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
-        Gives the loss of a batch.
+        Computes the loss of a batch.
 
         Args:
-            model (`nn.Module`): the network, as the trainer has wrapped it.
+            model (`nn.Module`): the network, as wrapped by the trainer.
             inputs (`Mapping`): items of a [`CropPairDataset`], stacked.
             return_outputs (`bool`, *optional*, defaults to `False`): whether to return the vectors as well.
             num_items_in_batch (*optional*): not used; batches are averaged.
 
         Returns:
-            `torch.FloatTensor` of shape `()`, or a `tuple` of it and the foreseen vectors.
+            `torch.FloatTensor` of shape `()`, or a `tuple` of it and the predicted vectors.
         """
         levels = inputs["levels"].flatten(0, 1).permute(0, 3, 1, 2)
         pixels = levels.float().div_(255)
@@ -248,10 +245,10 @@ class DistillationTrainer(NotingTrainer):
             pixels = vary_light(pixels, self.step_generator())
         vectors = model(FeatureGazeNetwork.normalize(pixels)).float()
         errors = vectors.unflatten(0, (-1, 2)) - inputs["vectors"]
-        of_scales = errors.square().sum(3).mean((0, 1, 3, 4))
-        change = (errors[:, 0, -1] - errors[:, 1, -1]).square().sum(1).mean() / 2
-        args = self.args
-        self.note("finest_loss", of_scales[-1])
-        self.note("change_loss", change)
-        loss = of_scales[-1] + args.coarse_loss_weight * of_scales[:-1].sum() + args.change_loss_weight * change
+        scale_losses = errors.square().sum(3).mean((0, 1, 3, 4))
+        change_loss = (errors[:, 0, -1] - errors[:, 1, -1]).square().sum(1).mean() / 2
+        self.add_metric("finest_loss", scale_losses[-1])
+        self.add_metric("change_loss", change_loss)
+        loss = scale_losses[-1] + self.args.coarse_loss_weight * scale_losses[:-1].sum()
+        loss = loss + self.args.change_loss_weight * change_loss
         return (loss, vectors) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""The card of a distilled selector: what it was made from and how, and what it is worth, from the facts of the run."""
+"""The model card of a distilled selector, made from the facts of its run."""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from .distillation import DistillationArguments
 
 _TEXT = """# A selector distilled from {encoder}
 
-A small network that foresees what the vision encoder {encoder} would make of every place of a frame, and a search on what it
-foresees: it tells which patches of a video the encoder needs to see, before the encoder runs. Made by `autogaze distill` of
+A small network predicts the features of the vision encoder {encoder} at every place of a frame, and a search on the predictions
+chooses the patches of a video that the encoder needs, before the encoder runs. Made by `autogaze distill` of
 `transformers-autogaze`.
 
 ## Use
@@ -34,7 +34,7 @@ gaze = model.generate(**processor(videos="video.mp4", num_frames=16, return_tens
 | parameters | {parameters:,}, in float16 |
 | channels and blocks of its stages | {hidden_sizes}; {depths} |
 | scales | {scales} patches a side |
-| vector of a place | {num_components} principal components of the encoder's last features, {explained:.1%} of their variance, each divided by its deviation to the power {whitening:g} |
+| vector of a place | {num_components} principal components of the encoder's last features, {explained:.1%} of their variance, each divided by its standard deviation to the power {whitening:g} |
 
 ## Training
 
@@ -42,24 +42,24 @@ gaze = model.generate(**processor(videos="video.mp4", num_frames=16, return_tens
 | --- | --- |
 | encoder | {encoder}, patches of {patch_size} pixels, every scale alone |
 | files | {videos} videos, {pictures} pictures |
-| crops | {train_crops} to train on, {eval_crops} of {num_held_out} other files to measure on |
+| crops | {train_crops} for training, {eval_crops} of {num_held_out} other files for evaluation |
 | steps | {steps}, of {batch} crops |
 | AdamW | learning rate {learning_rate:g}, {lr_scheduler_type}; weight decay {weight_decay:g} |
-| loss | finest scale 1, each other {coarse_loss_weight:g}, change between two crops of a place {change_loss_weight:g} |
+| weights of the loss | finest scale 1, each other scale {coarse_loss_weight:g}, change between two crops of a place {change_loss_weight:g} |
 | precision | {precision} |
 | time | {teacher_seconds:.0f} s for crops and features, {train_seconds:.0f} s of training; {processes} processes of {threads} threads on {device} |
 | seed | {seed} |
 
-## What it foresees
+## Quality of the predictions
 
-On the files that were not trained on ({held_out}): the share of the encoder's variance (R2) that the network foresees is
-{r2} at {scales} patches a side; of what changes between the two crops of a pair, {change_r2:.3f}.
+On the files that were not trained on ({held_out}), the network predicts this share of the variance of the encoder's features (R2):
+{r2} at {scales} patches a side, and {change_r2:.3f} of the change between the two crops of a pair.
 
-`task_loss_requirement` is the share of the encoder's feature variance that a frame may lose. What the network foretells of it
-is corrected by what the encoder lost on whole clips, gazed at with thresholds, finest scale only. Clips of the files that were not
-trained on count half, those of the others the other half, so on videos unlike all of these more may be lost than is named:
+`task_loss_requirement` is the share of the encoder's feature variance that a frame may lose. The network's predictions of it are
+corrected by the losses measured on whole clips with thresholds, at the finest scale only. Clips of files that were not trained on
+and clips of the others have equal weight, so the loss can exceed the threshold on videos that differ from all of these:
 
-| foretold | {knots_foretold} |
+| predicted | {knots_predicted} |
 | --- |{rule}
 | measured | {knots_measured} |
 """
@@ -67,17 +67,17 @@ trained on count half, those of the others the other half, so on videos unlike a
 
 def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: str | None = None) -> str:
     """
-    Makes the card, `README.md` of the checkpoint.
+    Makes the model card, `README.md` of the checkpoint.
 
     Args:
         args ([`DistillationArguments`]): the arguments of the run.
-        facts (`Mapping`): what the run found out.
-        credits (`str`, *optional*): what it says of data and licences, in Markdown.
+        facts (`Mapping`): facts and results of the run.
+        credits (`str`, *optional*): section on data and licences, in Markdown.
 
     Returns:
         `str`: the card in Markdown.
     """
-    foretold, measured = zip(*facts["knots"], strict=True)
+    predicted, measured = zip(*facts["knots"], strict=True)
     text = _TEXT.format(
         **{
             **facts,
@@ -95,8 +95,8 @@ def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: st
             "threads": torch.get_num_threads(),
             "device": args.device.type,
             "r2": ", ".join(f"{value:.3f}" for value in facts["r2"]),
-            "rule": " --- |" * len(foretold),
-            "knots_foretold": " | ".join(f"{value:.3f}" for value in foretold),
+            "rule": " --- |" * len(predicted),
+            "knots_predicted": " | ".join(f"{value:.3f}" for value in predicted),
             "knots_measured": " | ".join(f"{value:.3f}" for value in measured),
         }
     )
@@ -106,14 +106,14 @@ def make_card(args: DistillationArguments, facts: Mapping[str, Any], credits: st
     metadata = card_metadata(
         f"A selector distilled from {encoder}",
         tags=["distillation"],
-        base_model=encoder if "/" in encoder else None,  # the name of a folder is no repository
+        base_model=encoder if "/" in encoder else None,  # otherwise it is the name of a folder
         results=_results(facts),
     )
     return f"{metadata}\n{text}"
 
 
 def _results(facts: Mapping[str, Any]) -> list[EvalResult]:
-    """Returns what was measured on the held-out files, in the form of the Hub."""
+    """Returns the results on the held-out files, in the Hub's format."""
     values = {
         "R2 of the encoder's features, finest scale": facts["r2"][-1],
         "R2 of what changes between two crops of a place": facts["change_r2"],

@@ -1,10 +1,8 @@
 """
 Stage 2 of training: reinforcement learning on the model's own gazes, with group-relative advantages.
 
-See docs/specification.md, section 13.2.
-
-This module owns the rollouts, their advantages and the trainer. What a gaze is worth it asks of a reconstruction, any
-callable like [`CompositeReconstruction`]; where clips come from is the dataset's affair.
+See docs/specification.md, section 13.2. The reward is minus the loss of a reconstruction, any callable like
+[`CompositeReconstruction`].
 """
 
 import math
@@ -36,19 +34,19 @@ class AutoGazeGRPOConfig(TrainingArguments):
         group_size (`int`, *optional*, defaults to 12):
             Gazes sampled for every clip, at least 2.
         discount (`float`, *optional*, defaults to 0.995):
-            What a reward loses with every further patch between a choice and it, above 0 and up to 1.
+            Factor of a reward for every patch between a choice and the reward, above 0 and up to 1.
         temperature_start, temperature_end (`float`, *optional*, default to 3.0 and 0.3):
             Sampling temperature at the first and the last step, above 0; exponential in between.
         ratio_min, ratio_max (`float`, *optional*, both default to 1.0):
-            Bounds of the share of a frame's patches that may be kept at most, 0..1, drawn for each batch, uniformly.
+            Bounds of the budget of a frame as a share of its patches, 0..1, drawn uniformly for each batch.
         threshold_share (`float`, *optional*, defaults to 1.0):
-            Share of batches with a threshold, 0..1: a frame ends as soon as the model itself predicts a loss below it.
-            In the others every frame keeps as many patches as it may.
+            Share of batches with a threshold, 0..1: a frame ends as soon as the model predicts a loss below it. In the other
+            batches every frame uses its whole budget.
         threshold_min, threshold_max (`float`, *optional*, default to 0.5 and 1.0):
-            Bounds of the threshold, drawn for each batch, uniformly.
+            Bounds of the threshold, drawn uniformly for each batch.
         rewarded_share (`float`, *optional*, defaults to 0.125):
-            Share of the frames of a clip that are reconstructed and rewarded, drawn for each batch, above 0 and up to 1;
-            one frame at least.
+            Share of the frames of a clip that are reconstructed and rewarded, above 0 and up to 1, at least one frame; they are
+            drawn for each batch.
         learning_rate (`float`, *optional*, defaults to 5e-4), num_train_epochs (`float`, *optional*, defaults to 1.0):
             As in [`~transformers.TrainingArguments`].
 
@@ -69,15 +67,13 @@ class AutoGazeGRPOConfig(TrainingArguments):
 
     group_size: int = field(default=12, metadata={"help": "Gazes sampled for every clip."})
     discount: float = field(
-        default=0.995, metadata={"help": "What a reward loses with every further patch between a choice and it."}
+        default=0.995, metadata={"help": "Factor of a reward for every patch between a choice and the reward."}
     )
     temperature_start: float = field(default=3.0, metadata={"help": "Sampling temperature at the first step."})
     temperature_end: float = field(default=0.3, metadata={"help": "Sampling temperature at the last step."})
-    ratio_min: float = field(default=1.0, metadata={"help": "Lowest share of a frame's patches that may be kept."})
-    ratio_max: float = field(default=1.0, metadata={"help": "Highest share of a frame's patches that may be kept."})
-    threshold_share: float = field(
-        default=1.0, metadata={"help": "Share of batches in which a threshold ends frames."}
-    )
+    ratio_min: float = field(default=1.0, metadata={"help": "Lowest budget, as a share of a frame's patches."})
+    ratio_max: float = field(default=1.0, metadata={"help": "Highest budget, as a share of a frame's patches."})
+    threshold_share: float = field(default=1.0, metadata={"help": "Share of batches with a threshold."})
     threshold_min: float = field(default=0.5, metadata={"help": "Lowest threshold drawn for a batch."})
     threshold_max: float = field(default=1.0, metadata={"help": "Highest threshold drawn for a batch."})
     rewarded_share: float = field(
@@ -98,12 +94,12 @@ class AutoGazeGRPOConfig(TrainingArguments):
         for name in ("temperature_start", "temperature_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}")
-        self.schedule  # noqa: B018 (checks its numbers)
+        self.schedule  # noqa: B018 (its constructor checks the bounds)
         super().__post_init__()
 
     @property
     def schedule(self) -> BudgetSchedule:
-        """Draws how many patches the frames of a batch may keep, and its threshold."""
+        """Draws the budgets and the threshold of a batch."""
         return BudgetSchedule(
             "uniform",
             self.ratio_min,
@@ -117,17 +113,17 @@ class AutoGazeGRPOConfig(TrainingArguments):
 
 class Rollout(NamedTuple):
     """
-    Groups of gazes that the model sampled, and how well they reconstruct; the gazes of a clip stand side by side.
+    Groups of gazes that the model sampled, and their reconstruction losses; the gazes of a clip are consecutive.
 
     Args:
         pixel_values_videos (`torch.FloatTensor` of shape `(clips * group, frames, channels, height, width)`):
-            What was gazed at: every clip up to the last rewarded frame, once for each gaze.
+            The clips up to the last rewarded frame, repeated for each gaze.
         gaze (`GazeOutput`):
             The gazes, a batch of `clips * group`.
         rewarded (`list[int]`):
-            The rewarded frames of gaze, ascending.
+            Indices of the rewarded frames of gaze, ascending.
         loss (`torch.FloatTensor` of shape `(clips * group, rewarded frames)`):
-            Reconstruction loss of these frames; the reward is minus it.
+            Reconstruction losses of these frames, the negative rewards.
     """
 
     pixel_values_videos: torch.FloatTensor
@@ -140,19 +136,18 @@ def slot_advantages(
     rewards: torch.Tensor, rewarded: Sequence[int], gaze: GazeOutput, group_size: int, discount: float
 ) -> torch.Tensor:
     """
-    Credits every choice with what came of it, compared with the other gazes of its group.
+    Computes the advantage of every choice over the other gazes of its group.
 
     See docs/specification.md, section 13.2.
 
-    A reward's advantage is what it is above the mean of its group. It goes to every patch chosen up to the end of its
-    frame, times `discount` for each real slot in between; the last one before it gets it whole. Advantages of several
-    rewards add up. Padding gets nothing and does not count.
+    The advantage of a reward is its difference from the mean of the group. It is added to every patch chosen up to the end of the
+    rewarded frame, multiplied by `discount` for each later real slot of these. Padding has no advantage and is not counted.
 
     Args:
         rewards (`torch.FloatTensor` of shape `(clips * group_size, rewarded frames)`):
             One reward after each rewarded frame.
-        rewarded (`Sequence[int]`): these frames, counted from the gaze's first.
-        gaze (`GazeOutput`): the choices, a batch of `clips * group_size`; gazes of one clip stand side by side.
+        rewarded (`Sequence[int]`): indices of the rewarded frames.
+        gaze (`GazeOutput`): a batch of `clips * group_size` gazes; the gazes of a clip are consecutive.
         group_size (`int`): gazes of a clip.
         discount (`float`): above 0 and up to 1.
 
@@ -184,7 +179,7 @@ def slot_advantages(
 
 
 def _last_real_slots(gaze: GazeOutput, frames: Sequence[int]) -> torch.Tensor:
-    """Gives the last real slot of each of some frames, `(batch, len(frames))`; every frame has one."""
+    """Returns the last real slot of each of some frames, `(batch, len(frames))`; every frame has one."""
     frames = torch.tensor(frames, device=gaze.gazing_pos.device)
     slots = torch.arange(gaze.gazing_pos.shape[1], device=frames.device)
     is_candidate = ~gaze.if_padded_gazing[:, None] & (gaze.frame_of_slot == frames[:, None])
@@ -195,30 +190,31 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
     """
     Trains an [`AutoGazeModel`] on gazes that it samples itself (docs/specification.md, section 13.2).
 
-    For every clip a group of gazes is sampled at a temperature that falls from step to step. A few frames of each are
-    reconstructed; gazes that reconstruct better than the rest of their group become likelier, the others less likely,
-    and the predicted losses are trained to match the measured ones.
+    For every clip a group of gazes is sampled, at a temperature that falls from step to step. Some frames of each are
+    reconstructed. Gazes that reconstruct better than the mean of their group become likelier and the others less likely, and the
+    predicted losses are trained to match the measured ones.
 
-    It logs, averaged over the batches since the last time: `reward` (minus the reconstruction loss of a rewarded frame),
-    `length` (kept patches of a frame), `entropy` (of the model's distribution over patches at temperature 1, in nats a
-    slot), `task_loss_prediction_error` (absolute difference between the predicted and the measured loss), and the
-    `temperature`. `evaluate` measures the reconstruction loss, over all frames, of the gazes that the model makes when
-    it does not sample, at the middle of the ratios and of the thresholds, if there are any, as `eval_loss`.
+    It logs, averaged since the last log: `reward` (minus the reconstruction loss of a rewarded frame), `length` (kept patches of a
+    frame), `entropy` (of the model's distribution over patches at temperature 1, in nats per slot),
+    `task_loss_prediction_error` (absolute difference between the predicted and the measured loss), and `temperature`. The
+    `eval_loss` of `evaluate` is the mean reconstruction loss over all frames of gazes that are not sampled, at the midpoints of
+    the ratios and of the thresholds, if there are any.
 
-    Random draws follow from `seed`, the step and the process alone, so a resumed run draws what an unbroken one would.
+    Random numbers depend on `seed`, the step and the process only, so a resumed run draws the same numbers as an uninterrupted
+    one.
 
     Args:
-        model (`AutoGazeModel`): the model to train, after stage 1 as a rule.
+        model (`AutoGazeModel`): the model to train, usually after stage 1.
         args (`AutoGazeGRPOConfig`): the arguments.
         reconstruction (`Callable`, *optional*):
-            What rewards come from: called as `reconstruction(pixels, gaze, frames)` with pixels in 0..1 of shape
-            `(batch, frames, 3, height, width)` in the size of the model's finest scale, a [`GazeOutput`] and the frames
-            to reconstruct, a list of `int`; what it returns has a `loss` of shape `(batch, len(frames))`. A [`GazeTask`]
-            will do, of pixels or of features; that of pixels by default.
+            Source of the rewards, called as `reconstruction(pixels, gaze, frames)` with pixels in 0..1 of shape
+            `(batch, frames, 3, height, width)` in the size of the model's finest scale, a [`GazeOutput`] and the indices of the
+            frames to reconstruct. Its output has a `loss` of shape `(batch, len(frames))`. It can be a [`GazeTask`], of pixels or
+            of features; that of pixels by default.
         processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
-            What made the pixel values, to undo their normalisation; it is saved with the model. The published
-            preprocessing if not given.
-        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets hold items with `pixel_values_videos` of shape
+            Preprocessing of the clips, which is undone for the reconstruction; the published one by default. It is saved with the
+            model.
+        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets have items with `pixel_values_videos` of shape
             `(frames, channels, height, width)`.
 
     Raises:
@@ -255,7 +251,7 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         if reconstruction is not None and not callable(reconstruction):
             raise ValueError(f"`reconstruction` must be callable, got {type(reconstruction).__name__}")
         super().__init__(model, args, processing_class, **kwargs)
-        # The loss is a mean over the batch, whatever further arguments the model's forward takes.
+        # The loss is a mean over the batch, so `Trainer` has to average it over accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.reconstruction = GazeTask(model.config.grid) if reconstruction is None else reconstruction
         if isinstance(self.reconstruction, nn.Module):
@@ -263,19 +259,19 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
 
     @property
     def temperature(self) -> float:
-        """Sampling temperature of the step that is due."""
+        """Sampling temperature of the current step."""
         start, end = self.args.temperature_start, self.args.temperature_end
         return start * (end / start) ** (self.state.global_step / max(1, self.state.max_steps - 1))
 
     @torch.no_grad()
     def roll_out(self, pixel_values_videos: torch.Tensor, generator: torch.Generator | None = None) -> Rollout:
         """
-        Samples a group of gazes for every clip and measures how well they reconstruct some of its frames.
+        Samples a group of gazes for every clip and measures the reconstruction loss of some frames.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(clips, frames, channels, height, width)`):
                 Normalised frames.
-            generator (`torch.Generator`, *optional*): where random numbers come from, on the CPU.
+            generator (`torch.Generator`, *optional*): source of random numbers, on the CPU.
 
         Returns:
             [`Rollout`]
@@ -284,12 +280,12 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         num_frames = pixel_values_videos.shape[1] // rate
         order = torch.randperm(num_frames, generator=generator)
         rewarded = sorted(order[: max(1, round(num_frames * args.rewarded_share))].tolist())
-        # No reward can depend on what comes after the last of them.
+        # Rewards do not depend on later frames.
         num_frames = rewarded[-1] + 1
         clips = pixel_values_videos[:, : num_frames * rate]
         groups = clips.repeat_interleave(args.group_size, dim=0)
         ratios, threshold = args.schedule.draw(num_frames, generator)
-        # The decode loop keeps its state in the weights' own precision.
+        # Decoding keeps its state in the precision of the weights.
         with torch.autocast(groups.device.type, enabled=False):
             gaze = self.model.generate(
                 groups,
@@ -309,10 +305,10 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
-        Rolls out a batch of clips and gives the loss of the policy plus the error of the predicted losses.
+        Rolls out a batch of clips and computes the policy loss plus the squared error of the predicted losses.
 
         Args:
-            model (`nn.Module`): the model, as the trainer has wrapped it.
+            model (`nn.Module`): the model, as wrapped by the trainer.
             inputs (`dict`): a batch with `pixel_values_videos` of shape `(clips, frames, channels, height, width)`.
             return_outputs (`bool`, *optional*, defaults to `False`): whether to return the scores as well.
             num_items_in_batch (*optional*): not used.
@@ -330,13 +326,13 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
             output_logits=True,
         )
         advantages = slot_advantages(-rollout.loss, rewarded, gaze, self.args.group_size, self.args.discount)
-        # p is the plain probability of scoring, as published, not the one sampled from: no temperature, and patches that
-        # are taken keep their share. Both give the same direction where the gazes of a group still agree, since their
-        # advantages cancel there but for what was chosen; this one does not grow as the temperature falls.
+        # The ratio uses the model's own probabilities, as published, and not those that were sampled from, which have a
+        # temperature and exclude patches that were already chosen. While the gazes of a group agree, both give gradients of the
+        # same direction, since advantages cancel except at the choice; these do not grow as the temperature falls.
         ratio = (scores.log_action_probs - scores.log_action_probs.detach()).exp()
         policy_loss = -(ratio * advantages).sum(-1).mean()
         predicted = scores.task_loss_prediction.gather(1, _last_real_slots(gaze, rewarded)).to(rollout.loss.dtype)
-        self._note_rollout(rollout, scores, (predicted - rollout.loss).detach())
+        self._add_rollout_metrics(rollout, scores, (predicted - rollout.loss).detach())
         loss = policy_loss + (predicted - rollout.loss).square().mean()
         return (loss, scores) if return_outputs else loss
 
@@ -347,7 +343,7 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """Gives the mean reconstruction loss of the gazes that the model makes of a batch when it does not sample."""
+        """Returns the mean reconstruction loss of a batch for gazes that are not sampled."""
         clips = self._prepare_inputs(inputs)["pixel_values_videos"]
         args = self.args
         threshold = (args.threshold_min + args.threshold_max) / 2 if args.threshold_share else None
@@ -355,21 +351,21 @@ class AutoGazeGRPOTrainer(GazeClipTrainer):
             gaze = self.model.generate(clips, (args.ratio_min + args.ratio_max) / 2, threshold)
             return self._measure(clips, gaze, list(range(gaze.num_frames))).mean(), None, None
 
-    def _note_rollout(self, rollout: Rollout, scores: AutoGazeModelOutput, error: torch.Tensor) -> None:
-        """Keeps what is to be logged of a batch."""
+    def _add_rollout_metrics(self, rollout: Rollout, scores: AutoGazeModelOutput, error: torch.Tensor) -> None:
+        """Adds the metrics of a batch."""
         is_real = ~rollout.gaze.if_padded_gazing
         log_probs = scores.logits.detach().float().log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        self.note("reward", -rollout.loss.mean())
-        self.note("length", rollout.gaze.num_real_each_frame.float().mean())
-        self.note("entropy", entropy[is_real].mean())
-        self.note("task_loss_prediction_error", error.abs().mean())
-        self.note("temperature", error.new_tensor(self.temperature))
+        self.add_metric("reward", -rollout.loss.mean())
+        self.add_metric("length", rollout.gaze.num_real_each_frame.float().mean())
+        self.add_metric("entropy", entropy[is_real].mean())
+        self.add_metric("task_loss_prediction_error", error.abs().mean())
+        self.add_metric("temperature", error.new_tensor(self.temperature))
 
     def _measure(self, clips: torch.Tensor, gaze: GazeOutput, frames: list[int]) -> torch.Tensor:
-        """Gives the reconstruction loss of some frames, `(batch, len(frames))`, of the gazes of clips or groups of them."""
+        """Returns the reconstruction losses of some frames, `(batch, len(frames))`, of one or more gazes of each clip."""
         clips = resize_frames(clips[:, :: gaze.frame_sampling_rate].float(), gaze.grid.sizes[-1])
         pixels = self.processing_class.to_pixels(clips).clamp(0, 1)
-        if not isinstance(self.reconstruction, GazeTask):  # which looks at a clip once for all of its gazes
+        if not isinstance(self.reconstruction, GazeTask):  # which processes a clip once for all of its gazes
             pixels = pixels.repeat_interleave(gaze.batch_size // len(clips), dim=0)
         return self.reconstruction(pixels, gaze, frames).loss.float()

@@ -1,8 +1,4 @@
-"""
-Files of labels: the published JSON, the settings that its labels were made with, and what an unfinished run has done.
-
-This module knows nothing of how labels are made.
-"""
+"""Label files: the published JSON with the settings that its labels were made with, and the progress of an unfinished run."""
 
 import json
 import math
@@ -20,13 +16,13 @@ _SETTINGS, _SIZE = "settings", "file_size"
 
 class ClipLabels(NamedTuple):
     """
-    What to learn from one clip.
+    Labels of one clip.
 
     Args:
         gazing_pos (`list[list[int]]`):
-            For each frame, the patches to keep in the order of choice, counted from the first patch of the frame.
+            Patches to keep of each frame, in the order of choice, counted from the first patch of the frame.
         task_losses (`list[list[float]]`):
-            Task loss of the frame after each of them.
+            Task loss of the frame after each of these patches.
     """
 
     gazing_pos: list[list[int]]
@@ -40,15 +36,15 @@ def write_labels(
     file_sizes: Mapping[str, int] | None = None,
 ) -> None:
     """
-    Writes labels in the published JSON shape, `{video: {"gazing_pos": .., "task_losses": ..}}`.
+    Writes labels in the published JSON format, `{video: {"gazing_pos": .., "task_losses": ..}}`.
 
     Args:
-        path (`str` or `os.PathLike`): file to write; an old one is replaced only once the new one is whole.
+        path (`str` or `os.PathLike`): file to write; an existing file is replaced once the new one is complete.
         labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
-        settings (`Mapping[str, Any]`, *optional*): what they were made with, kept as a further entry, `"settings"`.
+        settings (`Mapping[str, Any]`, *optional*): settings that they were made with, written as the entry `"settings"`.
         file_sizes (`Mapping[str, int]`, *optional*):
-            Sizes in bytes of the video files, written as `"file_size"` beside the labels; by them, labels of other videos
-            with the same names are detected.
+            Sizes in bytes of the video files, written as `"file_size"` beside the labels, to detect other videos with the same
+            names.
     """
     entries = {name: _to_entry(name, clip, file_sizes or {}) for name, clip in labels.items()}
     text = json.dumps(entries if settings is None else {_SETTINGS: settings, **entries})
@@ -66,7 +62,7 @@ def read_labels(
     Reads label files, such as the shards of one collection.
 
     Args:
-        paths (`str` or `os.PathLike`): files in the published JSON shape.
+        paths (`str` or `os.PathLike`): files in the published JSON format.
         grid ([`GazeGrid`], *optional*):
             Patches that the labels must belong to; by default those of the file's settings, if it has any.
         settings (`Mapping[str, Any]`, *optional*):
@@ -79,9 +75,9 @@ def read_labels(
         `dict[str, ClipLabels]` by the names of the videos.
 
     Raises:
-        ValueError: if a file is not of this shape, frames and losses do not fit each other, an id lies outside the grid,
-            clips differ in their number of frames, settings are not those asked for or differ from file to file, or a
-            video has another size than the one that was labelled.
+        ValueError: if a file has another format, patches and losses do not match, an id lies outside the grid, clips differ in
+            their number of frames, files have other settings than given or differ in them, or a video has another size than
+            the labelled one.
 
     Example:
 
@@ -97,23 +93,23 @@ def read_labels(
     labels: dict[str, ClipLabels] = {}
     first_settings: dict[str, Any] = {}
     for path in paths:
-        found, made_with, sizes = _read(path)
-        if not found and not made_with:
+        file_labels, file_settings, sizes = _read(path)
+        if not file_labels and not file_settings:
             raise ValueError(f"`paths`: {str(path)!r} must hold labels, got none")
         check_file_sizes(path, sizes, file_sizes or {})
-        own_grid = grid or _grid_of(path, made_with)
-        if made_with:
-            check_label_settings(path, made_with, settings or {})
-            check_label_settings(path, made_with, first_settings, f"in {str(paths[0])!r}")
-            first_settings = made_with
-        for name, clip in found.items():
-            _check_labels(f"{str(path)!r}, {name!r}", clip, own_grid)
-        labels |= found
+        file_grid = grid or _grid_of(path, file_settings)
+        if file_settings:
+            check_label_settings(path, file_settings, settings or {})
+            check_label_settings(path, file_settings, first_settings, f"in {str(paths[0])!r}")
+            first_settings = file_settings
+        for name, clip in file_labels.items():
+            _check_labels(f"{str(path)!r}, {name!r}", clip, file_grid)
+        labels |= file_labels
     lengths = {len(clip.gazing_pos): name for name, clip in labels.items()}
     if len(lengths) > 1:
         (one, name), (other, other_name) = list(lengths.items())[:2]
         raise ValueError(
-            f"`paths` must hold clips of one number of frames, got {one} of {name!r} and {other} of {other_name!r}"
+            f"`paths` must hold clips with equal numbers of frames, got {one} of {name!r} and {other} of {other_name!r}"
         )
     return labels
 
@@ -123,13 +119,13 @@ def read_label_settings(path: str | os.PathLike) -> dict[str, Any]:
     Reads the settings that the labels of a file were made with.
 
     Args:
-        path (`str` or `os.PathLike`): a file in the published JSON shape.
+        path (`str` or `os.PathLike`): a file in the published JSON format.
 
     Returns:
-        `dict`: empty where the file has none.
+        `dict`: empty if the file has none.
 
     Raises:
-        ValueError: if the file is not of this shape.
+        ValueError: if the file has another format.
     """
     return _read(path)[1]
 
@@ -139,31 +135,31 @@ def read_file_sizes(path: str | os.PathLike) -> dict[str, int]:
     Reads the sizes of the videos that the labels of a file were made of.
 
     Args:
-        path (`str` or `os.PathLike`): a file in the published JSON shape.
+        path (`str` or `os.PathLike`): a file in the published JSON format.
 
     Returns:
-        `dict[str, int]`: bytes by the names of the videos; only of those whose size is in the file.
+        `dict[str, int]`: bytes by the names of the videos whose size is in the file.
 
     Raises:
-        ValueError: if the file is not of this shape.
+        ValueError: if the file has another format.
     """
     return _read(path)[2]
 
 
 def check_label_settings(
-    path: str | os.PathLike, settings: Mapping[str, Any], expected: Mapping[str, Any], where: str = "asked for now"
+    path: str | os.PathLike, settings: Mapping[str, Any], expected: Mapping[str, Any], where: str = "now"
 ) -> None:
     """
-    Checks what the labels of a file were made with.
+    Checks the settings that the labels of a file were made with.
 
     Args:
         path (`str` or `os.PathLike`): the file, for the message.
         settings (`Mapping[str, Any]`): its settings.
-        expected (`Mapping[str, Any]`): those that it must have; others do not matter.
-        where (`str`, *optional*, defaults to `"asked for now"`): where these are from, for the message.
+        expected (`Mapping[str, Any]`): settings that it must have; others are ignored.
+        where (`str`, *optional*, defaults to `"now"`): origin of `expected`, for the message.
 
     Raises:
-        ValueError: if one differs; the message names it and both values.
+        ValueError: if a setting differs; the message names it and both values.
     """
     for name, value in expected.items():
         if settings.get(name) != value:
@@ -175,12 +171,12 @@ def check_label_settings(
 
 def check_file_sizes(path: str | os.PathLike, labelled: Mapping[str, int], file_sizes: Mapping[str, int]) -> None:
     """
-    Checks that the labels of a file are of the present videos, and not of others with the same names.
+    Checks that the labels of a file belong to the current videos, and not to others with the same names.
 
     Args:
         path (`str` or `os.PathLike`): the file, for the message.
         labelled (`Mapping[str, int]`): sizes in bytes of the videos that were labelled, by name.
-        file_sizes (`Mapping[str, int]`): sizes in bytes of the present videos; only names in both are compared.
+        file_sizes (`Mapping[str, int]`): sizes in bytes of the current videos; only names in both are compared.
 
     Raises:
         ValueError: if a size differs; the message names the video and both sizes.
@@ -195,15 +191,15 @@ def check_file_sizes(path: str | os.PathLike, labelled: Mapping[str, int], file_
 
 class UnfinishedLabels:
     """
-    What a run has labelled so far, in a file beside the output, for a later run to go on with. One run at a time has it.
+    The labels that an unfinished run has made, in a file beside the output, which a later run resumes from. The file is locked.
 
     Args:
-        output (`Path`): the file that is to be written at last.
-        settings (`Mapping[str, Any]`): what the labels are made with.
+        output (`Path`): the final label file.
+        settings (`Mapping[str, Any]`): settings that the labels are made with.
         file_sizes (`Mapping[str, int]`): sizes in bytes of the videos.
 
     Raises:
-        ValueError: if another run is at work on it, or an earlier one had other settings or videos.
+        ValueError: if another process holds the lock, or an earlier run had other settings or videos.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], file_sizes: Mapping[str, int]):
@@ -230,7 +226,7 @@ class UnfinishedLabels:
         self.file.close()
 
     def add(self, labels: Mapping[str, ClipLabels]) -> None:
-        """Keeps labels of further videos."""
+        """Adds labels of videos and writes them to the file."""
         self.done |= labels
         self.file.writelines(
             json.dumps([name, _to_entry(name, clip, self.file_sizes)]) + "\n" for name, clip in labels.items()
@@ -238,29 +234,29 @@ class UnfinishedLabels:
         self.file.flush()
 
     def remove(self) -> None:
-        """Removes the file, when the output is whole."""
+        """Removes the file once the output is complete."""
         self.path.unlink(missing_ok=True)
 
     def _read(self, settings: Mapping[str, Any]) -> None:
-        """Reads what was done; a last line that was cut off does not count and is removed."""
+        """Reads the labels of an earlier run, and removes a last line that was cut off."""
         self.file.seek(0)
         text = self.file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) < len(text):
-            self.file.truncate(len(whole.encode()))
-        lines = [json.loads(line) for line in whole.splitlines()]
+        complete = text[: text.rfind("\n") + 1]
+        if len(complete) < len(text):
+            self.file.truncate(len(complete.encode()))
+        lines = [json.loads(line) for line in complete.splitlines()]
         if not lines:
             self.file.write(json.dumps({_SETTINGS: settings}) + "\n")
             self.file.flush()
             return
-        made_with = lines[0].get(_SETTINGS, {}) if isinstance(lines[0], dict) else {}
-        check_label_settings(self.path, made_with, settings)
+        file_settings = lines[0].get(_SETTINGS, {}) if isinstance(lines[0], dict) else {}
+        check_label_settings(self.path, file_settings, settings)
         check_file_sizes(self.path, _sizes_of(dict(lines[1:])), self.file_sizes)
         self.done = {name: ClipLabels(entry["gazing_pos"], entry["task_losses"]) for name, entry in lines[1:]}
 
 
 def _to_entry(name: str, labels: ClipLabels, file_sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the entry of one video as it is written to a file."""
+    """Returns the entry of one video in a label file."""
     return {**labels._asdict(), **({_SIZE: file_sizes[name]} if name in file_sizes else {})}
 
 
@@ -269,7 +265,7 @@ def _sizes_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any], dict[str, int]]:
-    """Reads the labels of a file, and their settings and the sizes of the videos, empty where the file has none."""
+    """Reads the labels, settings and video sizes of a file, each empty if the file has none."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = entries.get(_SETTINGS, {})
@@ -284,7 +280,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any
 
 
 def _grid_of(path: str | os.PathLike, settings: Mapping[str, Any]) -> GazeGrid | None:
-    """Makes the grid that the labels of a file belong to, if it is in the settings."""
+    """Returns the grid that the labels of a file belong to, if it is in the settings."""
     if "scales" not in settings or "patch_size" not in settings:
         return None
     try:
@@ -319,7 +315,7 @@ def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None
 
 def labels_to_table(labels: Mapping[str, ClipLabels]) -> Any:
     """
-    Makes a `datasets` table of labels, to keep or share where files of JSON are too clumsy.
+    Converts labels to a `datasets` table, for large collections.
 
     Args:
         labels (`Mapping[str, ClipLabels]`): labels by the names of the videos.
@@ -343,7 +339,7 @@ def labels_to_table(labels: Mapping[str, ClipLabels]) -> Any:
 
 def labels_from_table(table: Any) -> dict[str, ClipLabels]:
     """
-    Reads labels out of a table that [`labels_to_table`] made.
+    Converts a table of [`labels_to_table`] back to labels.
 
     Args:
         table (`datasets.Dataset`): with the columns `video`, `gazing_pos` and `task_losses`.

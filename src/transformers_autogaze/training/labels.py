@@ -1,8 +1,8 @@
 """
-Labels: which patches of each frame to keep, in which order, and the task loss after each.
+Labelling of clips and collections of videos by greedy search.
 
-This module owns labelling a clip or a whole collection; what patches are worth it asks of a [`GazeTask`] or of a
-reconstruction. The files that hold labels are the matter of `label_files`.
+Labels are the patches of each frame to keep, in the order of choice, and the task loss after each. `label_files` reads and writes
+them.
 """
 
 import os
@@ -35,22 +35,21 @@ from .videos import VideoCollection
 
 class GreedyLabeller:
     """
-    Labels clips by greedy search: next is the patch that lowers the task loss of its frame most.
+    Labels clips by greedy search: each next patch lowers the task loss of its frame most.
 
-    A [`GazeTask`], of pixels or of features, searches exactly. Any other reconstruction has to rebuild the frame once for
-    every candidate, so there the closed form proposes the patches that it gains most from, `beam` of them, and the
-    reconstruction takes the best; a frame ends early when none of them lowers its loss. Either way losses never rise along a
-    frame.
+    With a [`GazeTask`], of pixels or of features, the search is exact. Any other reconstruction has to rebuild the frame for
+    every candidate. There, the `beam` patches with the largest gains of the closed-form reconstruction are the candidates, and a
+    frame ends early if none of them lowers its loss. The losses of a frame never rise.
 
     Args:
         grid ([`GazeGrid`]): the patches to choose from.
         reconstruction (`Callable`, *optional*):
-            What patches are worth: a [`GazeTask`], that of pixels by default, or what is called as
-            `reconstruction(pixels, gaze, frames)` and gives a [`ReconstructionOutput`].
+            Source of the task loss: a [`GazeTask`], that of pixels by default, or a function that is called as
+            `reconstruction(pixels, gaze, frames)` and returns a [`ReconstructionOutput`].
         gazing_ratio (`float` or `Sequence[float]`, *optional*, defaults to 0.1):
-            Share of the patches of a frame to choose at most, one number or one for every frame.
-        task_loss_requirement (`float`, *optional*): task loss at which a frame is done; none by default.
-        beam (`int`, *optional*, defaults to 16): patches that the closed form proposes at each step.
+            Largest share of the patches of a frame to choose, one number or one for every frame.
+        task_loss_requirement (`float`, *optional*): task loss at which a frame ends; none by default.
+        beam (`int`, *optional*, defaults to 16): candidates at each step, for other reconstructions.
 
     Raises:
         ValueError: if `beam` is not a positive whole number, `reconstruction` cannot be called or is of another grid, or a
@@ -99,8 +98,8 @@ class GreedyLabeller:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells its labels from those of another labeller, as JSON has it."""
-        of_task = {
+        """Settings that identify the labels, for JSON."""
+        task_settings = {
             **GazeTask(self.grid).settings,
             "task": getattr(self.reconstruction, "__name__", type(self.reconstruction).__name__),
             "weights": fingerprint(self.reconstruction) if isinstance(self.reconstruction, nn.Module) else None,
@@ -109,7 +108,7 @@ class GreedyLabeller:
         return {
             "gazing_ratio": [*self.gazing_ratio] if isinstance(self.gazing_ratio, Sequence) else self.gazing_ratio,
             "task_loss_requirement": self.task_loss_requirement,
-            **(self.reconstruction.settings if isinstance(self.reconstruction, GazeTask) else of_task),
+            **(self.reconstruction.settings if isinstance(self.reconstruction, GazeTask) else task_settings),
         }
 
     @torch.no_grad()
@@ -129,22 +128,22 @@ class GreedyLabeller:
         """
         if isinstance(self.reconstruction, GazeTask):
             self.reconstruction.to(pixels.device)
-            return labels_of(self.reconstruction.search(pixels, self.gazing_ratio, self.task_loss_requirement))
+            return labels_from_gaze(self.reconstruction.search(pixels, self.gazing_ratio, self.task_loss_requirement))
         budgets = budget_each_frame(self.gazing_ratio, pixels.shape[1], self.grid.num_patches).tolist()
         return [self._search(clip[None], budgets) for clip in pixels]
 
     def _search(self, pixels: torch.Tensor, budgets: list[int]) -> ClipLabels:
-        """Searches a clip `(1, frames, 3, height, width)` on a reconstruction that is not the closed form."""
-        labels, standing = ClipLabels([], []), torch.full_like(pixels[:, 0], 0.5)
+        """Labels a clip `(1, frames, 3, height, width)` with a reconstruction other than the closed form."""
+        labels, previous_reconstruction = ClipLabels([], []), torch.full_like(pixels[:, 0], 0.5)
         for t, budget in enumerate(budgets):
             frame = pixels[:, t]
-            errors = self.composite.cell_errors(frame, standing)
+            errors = self.composite.cell_errors(frame, previous_reconstruction)
             kept = torch.zeros(1, self.grid.num_patches, dtype=torch.bool, device=pixels.device)
             ids, losses = [], []
             while len(ids) < budget:
                 gains = self.composite.gains(errors, kept)[0].masked_fill(kept[0], -torch.inf)
                 candidates = gains.topk(min(self.beam, self.grid.num_patches - len(ids))).indices
-                loss = self._try(pixels[:, : t + 1], [*labels.gazing_pos, ids], candidates)
+                loss = self._measure_candidates(pixels[:, : t + 1], [*labels.gazing_pos, ids], candidates)
                 best = int(loss.argmin())
                 if losses and loss[best] > losses[-1]:
                     break
@@ -156,31 +155,33 @@ class GreedyLabeller:
             labels.gazing_pos.append(ids)
             labels.task_losses.append(losses)
             masks = [mask[:, None] for mask in self.grid.split_by_scale(kept)]
-            standing = self.composite.reconstruct(frame[:, None], masks, standing)[:, 0]
+            previous_reconstruction = self.composite.reconstruct(frame[:, None], masks, previous_reconstruction)[:, 0]
         return labels
 
-    def _try(self, pixels: torch.Tensor, ids: list[list[int]], candidates: torch.Tensor) -> torch.Tensor:
-        """Measures the loss of the last frame with each candidate added to its patches, `(candidates,)`."""
+    def _measure_candidates(
+        self, pixels: torch.Tensor, ids: list[list[int]], candidates: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the loss of the last frame with each candidate added to its patches, `(candidates,)`."""
         count = len(candidates)
-        known = torch.tensor(
+        chosen = torch.tensor(
             [id + t * self.grid.num_patches for t, frame_ids in enumerate(ids) for id in frame_ids],
             dtype=torch.long,
             device=pixels.device,
         )
         last = candidates[:, None] + (len(ids) - 1) * self.grid.num_patches
-        gazing_pos = torch.cat([known.expand(count, -1), last], dim=1)
+        gazing_pos = torch.cat([chosen.expand(count, -1), last], dim=1)
         counts = torch.tensor([len(frame_ids) for frame_ids in ids], device=pixels.device)
         counts[-1] += 1
         gaze = GazeOutput.from_ids(gazing_pos, torch.zeros_like(gazing_pos, dtype=torch.bool), counts, self.grid)
         return self.reconstruction(pixels.expand(count, -1, -1, -1, -1), gaze, [len(ids) - 1]).loss[:, 0]
 
 
-def labels_of(gaze: GazeOutput) -> list[ClipLabels]:
+def labels_from_gaze(gaze: GazeOutput) -> list[ClipLabels]:
     """
-    Takes a gaze for labels.
+    Converts a gaze to labels.
 
     Args:
-        gaze ([`GazeOutput`]): clips, their patches in the order of choice, with the `task_loss_prediction` after each.
+        gaze ([`GazeOutput`]): patches in the order of choice, with the `task_loss_prediction` after each.
 
     Returns:
         `list[ClipLabels]`, one for each clip.
@@ -198,13 +199,13 @@ def labels_of(gaze: GazeOutput) -> list[ClipLabels]:
     ]
 
 
-def gazed_pixels(levels: torch.Tensor, processor: AutoGazeVideoProcessor, size: tuple[int, int]) -> torch.Tensor:
+def selector_pixels(levels: torch.Tensor, processor: AutoGazeVideoProcessor, size: tuple[int, int]) -> torch.Tensor:
     """
-    Brings whole frames to the pixels that a selector gazes at.
+    Preprocesses whole frames to the pixels that a selector sees.
 
     Args:
         levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
-        processor ([`AutoGazeVideoProcessor`]): how frames are preprocessed.
+        processor ([`AutoGazeVideoProcessor`]): preprocessing of the frames.
         size (`tuple[int, int]`): height and width of the finest scale.
 
     Returns:
@@ -214,23 +215,25 @@ def gazed_pixels(levels: torch.Tensor, processor: AutoGazeVideoProcessor, size: 
     return resize_frames(frames[None], size)[0].clamp(0, 1)
 
 
-class _WholeClips(Dataset):
-    """Clips evenly taken from the videos of some numbers, as pixels; `None` where a video cannot be read."""
+class _EvenClips(Dataset):
+    """Pixels of evenly sampled clips of some videos; `None` for a video that cannot be read."""
 
-    def __init__(self, videos: VideoCollection, numbers: list[int], num_frames: int, size: tuple[int, int]):
+    def __init__(self, videos: VideoCollection, indices: list[int], num_frames: int, size: tuple[int, int]):
         self.videos = videos
-        self.numbers = numbers
+        self.indices = indices
         self.num_frames = num_frames
         self.size = size
         self.processor = AutoGazeVideoProcessor()
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None]:
-        number = self.numbers[index]
-        levels = self.videos.read_evenly(number, self.num_frames)
-        return self.videos.names[number], None if levels is None else gazed_pixels(levels, self.processor, self.size)
+        video_index = self.indices[index]
+        levels = self.videos.read_evenly(video_index, self.num_frames)
+        return self.videos.names[video_index], None if levels is None else selector_pixels(
+            levels, self.processor, self.size
+        )
 
 
 def label_videos(
@@ -246,71 +249,66 @@ def label_videos(
     """
     Labels a collection of videos, one clip of each, and writes the published JSON.
 
-    Until all videos are labelled, finished labels are in a file beside the output, and a run that was interrupted is resumed
-    from it. A finished output is extended by labels of videos that it does not have yet. Several runs, on any number of
-    machines, can each label one shard of the same collection.
+    Until all videos are labelled, finished labels are in a file beside the output, from which an interrupted run is resumed.
+    A finished output is extended by labels of videos that it does not have yet. Several runs, on any number of machines, can
+    each label one shard of the same collection.
 
     Args:
         videos ([`VideoCollection`]): the videos; those that cannot be read, or are too short, are skipped.
         labeller ([`GreedyLabeller`]): makes the labels.
-        output (`str` or `os.PathLike`): file to write, `.json`; with several shards the shard is added to its name.
-        num_frames (`int`, *optional*, defaults to 16): frames of a clip, evenly taken over the video.
-        batch_size (`int`, *optional*, defaults to 8): clips that are searched together.
+        output (`str` or `os.PathLike`): `.json` file to write; with several shards the shard is added to its name.
+        num_frames (`int`, *optional*, defaults to 16): frames of a clip, sampled evenly over the video.
+        batch_size (`int`, *optional*, defaults to 8): clips in a batch.
         num_workers (`int`, *optional*, defaults to 0): processes that decode.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where to search.
-        shard (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): which shard to do, from 1, and how many there are.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): device of the search.
+        shard (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): number of the shard, from 1, and number of shards.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        ValueError: if a number is out of range, the output is no `.json`, what is there was made with other settings
-            or of other videos of the same names, another process is at work on it, or no video can be read.
+        ValueError: if a number is out of range, the output is no `.json`, an existing output has other settings or labels of
+            other videos of the same names, another process writes to it, or no video can be read.
     """
-    number, count = shard
-    if not 1 <= number <= count:
-        raise ValueError(f"`shard` must be one of 1..{count} and how many there are, got {shard}")
-    for name, value, least in (
+    number, num_shards = shard
+    if not 1 <= number <= num_shards:
+        raise ValueError(f"`shard` must be a number in 1..{num_shards} and the number of shards, got {shard}")
+    for name, value, minimum in (
         ("num_frames", num_frames, 1),
         ("batch_size", batch_size, 1),
         ("num_workers", num_workers, 0),
     ):
-        if type(value) is not int or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}")
     output = Path(output)
     if output.suffix != ".json":
         raise ValueError(f"`output` must end in .json, got {str(output)!r}")
-    if count > 1:
-        output = output.with_stem(f"{output.stem}-{number:05}-of-{count:05}")
+    if num_shards > 1:
+        output = output.with_stem(f"{output.stem}-{number:05}-of-{num_shards:05}")
     settings = {"num_frames": num_frames, **labeller.settings}
-    numbers, file_sizes = list(range(number - 1, len(videos), count)), videos.file_sizes
+    indices, file_sizes = list(range(number - 1, len(videos), num_shards)), videos.file_sizes
     finished = _read_finished(output, settings, file_sizes)
-    if output.exists() and finished.keys() >= {videos.names[i] for i in numbers}:
+    if output.exists() and finished.keys() >= {videos.names[i] for i in indices}:
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
     with UnfinishedLabels(output, settings, file_sizes) as unfinished:
         # Another process may have finished since the check above.
         finished = _read_finished(output, settings, file_sizes)
-        done = {**finished, **unfinished.done}
-        left = [i for i in numbers if videos.names[i] not in done]
-        clips = _WholeClips(videos, left, num_frames, labeller.grid.sizes[-1])
+        missing = [i for i in indices if videos.names[i] not in {**finished, **unfinished.done}]
+        clips = _EvenClips(videos, missing, num_frames, labeller.grid.sizes[-1])
         loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=list)
-        with tqdm(total=len(numbers), initial=len(numbers) - len(left), unit="video", desc="labelling") as progress:
+        with tqdm(total=len(indices), initial=len(indices) - len(missing), unit="video", desc="labelling") as progress:
             for batch in loader:
                 unfinished.add(_label_batch(labeller, batch, device))
                 progress.update(len(batch))
-        done |= unfinished.done
-        names = [videos.names[i] for i in numbers if videos.names[i] in done]
-        if numbers and not names:
-            unfinished.remove()
-            raise ValueError(f"`videos` must hold videos of {num_frames} frames that can be read, got none")
-        # Labels of videos that are no longer there are kept.
-        labels = {name: done[name] for name in (*names, *finished)}
-        if labels.keys() != finished.keys() or not output.exists():
-            sizes = read_file_sizes(output) if finished else {}
-            sizes |= {name: file_sizes[name] for name in labels if name in file_sizes and name not in finished}
-            write_labels(output, labels, settings, sizes)
+        done = {**finished, **unfinished.done}
+        # Labels of videos that no longer exist are kept.
+        names = [videos.names[i] for i in indices if videos.names[i] in done]
+        if names or not indices:
+            _write_finished(output, {name: done[name] for name in (*names, *finished)}, finished, settings, file_sizes)
         unfinished.remove()
+    if indices and not names:
+        raise ValueError(f"`videos` must hold videos of {num_frames} frames that can be read, got none")
     return output
 
 
@@ -326,11 +324,26 @@ def _label_batch(
 
 
 def _read_finished(output: Path, settings: dict[str, Any], file_sizes: dict[str, int]) -> dict[str, ClipLabels]:
-    """Reads the labels of an earlier run; raises a `ValueError` if they are of other settings or videos."""
+    """Reads the labels of an earlier run; raises a `ValueError` if their settings or videos differ."""
     if not output.exists():
         return {}
     if not read_label_settings(output):
         raise ValueError(
-            f"`output` {str(output)!r} holds labels that do not tell what they were made with: give another file"
+            f"`output` {str(output)!r} holds labels without the settings that they were made with: give another file"
         )
     return read_labels(output, settings=settings, file_sizes=file_sizes)
+
+
+def _write_finished(
+    output: Path,
+    labels: dict[str, ClipLabels],
+    finished: dict[str, ClipLabels],
+    settings: dict[str, Any],
+    file_sizes: dict[str, int],
+) -> None:
+    """Writes labels to the output, unless it already holds all of them."""
+    if output.exists() and labels.keys() == finished.keys():
+        return
+    sizes = read_file_sizes(output) if finished else {}
+    sizes |= {name: file_sizes[name] for name in labels if name in file_sizes and name not in finished}
+    write_labels(output, labels, settings, sizes)

@@ -1,8 +1,4 @@
-"""
-Stage 1 of training: the next patches of labels, and the task loss after each (docs/specification.md, section 13.1).
-
-This module owns the trainer and its arguments. Clips and labels come from `data`.
-"""
+"""Stage 1 of training: next-token prediction on labels, and prediction of the task loss (docs/specification.md, section 13.1)."""
 
 import copy
 from collections.abc import Mapping
@@ -29,8 +25,8 @@ class AutoGazeTrainingArguments(TrainingArguments):
 
     Args:
         on_policy (`float`, *optional*, defaults to 0.0):
-            Share of batches, 0..1, in which the model sees its own choices instead of the labels', half of the time
-            sampled; labels are then what greedy search would choose next. It learns to go on from its own mistakes.
+            Share of batches, 0..1, in which the model sees its own choices instead of the labels, so that it learns to continue
+            after its own mistakes. Labels are then the next choices of greedy search. Half of these choices are sampled.
         learning_rate (`float`, *optional*, defaults to 5e-4), remove_unused_columns, ddp_find_unused_parameters (`bool`,
             *optional*, default to `False`): as in [`~transformers.TrainingArguments`].
 
@@ -50,14 +46,15 @@ class AutoGazeTrainingArguments(TrainingArguments):
     """
 
     on_policy: float = field(
-        default=0.0, metadata={"help": "Share of batches in which the model goes on from its own choices."}
+        default=0.0,
+        metadata={"help": "Share of batches in which the model sees its own choices instead of the labels."},
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to drop what the model's forward does not take."}
+        default=False, metadata={"help": "Whether to drop columns that the model's forward does not accept."}
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether several processes look for weights that a batch does not use."}
+        default=False, metadata={"help": "Whether several processes search for weights that a batch does not use."}
     )
 
     def __post_init__(self):
@@ -68,24 +65,23 @@ class AutoGazeTrainingArguments(TrainingArguments):
 
 class AutoGazeTrainer(GazeClipTrainer):
     """
-    Trains an [`AutoGazeModel`] on labels: the next patches, and the task loss after each.
+    Trains an [`AutoGazeModel`] to predict the patches of labels, and the task loss after each.
 
-    Everything else is [`~transformers.Trainer`]'s: mixed precision, accumulation, several processes, resuming, logging
-    and the Hub. The loss of a batch is averaged over all its labels, those of other processes and of accumulated
-    batches included. Its two parts are logged, averaged since the last time: `next_token_loss` and `task_loss_error` of a
-    label.
+    Everything else is as in [`~transformers.Trainer`]: mixed precision, accumulation, several processes, resuming, logging
+    and the Hub. The loss of a batch is averaged over its labels, including those of other processes and of accumulated batches.
+    It logs `next_token_loss` and `task_loss_error` of a label, averaged since the last log.
 
-    Random draws follow from `seed`, the step and the process alone, so a resumed run draws what an unbroken one would.
+    Random numbers depend on `seed`, the step and the process only, so a resumed run draws the same numbers as an uninterrupted
+    one.
 
     Args:
         model ([`AutoGazeModel`]): the model to train.
         args ([`AutoGazeTrainingArguments`]): the arguments.
         processing_class (`AutoGazeProcessor` or `AutoGazeVideoProcessor`, *optional*):
-            What makes the pixel values; it is saved with the model. The published preprocessing by default.
+            Preprocessing of the clips, the published one by default; it is saved with the model.
         task ([`GazeTask`], *optional*):
-            What labels on policy serve, the task of the other labels; that of pixels by default.
-        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets are [`GazeClipDataset`]s, or others with such
-            items.
+            Task of on-policy labels, which should be that of the other labels; that of pixels by default.
+        kwargs: the other arguments of [`~transformers.Trainer`]. Datasets have items as in [`GazeClipDataset`].
 
     Raises:
         ValueError: if the arguments are not [`AutoGazeTrainingArguments`].
@@ -120,7 +116,7 @@ class AutoGazeTrainer(GazeClipTrainer):
         if not isinstance(args, AutoGazeTrainingArguments):
             raise ValueError(f"`args` must be AutoGazeTrainingArguments, got {type(args).__name__}")
         super().__init__(model, args, processing_class, **kwargs)
-        # A copy, as that of a dataset stays on the CPU.
+        # A copy, since the task of a dataset stays on the CPU.
         self.task = GazeTask(model.config.grid) if task is None else copy.deepcopy(task).to(args.device)
 
     def compute_loss(
@@ -131,14 +127,14 @@ class AutoGazeTrainer(GazeClipTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
-        Gives the loss of a batch.
+        Computes the loss of a batch.
 
         Args:
-            model (`nn.Module`): the model, as the trainer has wrapped it.
-            inputs (`Mapping`): what a [`GazeCollator`] gives.
+            model (`nn.Module`): the model, as wrapped by the trainer.
+            inputs (`Mapping`): a batch of [`GazeCollator`].
             return_outputs (`bool`, *optional*, defaults to `False`): whether to return the scores as well.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Labels of all batches that make one step, over all processes; those of this batch by default.
+                Number of labels of all batches of a step, over all processes; that of this batch by default.
 
         Returns:
             `torch.FloatTensor` of shape `()`, or a `tuple` of it and an [`AutoGazeModelOutput`].
@@ -151,31 +147,31 @@ class AutoGazeTrainer(GazeClipTrainer):
         on_policy = self.args.on_policy if model.training else 0
         if on_policy and float(torch.rand((), generator=self.step_generator())) < on_policy:
             inputs = self.relabel(inputs)
-        called = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame", "labels")
-        outputs = model(**{name: inputs[name] for name in (*called, "task_loss_labels")})
+        names = ("pixel_values_videos", "gazing_pos", "if_padded_gazing", "num_gazing_each_frame", "labels")
+        outputs = model(**{name: inputs[name] for name in (*names, "task_loss_labels")})
         num_labels = (inputs["labels"] != -100).sum()
-        # Processes average their gradients, so each gives its part of the whole times their number.
-        share = 1 / num_labels if num_items_in_batch is None else self.accelerator.num_processes / num_items_in_batch
+        # Gradients are averaged over processes, so the loss of each is multiplied by their number.
+        scale = 1 / num_labels if num_items_in_batch is None else self.accelerator.num_processes / num_items_in_batch
         loss = 0
         for name, count in (
             ("next_token_loss", num_labels),
             ("task_loss_error", (~inputs["task_loss_labels"].isnan()).sum()),
         ):
             total = outputs[name] * count
-            self.note(name, total, count)
-            loss = loss + total * share
+            self.add_metric(name, total, count)
+            loss = loss + total * scale
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def relabel(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Lets the model choose for itself, and labels a batch with what greedy search would choose next at each step.
+        Replaces the gazes of a batch by the model's own, and the labels by the next choices of greedy search.
 
         Args:
-            inputs (`Mapping`): what a [`GazeCollator`] gives.
+            inputs (`Mapping`): a batch of [`GazeCollator`].
 
         Returns:
-            `dict` with the same keys and shapes, slots that had no label having none.
+            `dict` with the same keys and shapes; slots without a label still have none.
         """
         config = self._unwrapped().config
         grid, rate = config.grid, config.frame_sampling_rate
@@ -195,18 +191,18 @@ class AutoGazeTrainer(GazeClipTrainer):
         }
 
     def _gaze(self, video: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Lets the model choose as many patches of each frame as `counts` says, half of the time at random."""
+        """Lets the model choose `counts` patches of each frame, sampled in half of the batches."""
         model, generator = self._unwrapped(), self.step_generator()
-        sampling, warmth = torch.rand(2, generator=generator).tolist()
+        sampling_draw, temperature_draw = torch.rand(2, generator=generator).tolist()
         was_training = model.training
         model.eval()
-        # The decode loop keeps its state in the weights' own precision.
+        # Decoding keeps its state in the precision of the weights.
         with torch.autocast(video.device.type, enabled=False):
             gaze = model.generate(
                 video,
                 counts.double() / model.config.grid.num_patches,
-                do_sample=sampling < 0.5,
-                temperature=0.5 + 0.5 * warmth,
+                do_sample=sampling_draw < 0.5,
+                temperature=0.5 + 0.5 * temperature_draw,
                 generator=generator_on(video.device, generator),
             )
         model.train(was_training)
@@ -219,7 +215,7 @@ class AutoGazeTrainer(GazeClipTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """Gives the loss of a batch."""
+        """Returns the loss of a batch."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None

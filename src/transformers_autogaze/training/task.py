@@ -1,8 +1,8 @@
 """
-The task that AutoGaze learns: what kept patches are worth, in pixels or in the features of an encoder.
+The task that AutoGaze learns: a low loss of the kept patches, in pixels or in the features of an encoder.
 
-This module owns the one measure that labels, on-policy targets and rewards share. It asks a selector that searches on a
-canvas, so the search for labels is the selector's own.
+Labels, on-policy targets and rewards share this loss. A selector with a canvas search computes it, so labels are what this
+selector would choose.
 """
 
 import copy
@@ -20,16 +20,16 @@ from ..greedy_autogaze import GreedyGazeConfig, GreedyGazeSelector
 from ..grid_autogaze import GazeGrid
 
 
-# A selector so configured takes pixels in 0..1 as they are.
+# With this normalisation, a selector takes pixels in 0..1.
 _PIXELS = {"rescale_factor": 1 / 255, "offset": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
 
 
 class FrameLosses(NamedTuple):
     """
-    What a [`GazeTask`] returns that is called with frames and their gaze.
+    Output of [`GazeTask`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(batch, frames asked for)`): task loss of each frame.
+        loss (`torch.FloatTensor` of shape `(batch, frames)`): task loss of each requested frame.
     """
 
     loss: torch.Tensor
@@ -37,17 +37,17 @@ class FrameLosses(NamedTuple):
 
 class GazeTask(nn.Module):
     """
-    Tells what kept patches are worth, and which ones a greedy search would keep.
+    Measures the task loss of kept patches, and searches greedily for the patches that minimise it.
 
-    By pixels a loss is `(40 - PSNR) / 20` of the closed-form reconstruction; by features it is the share of the encoder's
-    feature variance that a frame loses, 0..1, as a [`FeatureGazeModel`] foresees it.
+    The loss of pixels is `(40 - PSNR) / 20` of the closed-form reconstruction. The loss of features is the share of the encoder's
+    feature variance that a frame loses, 0..1, as predicted by a [`FeatureGazeModel`].
 
     Args:
         grid ([`GazeGrid`]): the patches.
-        model ([`FeatureGazeModel`], *optional*): a selector distilled from the encoder; by pixels if not given.
+        model ([`FeatureGazeModel`], *optional*): a selector distilled from the encoder; the task is that of pixels without one.
 
     Raises:
-        ValueError: if `model` is no [`FeatureGazeModel`] or does not know a scale of the grid.
+        ValueError: if `model` is no [`FeatureGazeModel`] or does not support a scale of the grid.
 
     Example:
 
@@ -72,7 +72,7 @@ class GazeTask(nn.Module):
         if model is None:
             self.selector = GreedyGazeSelector(GreedyGazeConfig(grid.scales, grid.patch_size, **_PIXELS))
         elif isinstance(model, FeatureGazeModel):
-            # A shallow copy, which has the weights in common with the model.
+            # A shallow copy shares the weights with the model.
             self.selector = copy.copy(model.for_grid(grid))
             self.selector.config = type(model.config)(**{**self.selector.config.to_diff_dict(), **_PIXELS})
         else:
@@ -80,7 +80,7 @@ class GazeTask(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells labels of one task from those of another."""
+        """Settings that identify the task of labels, for JSON."""
         is_of_pixels = isinstance(self.selector, GreedyGazeSelector)
         return {
             "task": "pixels" if is_of_pixels else "features",
@@ -91,10 +91,10 @@ class GazeTask(nn.Module):
 
     def check_thresholds(self, lowest: float, highest: float) -> None:
         """
-        Checks thresholds to be drawn against the range of losses.
+        Checks the bounds of random thresholds against the range of losses.
 
         Raises:
-            ValueError: if a loss cannot be that low or high.
+            ValueError: if a bound is out of range.
         """
         try:
             self.selector.check_task_loss_requirement(torch.tensor([lowest, highest]))
@@ -110,14 +110,14 @@ class GazeTask(nn.Module):
         task_loss_requirement: float | None = None,
     ) -> GazeOutput:
         """
-        Chooses patches greedily: next is always the one that lowers the error of its frame most.
+        Chooses patches greedily: each next patch lowers the error of its frame most.
 
         Args:
             pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
                 Pixels in 0..1, one frame per frame of gaze, of the finest scale's size.
             gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`):
-                Share of the patches of a frame to choose at most.
-            task_loss_requirement (`float`, *optional*): task loss at which a frame is done.
+                Largest share of the patches of a frame to choose.
+            task_loss_requirement (`float`, *optional*): task loss at which a frame ends.
 
         Returns:
             [`GazeOutput`], whose `task_loss_prediction` is the measured loss after each choice.
@@ -127,42 +127,42 @@ class GazeTask(nn.Module):
     @torch.no_grad()
     def measure(self, pixels: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
         """
-        Measures the task loss after each choice of a gaze, whoever made it.
+        Measures the task loss after each choice of any gaze.
 
         Args:
-            pixels (`torch.FloatTensor`): as [`~GazeTask.search`] takes them; one clip, or one for each `n` gazes in a row.
-            gaze ([`GazeOutput`]): what was kept, in the order of choice.
+            pixels (`torch.FloatTensor`): as in [`~GazeTask.search`]; each clip belongs to `n` consecutive gazes.
+            gaze ([`GazeOutput`]): the kept patches, in the order of choice.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch, N)`: of the frame, with its patches up to this slot.
+            `torch.FloatTensor` of shape `(batch, N)`: loss of the frame after each slot.
         """
-        seen = self._look(pixels, gaze)
-        errors = self.selector.search.measure_choices(seen, gaze)
-        num_values = self.selector.search.start_canvas(seen[:1]).image.numel()
-        return self.selector.mse_to_loss((errors / num_values).to(seen.dtype))
+        frames = self._look(pixels, gaze)
+        errors = self.selector.search.measure_choices(frames, gaze)
+        num_values = self.selector.search.start_canvas(frames[:1]).image.numel()
+        return self.selector.mse_to_loss((errors / num_values).to(frames.dtype))
 
     @torch.no_grad()
     def continuations(self, pixels: torch.Tensor, gaze: GazeOutput, step_size: int) -> torch.Tensor:
         """
-        Tells what greedy search would choose next at each step of a gaze, whoever made it.
+        Returns the patches that greedy search would choose next at each step of any gaze.
 
         Args:
             pixels, gaze: as in [`~GazeTask.measure`].
-            step_size (`int`): patches of a step; steps begin anew with every frame.
+            step_size (`int`): patches of a decoding step; every frame begins with a new step.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, N)`: ids counted from the first patch of the first frame.
+            `torch.LongTensor` of shape `(batch, N)`: ids, counted from the first patch of the first frame.
         """
         ids = self.selector.search.continuations(self._look(pixels, gaze), gaze, step_size)
         return ids + gaze.frame_of_slot * self.grid.num_patches
 
     def forward(self, pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None = None) -> FrameLosses:
         """
-        Measures frames of a gaze, as any reconstruction does that can be called like this.
+        Measures the task loss of whole frames, with the same call as a reconstruction.
 
         Args:
             pixels, gaze: as in [`~GazeTask.measure`].
-            frames (`Sequence[int]`, *optional*): the frames to measure, by their place in the clip; all if not given.
+            frames (`Sequence[int]`, *optional*): indices of the frames to measure, all by default.
 
         Returns:
             [`FrameLosses`]
@@ -172,19 +172,20 @@ class GazeTask(nn.Module):
         return FrameLosses(self.measure(pixels, gaze)[:, last_slots[frames]])
 
     def _look(self, pixels: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
+        """Returns the pixels or features that the search works on, one clip for each gaze."""
         count = gaze.batch_size // max(1, len(pixels))
         check_reconstruction_inputs(pixels.repeat_interleave(count, dim=0), gaze, None, self.grid)
-        # Frames are looked at once, however many gazes there are of them.
+        # The selector processes each clip once, even if it has several gazes.
         return self.selector.look(pixels, 1).repeat_interleave(count, dim=0)
 
 
 def fingerprint(module: nn.Module, *others: Any) -> str:
     """
-    Tells the weights of one module from those of another.
+    Returns a hash of the weights of a module.
 
     Args:
         module (`nn.Module`): the module.
-        others: what else matters, such as its calibration.
+        others: other values to include, such as its calibration.
 
     Returns:
         `str`: 16 hexadecimal digits.

@@ -1,8 +1,6 @@
 """
-What a network is to foresee: an encoder's features of crops at every scale, reduced to few numbers, made once and kept.
-
-This module owns the principal components of features and the store on disk or in memory. Encoders are `teachers`' matter, what
-crops there are that of `crops`, what is learned from them that of `distillation`.
+The targets of distillation: an encoder's features of crops at every scale, reduced to principal components, computed once and
+cached on disk or in memory.
 """
 
 import json
@@ -23,8 +21,8 @@ from .teachers import FeatureTeacher
 
 
 _FORMAT = 1
-_FIRST_SOURCES, _FIRST_PAIRS = 48, 4  # that components are found on: files at most, and pairs of each
-_BATCH = 8  # crops that the encoder sees together
+_FIRST_SOURCES, _FIRST_PAIRS = 48, 4  # files, and pairs of each, that the components are computed on, at most
+_BATCH_SIZE = 8  # crops in a batch of the encoder
 
 
 class Components(NamedTuple):
@@ -33,8 +31,8 @@ class Components(NamedTuple):
 
     Args:
         mean (`torch.FloatTensor` of shape `(hidden,)`): the mean feature.
-        axes (`torch.FloatTensor` of shape `(components, hidden)`): the components, the strongest first.
-        variances (`torch.FloatTensor` of shape `(hidden,)`): variances along all components, of which `axes` has the first.
+        axes (`torch.FloatTensor` of shape `(components, hidden)`): the first components, by decreasing variance.
+        variances (`torch.FloatTensor` of shape `(hidden,)`): variances along all components, in the same order.
     """
 
     mean: torch.Tensor
@@ -44,29 +42,29 @@ class Components(NamedTuple):
     @classmethod
     def find(cls, features: torch.Tensor, num_components: int) -> "Components":
         """
-        Finds them.
+        Computes the principal components of features.
 
         Args:
             features (`torch.FloatTensor` of shape `(places, hidden)`): features.
             num_components (`int`): components to keep.
         """
-        precise = features.double()
-        mean = precise.mean(0)
-        covariance = (precise - mean).T @ (precise - mean) / len(precise)
+        features = features.double()
+        mean = features.mean(0)
+        covariance = (features - mean).T @ (features - mean) / len(features)
         variances, axes = torch.linalg.eigh(covariance)
         variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)[:, :num_components].T
         return cls(mean.float(), axes.float().contiguous(), variances.float())
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """Puts features `(.., hidden)` on the components: `(.., components)`."""
+        """Projects features `(.., hidden)` onto the components: `(.., components)`."""
         return (features - self.mean.to(features)) @ self.axes.T.to(features)
 
     def weights(self, whitening: float) -> torch.Tensor:
         """
-        Gives what components are multiplied with to make a vector of mean squared length 1.
+        Returns the factors that scale the components to a vector of mean squared length 1.
 
         Args:
-            whitening (`float`): power of its deviation that each component is divided by: 0 leaves features as they are.
+            whitening (`float`): power of its standard deviation that each component is divided by; 0 keeps their proportions.
 
         Returns:
             `torch.FloatTensor` of shape `(components,)`
@@ -77,29 +75,29 @@ class Components(NamedTuple):
 
     @property
     def explained(self) -> float:
-        """Share of the variance that the components hold."""
+        """Share of the variance that the kept components explain."""
         return float(self.variances[: len(self.axes)].sum() / self.variances.sum())
 
 
 class TeacherFeatures:
     """
-    Crops and what an encoder makes of them, row by row; rows `2 i` and `2 i + 1` are a pair.
+    Crops and the encoder's features of them, one row for each crop; rows `2 i` and `2 i + 1` are a pair.
 
-    Filled source by source, from where an earlier run was broken off. With several processes, each fills its part.
+    They are computed source by source, and an interrupted run is resumed. Several processes share the sources.
 
     Args:
         teacher ([`FeatureTeacher`]): the encoder.
         sources (`Sequence[Source]`): files to cut crops from, see [`find_sources`].
         num_pairs (`Sequence[int]`): pairs of crops of each source.
         num_components (`int`): principal components to keep of the features.
-        folder (`str` or `os.PathLike`, *optional*): where to keep it; in memory only if not given.
-        max_gigabytes (`float`, *optional*, defaults to 8.0): what it may take, in 1e9 bytes.
-        seed (`int`, *optional*, defaults to 0): where the random numbers of crops start from.
-        part (`tuple[int, int]`, *optional*, defaults to `(0, 1)`): number of this process, and how many there are.
-        wait (`Callable`, *optional*): waits for all processes.
+        folder (`str` or `os.PathLike`, *optional*): folder of the cache, which is in memory if it is not given.
+        max_gigabytes (`float`, *optional*, defaults to 8.0): maximum size of the cache, in 1e9 bytes.
+        seed (`int`, *optional*, defaults to 0): seed of the crops.
+        process (`tuple[int, int]`, *optional*, defaults to `(0, 1)`): rank of this process, and the world size.
+        barrier (`Callable`, *optional*): waits for all processes.
 
     Raises:
-        ValueError: if it would take more than it may, or the folder holds that of another encoder or of other settings.
+        ValueError: if the cache would be too large, or the folder holds one of another encoder or of other settings.
     """
 
     def __init__(
@@ -111,8 +109,8 @@ class TeacherFeatures:
         folder: str | os.PathLike | None = None,
         max_gigabytes: float = 8.0,
         seed: int = 0,
-        part: tuple[int, int] = (0, 1),
-        wait: Callable[[], None] = lambda: None,
+        process: tuple[int, int] = (0, 1),
+        barrier: Callable[[], None] = lambda: None,
     ):
         hidden = teacher.hidden_size
         if not 1 <= num_components <= hidden:
@@ -121,16 +119,16 @@ class TeacherFeatures:
             )
         self.teacher, self.sources, self.seed = teacher, list(sources), seed
         self.folder = None if folder is None else Path(folder)
-        self.part, self.wait = part, wait
+        (self.rank, self.world_size), self.barrier = process, barrier
         self.num_components = num_components
         self.first_row = np.concatenate([[0], np.cumsum([2 * count for count in num_pairs])]).tolist()
-        """`list[int]`: the first row of each source, and the number of rows at the end."""
+        """`list[int]`: the first row of each source, followed by the number of rows."""
         finest = teacher.grid.grids[-1]
         self.size = (finest[0] * STRIDE, finest[1] * STRIDE)
-        """Height and width in pixels of the crops that are kept, those that the network sees."""
-        every = -(-len(self.sources) // _FIRST_SOURCES)
+        """`tuple[int, int]`: height and width in pixels of the cached crops, which the network sees."""
+        step = -(-len(self.sources) // _FIRST_SOURCES)
         self._num_first = [
-            2 * min(count, _FIRST_PAIRS) if index % every == 0 else 0 for index, count in enumerate(num_pairs)
+            2 * min(count, _FIRST_PAIRS) if index % step == 0 else 0 for index, count in enumerate(num_pairs)
         ]
         arrays = {
             "levels": ((len(self), *self.size, 3), np.uint8),
@@ -142,7 +140,7 @@ class TeacherFeatures:
         if needed > max_gigabytes:
             raise ValueError(
                 f"`cache_size_gb` is {max_gigabytes:g}, but {len(self)} crops of {self.size[0]}x{self.size[1]} pixels and "
-                f"their features take {needed:.3g}; allow more, or ask for fewer crops"
+                f"their features take {needed:.3g}; give a larger size, or fewer crops"
             )
         self._open(arrays)
         self.components: Components | None = None
@@ -151,7 +149,7 @@ class TeacherFeatures:
         return self.first_row[-1]
 
     def settings(self) -> dict[str, Any]:
-        """Tells what decides on the contents, to be compared with those of a folder."""
+        """Returns the settings that determine the contents, which must equal those of a folder."""
         return {
             "format": _FORMAT,
             "encoder": self.teacher.name,
@@ -167,26 +165,25 @@ class TeacherFeatures:
         }
 
     def fill(self) -> "TeacherFeatures":
-        """Makes what is not there yet; gives itself."""
-        number, count = self.part
-        mine = range(number, len(self.sources), count)
-        left = [(stage, index) for stage in (0, 1) for index in mine if not self.done[stage, index]]
-        rows = sum(len(self._rows(stage, index)) for stage, index in left)
-        with tqdm(total=rows, unit="crop", desc="teacher", disable=number > 0) as progress:
-            for stage in (0, 1):
-                for index in (index for at, index in left if at == stage):
+        """Computes all rows that are missing, and returns itself."""
+        own = range(self.rank, len(self.sources), self.world_size)
+        missing = {stage: [index for index in own if not self.done[stage, index]] for stage in (0, 1)}
+        num_rows = sum(len(self._rows(stage, index)) for stage in missing for index in missing[stage])
+        with tqdm(total=num_rows, unit="crop", desc="teacher", disable=self.rank > 0) as progress:
+            for stage, indices in missing.items():
+                for index in indices:
                     self._fill_source(stage, index, progress)
                     self._flush()
                     self.done[stage, index] = 1
                     self._flush()
-                self.wait()
+                self.barrier()
                 if stage == 0:
                     self._find_components()
-        self.wait()
+        self.barrier()
         return self
 
     def _rows(self, stage: int, index: int) -> range:
-        """Rows of a source that a stage fills: the first, on which components are found, or all others."""
+        """Rows of a source that a stage fills: the first ones, for computing the components, or all others."""
         start, stop = self.first_row[index : index + 2]
         middle = start + self._num_first[index]
         return range(start, middle) if stage == 0 else range(middle, stop)
@@ -197,41 +194,40 @@ class TeacherFeatures:
             return
         sizes = [self.teacher.grid.sizes[-1], self.size]
         seed = (self.seed, index, stage)
-        first, waiting = rows.start, []
+        start, batch = rows.start, []
         for pair in cut_pairs(self.sources[index], len(rows) // 2, sizes, seed):
-            waiting.append(pair)
-            if 2 * len(waiting) < _BATCH and first + 2 * len(waiting) < rows.stop:
+            batch.append(pair)
+            stop = start + 2 * len(batch)
+            if 2 * len(batch) < _BATCH_SIZE and stop < rows.stop:
                 continue
-            seen, kept = (torch.cat(crops) for crops in zip(*waiting, strict=True))
-            features = self.teacher(seen)
-            stop = first + len(seen)
-            self.levels[first:stop] = kept.permute(0, 2, 3, 1).numpy()
+            teacher_crops, crops = (torch.cat(crops) for crops in zip(*batch, strict=True))
+            features = self.teacher(teacher_crops)
+            self.levels[start:stop] = crops.permute(0, 2, 3, 1).numpy()
             if stage == 0:
-                place = sum(self._num_first[:index]) + first - rows.start
-                self.first_features[place : place + len(seen)] = features.cpu().numpy()
+                offset = sum(self._num_first[:index]) - rows.start
+                self.first_features[offset + start : offset + stop] = features.cpu().numpy()
             else:
-                self.features[first:stop] = self.components(features).cpu().numpy()
-            first, waiting = stop, []
-            progress.update(len(seen))
+                self.features[start:stop] = self.components(features).cpu().numpy()
+            progress.update(stop - start)
+            start, batch = stop, []
 
     def _find_components(self) -> None:
-        """Finds the components on the first rows of all sources, and puts these rows on them."""
+        """Computes the components from the first rows of all sources, and projects these rows."""
         path = None if self.folder is None else self.folder / "components.safetensors"
-        if self.part[0] == 0 and (path is None or not path.exists()):
+        if self.rank == 0 and (path is None or not path.exists()):
             finest = self.teacher.grid.num_patches_each_scale[-1]
             features = torch.from_numpy(np.array(self.first_features[:, -finest:]))
             self.components = Components.find(features.flatten(0, 1).float(), self.num_components)
-            place = 0
-            for index, count in enumerate(self._num_first):
-                rows = torch.from_numpy(np.array(self.first_features[place : place + count])).float()
-                start = self.first_row[index]
-                self.features[start : start + count] = self.components(rows).numpy()
-                place += count
+            offset = 0
+            for start, count in zip(self.first_row, self._num_first, strict=False):
+                first_features = torch.from_numpy(np.array(self.first_features[offset : offset + count])).float()
+                self.features[start : start + count] = self.components(first_features).numpy()
+                offset += count
             if path is not None:
                 self._flush()
                 with replacing(path) as unfinished:
                     save_file(self.components._asdict(), unfinished)
-        self.wait()
+        self.barrier()
         if path is not None:
             self.components = Components(**load_file(path))
 
@@ -242,7 +238,7 @@ class TeacherFeatures:
             )
             return
         path = self.folder / "settings.json"
-        if self.part[0] == 0:
+        if self.rank == 0:
             settings = self.settings()
             if path.exists():
                 _check_same(path, settings)
@@ -252,7 +248,7 @@ class TeacherFeatures:
                     np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, shape).flush()
                 with replacing(path) as unfinished:
                     unfinished.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        self.wait()
+        self.barrier()
         self.levels, self.features, self.first_features, self.done = (
             np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in arrays
         )
@@ -265,12 +261,12 @@ class TeacherFeatures:
 
 def teacher_vectors(features: torch.Tensor, weights: torch.Tensor, patch_at: torch.Tensor) -> torch.Tensor:
     """
-    Makes the vectors that a network is to foresee.
+    Makes the vectors that a network learns to predict.
 
     Args:
-        features (`torch.Tensor` of shape `(frames, patches, components)`): features on their components, by id.
+        features (`torch.Tensor` of shape `(frames, patches, components)`): projected features, by patch id.
         weights (`torch.FloatTensor` of shape `(components,)`): see [`~Components.weights`].
-        patch_at (`torch.LongTensor` of shape `(scales, rows, columns)`): patch over each place, see `GazeGrid.patches_at`.
+        patch_at (`torch.LongTensor` of shape `(scales, rows, columns)`): patch at each place, see [`GazeGrid.patches_at`].
 
     Returns:
         `torch.FloatTensor` of shape `(frames, scales, components, rows, columns)`
@@ -286,10 +282,8 @@ def _check_same(path: Path, settings: dict[str, Any]) -> None:
         found = {}
     for name, value in settings.items():
         if found.get(name) != value:
-            said = (value, found.get(name))
-            if name == "inputs":
-                said = (f"{len(value)} files", "others")
+            ours, theirs = (f"{len(value)} files", "others") if name == "inputs" else (value, found.get(name))
             raise ValueError(
-                f"`cache_dir` {str(path.parent)!r} holds features of another run: {name} is {said[1]} there and {said[0]} "
-                "here; name another folder, or delete this one"
+                f"`cache_dir` {str(path.parent)!r} holds features of another run: {name} is {theirs} there and {ours} here; "
+                "give another folder, or delete this one"
             )

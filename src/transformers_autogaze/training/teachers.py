@@ -1,9 +1,4 @@
-"""
-Teachers: encoders that tell a network what they make of every place of a frame, seen at several scales.
-
-This module owns how image towers and the towers of Qwen's MLLMs are loaded and asked. What becomes of their features is
-`teacher_features`' matter.
-"""
+"""Teachers: image towers and the towers of Qwen's MLLMs, which encode frames at several scales, as targets of distillation."""
 
 import hashlib
 import json
@@ -21,7 +16,7 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VL
 from ..evaluation.feature_clips import encoder_normalization
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..hub.checkpoints import load_config, load_encoder, load_whole
+from ..hub.checkpoints import load_complete, load_config, load_encoder
 from ..integrations.qwen_vl_tower import encode_units
 from ..integrations.qwen_vl_units import fold_units
 from ..integrations.vision import GazeVisionModel
@@ -32,15 +27,15 @@ _QWEN = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLFo
 
 class FeatureTeacher(ABC):
     """
-    An encoder that tells what it makes of frames; see [`load_teacher`].
+    An encoder that a network learns from; see [`load_teacher`].
 
     Args:
         encoder (`str` or `os.PathLike`): folder or Hub repository that it was loaded from.
         tower (`nn.Module`): its tower.
-        grid ([`GazeGrid`]): scales and patches that features are made of, one feature each.
+        grid ([`GazeGrid`]): scales and patches, each of which has one feature.
         hidden_size (`int`): channels of a feature.
-        device (`torch.device`): where it computes.
-        dtype (`torch.dtype`): what it computes in.
+        device (`torch.device`): device of the tower.
+        dtype (`torch.dtype`): precision of the computation.
     """
 
     def __init__(
@@ -60,7 +55,7 @@ class FeatureTeacher(ABC):
 
     @abstractmethod
     def _encode(self, frames: torch.Tensor, scale: int) -> torch.Tensor:
-        """Encodes normalised frames `(frames, 3, height, width)` one by one: `(frames, patches, hidden)` of a scale."""
+        """Encodes normalised frames `(frames, 3, height, width)` separately, at one scale: `(frames, patches, hidden)`."""
 
     @abstractmethod
     def _encode_kept(self, frames: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
@@ -69,11 +64,11 @@ class FeatureTeacher(ABC):
     @torch.no_grad()
     def __call__(self, levels: torch.Tensor, scales: Sequence[int] | None = None) -> torch.Tensor:
         """
-        Encodes frames, every scale alone.
+        Encodes frames, each scale separately.
 
         Args:
             levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255, of the finest scale's size.
-            scales (`Sequence[int]`, *optional*): numbers of the scales to see frames at, all by default.
+            scales (`Sequence[int]`, *optional*): indices of the scales, all by default.
 
         Returns:
             `torch.FloatTensor` of shape `(frames, patches, hidden)`: features of the patches of these scales, by id.
@@ -86,10 +81,10 @@ class FeatureTeacher(ABC):
     @torch.no_grad()
     def encode_kept(self, levels: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
         """
-        Encodes the kept patches of a clip as a video model would: a patch sees its frame and what was kept before.
+        Encodes the kept patches of a clip, which attend to the canvas: to their frame and to patches kept before.
 
         Args:
-            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): as for a call, of one clip.
+            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255 of one clip, as for a call.
             is_kept (`torch.BoolTensor` of shape `(frames, patches)`): the patches of the finest scale to encode.
 
         Returns:
@@ -100,7 +95,7 @@ class FeatureTeacher(ABC):
             return self._encode_kept(frames, is_kept.to(self.device)).float()
 
     def fingerprint(self) -> str:
-        """Gives a number that is another one for another encoder, configuration or weights."""
+        """Returns a hash of the encoder's name, configuration and weights."""
         digest = hashlib.sha256(self.name.encode())
         digest.update(json.dumps(self._tower.config.to_dict(), sort_keys=True, default=str).encode())
         for name, weight in sorted(self._tower.state_dict().items()):
@@ -109,44 +104,46 @@ class FeatureTeacher(ABC):
         return digest.hexdigest()[:16]
 
     def _autocast(self) -> AbstractContextManager:
-        """Gives the context in which the encoder computes in `dtype`."""
+        """Returns the context in which the encoder computes in `dtype`."""
         is_mixed = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype) if is_mixed else nullcontext()
 
 
 class TowerTeacher(FeatureTeacher):
-    """An image tower that [`GazeVisionModel`] takes; its features are those of patches. See [`load_teacher`]."""
+    """An image tower that [`GazeVisionModel`] supports, with one feature for each patch. See [`load_teacher`]."""
 
     def __init__(self, encoder: str | os.PathLike, scales: Sequence[int], device: torch.device, dtype: torch.dtype):
-        found, _ = load_encoder(encoder, argument="encoder")
-        if found.adapter.tubelet_size != 1:
+        model, _ = load_encoder(encoder, argument="encoder")
+        if model.adapter.tubelet_size != 1:
             raise ValueError(
-                f"`encoder` must be a tower for images, got {found.config.model_type}, whose tokens cover "
-                f"{found.adapter.tubelet_size} frames"
+                f"`encoder` must be a tower for images, got {model.config.model_type}, whose tokens cover "
+                f"{model.adapter.tubelet_size} frames"
             )
-        tower = GazeVisionModel(found.vision_model, [scale * found.grid.patch_size for scale in scales])
+        tower = GazeVisionModel(model.vision_model, [scale * model.grid.patch_size for scale in scales])
         super().__init__(encoder, tower, tower.grid, tower.hidden_size, device, dtype)
-        self._finest = GazeVisionModel(found.vision_model, tower.grid.sizes[-1:], attention="canvas").eval()
+        self._finest_tower = GazeVisionModel(model.vision_model, tower.grid.sizes[-1:], attention="canvas").eval()
 
     def _encode(self, frames: torch.Tensor, scale: int) -> torch.Tensor:
         gaze = GazeOutput.full(self.grid, 1, len(frames), scale)
         return self._tower(frames[None], gaze, attention="frame").last_hidden_state.unflatten(0, (len(frames), -1))
 
     def _encode_kept(self, frames: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
-        gaze = GazeOutput.from_masks([is_kept[None]], self._finest.grid)
-        return self._finest(frames[None], gaze).last_hidden_state
+        gaze = GazeOutput.from_masks([is_kept[None]], self._finest_tower.grid)
+        return self._finest_tower(frames[None], gaze).last_hidden_state
 
 
 class UnitTeacher(FeatureTeacher):
     """
-    The tower of a Qwen2.5-VL or Qwen3-VL; its features are those of merge units, what the language model reads as a token.
+    The tower of a Qwen2.5-VL or Qwen3-VL, with one feature for each merge unit, which is one token of the language model.
 
-    A frame is seen as a picture is, at both times of a unit. See [`load_teacher`].
+    Each frame is encoded as a single image, which Qwen repeats to fill a temporal patch. See [`load_teacher`].
     """
 
     def __init__(self, encoder: str | os.PathLike, scales: Sequence[int], device: torch.device, dtype: torch.dtype):
         config = AutoConfig.from_pretrained(encoder)
-        model = load_whole(_QWEN[config.model_type], encoder, config, "encoder", unused=r"language_model\.|^lm_head")
+        model = load_complete(
+            _QWEN[config.model_type], encoder, config, "encoder", unused=r"language_model\.|^lm_head"
+        )
         vision = config.vision_config
         self.sizes = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
         side = vision.spatial_merge_size * vision.patch_size
@@ -167,7 +164,7 @@ class UnitTeacher(FeatureTeacher):
         return self._encode_units(frames, counts.new_tensor([[len(frames), *counts]]), is_kept.flatten())
 
     def _count_patches(self, frames: torch.Tensor) -> torch.Tensor:
-        """Gives the rows and columns of patches of a frame."""
+        """Returns the numbers of rows and columns of patches of a frame."""
         return torch.tensor(frames.shape[-2:], device=frames.device) // self.sizes[1]
 
     def _encode_units(
@@ -187,22 +184,22 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
 ) -> FeatureTeacher:
     """
-    Loads an encoder to learn from.
+    Loads an encoder as teacher.
 
     Args:
         encoder (`str` or `os.PathLike`):
-            Folder or Hub repository of an image tower that [`GazeVisionModel`] takes, or of a Qwen2.5-VL or Qwen3-VL, with the
+            Folder or Hub repository of an image tower that [`GazeVisionModel`] supports, or of a Qwen2.5-VL or Qwen3-VL, with the
             configuration of its image processor.
-        scales (`Sequence[int]`): rows and columns of patches, or of merge units, of each scale, coarse to fine.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where it computes.
+        scales (`Sequence[int]`): rows and columns of patches, or of merge units, at each scale, coarse to fine.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): device of the encoder.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            What it computes in; weights stay in float32, and with `torch.bfloat16` products are rounded.
+            Precision of the computation; with a lower precision, autocast is used and weights stay in float32.
 
     Returns:
         [`FeatureTeacher`]
 
     Raises:
-        ValueError: if there is no such encoder, its family is not known, it is one for videos, or the scales do not fit.
+        ValueError: if the encoder does not exist, is not supported or encodes videos, or the scales do not fit.
     """
     check_scales(scales)
     is_qwen = load_config(encoder, "encoder").model_type in _QWEN
@@ -210,7 +207,7 @@ def load_teacher(
 
 
 def check_scales(scales: Sequence[int]) -> None:
-    """Raises a ValueError where `scales` are not rows of patches, coarse to fine."""
+    """Raises a ValueError if `scales` are not ascending positive whole numbers."""
     numbers = list(scales)
     if not numbers or any(not isinstance(n, int) or n < 1 for n in numbers) or numbers != sorted(set(numbers)):
         raise ValueError(

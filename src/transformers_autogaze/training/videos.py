@@ -1,9 +1,4 @@
-"""
-Collections of videos to train on: what there is, which frames of it, and what cannot be read.
-
-This module owns the way from a folder, a list or a `datasets` dataset to levels of frames. It knows nothing of models,
-labels or augmentation; decoding itself is `frame_decoding_autogaze`'s.
-"""
+"""Collections of training videos: frames of the videos of a folder, a list or a `datasets` dataset."""
 
 import itertools
 import os
@@ -21,28 +16,28 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-_HELD_EDGE = 320  # pixels of the shorter side of frames that are held in memory, at most
+_IN_MEMORY_EDGE = 320  # pixels; maximum of the shorter side of frames that are kept in memory
 
 
 class VideoCollection:
     """
-    Videos by number, each read when it is asked for.
+    Videos by index, each read when it is accessed.
 
-    A video that cannot be read is left out from then on: a warning names it, and `num_skipped` counts them, over all
-    workers of a data loader. Of a damaged one, the frames that can be decoded are all that there is.
+    A video that cannot be read is skipped from then on: a warning names it, and `num_skipped` counts these videos, over all
+    workers of a data loader. A damaged video has only the frames that can be decoded.
 
     Args:
         videos (`str`, `os.PathLike` or sequence):
-            A folder, searched with the folders in it for files ending in one of `VIDEO_SUFFIXES`; or a sequence of
+            A folder, which is searched recursively for files that end in one of `VIDEO_SUFFIXES`; or a sequence of
             paths, URLs, contents (`bytes`), PIL images or frames (arrays of shape `(frames, height, width, 3)`, levels
             0..255); or a `datasets` dataset with one of these in a column.
         column (`str`, *optional*, defaults to `"video"`): the column of a `datasets` dataset that holds the videos.
         in_memory (`bool`, *optional*, defaults to `False`):
-            Whether to decode all videos once and hold them, at most 320 pixels on the shorter side. Fast for a small
-            collection: a second of video takes 15 MB or less.
+            Whether to decode all videos once and keep them in memory, with at most 320 pixels on the shorter side. This is fast
+            for a small collection: a second of video takes 15 MB or less.
 
     Raises:
-        ValueError: if there is no such folder, or no video.
+        ValueError: if the folder does not exist, or there is no video.
 
     Example:
 
@@ -68,26 +63,28 @@ class VideoCollection:
             self.names = [self._name(number) for number in range(len(videos))]
         if not len(self.videos):
             raise ValueError("`videos` must hold at least one video, got none")
-        # Shared, so that all workers know what one of them found out.
+        # Shared memory, so that a video that fails in one worker is skipped by all.
         self._is_broken = torch.zeros(len(self.videos), dtype=torch.bool).share_memory_()
         self._lengths: dict[int, int] = {}
         self._decodable: dict[int, int] = {}
-        self._held: list[torch.Tensor | None] | None = None
+        self._in_memory: list[torch.Tensor | None] | None = None
         if in_memory:
             numbers = tqdm(range(len(self.videos)), unit="video", desc="decoding")
-            self._held = [self._attempt(number, lambda number: _shrink(self._load(number))) for number in numbers]
+            self._in_memory = [
+                self._read_or_skip(number, lambda number: _decode_small(self._load(number))) for number in numbers
+            ]
 
     def __len__(self) -> int:
         return len(self.videos)
 
     @property
     def num_skipped(self) -> int:
-        """Videos found unreadable so far."""
+        """Number of videos found unreadable so far."""
         return int(self._is_broken.sum())
 
     @property
     def file_sizes(self) -> dict[str, int]:
-        """Sizes in bytes by the names of the videos; only of videos that are files or encoded bytes."""
+        """Sizes in bytes of the videos that are files or encoded bytes, by name."""
         sizes = {}
         for name, video in zip(self.names, self.videos, strict=True):
             if isinstance(video, bytes):
@@ -98,11 +95,11 @@ class VideoCollection:
 
     def read_clip(self, number: int, choose: Callable[[int], range]) -> torch.Tensor | None:
         """
-        Reads frames at one distance from each other.
+        Reads frames at a constant distance.
 
         Args:
-            number (`int`): which video.
-            choose (`Callable`): tells which frames to take, a `range`, given how many there are.
+            number (`int`): index of the video.
+            choose (`Callable`): returns the indices of the frames to read, a `range`, for the number of frames of the video.
 
         Returns:
             `torch.ByteTensor` of shape `(frames, 3, height, width)`, levels 0..255, or `None` if the video cannot be read.
@@ -110,39 +107,40 @@ class VideoCollection:
 
         def read(number: int) -> torch.Tensor:
             chosen = choose(self._count_frames(number))
-            source = self._load(number) if self._held is None else self._held[number]
+            source = self._load(number) if self._in_memory is None else self._in_memory[number]
             if not isinstance(source, (str, bytes)):
                 return source[chosen.start : chosen.stop : chosen.step]
             try:
-                return _take(source, chosen)
+                return _decode_range(source, chosen)
             except ValueError:
-                # A damaged video may tell of more frames than it gives.
-                return _take(source, choose(self._count_decodable(number, source)))
+                # A damaged video may declare more frames than can be decoded.
+                return _decode_range(source, choose(self._count_decodable(number, source)))
 
-        return self._attempt(number, read)
+        return self._read_or_skip(number, read)
 
     def read_evenly(self, number: int, num_frames: int) -> torch.Tensor | None:
         """
-        Reads frames evenly chosen over the whole video, as processors do.
+        Reads frames sampled evenly over the whole video, as processors do.
 
         Args:
-            number (`int`): which video.
-            num_frames (`int`): frames to take; a video with fewer counts as one that cannot be read.
+            number (`int`): index of the video.
+            num_frames (`int`): frames to read; a video with fewer frames counts as unreadable.
 
-        Returns: as [`~VideoCollection.read_clip`].
+        Returns:
+            As [`~VideoCollection.read_clip`].
         """
 
         def read(number: int) -> torch.Tensor:
-            source = self._load(number) if self._held is None else self._held[number]
+            source = self._load(number) if self._in_memory is None else self._in_memory[number]
             if isinstance(source, (str, bytes)):
                 return _to_levels(read_video(source, num_frames)[0])
             return source[sample_indices(len(source), num_frames=num_frames)]
 
-        return self._attempt(number, read)
+        return self._read_or_skip(number, read)
 
     def _count_frames(self, number: int) -> int:
         if number not in self._lengths:
-            source = self._load(number) if self._held is None else self._held[number]
+            source = self._load(number) if self._in_memory is None else self._in_memory[number]
             is_file = isinstance(source, (str, bytes))
             self._lengths[number] = stream_video(source)[0].total_num_frames if is_file else len(source)
         return self._lengths[number]
@@ -153,12 +151,12 @@ class VideoCollection:
         return self._decodable[number]
 
     def _name(self, number: int) -> str:
-        """Names a video: its path, or else its number."""
+        """Returns the name of a video: its path, or else its index."""
         video = self.videos[number]
         return str(video) if isinstance(video, (str, os.PathLike)) else str(number)
 
     def _load(self, number: int) -> str | bytes | torch.Tensor:
-        """Finds a video: its path or contents, yet to decode, or its frames."""
+        """Returns the path or contents of a video, or its frames if it is not encoded."""
         video = self.videos[number]
         if isinstance(video, Mapping) and self.column in video:
             video = video[self.column]
@@ -176,7 +174,7 @@ class VideoCollection:
             )
         return _to_levels(frames)
 
-    def _attempt(self, number: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor | None:
+    def _read_or_skip(self, number: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor | None:
         if self._is_broken[number]:
             return None
         try:
@@ -187,27 +185,27 @@ class VideoCollection:
             return None
 
 
-def _take(source: str | bytes, chosen: range) -> torch.Tensor:
-    """Decodes frames at one distance from each other; raises a `ValueError` where there are fewer."""
+def _decode_range(source: str | bytes, chosen: range) -> torch.Tensor:
+    """Decodes frames at a constant distance; raises a `ValueError` if there are fewer."""
     frames = stream_video(source, start_frame=chosen.start)[1]
-    taken = list(itertools.islice(frames, 0, len(chosen) * chosen.step, chosen.step))
-    if len(taken) < len(chosen):
-        raise ValueError(f"{len(chosen)} frames from frame {chosen.start} were asked for, but only {len(taken)} came")
-    return _to_levels(np.stack(taken))
+    decoded = list(itertools.islice(frames, 0, len(chosen) * chosen.step, chosen.step))
+    if len(decoded) < len(chosen):
+        raise ValueError(f"only {len(decoded)} of {len(chosen)} frames from frame {chosen.start} on can be decoded")
+    return _to_levels(np.stack(decoded))
 
 
 def find_videos(folder: Path) -> list[str]:
     """
-    Finds videos in a folder and those in it, by the endings of their names.
+    Finds the videos in a folder and its subfolders by their suffixes.
 
     Args:
         folder (`Path`): the folder.
 
     Returns:
-        `list[str]`: their paths, in order.
+        `list[str]`: sorted paths.
 
     Raises:
-        ValueError: if there is no such folder, or no video in it.
+        ValueError: if the folder does not exist or holds no video.
     """
     if not folder.is_dir():
         raise ValueError(f"`videos` must be a folder of videos or a sequence, but there is no folder {str(folder)!r}")
@@ -217,11 +215,11 @@ def find_videos(folder: Path) -> list[str]:
     return found
 
 
-def _shrink(source: str | bytes | torch.Tensor) -> torch.Tensor:
-    """Decodes a whole video, small enough to be held."""
+def _decode_small(source: str | bytes | torch.Tensor) -> torch.Tensor:
+    """Decodes a whole video and resizes it for memory."""
     levels = _to_levels(read_video(source)[0]) if isinstance(source, (str, bytes)) else source
     height, width = levels.shape[-2:]
-    scale = min(1.0, _HELD_EDGE / min(height, width))
+    scale = min(1.0, _IN_MEMORY_EDGE / min(height, width))
     return AutoGazeVideoProcessor().resize_levels(levels, (round(height * scale), round(width * scale)))
 
 
