@@ -273,7 +273,7 @@ def test_rotary_positions_are_those_of_the_centres():
 
     model = GazeVisionModel(tower_of("dinov3"), scales=[32, 64])
     cos, sin = model.adapter.rotary(model.grid, ids, whole, torch.float32)
-    # Both axes' slower frequency, a tenth of a rotation per unit, is below one rotation, so that it can be computed from cosine and sine.
+    # The slower frequency of both axes stays below one rotation (a tenth of one per unit), so angles are unique.
     places = torch.atan2(sin, cos)[:, [1, 3]] * 10 / (2 * torch.pi)
     expected = torch.tensor([[-0.5, -0.5], [-0.75, -0.75], [-0.75, -0.25], [-0.25, -0.75], [-0.25, -0.25]])
     torch.testing.assert_close(places, expected, rtol=0, atol=1e-5)

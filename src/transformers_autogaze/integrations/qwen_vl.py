@@ -27,6 +27,7 @@ from .qwen_vl_prompts import (
     compute_next_position,
     compute_position_ids,
     find_kept_tokens,
+    index_visual_tokens,
     insert_features,
     language_model_inputs,
 )
@@ -347,7 +348,7 @@ class GazeQwenVL(ModelWrapper):
         """
         if padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` must be 'left' or 'right', got {padding_side!r}")
-        config, device = self.mllm.config, input_ids.device
+        config = self.mllm.config
         is_video, is_image = input_ids == config.video_token_id, input_ids == config.image_token_id
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_placeholders(config, "video", is_video, "pixel_values_videos", pixel_values_videos, video_grid_thw)
@@ -356,17 +357,15 @@ class GazeQwenVL(ModelWrapper):
         if gaze is None:
             settings = (gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip)
             gaze = self.gaze(pixel_values_videos, video_grid_thw, *settings)
-        is_unit_kept = torch.cat([kept.flatten() for kept in self._kept_units(gaze, video_grid_thw)]).to(device)
-        num_images = int(is_image.sum())
+        is_unit_kept = torch.cat([kept.flatten() for kept in self._kept_units(gaze, video_grid_thw)])
+        is_unit_kept = is_unit_kept.to(input_ids.device)
         features, deepstack = self._encode_units(
-            torch.cat([is_unit_kept.new_ones(num_images), is_unit_kept]),
+            torch.cat([is_unit_kept.new_ones(int(is_image.sum())), is_unit_kept]),
             [pixel_values, pixel_values_videos],
             [image_grid_thw, video_grid_thw],
         )
         is_kept = attention_mask.bool().masked_scatter(is_video, is_unit_kept)
-        visual_index = torch.full_like(input_ids, -1)
-        visual_index[is_image] = torch.arange(num_images, device=device)
-        visual_index[is_video & is_kept] = torch.arange(num_images, len(features), device=device)
+        visual_index = index_visual_tokens(is_image, is_video & is_kept)
         position_ids = compute_position_ids(
             self._base,
             input_ids=input_ids,

@@ -126,6 +126,15 @@ def compute_position_ids(mllm: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     return get_rope_index(**{key: value for key, value in inputs.items() if key in names})[0]
 
 
+def index_visual_tokens(is_image: torch.Tensor, is_video: torch.Tensor) -> torch.Tensor:
+    """Numbers the tokens of images and then those of videos, both masks `(batch, length)`; words have the index -1."""
+    num_images, num_videos = int(is_image.sum()), int(is_video.sum())
+    index = torch.full(is_image.shape, -1, device=is_image.device)
+    index[is_image] = torch.arange(num_images, device=index.device)
+    index[is_video] = torch.arange(num_images, num_images + num_videos, device=index.device)
+    return index
+
+
 def insert_features(inputs_embeds: torch.Tensor, features: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:
     """
     Replaces the embeddings of placeholders by visual features. Gradients flow to both.
