@@ -1,4 +1,4 @@
-"""Attention to the canvas: what a token sees, in whole clips and in streams."""
+"""Attention to the canvas: the keys visible to a token, in whole clips and in streams."""
 
 import copy
 
@@ -14,7 +14,7 @@ from transformers_autogaze.integrations.canvas import plan_canvas
 from transformers_autogaze.integrations.packed_attention import PackedAttention
 
 
-# One scale, scales that lie over each other, and scales that do not.
+# One scale, nested scales, and scales that are not nested.
 ALL_SCALES = ([64], [16, 32, 64], [32, 48, 64])
 
 
@@ -23,7 +23,7 @@ def canvas_model(family: str, scales: list[int], dtype: torch.dtype = torch.floa
 
 
 def uneven_gaze(grid: GazeGrid, batch_size: int, num_frames: int, tubelet: int = 1, seed: int = 0) -> GazeOutput:
-    """Few patches and many, frames without any, and at the start of the first clip two of them."""
+    """Frames with few and many patches, and without any, such as the first two of the first clip."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(batch_size, num_frames, 1, generator=generator) ** 2
     share[0, :2], share[-1, -3 * tubelet : -2 * tubelet] = 0, 0
@@ -38,7 +38,7 @@ def part_of(gaze: GazeOutput, start: int, stop: int) -> GazeOutput:
 
 
 def covers(grid: GazeGrid, patch: int, place: tuple[int, int]) -> bool:
-    """Whether the centre of a place of the finest scale lies in a patch."""
+    """Whether a patch contains the centre of a place of the finest scale."""
     scale, *corner = (int(part) for part in grid.locate(torch.tensor(patch)))
     return all(
         2 * finest * at <= (2 * index + 1) * patches < 2 * finest * (at + 1)
@@ -46,8 +46,8 @@ def covers(grid: GazeGrid, patch: int, place: tuple[int, int]) -> bool:
     )
 
 
-def seen_by_definition(gaze: GazeOutput, tubelet: int, num_prefix: int) -> torch.Tensor:
-    """Which token sees which, by loops: `(tokens, tokens)`, in the order of the packed sequence."""
+def visible_by_definition(gaze: GazeOutput, tubelet: int, num_prefix: int) -> torch.Tensor:
+    """The keys visible to each token, computed by loops: `(tokens, tokens)`, in the order of the packed sequence."""
     grid = gaze.grid
     rows, cols = grid.grids[-1]
     tokens, frames = 0, []  # for every clip, frame by frame: all its tokens, and the token of each kept patch
@@ -62,7 +62,7 @@ def seen_by_definition(gaze: GazeOutput, tubelet: int, num_prefix: int) -> torch
             tokens = first + len(ids) if ids else tokens
             own = range(first - num_prefix, tokens) if ids else range(0)
             frames[-1].append((own, {patch: first + slot for slot, patch in enumerate(ids)}))
-    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    visible = torch.zeros(tokens, tokens, dtype=torch.bool)
     for clip in frames:
         for time, (own, patches) in enumerate(clip):
             keys = set(own)
@@ -70,28 +70,28 @@ def seen_by_definition(gaze: GazeOutput, tubelet: int, num_prefix: int) -> torch
                 if any(covers(grid, patch, place) for patch in patches):
                     continue
                 for _, earlier in reversed(clip[:time]):
-                    lying = [patch for patch in earlier if covers(grid, patch, place)]
-                    if lying:
-                        keys.add(earlier[max(lying)])  # ids ascend from coarse to fine
+                    there = [patch for patch in earlier if covers(grid, patch, place)]
+                    if there:
+                        keys.add(earlier[max(there)])  # ids ascend from coarse to fine
                         break
             for query in own:
-                seen[query, list(keys)] = True
-    return seen
+                visible[query, list(keys)] = True
+    return visible
 
 
-def seen_by_plan(plan: PackedAttention) -> torch.Tensor:
+def visible_by_plan(plan: PackedAttention) -> torch.Tensor:
     first, end = plan.key_range
-    seen = torch.zeros(len(first), len(first), dtype=torch.bool)
+    visible = torch.zeros(len(first), len(first), dtype=torch.bool)
     for query, keys in enumerate(zip(first.tolist(), end.tolist(), strict=True)):
         index = torch.arange(*keys) if plan.key_index is None else plan.key_index[slice(*keys)]
         assert len(index.unique()) == len(index)
-        seen[query, index] = True
-    return seen
+        visible[query, index] = True
+    return visible
 
 
 @pytest.fixture
 def plans(monkeypatch) -> list[PackedAttention]:
-    """The plans that layers run by."""
+    """The plans of the layers that were called."""
     recorded = []
 
     def record(layer, plan, extend=None):
@@ -106,7 +106,7 @@ def plans(monkeypatch) -> list[PackedAttention]:
 @torch.no_grad()
 @pytest.mark.parametrize("scales", ALL_SCALES, ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_see_what_the_definition_says(family, scales, plans):
+def test_visible_keys_are_those_of_the_definition(family, scales, plans):
     model = canvas_model(family, scales)
     tubelet = model.adapter.tubelet_size
     prefix = model.adapter.prefix()
@@ -114,27 +114,27 @@ def test_tokens_see_what_the_definition_says(family, scales, plans):
     for seed in range(1 if family == "videomae" else 3):
         gaze = uneven_gaze(model.grid, 2, num_frames, tubelet, seed)
         model(video(2, num_frames), gaze)
-        expected = seen_by_definition(gaze, tubelet, 0 if prefix is None else len(prefix))
+        expected = visible_by_definition(gaze, tubelet, 0 if prefix is None else len(prefix))
         assert expected.sum() > len(expected) and not expected.all()
-        assert torch.equal(seen_by_plan(plans[-1]), expected)
+        assert torch.equal(visible_by_plan(plans[-1]), expected)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_layers_follow_the_plan(implementation, plans):
-    """Gradients of one layer: a frame depends on the pixels of what it sees, and on no others."""
+    """Gradients of one layer: a frame depends on the pixels of the visible tokens, and on no others."""
     config = SiglipVisionConfig(**{**SIZES, "num_hidden_layers": 1}, attn_implementation=implementation)
     model = GazeVisionModel(AutoModel.from_config(config)).eval()
     assert model.attention == "canvas"
     gaze = uneven_gaze(model.grid, 2, 6)
     frames = video(2, 6).requires_grad_()
     output = model(frames, gaze)
-    seen = seen_by_definition(gaze, 1, 0)
+    visible = visible_by_definition(gaze, 1, 0)
     clip = torch.arange(2).repeat_interleave(output.lengths)
     for query in (output.frame.diff() != 0).nonzero().flatten().tolist():  # the last token of every frame
         (gradient,) = torch.autograd.grad(output.last_hidden_state[query].square().sum(), frames, retain_graph=True)
         patches = gradient.unflatten(-1, (4, 16)).unflatten(-3, (4, 16)).abs().amax((2, 4, 6)).flatten(2)
         expected = torch.zeros_like(patches, dtype=torch.bool)
-        expected[clip[seen[query]], output.frame[seen[query]], output.ids[seen[query]]] = True
+        expected[clip[visible[query]], output.frame[visible[query]], output.ids[visible[query]]] = True
         assert torch.equal(patches > 0, expected)
 
 
@@ -215,11 +215,11 @@ def test_a_cache_holds_the_visible_tokens_and_no_others():
     for start in range(0, 40, 2):
         model(video(2, 2), part_of(gaze, start, start + 2), cache=cache)
         finest = gaze.finest_patches(4, 4)[:, : start + 2].flatten(2)
-        # The visible patch of every place, told apart by frame; a coarse one counts once.
+        # The visible patch of every place, with its frame; a coarse patch counts once.
         frame = torch.arange(start + 2)[:, None]
-        shown = torch.where(finest < 0, -1, frame * model.grid.num_patches + finest).amax(1)
-        assert cache.num_tokens == sum(len(clip[clip >= 0].unique()) for clip in shown) <= 2 * 16
-        assert torch.equal(cache.canvas.token_at >= 0, shown >= 0)
+        visible = torch.where(finest < 0, -1, frame * model.grid.num_patches + finest).amax(1)
+        assert cache.num_tokens == sum(len(clip[clip >= 0].unique()) for clip in visible) <= 2 * 16
+        assert torch.equal(cache.canvas.token_at >= 0, visible >= 0)
         assert len(cache.key_values) == (2 if cache.num_tokens else 0)
         for part in (part for layer in cache.key_values for part in layer):
             assert part.shape == (1, 4, cache.num_tokens, 8)
@@ -236,8 +236,8 @@ def test_keys_of_a_frame_stay_bounded_however_long_the_clip(plans):
         assert (plan.end_key - plan.first_key > plan.num_queries).float().mean() > 0.5
 
 
-def test_groups_share_no_canvas_and_may_lie_anywhere_in_the_sequence():
-    """Windows of two videos of unequal length, laid time by time; a segment's tokens are more than its places show."""
+def test_groups_have_separate_canvases_and_may_be_interleaved_in_the_sequence():
+    """Windows of two videos of unequal length, sorted by time; some tokens of a segment are at no place."""
     times = [[3, 0, 2, 1], [1, 2, 0, 0], [0, 4, 1, 2]]  # tokens of each group and time
     places = 3
     generator = torch.Generator().manual_seed(0)
@@ -258,19 +258,19 @@ def test_groups_share_no_canvas_and_may_lie_anywhere_in_the_sequence():
             own = range(int(first_token[group, time]), int(first_token[group, time]) + times[group][time])
             keys = set(own)
             for place in range(places):
-                lying = [int(token) for token in token_at[group, : time + 1, place] if token >= 0]
-                ends[group, place] = lying[-1] if lying else -1
-                if lying and token_at[group, time, place] < 0:
-                    keys.add(lying[-1])
+                there = [int(token) for token in token_at[group, : time + 1, place] if token >= 0]
+                ends[group, place] = there[-1] if there else -1
+                if there and token_at[group, time, place] < 0:
+                    keys.add(there[-1])
             for query in own:
                 expected[query, list(keys)] = True
     plan, canvas = plan_canvas(token_at, first_token, num_tokens)
-    assert torch.equal(seen_by_plan(plan), expected) and plan.key_index is not None
+    assert torch.equal(visible_by_plan(plan), expected) and plan.key_index is not None
     assert canvas.tokens.tolist() == sorted(set(ends[ends >= 0].tolist()))
     assert torch.equal(torch.where(canvas.token_at < 0, -1, canvas.tokens[canvas.token_at]), ends)
 
 
-def test_without_keys_beyond_its_own_the_plan_is_that_of_frames():
+def test_without_earlier_keys_the_plan_is_that_of_frames():
     counts = torch.tensor([[2, 0, 1]])
     token_at = torch.tensor([[[0, 1], [-1, -1], [2, 2]]])
     plan, _ = plan_canvas(token_at, torch.tensor([[0, 2, 2]]), counts)
@@ -309,7 +309,7 @@ def test_no_gradient_flows_through_a_cache():
 
 
 @torch.no_grad()
-def test_a_copy_of_a_cache_goes_its_own_way():
+def test_a_copy_of_a_cache_is_independent():
     model = canvas_model("siglip", [64])
     gaze, frames = uneven_gaze(model.grid, 2, 6), video(2, 6)
     cache = GazeVisionCache()
@@ -352,15 +352,15 @@ def test_a_failed_call_leaves_the_cache_as_it_was():
     assert torch.equal(model(frames[:, 3:], part_of(gaze, 3, 6), cache=cache).last_hidden_state, expected)
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_any_work(monkeypatch):
+def test_a_cache_that_does_not_fit_is_refused_before_any_computation(monkeypatch):
     tower = tower_of("siglip")
     model, cache = GazeVisionModel(tower), GazeVisionCache()
     model(video(2, 3), cache=cache)
 
-    def no_work(*_):
-        raise AssertionError("worked before it checked")
+    def fail_to_embed(*_):
+        raise AssertionError("computed before the checks")
 
-    monkeypatch.setattr(GazeVisionModel, "_embed", no_work)
+    monkeypatch.setattr(GazeVisionModel, "_embed", fail_to_embed)
     for attention in ("frame", "block_causal"):
         with pytest.raises(ValueError, match=f"`attention` must be 'canvas' to use it, got '{attention}'"):
             model(video(2, 1), attention=attention, cache=cache)
@@ -386,7 +386,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(monkeypatch):
     assert cache.num_frames == 3
 
 
-def test_gazes_that_follow_each_other_are_taken():
+def test_consecutive_gazes_are_accepted():
     model, cache = GazeVisionModel(tower_of("siglip")), GazeVisionCache()
     for first in (0, 2, 4):
         model(video(2, 2), GazeOutput.full(model.grid, 2, 2).replace(first_frame=first), cache=cache)
@@ -394,7 +394,7 @@ def test_gazes_that_follow_each_other_are_taken():
 
 
 @torch.no_grad()
-def test_what_later_frames_painted_over_cannot_matter():
+def test_tokens_that_later_frames_replaced_have_no_effect():
     """Pixels that are not kept and, one layer deep, pixels that are no longer visible."""
     model = GazeVisionModel(AutoModel.from_config(SiglipVisionConfig(**{**SIZES, "num_hidden_layers": 1}))).eval()
     masks = torch.zeros(1, 3, 16, dtype=torch.bool)

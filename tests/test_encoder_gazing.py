@@ -48,7 +48,7 @@ def test_the_selector_gets_the_pixels_in_its_own_normalisation(encoder):
     torch.testing.assert_close(gazer(processor=processor).to_gaze_values(frames), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_streaming_selector_sees_chunks_as_one_clip():
+def test_chunks_are_one_clip_for_a_streaming_selector():
     video = clip(5)
     whole = gazer(chunk_frames=5).gaze([video], gazing_ratio=0.2)[0]
     chunked = gazer(chunk_frames=2).gaze([video], gazing_ratio=0.2)[0]
@@ -65,7 +65,7 @@ def test_for_the_model_every_chunk_is_a_clip_of_its_own():
 
 
 @pytest.mark.parametrize("selector", [None, autogaze])
-def test_videos_are_gazed_at_each_by_itself(selector):
+def test_each_video_is_gazed_at_separately(selector):
     def make(size: int) -> EncoderFrameGazer:
         return gazer(selector and selector(), chunk_frames=2, max_batch_size=size)
 
@@ -78,7 +78,7 @@ def test_videos_are_gazed_at_each_by_itself(selector):
         assert torch.equal(gaze.gazing_pos, make(1).gaze([video], **settings)[0].gazing_pos)
 
 
-def test_the_model_gazes_at_each_tile_by_itself():
+def test_the_model_gazes_at_each_tile_separately():
     own, video = gazer(autogaze(), chunk_frames=2), clip(3, 64, 96)
     gaze = own.gaze([video], gazing_ratio=0.3, tiles=(2, 3))[0]
     tiles = gaze.grid.split_tiles(gaze.gazing_mask, GRID)
@@ -100,13 +100,13 @@ def test_a_budget_for_the_clip_is_spent_over_all_chunks_and_tiles(tiles):
     assert sum(counts) == budget and counts[1:4] == [0, 0, 0] and min(counts[0], counts[4]) > 5
 
 
-def test_any_grid_is_gazed_at_by_a_selector_that_takes_it():
+def test_a_selector_that_takes_any_grid_gazes_on_it():
     video, grid = clip(3, 40, 48), GazeGrid([(24, 48)], 8)
     gaze = gazer(grid=grid).gaze([video], gazing_ratio=0.5)[0]
     assert gaze.grid == grid and gaze.num_real_each_frame.tolist() == [[9, 9, 9]]
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"cannot gaze for GazeGrid\(scales=\[32\], patch_size=8\)"):
         gazer(autogaze(), grid=GazeGrid([32], 8))
     with pytest.raises(ValueError, match="`processor` must be .* `image_mean`, .*, got dict"):

@@ -1,4 +1,4 @@
-"""Options of `generate` on pruned prompts: what is known gives the MLLM's own answer, the rest is refused."""
+"""Options of `generate` on pruned prompts: supported ones give the MLLM's own answer, others are refused."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers_autogaze.integrations import GazeQwenVL, GazeVideoLM
 
 
 class Case:
-    """A wrapper and its MLLM on the same prompts, with everything kept or little."""
+    """A wrapper and its MLLM on the same prompts, with all patches kept or few."""
 
     def __init__(self, family: str):
         if family == "llava_onevision":
@@ -78,18 +78,18 @@ def test_known_options_give_the_answer_of_the_mllm(case, options):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_is_not_known_is_refused_by_name(case, options):
+def test_options_that_are_not_supported_are_refused_by_name(case, options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` must not be given for a pruned prompt"):
         case.answer(case.few, **options)
 
 
-def test_a_name_that_nobody_knows_is_refused_before_any_gaze(case, monkeypatch):
+def test_an_unknown_option_is_refused_before_the_gaze(case, monkeypatch):
     monkeypatch.setattr(type(case.model), "prepare_inputs", None)
     with pytest.raises(ValueError, match="`gazes` must not be given for a pruned prompt, got 1"):
         case.answer(None, gazes=1)
 
 
-def test_a_refused_option_is_not_printed_whole(case):
+def test_the_error_of_a_refused_option_is_short(case):
     with pytest.raises(
         ValueError, match="`assistant_model` must not be given for a pruned prompt, got [A-Za-z0-9_]+:"
     ):
@@ -111,7 +111,7 @@ def test_an_assistant_and_a_configuration_are_checked_as_well(case):
         case.model.generation_config = own
 
 
-def test_lengths_count_from_the_prompt_as_it_was_given(case):
+def test_lengths_refer_to_the_prompt_of_the_caller(case):
     options = {"max_new_tokens": None, "max_length": case.length + 3}
     assert case.answer(case.few, **options).shape[1] == case.expected(**options).shape[1] == case.length + 3
     config = GenerationConfig(max_length=case.length + 2)
@@ -122,7 +122,7 @@ def test_lengths_count_from_the_prompt_as_it_was_given(case):
 
 
 class Recorder(LogitsProcessor, StoppingCriteria, BaseStreamer):
-    """Notes what it is shown; ends an answer after two tokens."""
+    """Records its inputs; ends an answer after two tokens."""
 
     def __init__(self, length: int):
         self.length, self.shown = length, []
@@ -148,7 +148,7 @@ class Processor(LogitsProcessor):
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_functions_see_the_prompt_as_it_was_given(case, num_beams):
+def test_callbacks_receive_the_prompt_of_the_caller(case, num_beams):
     given, recorder, shown, rows = case.inputs["input_ids"], Recorder(case.length), [], []
 
     def allowed(row, ids):
@@ -168,7 +168,7 @@ def test_functions_see_the_prompt_as_it_was_given(case, num_beams):
     assert all(torch.equal(ids[: case.length], given[0]) for ids in rows)
 
 
-def test_a_streamer_gets_the_prompt_as_it_was_given(case):
+def test_a_streamer_receives_the_prompt_of_the_caller(case):
     streamer = Recorder(case.length)
     answer = case.answer(case.few, streamer=streamer)[0, case.length :]
     prompt, *tokens, end = streamer.shown

@@ -1,4 +1,4 @@
-"""The LLaVA family on gazed patches, against the same models as transformers runs them."""
+"""The LLaVA family on kept patches, compared with the original models."""
 
 import copy
 import inspect
@@ -45,19 +45,19 @@ from transformers_autogaze.integrations.mllm import GazeVideoLM
 from transformers_autogaze.integrations.video_tokens import SinusoidalTimeEmbedding
 
 
-# How frames were normalised for the towers.
+# The normalisation of the towers' frames.
 TOWER_PIXELS = AutoGazeVideoProcessor(offset=False, rescale_factor=1 / 255, image_mean=[0.5] * 3, image_std=[0.25] * 3)
 VIDEO, IMAGE, HIDDEN = 60, 61, 32
 SCALES = [16, 32]  # of patches of 8 pixels: 4 and 16 a frame
 WORDS = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**WORDS, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": None}
 TOWER = {**WORDS, "num_hidden_layers": 4, "hidden_size": 24, "image_size": 32, "patch_size": 8}
-# Its name before and after transformers changed it.
+# Its names before and after transformers renamed it.
 VIP_LAYERS = "vision_feature_layer" if hasattr(VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
 
 
 def build(name: str, pools: bool = False, **changes):
-    """A tiny MLLM, with the pooling that it may have or without."""
+    """A tiny MLLM, with or without its pooling."""
     torch.manual_seed(0)
     parts = {"vision_config": CLIPVisionConfig(**TOWER), "text_config": LlamaConfig(**TEXT), **changes}
     tokens = {"image_token_index": IMAGE, "video_token_index": VIDEO}
@@ -76,7 +76,7 @@ def build(name: str, pools: bool = False, **changes):
             model.model.apply_pooling = lambda features: features
     else:
         model = VideoLlavaForConditionalGeneration(VideoLlavaConfig(**parts, **tokens))
-    # Random weights of transformers' own size give logits that hardly differ.
+    # With the default initialisation logits would hardly differ.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -107,7 +107,7 @@ def clip(num_frames: int, seed: int = 0, height: int = 32, width: int = 32) -> t
 
 @pytest.fixture(scope="module")
 def onevision() -> GazeVideoLM:
-    """Sees gazed patches of 4 and 16 a frame, chosen by a greedy selector."""
+    """An MLLM on patches of two scales, 4 and 16 of a frame, which a greedy selector chooses."""
     selector = GreedyGazeSelector(GreedyGazeConfig(scales=SCALES, patch_size=8))
     return GazeVideoLM(build("llava_onevision"), selector, TOWER_PIXELS, scales=SCALES).eval()
 
@@ -144,8 +144,8 @@ def test_a_full_gaze_gives_the_original_logits(name, changes):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_by_default_everything_kept_is_what_the_mllm_itself_sees(name):
-    # 44 pixels are five patches of 8, and four pixels that the tower never sees; pooling makes three places of five.
+def test_keeping_everything_by_default_gives_the_mllms_own_embeddings(name):
+    # 44 pixels are five patches of 8, and four pixels that the tower crops; pooling makes three places of five.
     side = 36 if name == "llava_next_video" else 44
     tower = {**TOWER, "image_size": side}
     vision = SiglipVisionConfig(**tower) if name == "llava_onevision" else CLIPVisionConfig(**tower)
@@ -168,7 +168,7 @@ def test_by_default_everything_kept_is_what_the_mllm_itself_sees(name):
 
 
 @pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
-def test_a_kept_place_is_pooled_of_its_patches_alone(name):
+def test_a_kept_place_depends_only_on_its_patches(name):
     mllm = build(name, pools=True)
     model = GazeVideoLM(mllm, attention="frame").eval()
     assert model.grid == GazeGrid([32], 16)
@@ -179,7 +179,7 @@ def test_a_kept_place_is_pooled_of_its_patches_alone(name):
     patches = gaze.covered_cells(4, 4).flatten(2)  # of 16, those of the kept quarters
     with torch.no_grad():
         tokens = model.embed_videos([video], [gaze])[0][:3]
-        # What the MLLM makes of a frame whose other patches are no keys and are anything.
+        # The MLLM's pooling of a frame whose other patches are arbitrary and no keys.
         output = model.vision(
             video[None], GazeOutput.from_masks([patches], model.vision.grid), output_hidden_states=True
         )
@@ -192,7 +192,7 @@ def test_a_kept_place_is_pooled_of_its_patches_alone(name):
     torch.testing.assert_close(tokens, expected[gaze.gazing_mask[0][0]], rtol=1e-4, atol=1e-5)
 
 
-def test_patches_stay_what_is_kept_where_pooling_is_no_mean():
+def test_without_mean_pooling_patches_are_kept_and_not_places():
     mllm = build("llava_next_video")
     mllm.config.spatial_pool_mode = "max"
     assert (
@@ -202,7 +202,7 @@ def test_patches_stay_what_is_kept_where_pooling_is_no_mean():
     )
 
 
-def test_selectors_of_fixed_scales_keep_them():
+def test_scales_are_those_of_a_selector_of_fixed_scales():
     selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
     model = GazeVideoLM(build("llava"), selector, TOWER_PIXELS)
     assert model.grid == GazeGrid(SCALES, 8) and model.vision.attention == "block_causal"
@@ -225,7 +225,7 @@ def test_a_full_gaze_gives_the_original_answer(name):
     assert torch.equal(drop_in, torch.cat([original["input_ids"], expected], dim=1))
 
 
-def test_generate_returns_what_it_is_asked_for(onevision):
+def test_generate_returns_the_outputs_of_its_options(onevision):
     prompts = torch.tensor([[5, VIDEO, 6], [7, 8, 9]])
     options = {"gazing_ratio": 0.1, "max_new_tokens": 3, "num_beams": 2, "num_return_sequences": 2}
     output = onevision.generate(prompts, [clip(2)], return_dict_in_generate=True, output_scores=True, **options)
@@ -235,14 +235,14 @@ def test_generate_returns_what_it_is_asked_for(onevision):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_as_many_tokens_as_patches_were_kept(name):
+def test_there_is_one_token_for_each_kept_patch(name):
     selector = GreedyGazeSelector(GreedyGazeConfig(scales=SCALES, patch_size=8))
     model = GazeVideoLM(build(name), selector, TOWER_PIXELS, scales=SCALES)
     videos = [clip(3, seed=1), clip(5, seed=2)]
     kept = [int(gaze.num_real) for gaze in model.gaze(videos, task_loss_requirement=1.0)]
     prompt = torch.tensor([[5, model.placeholder_id, 6, 7, model.placeholder_id]])
     inputs = model.prepare_inputs(prompt, videos, task_loss_requirement=1.0)
-    # LLaVA-OneVision ends a video with its new line, Video-LLaVA sees the CLS token of every frame.
+    # LLaVA-OneVision ends a video with a new line, Video-LLaVA reads the CLS token of every frame.
     first, second = (
         count + (name == "llava_onevision") + frames * (name == "video_llava")
         for count, frames in zip(kept, (3, 5), strict=True)
@@ -258,7 +258,7 @@ def test_as_many_tokens_as_patches_were_kept(name):
     )
 
 
-def test_it_gazes_with_the_model_as_well():
+def test_gaze_uses_the_gaze_model():
     torch.manual_seed(0)
     selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
     # The tower has 4x4 patches in 32 pixels, a tile of the selector's 4x4 of 16 in 64.
@@ -270,7 +270,7 @@ def test_it_gazes_with_the_model_as_well():
     assert ids.shape == (1, 23)
 
 
-def test_a_gaze_of_the_processors_frames_goes_in_as_well():
+def test_a_gaze_at_the_processors_frames_is_accepted():
     if getattr(CLIPImageProcessor, "is_dummy", False):
         pytest.skip("this version's image processors need torchvision")
     mllm, selector = build("llava"), GreedyGazeSelector()
@@ -338,7 +338,7 @@ def test_a_budget_for_the_clip_is_kept_over_the_whole_video(kind, settings, tile
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "video_llava"])
-def test_with_the_canvas_chunks_change_nothing(name):
+def test_with_canvas_attention_chunks_do_not_change_the_result(name):
     mllm = build(name, pools=True)
     whole = GazeVideoLM(mllm, chunk_frames=16).eval()
     (side, _), (cells, _) = whole.grid.sizes[0], whole.grid.grids[0]
@@ -349,8 +349,8 @@ def test_with_the_canvas_chunks_change_nothing(name):
         torch.rand(1, len(video), cells, count * cells, generator=generator) < 0.4
         for video, count in zip(videos, tiles, strict=True)
     ]
-    masks[0][:, 2:5, :, cells:] = False  # nothing of a tile in whole chunks
-    masks[1][..., :cells] = False  # nothing of a tile at all
+    masks[0][:, 2:5, :, cells:] = False  # whole chunks of a tile without kept patches
+    masks[1][..., :cells] = False  # a tile without kept patches
     gazes = [
         GazeOutput.from_masks([mask.flatten(2)], GazeGrid([(side, count * side)], whole.grid.patch_size))
         for mask, count in zip(masks, tiles, strict=True)
@@ -378,7 +378,7 @@ def test_with_the_canvas_chunks_change_nothing(name):
 
 @pytest.mark.parametrize("order", ["time", "tile"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_are_counted_as_the_language_model_sees_them(name, order):
+def test_counted_tokens_are_those_that_the_language_model_reads(name, order):
     mllm = build(name, pools=True)
     layout = {"separator": [3, 4], "thumbnail_interval": 2, "order": order}
     for options in ({}, layout):
@@ -410,13 +410,13 @@ def test_the_tokens_of_the_whole_video_are_those_after_the_mllms_own_pooling(sca
         ({"tokens_per_clip": 5, "gazing_ratio": 0.1}, "only one of `gazing_ratio`, .*`tokens_per_clip`"),
     ],
 )
-def test_budgets_that_cannot_be_are_named(onevision, settings, message):
+def test_the_error_of_a_wrong_budget_names_it(onevision, settings, message):
     for call in (onevision, onevision.generate):
         with pytest.raises(ValueError, match=message):
             call(torch.tensor([[5, VIDEO]]), [clip(2)], **settings)
 
 
-def test_a_selector_that_knows_no_gains_takes_no_budget_for_the_clip():
+def test_a_selector_without_gains_refuses_a_budget_for_the_clip():
     selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=2)).eval()
     model = GazeVideoLM(build("llava"), selector, TOWER_PIXELS)
     with pytest.raises(ValueError, match="need a selector that knows what patches gain.* AutoGazeModel takes"):
@@ -432,7 +432,7 @@ def test_labels_give_the_loss_of_the_words_and_gradients_to_all_parts():
     counts = [int(one.num_real) + 1 for one in gaze]
     output = model(prompt, videos, mask, labels, gaze=gaze)
     log_probs = output.logits.log_softmax(-1)
-    # Words are predicted by what comes before them; a video's tokens are never learned.
+    # Words are predicted from the tokens before them; a video's tokens have no labels.
     first, second = counts
     terms = [log_probs[0, first, 6], log_probs[0, first + 1, 7], log_probs[1, 0, 9]]
     torch.testing.assert_close(output.loss, -torch.stack(terms).mean())
@@ -449,13 +449,13 @@ def test_labels_give_the_loss_of_the_words_and_gradients_to_all_parts():
         assert weight.grad.abs().max() > 0
 
 
-def test_its_weights_are_the_mllms_own_once(onevision):
+def test_the_state_dict_has_each_weight_of_the_mllm_once(onevision):
     names = set(onevision.state_dict())
     assert names == {f"mllm.{name}" for name in onevision.mllm.state_dict()}
     assert copy.deepcopy(onevision).vision.vision_model is not onevision.mllm.model.vision_tower
 
 
-def test_the_tower_sees_no_more_clips_at_a_time_than_allowed():
+def test_batches_of_the_tower_are_at_most_the_batch_size():
     mllm, videos = build("video_llava"), [clip(7, seed=1, height=64), clip(3, seed=2)]
     gazes = [random_gaze(GazeGrid([(32, 16), (64, 32)], 8), 7), random_gaze(GazeGrid(SCALES, 8), 3)]
     embedded = []
@@ -471,7 +471,7 @@ def test_the_tower_sees_no_more_clips_at_a_time_than_allowed():
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision"])
-def test_weights_may_stay_elsewhere_until_a_module_runs(name):
+def test_weights_may_be_offloaded(name):
     accelerate = pytest.importorskip("accelerate")
     model = GazeVideoLM(build(name), scales=SCALES)
     prompt, gaze = torch.tensor([[5, model.placeholder_id, 6]]), [random_gaze(model.grid, 3)]
@@ -483,7 +483,7 @@ def test_weights_may_stay_elsewhere_until_a_module_runs(name):
 
 
 @pytest.mark.parametrize("order", ["time", "tile"])
-def test_tiles_and_thumbnails_come_in_the_order_asked_for(order):
+def test_tiles_and_thumbnails_are_in_the_requested_order(order):
     mllm = build("llava_onevision")
     model = GazeVideoLM(mllm, scales=SCALES, attention="frame", order=order, thumbnail_interval=2)
     video, grid = clip(3, height=32, width=64), GazeGrid([(16, 32), (32, 64)], 8)
@@ -529,7 +529,7 @@ def test_tiles_are_gazed_at_as_one_frame(onevision):
 
 
 @pytest.mark.parametrize("separator", [3, [3, 4], "image_newline"])
-def test_separators_stand_between_chunks(separator):
+def test_separators_are_between_chunks(separator):
     mllm = build("llava_onevision")
     model = GazeVideoLM(mllm, scales=SCALES, chunk_frames=2, separator=separator)
     plain = GazeVideoLM(mllm, scales=SCALES, chunk_frames=2)
@@ -558,11 +558,11 @@ def test_a_time_embedding_is_added_to_the_tokens_of_its_frame(kind):
     if kind == "learned":
         tokens.sum().backward()
         assert (time.weight.grad > 0).all()
-        with pytest.raises(ValueError, match="`time_embedding` knows 5 frames, but video 0 has 6"):
+        with pytest.raises(ValueError, match="each of the 6 frames of video 0, got 5"):
             model.embed_videos([clip(6)], [random_gaze(model.grid, 6)])
 
 
-def test_pictures_and_videos_go_into_one_prompt():
+def test_a_prompt_may_have_images_and_videos():
     mllm = build("video_llava")
     model = GazeVideoLM(mllm, scales=SCALES, attention="frame")
     prompt = torch.tensor([[5, *[IMAGE] * 16, 6, *[VIDEO] * 34, 7]])
@@ -578,15 +578,15 @@ def test_pictures_and_videos_go_into_one_prompt():
     assert torch.equal(model.generate(prompt, [video], gaze=gaze, **pictures, **options), expected)
 
 
-def test_a_video_in_place_of_pictures_is_told_by_its_shape():
+def test_a_video_given_as_images_is_recognised_by_its_shape():
     model = GazeVideoLM(build("llava"))
     ids = torch.tensor([[1, model.placeholder_id, 2]])
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"`pixel_values` must be pictures .* got the shape \(1, 2, 3, 28, 28\)"):
+        with pytest.raises(ValueError, match=r"`pixel_values` must be images .* got the shape \(1, 2, 3, 28, 28\)"):
             call(input_ids=ids, pixel_values=torch.zeros(1, 2, 3, 28, 28))
 
 
-def test_without_a_video_the_mllm_is_called_as_it_is():
+def test_without_a_video_the_mllm_is_called_with_unchanged_inputs():
     mllm = build("llava")
     model = GazeVideoLM(mllm, scales=SCALES)
     picture, words = torch.tensor([[5, *[IMAGE] * 16, 6]]), torch.tensor([[5, 6, 7]])
@@ -595,7 +595,7 @@ def test_without_a_video_the_mllm_is_called_as_it_is():
     with torch.no_grad():
         assert torch.equal(model(picture, **pixels).logits, mllm(picture, **pixels).logits)
         assert torch.equal(model(words, labels=words).loss, mllm(words, labels=words).loss)
-        # The next word, with what came before in the cache.
+        # The next word, with cached keys and values.
         cached = model(words, use_cache=True).past_key_values
         after = model(torch.tensor([[8]]), past_key_values=cached).logits[:, -1]
     torch.testing.assert_close(after, mllm(torch.tensor([[5, 6, 7, 8]])).logits[:, -1])
@@ -614,7 +614,7 @@ def test_every_video_needs_its_placeholder(onevision, count):
             call(prompt, videos, gazing_ratio=0.1)
 
 
-def test_a_placeholder_needs_a_video_of_its_own(onevision):
+def test_every_placeholder_needs_a_video(onevision):
     with pytest.raises(ValueError, match=f"`pixel_values_videos` must be given .* {VIDEO}, got None"):
         onevision(torch.tensor([[5, VIDEO]]))
     llava = GazeVideoLM(build("llava"), scales=SCALES)
@@ -622,7 +622,7 @@ def test_a_placeholder_needs_a_video_of_its_own(onevision):
         llava.generate(torch.tensor([[5, IMAGE]]), [clip(1)], pixel_values=clip(1))
 
 
-def test_a_gaze_must_be_for_the_tower_and_the_frames(onevision):
+def test_a_gaze_must_fit_the_tower_and_the_frames(onevision):
     prompt, video = torch.tensor([[5, VIDEO]]), clip(2)
     grids = [GazeGrid([8, 32], 8), GazeGrid([32], 8), GazeGrid([32, 64], 16), GazeGrid([(16, 16), (32, 64)], 8)]
     for grid in grids:
@@ -641,7 +641,7 @@ def test_a_gaze_must_be_for_the_tower_and_the_frames(onevision):
         onevision(prompt, [clip(6)], gaze=[rare])
 
 
-def test_without_a_selector_or_a_processor_it_needs_a_gaze():
+def test_without_a_selector_or_a_processor_a_gaze_is_needed():
     mllm, selector = build("llava"), GreedyGazeSelector(GreedyGazeConfig(scales=SCALES, patch_size=8))
     for parts in ({"gaze_model": selector}, {"processor": TOWER_PIXELS}):
         model = GazeVideoLM(mllm, **parts, scales=SCALES)
@@ -683,7 +683,7 @@ def test_arguments_are_checked_at_once(options, message):
 
 
 def real_processor(name: str):
-    """A processor of transformers for a tiny MLLM, with a vocabulary made here."""
+    """A processor of transformers for a tiny MLLM, with a small vocabulary."""
     words = {"<unk>": 0, "<pad>": 1, "what": 2, "is": 3, "this": 4, "and": 5, "<image>": IMAGE, "<video>": VIDEO}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -716,7 +716,7 @@ def real_processor(name: str):
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "llava_next_video"])
-def test_what_the_mllms_own_processor_returns_goes_straight_in(name):
+def test_outputs_of_the_mllms_own_processor_are_accepted(name):
     pytest.importorskip("torchvision")
     model = build(name)
     processor = real_processor(name)

@@ -38,7 +38,7 @@ class StandInProcessor:
 
 
 class Counting(GreedyGazeSelector):
-    """Notes the sizes of the batches that it gazes at."""
+    """Records the sizes of its batches."""
 
     def generate(self, pixel_values_videos, *args, **kwargs):
         self.__dict__.setdefault("batches", []).append(len(pixel_values_videos))
@@ -46,7 +46,7 @@ class Counting(GreedyGazeSelector):
 
 
 def make_videos(tiles: list[int], frames: int = 2, size: int = 392) -> list[torch.Tensor]:
-    """Makes videos whose tiles change little, and differ in how much there is to see."""
+    """Makes videos whose tiles change little and have different amounts of detail."""
     generator = torch.Generator().manual_seed(sum(tiles))
     videos = []
     for count in tiles:
@@ -75,12 +75,12 @@ def test_returns_have_the_published_keys_shapes_and_types():
             assert ids.shape == is_padding.shape == (count, slots) and counts.shape == (count, 2)
             assert (ids.dtype, counts.dtype, is_padding.dtype) == (torch.long, torch.long, torch.bool)
             assert ids.min() >= 0 and ids.max() < 2 * GRID.num_patches
-    # Counts agree over the whole batch, so what a clip does not use is padding.
+    # The counts are those of the whole batch, so unused slots of a clip are padding.
     assert torch.equal(info["num_gazing_each_frame_tiles"][0][0], info["num_gazing_each_frame_tiles"][1][0])
     assert info["if_padded_gazing_tiles"][0].any()
 
 
-def test_every_tile_is_gazed_at_by_the_settings_as_if_it_were_alone():
+def test_every_tile_is_gazed_at_as_alone():
     selector, videos = GreedyGazeSelector(), make_videos([3, 2])
     info = attached(selector)(videos, make_videos([1, 1]))
     for video, tiles in enumerate(videos):
@@ -98,7 +98,7 @@ def test_every_tile_is_gazed_at_by_the_settings_as_if_it_were_alone():
                 assert torch.equal(mask[tile : tile + 1], expected)
 
 
-def test_a_learned_selector_gazes_for_the_scales_that_the_processor_names(tiny_model):
+def test_a_learned_selector_gazes_for_the_scales_of_the_processor(tiny_model):
     torch.manual_seed(0)
     tiles = [torch.rand(2, 3, 3, 112, 112, dtype=torch.float64) for _ in range(2)]
     settings = {"target_scales": [28, 56, 112], "target_patch_size": 14, "max_batch_size_autogaze": 3}
@@ -121,7 +121,7 @@ def test_a_full_gaze_skips_the_selector(ratio):
     assert info["gazing_pos_tiles"][0].tolist() == [list(range(2 * 1060))] * 2
     assert info["num_gazing_each_frame_tiles"][0].tolist() == [[1060, 1060]] * 2
     assert not info["if_padded_gazing_tiles"][0].any()
-    # With a threshold, fewer may do.
+    # With a threshold fewer patches may be kept.
     processor.task_loss_requirement_tile = 0.6
     assert processor(make_videos([2]), make_videos([1]))["gazing_pos_tiles"][0].shape[1] < 2 * 1060
     assert selector.batches == [2]
@@ -136,7 +136,7 @@ def test_clips_are_gazed_at_in_batches_of_the_processors_size():
         assert all(torch.equal(value, other) for value, other in zip(values, info[key], strict=True))
 
 
-def test_videos_of_different_lengths_are_padded_by_themselves():
+def test_videos_of_different_lengths_are_padded_separately():
     long, short = make_videos([2], frames=3), make_videos([2], frames=2)
     info = attached()(long + short, make_videos([1, 1]))
     alone = [attached()(videos, make_videos([1])) for videos in (long, short)]
@@ -173,7 +173,7 @@ def test_conversions_are_inverse():
     assert all(torch.equal(again[key], value) for key, value in info.items())
 
 
-def test_what_does_not_fit_is_named():
+def test_errors_name_the_argument_that_does_not_fit():
     with pytest.raises(
         ValueError, match="`processor` must be NVILA-HD-Video's, got object without _autogaze_model, _get"
     ):

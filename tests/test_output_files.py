@@ -1,4 +1,4 @@
-"""Files are whole or as they were before: on a full disk, when a run fails, and when inputs are outputs."""
+"""Files are complete or unchanged: on a full disk, when a run fails, and when inputs are outputs."""
 
 import json
 import os
@@ -33,7 +33,7 @@ resource = pytest.importorskip("resource")
 
 @contextmanager
 def full_disk(size=64):
-    """Lets files grow to some bytes and no further."""
+    """Limits files to a number of bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -75,10 +75,10 @@ def write_rows(folder):
 
 
 @pytest.mark.parametrize("write", [write_clip, write_chart, write_scores, write_features, write_rows])
-def test_a_full_disk_leaves_what_was_there(tmp_path, write):
+def test_a_full_disk_leaves_earlier_files_unchanged(tmp_path, write):
     if write not in (write_clip, write_rows):
         pytest.importorskip("matplotlib")
-    write(tmp_path)  # What draws and encodes is loaded before the disk is full.
+    write(tmp_path)  # Libraries are loaded before the disk is full.
     before = contents(tmp_path)
     assert before
     with full_disk(), pytest.raises((OSError, ValueError)):
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, write):
     assert contents(tmp_path) == before
 
 
-def test_a_trainer_that_cannot_save_leaves_the_last_model(tmp_path):
+def test_a_trainer_that_cannot_save_leaves_the_last_model_unchanged(tmp_path):
     pytest.importorskip("accelerate")
     decoder = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"hidden_size": 32, "output_size": 32}
@@ -101,7 +101,7 @@ def test_a_trainer_that_cannot_save_leaves_the_last_model(tmp_path):
     assert isinstance(AutoGazeProcessor.from_pretrained(tmp_path), AutoGazeProcessor)
 
 
-def test_files_of_an_earlier_run_stay_until_all_are_whole_and_none_stays_beside_them(tmp_path):
+def test_files_of_an_earlier_run_are_replaced_together_when_all_are_complete(tmp_path):
     folder = tmp_path / "new" / "out"
     with replacing_files(folder, ["a", "b"]) as unfinished:
         (unfinished / "a").write_text("1")
@@ -118,13 +118,13 @@ def test_files_of_an_earlier_run_stay_until_all_are_whole_and_none_stays_beside_
     assert contents(folder) == {"a": b"3", "inside/c": b"1", "mine": b"mine"}
 
 
-def test_a_run_that_fails_leaves_no_folder_behind(tmp_path):
+def test_a_failed_run_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError), replacing_files(tmp_path / "new" / "out"):
         raise ValueError
     assert not list(tmp_path.iterdir())
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+def test_a_link_is_kept_and_its_file_is_replaced(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
     with replacing(tmp_path / "link") as unfinished:
@@ -158,7 +158,7 @@ def test_an_output_folder_must_not_be_a_file(tmp_path):
         pass
 
 
-def test_numbers_that_are_not_finite_reach_no_json(tmp_path):
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
     assert json.loads(to_json({"a": [float("inf"), 1], "b": (float("nan"),)})) == {"a": [None, 1], "b": [None]}
     pytest.importorskip("matplotlib")
     report.write_report([score(reduction_factor=float("inf"))], tmp_path, {})
@@ -166,7 +166,7 @@ def test_numbers_that_are_not_finite_reach_no_json(tmp_path):
     assert "Infinity" not in text and json.loads(text)["scores"][0]["reduction_factor"] is None
 
 
-def test_a_video_may_be_made_of_its_own_frames(tmp_path):
+def test_a_video_may_be_replaced_by_its_own_frames(tmp_path):
     write_clip(tmp_path)
     write_video(tmp_path / "clip.mp4", (255 - frame for frame in stream_video(tmp_path / "clip.mp4")[1]))
     assert len(read_video(tmp_path / "clip.mp4")[0]) == 9

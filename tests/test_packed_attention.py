@@ -1,4 +1,4 @@
-"""Attention over packed clips: each choice sees exactly what it says, by whichever implementation."""
+"""Attention over packed clips: the visible keys of each choice, with every implementation."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ ATTENTION_CHOICES = ("block_causal", "causal", "bidirectional", "frame")
 TOKENS = torch.tensor([[3, 0, 5, 1, 40, 2], [7, 300, 1, 1, 2, 1]])
 
 
-def sees(attention: str) -> torch.Tensor:
-    """Who sees whom, token by token, as the choices are described."""
+def visible_keys(attention: str) -> torch.Tensor:
+    """Which keys are visible to each token, as the choices are described."""
     clip = torch.arange(2).repeat_interleave(TOKENS.sum(1))
     frame = torch.arange(TOKENS.numel()).repeat_interleave(TOKENS.flatten())
     place = torch.arange(len(clip))
@@ -28,21 +28,21 @@ def sees(attention: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ATTENTION_CHOICES)
-def test_key_ranges_are_what_the_choice_says(attention):
+def test_key_ranges_are_those_of_the_choice(attention):
     plan = PackedAttention.for_clips(TOKENS, attention)
     everything = slice(0, int(TOKENS.sum()))
-    assert torch.equal(plan.mask(everything, everything)[0, 0], sees(attention))
+    assert torch.equal(plan.mask(everything, everything)[0, 0], visible_keys(attention))
 
 
 @pytest.mark.parametrize("attention", ATTENTION_CHOICES)
 def test_chunks_cover_every_query_once_and_need_no_large_mask(attention):
     plan = PackedAttention.for_clips(TOKENS, attention)
-    visible, covered = sees(attention), []
+    visible, covered = visible_keys(attention), []
     for queries, keys, has_mask in plan.chunks:
         covered += range(queries.start, queries.stop)
         assert not visible[queries, : keys.start].any() and not visible[queries, keys.stop :].any()
         if has_mask:
-            assert queries.stop - queries.start <= module._ROWS
+            assert queries.stop - queries.start <= module._MAX_QUERIES
         else:
             assert visible[queries, keys].all()
     assert covered == list(range(int(TOKENS.sum())))
@@ -53,17 +53,18 @@ def test_flash_arguments_describe_the_same_attention(attention):
     plan = PackedAttention.for_clips(TOKENS, attention)
     index, arguments = plan.flash_arguments
     keys = torch.arange(int(TOKENS.sum())) if index is None else index
-    seen = torch.zeros(len(sees(attention)), len(sees(attention)), dtype=torch.bool)
+    expected = visible_keys(attention)
+    got = torch.zeros_like(expected)
     bounds_q, bounds_k = arguments["cu_seq_lens_q"].tolist(), arguments["cu_seq_lens_k"].tolist()
     for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         assert q1 - q0 <= arguments["max_length_q"] and k1 - k0 <= arguments["max_length_k"]
         block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
-        seen[q0:q1, keys[k0:k1]] = block.tril() if arguments["is_causal"] else block
-    assert torch.equal(seen, sees(attention))
+        got[q0:q1, keys[k0:k1]] = block.tril() if arguments["is_causal"] else block
+    assert torch.equal(got, expected)
 
 
 class Layer(nn.Module):
-    """A layer that asks transformers' attention interface, as those of every tower do."""
+    """A layer that looks up transformers' attention interface, like those of every tower."""
 
     def __init__(self, implementation: str):
         super().__init__()
@@ -86,32 +87,32 @@ def test_attention_is_that_of_the_full_mask(attention, implementation):
     layer = Layer(implementation)
     with module.packed_attention(layer, PackedAttention.for_clips(TOKENS, attention)):
         output = layer(query, key, value)
-    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~sees(attention), -torch.inf)
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~visible_keys(attention), -torch.inf)
     torch.testing.assert_close(output, (scores.softmax(-1) @ value).transpose(1, 2), rtol=0, atol=1e-12)
     assert layer.config._attn_implementation == implementation
 
 
-def laid_plan(num_groups: int = 1) -> tuple[PackedAttention, torch.Tensor]:
-    """A plan whose segments see scattered keys, of the sequence and of eight tokens before it, and who sees whom."""
+def gathered_plan(num_groups: int = 1) -> tuple[PackedAttention, torch.Tensor]:
+    """A plan with scattered keys, of the sequence and of eight tokens before it, and the keys visible to each token."""
     generator = torch.Generator().manual_seed(0)
     num_queries = torch.randint(1, 20, (40,), generator=generator)
     num_queries[::7] *= 6
-    sees = torch.rand(40, 8 + int(num_queries.sum()), generator=generator) < 0.1
-    sees[:, 0] = True
-    sees[:5, 40:80] = True  # keys that lie close together
-    end = sees.sum(1).cumsum(0)
-    plan = PackedAttention(num_queries, end - sees.sum(1), end, key_index=sees.nonzero()[:, 1])
+    visible = torch.rand(40, 8 + int(num_queries.sum()), generator=generator) < 0.1
+    visible[:, 0] = True
+    visible[:5, 40:80] = True  # keys close together
+    end = visible.sum(1).cumsum(0)
+    plan = PackedAttention(num_queries, end - visible.sum(1), end, key_index=visible.nonzero()[:, 1])
     plan.group = None if num_groups == 1 else torch.arange(40) % num_groups
-    return plan, sees.repeat_interleave(num_queries, dim=0)
+    return plan, visible.repeat_interleave(num_queries, dim=0)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("rows", [1, 30, 256])
+@pytest.mark.parametrize("max_queries", [1, 30, 256])
 @pytest.mark.parametrize("num_groups", [1, 3])
-def test_attention_to_laid_keys_is_that_of_the_full_mask(num_groups, rows, implementation, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", rows)
-    plan, seen = laid_plan(num_groups)
-    query, *keys = torch.randn(3, 1, 2, seen.shape[1], 8, dtype=torch.float64).unbind()
+def test_attention_to_gathered_keys_is_that_of_the_full_mask(num_groups, max_queries, implementation, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_QUERIES", max_queries)
+    plan, visible = gathered_plan(num_groups)
+    query, *keys = torch.randn(3, 1, 2, visible.shape[1], 8, dtype=torch.float64).unbind()
     query = query[:, :, 8:]
     layer = Layer(implementation)
 
@@ -120,57 +121,57 @@ def test_attention_to_laid_keys_is_that_of_the_full_mask(num_groups, rows, imple
 
     with module.packed_attention(layer, plan, extend):
         output = layer(query, keys[0][:, :, 8:], keys[1][:, :, 8:])
-    scores = (query @ keys[0].transpose(-1, -2) * 0.3).masked_fill(~seen, -torch.inf)
+    scores = (query @ keys[0].transpose(-1, -2) * 0.3).masked_fill(~visible, -torch.inf)
     torch.testing.assert_close(output, (scores.softmax(-1) @ keys[1]).transpose(1, 2), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [1, 30, 256])
+@pytest.mark.parametrize("max_queries", [1, 30, 256])
 @pytest.mark.parametrize("num_groups", [1, 3])
-def test_shared_calls_hold_every_query_once_and_every_key_once(num_groups, rows, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", rows)
-    plan, seen = laid_plan(num_groups)
+def test_shared_calls_have_every_query_once_and_every_key_once(num_groups, max_queries, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_QUERIES", max_queries)
+    plan, visible = gathered_plan(num_groups)
     calls, order = plan.shared_calls
-    queries = torch.cat([torch.arange(len(seen))[call.queries] for call in calls])
-    assert torch.equal(queries if order is None else queries[order], torch.arange(len(seen)))
+    queries = torch.cat([torch.arange(len(visible))[call.queries] for call in calls])
+    assert torch.equal(queries if order is None else queries[order], torch.arange(len(visible)))
     segment = torch.arange(40).repeat_interleave(plan.num_queries)
     for call in calls:
-        members = segment[call.queries].unique()
-        assert plan.num_queries[members].sum() <= rows or len(members) == 1
-        assert plan.group is None or len(plan.group[members].unique()) == 1
-        keys = torch.arange(seen.shape[1])[call.keys]
-        got = torch.zeros_like(seen[call.queries])
+        segments = segment[call.queries].unique()
+        assert plan.num_queries[segments].sum() <= max_queries or len(segments) == 1
+        assert plan.group is None or len(plan.group[segments].unique()) == 1
+        keys = torch.arange(visible.shape[1])[call.keys]
+        got = torch.zeros_like(visible[call.queries])
         got[:, keys] = True if call.mask is None else call.mask[0, 0]
-        assert torch.equal(got, seen[call.queries]) and len(keys.unique()) == len(keys)
-        assert len(keys) <= module._SPARE * seen[call.queries].any(0).sum()
-    # Neighbours do share, but for those that cannot.
-    assert len(calls) == 40 if rows == 1 else len(calls) < 40
-    assert rows == 256 or any(isinstance(call.keys, torch.Tensor) for call in calls)
+        assert torch.equal(got, visible[call.queries]) and len(keys.unique()) == len(keys)
+        assert len(keys) <= module._MAX_KEY_OVERHEAD * visible[call.queries].any(0).sum()
+    # Consecutive segments share calls if they may.
+    assert len(calls) == 40 if max_queries == 1 else len(calls) < 40
+    assert max_queries == 256 or any(isinstance(call.keys, torch.Tensor) for call in calls)
 
 
-def test_flash_arguments_lay_out_scattered_keys():
-    plan, seen = laid_plan()
+def test_flash_arguments_gather_scattered_keys():
+    plan, visible = gathered_plan()
     index, arguments = plan.flash_arguments
     assert torch.equal(index, plan.key_index) and not arguments["is_causal"]
-    got = torch.zeros_like(seen)
+    got = torch.zeros_like(visible)
     bounds_q, bounds_k = arguments["cu_seq_lens_q"].tolist(), arguments["cu_seq_lens_k"].tolist()
     for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         assert q1 - q0 <= arguments["max_length_q"] and k1 - k0 <= arguments["max_length_k"]
         got[q0:q1, index[k0:k1]] = True
-    assert torch.equal(got, seen)
+    assert torch.equal(got, visible)
 
 
-def test_flex_mask_counts_laid_keys():
-    plan, seen = laid_plan()
-    assert plan.block_mask.seq_lengths == (len(seen), len(plan.key_index))
-    queries, laid = torch.arange(len(seen))[:, None], torch.arange(len(plan.key_index))
-    visible = plan.block_mask.mask_mod(0, 0, queries, laid)
-    got = torch.zeros_like(seen)
-    query, key = visible.nonzero(as_tuple=True)
+def test_flex_mask_counts_gathered_keys():
+    plan, visible = gathered_plan()
+    assert plan.block_mask.seq_lengths == (len(visible), len(plan.key_index))
+    queries, keys = torch.arange(len(visible))[:, None], torch.arange(len(plan.key_index))
+    is_visible = plan.block_mask.mask_mod(0, 0, queries, keys)
+    got = torch.zeros_like(visible)
+    query, key = is_visible.nonzero(as_tuple=True)
     got[query, plan.key_index[key]] = True
-    assert torch.equal(got, seen)
+    assert torch.equal(got, visible)
 
 
-def test_implementation_comes_back_after_an_error():
+def test_the_implementation_is_restored_after_an_error():
     layer = Layer("sdpa")
     with pytest.raises(RuntimeError):
         with module.packed_attention(layer, PackedAttention.for_clips(TOKENS, "frame")):
@@ -179,7 +180,7 @@ def test_implementation_comes_back_after_an_error():
     assert layer.config._attn_implementation == "sdpa"
 
 
-def test_unknown_choice_names_the_known_ones():
+def test_the_error_of_an_unknown_choice_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"`attention` must be one of block_causal, .*got 'full'"):
         PackedAttention.for_clips(TOKENS, "full")
     with pytest.raises(ValueError, match="got 'canvas'"):
@@ -200,7 +201,9 @@ def test_attention_on_cuda_is_that_of_the_full_mask(attention, implementation):
     layer.config._attn_implementation = implementation
     with module.packed_attention(layer, PackedAttention.for_clips(TOKENS.cuda(), attention)):
         output = layer(query, key, value)
-    scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~sees(attention).cuda(), -torch.inf)
+    scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(
+        ~visible_keys(attention).cuda(), -torch.inf
+    )
     expected = (scores.softmax(-1) @ value.float()).transpose(1, 2)
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=2e-2)
 
@@ -209,17 +212,17 @@ def test_attention_on_cuda_is_that_of_the_full_mask(attention, implementation):
     not torch.cuda.is_available(), reason="needs CUDA; flex attention takes a minute to compile on a CPU"
 )
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2"])
-def test_attention_to_laid_keys_on_cuda_is_that_of_the_full_mask(implementation):
+def test_attention_to_gathered_keys_on_cuda_is_that_of_the_full_mask(implementation):
     if implementation == "flash_attention_2":
         pytest.importorskip("flash_attn")
-    plan, seen = laid_plan()
+    plan, visible = gathered_plan()
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, seen.shape[1], 64, dtype=torch.bfloat16, device="cuda")
+    query, key, value = torch.randn(3, 1, 2, visible.shape[1], 64, dtype=torch.bfloat16, device="cuda")
     query = query[:, :, 8:]
     layer = Layer("sdpa")
     layer.config._attn_implementation = implementation
     with module.packed_attention(layer, plan.to(query.device), lambda *_: (key, value)):
         output = layer(query, key[:, :, 8:], value[:, :, 8:])
-    scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~seen.cuda(), -torch.inf)
+    scores = (query.float() @ key.float().transpose(-1, -2) * 0.3).masked_fill(~visible.cuda(), -torch.inf)
     expected = (scores.softmax(-1) @ value.float()).transpose(1, 2)
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=2e-2)

@@ -8,12 +8,12 @@ def test_a_run_of_placeholders_is_one_video():
     assert find_placeholders(ids, 9) == [[(0, 2), (3, 4)], [(2, 5)], []]
 
 
-def test_padding_names_no_video():
+def test_padding_is_no_placeholder():
     mask = torch.tensor([[0, 0, 1, 1, 1]])
     assert find_placeholders(torch.tensor([[9, 9, 1, 9, 2]]), 9, mask) == [[(3, 4)]]
 
 
-def test_videos_take_the_place_of_their_placeholders():
+def test_videos_replace_their_placeholders():
     ids = torch.tensor([[0, 3, 9, 4, 9], [5, 9, 9, 6, 0]])
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     text = ids[..., None].float()
@@ -26,7 +26,7 @@ def test_videos_take_the_place_of_their_placeholders():
     assert embeds[0].tolist() == [3, 10, 11, 12, 4] and embeds[1, 2:].tolist() == [5, 30, 6]
 
 
-def test_gradients_reach_words_and_videos_and_nothing_else():
+def test_gradients_reach_only_words_and_videos():
     ids = torch.tensor([[3, 9, 4], [5, 6, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     text, video = torch.zeros(2, 3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)

@@ -75,21 +75,21 @@ def test_results_do_not_depend_on_the_order_in_which_they_are_used(selector, pat
         assert dict(answers(pruning()))[name]() == together[name]
 
 
-def test_an_unfinished_pass_is_started_again(selector, path):
+def test_an_unfinished_iteration_is_started_again(selector, path):
     pruning = prune_video(path, selector, **SETTINGS)
     next(pruning.overlay())
     next(pruning.chunks())
     assert ids_of(pruning.gaze) == ids_of(gaze_video(selector, path, **SETTINGS))
 
 
-def test_saved_files_hold_what_the_pruning_says(selector, path, tmp_path):
+def test_saved_files_agree_with_the_pruning(selector, path, tmp_path):
     pruning = prune_video(path, selector, title="a clip", selector_name="greedy", **SETTINGS)
     pruning.save(tmp_path)
     file = GazeFile.read(tmp_path / "gaze.json")
     assert ids_of(file.gaze) == ids_of(pruning.gaze)
     assert file.facts["frame_indices"] == pruning.frame_indices and file.facts["settings"] == SETTINGS
     assert file.facts["video"] == "a clip" and file.facts["selector"] == "greedy"
-    # Numbers of JSON are those of Python, but for keys and tuples.
+    # JSON changes only keys and tuples.
     assert file.facts["statistics"] == json.loads(json.dumps(pruning.statistics))
     records = [{key: record[key] for key in ("frame", "scale", "id", "box", "order")} for record in file.records]
     assert records == list(pruning.records())
@@ -98,7 +98,7 @@ def test_saved_files_hold_what_the_pruning_says(selector, path, tmp_path):
     assert np.array_equal(Image.open(tmp_path / "contact_sheet.png"), pruning.contact_sheet())
 
 
-def test_kept_patches_are_those_that_an_encoder_sees(selector, frames):
+def test_kept_patches_are_those_of_an_encoder(selector, frames):
     pruning = prune_video(frames, selector, **SETTINGS)
     kept = list(pruning.kept_patches())
     assert [patches.ids.tolist() for patches in kept] == ids_of(pruning.gaze)
@@ -118,7 +118,7 @@ def test_without_quality_nothing_is_measured(selector, path, tmp_path):
         _ = pruning.psnr_each_frame
 
 
-def test_progress_is_reported_and_can_end_the_work(selector, path, tmp_path):
+def test_progress_is_reported_and_its_errors_end_the_pruning(selector, path, tmp_path):
     reported = []
     prune_video(path, selector, progress=lambda *done: reported.append(done), **SETTINGS).save(tmp_path / "whole")
     assert reported == [(16, 22), (22, 22)]
@@ -131,7 +131,7 @@ def test_progress_is_reported_and_can_end_the_work(selector, path, tmp_path):
     assert not (tmp_path / "stopped").exists()
 
 
-def test_a_source_that_is_read_once_is_pruned_and_shown(selector, path):
+def test_a_source_that_is_read_once_is_pruned_and_drawn(selector, path):
     class Pipe:
         def __init__(self):
             self.file = open(path, "rb")  # noqa: SIM115
@@ -161,7 +161,7 @@ def test_wrong_arguments_are_reported_at_once(selector, source, options, message
         prune_video(source, selector, **options)
 
 
-def test_an_overlay_of_frames_runs_at_the_rate_that_is_given(selector, frames, tmp_path):
+def test_an_overlay_of_frames_has_the_given_rate(selector, frames, tmp_path):
     prune_video(frames, selector, frame_rate=5, **SETTINGS).save(tmp_path)
     assert read_video(tmp_path / "overlay.mp4")[1].fps == 5
 
@@ -174,12 +174,12 @@ def test_an_overlay_of_frames_runs_at_the_rate_that_is_given(selector, frames, t
         ({"gazing_ratio": 0.5, "clip_ratio": 0.2}, {"clip_ratio": 0.2}),
     ],
 )
-def test_without_settings_those_of_the_configuration_hold(frames, config, settings):
+def test_without_settings_those_of_the_configuration_are_used(frames, config, settings):
     selector = GreedyGazeSelector(GreedyGazeConfig([16, 32], 8, **config))
     assert prune_video(frames, selector).settings == settings
 
 
-def test_an_opened_video_decides_which_frames_are_taken(selector, path):
+def test_an_opened_video_determines_the_frames_taken(selector, path):
     with pytest.raises(ValueError, match="`num_frames` and `fps` must be those of the OpenedVideo"):
         prune_video(OpenedVideo(path), selector, num_frames=3)
 
@@ -207,7 +207,7 @@ def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
         ("clip_ratio", [0.5, 0.5]),
     ],
 )
-def test_what_could_not_be_used_or_written_is_refused_before_any_work(name, value):
+def test_arguments_of_wrong_types_are_refused_at_once(name, value):
     arguments = {"source": np.zeros((2, 32, 32, 3), np.uint8), "selector": GreedyGazeSelector(), name: value}
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         prune_video(**arguments)

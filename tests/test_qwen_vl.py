@@ -48,7 +48,7 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
 def tiny_mllm(family: str, patch_size: int = 4, tokens: int = 50, seed: int = 0, **vision):
-    """A random MLLM of one family; weights are large enough that its answers depend on what it sees."""
+    """A random MLLM of one family; weights are large enough that its answers depend on its inputs."""
     torch.manual_seed(seed)
     text = {
         "vocab_size": tokens,
@@ -93,12 +93,12 @@ def tiny_mllm(family: str, patch_size: int = 4, tokens: int = 50, seed: int = 0,
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def mllm(request):
-    """Tests must not change it."""
+    """An MLLM that tests must not change."""
     return tiny_mllm(request.param)
 
 
 def tiny_features(**settings) -> FeatureGazeModel:
-    """A small network with random weights, whose vectors depend on what it sees."""
+    """A small network with random weights, whose vectors depend on its inputs."""
     torch.manual_seed(0)
     sizes = {"hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "feature_size": 6, "initializer_range": 0.3}
     return FeatureGazeModel(FeatureGazeConfig(**sizes, **settings)).eval()
@@ -122,7 +122,7 @@ def write_prompt(family: str, parts: list) -> list[int]:
 
 
 def make_inputs(mllm, rows: list[list], seed: int = 0, padding_side: str = "left") -> dict:
-    """Makes what a processor returns for prompts of words and videos."""
+    """Makes the outputs of a processor for prompts of words and videos."""
     family, generator = mllm.config.model_type, torch.Generator().manual_seed(seed)
     prompts = [write_prompt(family, parts) for parts in rows]
     grids = torch.tensor([part for parts in rows for part in parts if not isinstance(part, int)])
@@ -147,7 +147,7 @@ def make_inputs(mllm, rows: list[list], seed: int = 0, padding_side: str = "left
 
 
 def as_original(mllm, inputs: dict) -> dict:
-    """Leaves out the types of tokens where the MLLM reads them off the tokens, as its first versions did."""
+    """Leaves out the types of tokens if the MLLM computes them from the tokens, as in its first versions."""
     known = inspect.signature(mllm.model.get_rope_index).parameters
     return {key: value for key, value in inputs.items() if key != "mm_token_type_ids" or key in known}
 
@@ -180,7 +180,7 @@ TWO_VIDEOS = [[1, 2, (2, 6, 10), 3, 4, (1, 4, 4), 5, 6]]
 UNEQUAL = [[1, (2, 6, 10), 3], [4, 5, (1, 8, 4), 6, (3, 4, 6), 7], [1, 2, 3, 4]]
 
 
-# What is kept
+# Kept units
 
 
 def test_units_are_listed_in_the_order_of_their_tokens():
@@ -196,7 +196,7 @@ def test_units_are_listed_in_the_order_of_their_tokens():
 
 
 @pytest.mark.parametrize("frames", [3, 4])
-def test_a_unit_is_kept_when_any_of_its_frames_was_gazed_at(frames):
+def test_a_unit_is_kept_if_a_patch_of_any_of_its_frames_is_kept(frames):
     masks = [torch.zeros(1, frames, 4, dtype=torch.bool), torch.zeros(1, frames, 16, dtype=torch.bool)]
     masks[0][0, 1, 3] = True  # the bottom right quarter, in the second frame
     masks[1][0, 2, 0] = True  # the top left sixteenth, in the third
@@ -226,7 +226,7 @@ def test_keeping_every_unit_gives_the_original_logits(mllm, rows, padding_side):
     torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
 
 
-def test_pictures_beside_a_video_are_kept_whole(mllm):
+def test_all_units_of_images_beside_a_video_are_kept(mllm):
     inputs = make_inputs(mllm, [[1, (2, 4, 6), 2]])
     picture = torch.tensor([[3, START, *[IMAGE] * 4, END, 4]])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], picture], dim=1)
@@ -234,7 +234,7 @@ def test_pictures_beside_a_video_are_kept_whole(mllm):
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) + 2 * (inputs["input_ids"] == VIDEO)
     inputs["pixel_values"] = torch.randn(16, inputs["pixel_values_videos"].shape[1])
     inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
-    inputs.pop("second_per_grid_ts", None)  # some versions of transformers want one for a picture, too
+    inputs.pop("second_per_grid_ts", None)  # some versions of transformers need one for an image as well
     model = GazeQwenVL(mllm)
     with torch.no_grad():
         expected = mllm(**as_original(mllm, inputs)).logits
@@ -254,7 +254,7 @@ def test_keeping_every_unit_generates_the_original_tokens(mllm, options):
     assert not torch.equal(generated, GazeQwenVL(mllm).generate(**other, gaze=full_gaze(inputs), **options))
 
 
-def test_the_outputs_of_generate_start_with_the_prompts_as_they_were_given(mllm):
+def test_the_outputs_of_generate_start_with_the_prompts_of_the_caller(mllm):
     inputs = make_inputs(mllm, UNEQUAL)
     options = {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
     output = GazeQwenVL(mllm).generate(**inputs, gaze=gazes_for(inputs), **options)
@@ -263,7 +263,7 @@ def test_the_outputs_of_generate_start_with_the_prompts_as_they_were_given(mllm)
     assert torch.equal(output.sequences[::2, :length], inputs["input_ids"])
 
 
-def test_without_videos_the_mllm_is_called_as_it_is(mllm):
+def test_without_videos_the_mllm_is_called_with_unchanged_inputs(mllm):
     words = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert torch.equal(GazeQwenVL(mllm)(words).logits, mllm(words).logits)
@@ -274,7 +274,7 @@ def test_without_videos_the_mllm_is_called_as_it_is(mllm):
 # Dropping
 
 
-def test_a_dropped_unit_cannot_matter(mllm):
+def test_a_dropped_unit_has_no_effect(mllm):
     inputs = make_inputs(mllm, UNEQUAL)
     gazes = gazes_for(inputs)
     is_kept = torch.cat([kept.flatten() for kept in kept_of(inputs, gazes)]).repeat_interleave(4)
@@ -289,7 +289,7 @@ def test_a_dropped_unit_cannot_matter(mllm):
         assert not torch.allclose(model(**{**inputs, "pixel_values_videos": changed}, gaze=gazes).logits, logits)
 
 
-def test_the_language_model_gets_exactly_the_words_and_the_kept_units(mllm):
+def test_the_language_model_reads_exactly_the_words_and_the_kept_units(mllm):
     inputs = make_inputs(mllm, UNEQUAL)
     gazes = gazes_for(inputs)
     kept = kept_of(inputs, gazes)
@@ -319,7 +319,7 @@ def test_the_language_model_gets_exactly_the_words_and_the_kept_units(mllm):
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_what_is_left_stays_at_its_place(mllm, padding_side):
+def test_kept_tokens_have_their_positions_in_the_whole_prompt(mllm, padding_side):
     inputs = make_inputs(mllm, UNEQUAL, padding_side=padding_side)
     gazes = gazes_for(inputs)
     model = GazeQwenVL(mllm)
@@ -333,7 +333,7 @@ def test_what_is_left_stays_at_its_place(mllm, padding_side):
 
 
 def rotated_positions(mllm, call) -> list[torch.Tensor]:
-    """Gives the positions that the language model's rotary embedding is asked for while `call` runs."""
+    """The positions that the language model's rotary embedding is called with in `call`."""
     seen = []
 
     def look(module, args, kwargs):
@@ -345,7 +345,7 @@ def rotated_positions(mllm, call) -> list[torch.Tensor]:
     return seen
 
 
-def test_an_answer_goes_on_where_it_would_after_the_whole_prompt(mllm):
+def test_an_answer_starts_at_the_position_after_the_whole_prompt(mllm):
     inputs = make_inputs(mllm, UNEQUAL)
     options = {"max_new_tokens": 4, "do_sample": False}
     original = rotated_positions(mllm, lambda: mllm.generate(**as_original(mllm, inputs), **options))
@@ -418,7 +418,7 @@ def test_whole_windows_are_encoded_as_in_the_whole_video():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropping_units_is_masking_their_patches_in_the_whole_tower(family):
-    # One window a frame, so that the tower attends frame by frame in the order of the patches.
+    # One window for each frame, so that the tower attends frame by frame in the order of the patches.
     mllm = tiny_mllm(family, **({"window_size": 400} if family == "qwen2_5_vl" else {}))
     inputs = make_inputs(mllm, [[(2, 6, 10), (1, 4, 8)]])
     is_kept = torch.cat([kept.flatten() for kept in kept_of(inputs, gazes_for(inputs))])
@@ -441,11 +441,11 @@ def test_dropping_units_is_masking_their_patches_in_the_whole_tower(family):
 
 
 def canvas_mask(units: list[tuple], side: int | None) -> torch.Tensor:
-    """Gives `(units, units)`: whether a unit (video, time, row, col) sees another, inside windows of `side` or anywhere."""
+    """Mask `(units, units)`: whether a unit (video, time, row, col) attends to another, inside windows of `side` or anywhere."""
     mask = torch.zeros(len(units), len(units), dtype=torch.bool)
     for number, (video, time, row, col) in enumerate(units):
         latest = {}
-        for other in sorted(units):  # later ones lie over earlier ones
+        for other in sorted(units):  # later units replace earlier ones
             in_window = side is None or (other[2] // side, other[3] // side) == (row // side, col // side)
             if other[0] == video and other[1] <= time and in_window:
                 latest[other[2:]] = other
@@ -457,7 +457,7 @@ def canvas_mask(units: list[tuple], side: int | None) -> torch.Tensor:
 def flash_by_hand(
     module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, is_causal, **kwargs
 ):
-    """Attention of variable lengths as flash kernels take it, `(1, heads, tokens, head_dim)`, piece by piece."""
+    """Attention with the arguments of flash kernels, `(1, heads, tokens, head_dim)`, segment by segment."""
     sizes = (ends.diff().tolist() for ends in (cu_seq_lens_q, cu_seq_lens_k, cu_seq_lens_k))
     pieces = zip(
         *(part.split(size, dim=2) for part, size in zip((query, key, value), sizes, strict=True)), strict=True
@@ -468,7 +468,7 @@ def flash_by_hand(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_by_hand"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_unit_sees_its_frame_and_the_latest_units_kept_elsewhere(family, attention):
+def test_a_unit_attends_to_its_frame_and_the_latest_units_kept_elsewhere(family, attention):
     mllm = tiny_mllm(family)
     AttentionInterface.register("flash_by_hand", flash_by_hand)
     mllm.model.visual.config._attn_implementation = attention
@@ -482,7 +482,7 @@ def test_a_unit_sees_its_frame_and_the_latest_units_kept_elsewhere(family, atten
         tower(*call)
     handle.remove()
 
-    # The tower's own order, window by window if it has any, and in it the patches of the units that are kept.
+    # The patches of the kept units in the tower's own order, window by window if it has any.
     order, side = list(range(len(places))), None
     if family == "qwen2_5_vl":
         side = 2
@@ -535,7 +535,7 @@ def test_with_every_unit_kept_the_canvas_changes_no_bit(mllm):
 # Training
 
 
-def test_labels_of_what_is_left_give_a_loss_and_gradients(mllm):
+def test_labels_of_kept_tokens_give_a_loss_and_gradients(mllm):
     mllm = tiny_mllm(mllm.config.model_type)
     inputs = make_inputs(mllm, UNEQUAL)
     gazes, model = gazes_for(inputs), GazeQwenVL(mllm)
@@ -559,7 +559,7 @@ def test_labels_of_what_is_left_give_a_loss_and_gradients(mllm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_may_stay_elsewhere_until_a_module_runs(family):
+def test_weights_may_be_offloaded(family):
     accelerate = pytest.importorskip("accelerate")
     mllm = tiny_mllm(family)
     inputs = make_inputs(mllm, TWO_VIDEOS)
@@ -584,7 +584,7 @@ def test_eager_attention_gives_the_same(mllm):
     torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
 
 
-def test_the_mllm_is_left_as_it_was(mllm):
+def test_the_mllm_is_unchanged_after_a_call(mllm):
     inputs = make_inputs(mllm, TWO_VIDEOS)
     state = {name: value.clone() for name, value in mllm.state_dict().items()}
     with torch.no_grad():
@@ -613,7 +613,7 @@ def fold_units(frames: torch.Tensor, side: int) -> torch.Tensor:
     return torch.stack(patches)
 
 
-def test_units_unfold_to_the_frames_they_were_cut_from():
+def test_unfolding_units_restores_the_frames():
     frames = torch.rand(4, 8, 24, 3)
     assert torch.equal(unfold_units(fold_units(frames, 4), (2, 2, 6), merge_size=2, patch_size=4), frames)
 
@@ -621,7 +621,7 @@ def test_units_unfold_to_the_frames_they_were_cut_from():
 def frames_and_inputs(
     mllm, rows: list[list], seed: int = 0
 ) -> tuple[list[torch.Tensor], AutoGazeVideoProcessor, dict]:
-    """Makes videos `(frames, height, width, 3)` of levels, a processor and what it returns for prompts of them."""
+    """Makes videos `(frames, height, width, 3)` of levels, a processor and its outputs for prompts with them."""
     generator = torch.Generator().manual_seed(seed)
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
@@ -634,7 +634,7 @@ def frames_and_inputs(
     return videos, processor, inputs
 
 
-def test_the_selector_gazes_at_the_merge_units_of_the_frames_that_the_mllm_gets(mllm):
+def test_the_selector_gazes_at_the_merge_units_of_the_mllms_frames(mllm):
     videos, processor, inputs = frames_and_inputs(mllm, [[1, (3, 4, 6), 2]])
     model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
     gaze = model.gaze(inputs["pixel_values_videos"], inputs["video_grid_thw"], tokens_per_clip=7)[0]
@@ -663,7 +663,7 @@ def test_a_long_video_is_gazed_at_in_parts(settings, monkeypatch):
     gazer = UnitGazer(GreedyGazeSelector(), processor, None, UnitSizes(merge_size=2, patch_size=4, frames=2))
     call = inputs["pixel_values_videos"], inputs["video_grid_thw"]
     whole = gazer.gaze(*call, **settings)[0]
-    monkeypatch.setattr(qwen_vl_gazing, "_SEARCHED", 2 * 2 * 24 * 40)  # two pairs of frames
+    monkeypatch.setattr(qwen_vl_gazing, "_MAX_PIXELS", 2 * 2 * 24 * 40)  # two pairs of frames
     parts = gazer.gaze(*call, **settings)[0]
     assert torch.equal(parts.gazing_mask[0], whole.gazing_mask[0])
     assert int(parts.num_real) == settings.get("tokens_per_clip", int(parts.num_real))
@@ -682,7 +682,7 @@ def test_a_long_video_is_gazed_at_in_parts(settings, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("kind", ["pixels", "features"])
-def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, kind, settings, kept):
+def test_the_language_model_reads_as_many_units_as_the_budget(mllm, kind, settings, kept):
     rows = [[1, (2, 6, 10), 3, 4, (3, 4, 8), 5]] if kept else [[1, (2, 6, 10), 3, 4, 5]]
     kept = [1 + 15] if kept is None else kept
     _, processor, inputs = frames_and_inputs(mllm, rows)
@@ -698,7 +698,7 @@ def test_the_language_model_reads_as_many_units_as_were_asked_for(mllm, kind, se
         assert model(**inputs, **settings).logits.shape[1] == words + sum(kept)
 
 
-def test_a_threshold_of_features_keeps_what_every_pair_of_frames_needs(mllm):
+def test_a_threshold_of_features_keeps_the_units_that_every_pair_of_frames_needs(mllm):
     _, processor, inputs = frames_and_inputs(mllm, [[1, (3, 6, 10), 3, 4]])
     model = GazeQwenVL(mllm, tiny_features(), processor)
     call, counts = (inputs["pixel_values_videos"], inputs["video_grid_thw"]), []
@@ -726,7 +726,7 @@ def test_a_ratio_of_one_gives_the_original_logits_and_answers(mllm):
     assert torch.equal(generated, mllm.generate(**as_original(mllm, inputs), **options))
 
 
-def test_a_selector_of_fixed_scales_says_once_what_it_costs(mllm):
+def test_a_selector_of_fixed_scales_warns_once_of_its_share(mllm):
     torch.manual_seed(0)
     selector = AutoGazeModel(AutoGazeConfig(scales=[32, 64], image_size=64, max_num_frames=4)).eval()
     videos, processor, inputs = frames_and_inputs(mllm, [[1, (2, 6, 10), 3, (3, 4, 8)]])
@@ -762,7 +762,7 @@ def test_a_selector_of_fixed_scales_says_once_what_it_costs(mllm):
         ({"gazing_ratio": -0.1}, "`gazing_ratio` must lie in 0..1"),
     ],
 )
-def test_budgets_that_cannot_be_are_named_before_the_tower_runs(mllm, settings, message):
+def test_wrong_budgets_are_refused_before_the_tower_runs(mllm, settings, message):
     _, processor, inputs = frames_and_inputs(mllm, [[1, (2, 6, 10), 3]])
     model = GazeQwenVL(mllm, GreedyGazeSelector(), processor)
     handle = mllm.model.visual.patch_embed.register_forward_pre_hook(lambda *_: pytest.fail("the tower ran"))
@@ -843,7 +843,7 @@ def test_the_example_runs_on_a_checkpoint_and_a_file(family, tmp_path, monkeypat
 # Errors
 
 
-def test_what_does_not_fit_is_named(mllm):
+def test_errors_name_the_argument_that_does_not_fit(mllm):
     inputs = make_inputs(mllm, [[1, (2, 4, 6), 2]])
     gaze, model = gazes_for(inputs), GazeQwenVL(mllm)
     with pytest.raises(ValueError, match="`gaze` does not fit video 0: it must be of 4 frames, 2 for each .* got 6"):
@@ -871,7 +871,7 @@ def test_what_does_not_fit_is_named(mllm):
         model(inputs["input_ids"])
 
 
-def test_models_and_processors_of_other_kinds_are_named():
+def test_models_and_processors_of_other_types_are_refused():
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**tiny, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
     text = {**tiny, "model_type": "llama", "vocab_size": 50}

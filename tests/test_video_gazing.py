@@ -14,7 +14,7 @@ from transformers_autogaze import (
     write_video,
 )
 from transformers_autogaze.frame_decoding_autogaze import read_video
-from transformers_autogaze.video.streaming import _ahead
+from transformers_autogaze.video.streaming import _prefetch
 from transformers_autogaze.video.tiles import choose_tile_grid
 
 
@@ -23,7 +23,7 @@ TILE = GazeGrid(SCALES, PATCH)
 
 
 class Clips(GreedyGazeSelector):
-    """The greedy selector on chunks that are clips of their own, as the learned model takes them."""
+    """The greedy selector on chunks that are clips of their own, like those of the learned model."""
 
     def generate(self, pixel_values_videos, past_key_values=None, **settings):
         assert past_key_values is None
@@ -56,7 +56,7 @@ def values(frames: np.ndarray, size: tuple[int, int] | None = None) -> torch.Ten
 
 
 def published(frames: np.ndarray) -> torch.Tensor:
-    """What the processor, and so the pipeline, makes of whole frames."""
+    """The processor's, and so the pipeline's, pixel values of whole frames."""
     return AutoGazeVideoProcessor()(frames, input_data_format="channels_last", return_tensors="pt")[
         "pixel_values_videos"
     ]
@@ -103,13 +103,13 @@ def test_the_learned_model_gazes_chunk_by_chunk(tiny_model):
     assert same(gaze, GazeOutput.concatenate(expected))
 
 
-def test_whole_frames_give_what_the_pipeline_gives(tiny_model):
+def test_whole_frames_give_the_gaze_of_the_pipeline(tiny_model):
     frames = moving(tiny_model.config.max_num_frames + 3, 36, 64)
     result = VideoTokenPruningPipeline(tiny_model, device="cpu")(frames, gazing_ratio=0.3)
     assert same(gaze_video(tiny_model, frames, gazing_ratio=0.3), result["gaze"])
 
 
-def test_a_streaming_selector_goes_on_over_chunks(stream):
+def test_a_streaming_selector_continues_over_chunks(stream):
     frames = moving(7, 40, 64)
     expected = stream.generate(published(frames), **SETTINGS)
     assert same(gaze_video(stream, frames, chunk_frames=3, **SETTINGS), expected)
@@ -135,7 +135,7 @@ def test_a_grid_of_tiles_is_gazed_at_tile_by_tile(clips, height, width, max_tile
 
 
 @pytest.mark.parametrize("height, width", [(64, 96), (50, 41), (33, 32), (13, 20), (1, 1)])
-def test_native_tiles_are_padded_and_what_lies_outside_is_dropped(clips, height, width):
+def test_native_tiles_are_padded_and_patches_outside_the_frame_are_dropped(clips, height, width):
     frames = moving(3, height, width)
     (chunk,) = stream_gaze(clips, frames, tiles="native", **SETTINGS)
     rows, cols = -(-height // SIDE), -(-width // SIDE)
@@ -180,7 +180,7 @@ def test_the_batch_size_changes_nothing(request, name, tiles):
 
 
 @pytest.mark.parametrize("tiles", ["whole", "grid"])
-def test_a_chunk_says_where_to_go_on(clips, tmp_path, tiles):
+def test_a_stream_continues_at_the_stop_of_a_chunk(clips, tmp_path, tiles):
     frames = moving(14, 32, 48)
     path = write_video(tmp_path / "clip.mp4", frames, fps=10)
     for source, sampling in ((path, {}), (path, {"num_frames": 9}), (frames, {"num_frames": 9}), (list(frames), {})):
@@ -201,7 +201,7 @@ def test_a_chunk_says_where_to_go_on(clips, tmp_path, tiles):
     assert [chunk.start for chunk in stream_gaze(clips, iter(frames), start_frame=5)] == expected == [5, 9, 13]
 
 
-def test_frames_are_taken_no_further_than_a_chunk(clips):
+def test_frames_are_read_chunk_by_chunk(clips):
     taken = []
     chunks = stream_gaze(clips, (taken.append(i) or frame for i, frame in enumerate(moving(20, 32, 32))))
     assert not taken
@@ -209,28 +209,28 @@ def test_frames_are_taken_no_further_than_a_chunk(clips):
         assert next(chunks).stop == count == len(taken)
 
 
-def test_chunks_taken_ahead_come_in_order_one_at_a_time():
+def test_prefetched_chunks_are_in_order_one_at_a_time():
     taken = []
-    parts = _ahead(taken.append(i) or np.full(2, i) for i in range(5))
+    parts = _prefetch(taken.append(i) or np.full(2, i) for i in range(5))
     assert not taken
     for number, part in enumerate(parts):
         assert part.tolist() == [number] * 2 and len(taken) <= number + 2
     assert taken == list(range(5))
 
 
-def test_errors_of_chunks_taken_ahead_come_where_they_belong():
+def test_errors_of_prefetched_chunks_are_raised_at_their_chunk():
     def parts():
         yield np.zeros(1)
         raise ValueError("broken frame")
 
-    ahead = _ahead(parts())
+    ahead = _prefetch(parts())
     assert next(ahead).tolist() == [0]
     with pytest.raises(ValueError, match="broken frame"):
         next(ahead)
 
 
 @pytest.mark.parametrize("form", [iter, list, torch.from_numpy, lambda frames: (torch.from_numpy(f) for f in frames)])
-def test_frames_come_in_many_forms(clips, form):
+def test_frames_may_be_of_many_types(clips, form):
     frames = moving(6, 32, 48)
     assert same(gaze_video(clips, form(frames)), gaze_video(clips, frames))
 
@@ -241,7 +241,7 @@ def test_short_videos_are_one_chunk(clips, count):
     assert (chunk.start, chunk.stop, chunk.gaze.num_frames, len(chunk.frames)) == (0, count, count, count)
 
 
-def test_the_processors_own_normalisation_counts():
+def test_the_processors_normalisation_is_used():
     options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "offset": False, "rescale_factor": 1 / 255}
     selector, frames = GreedyGazeSelector(GreedyGazeConfig(SCALES, PATCH, **options)), moving(4, 32, 32)
     ours = gaze_video(selector, frames, AutoGazeVideoProcessor(**options), **SETTINGS)
@@ -285,7 +285,7 @@ def test_the_grid_fits_the_aspect_ratio(height, width, max_tiles, layout):
         (np.zeros((4, 3, 8, 8), np.uint8), {}, r"`source` must have the shape \(frames, height, width, 3\)"),
     ],
 )
-def test_bad_arguments_are_named_at_once(clips, source, arguments, message):
+def test_wrong_arguments_are_refused_at_once(clips, source, arguments, message):
     with pytest.raises(ValueError, match=message):
         stream_gaze(clips, moving(6, 8, 8) if source is None else source, **arguments)
 
@@ -300,6 +300,6 @@ def test_bad_arguments_are_named_at_once(clips, source, arguments, message):
         ([*moving(5, 8, 8), *moving(1, 8, 9)], {}, r"frame 5 must be uint8 of shape \(8, 8, 3\), got uint8 of shape"),
     ],
 )
-def test_bad_frames_are_named_when_they_come(clips, frames, arguments, message):
+def test_wrong_frames_are_refused_when_they_are_read(clips, frames, arguments, message):
     with pytest.raises(ValueError, match=message):
         list(stream_gaze(clips, iter(frames), **arguments))

@@ -16,7 +16,7 @@ from transformers_autogaze.integrations.video_tokens import (
 TILE = GazeGrid([8, 16], 8)
 
 
-def test_tiles_go_row_by_row():
+def test_tiles_are_in_order_row_by_row():
     video = torch.arange(4 * 6).view(1, 1, 4, 6)
     tiles = cut_tiles(video, rows=2, cols=3)
     assert [int(tile[0, 0, 0, 0]) for tile in tiles] == [0, 2, 4, 12, 14, 16]
@@ -28,7 +28,7 @@ def test_clips_are_tiles_of_chunks_with_their_own_masks():
     masks = [torch.zeros(1, 5, 2, dtype=torch.bool), torch.zeros(1, 5, 8, dtype=torch.bool)]
     masks[0][0, 0, 0] = masks[1][0, 3, 6] = True
     clips = list(cut_clips(7, video, GazeOutput.from_masks(masks, grid), TILE, chunk_frames=2))
-    # Nothing was kept elsewhere.
+    # No other patch was kept.
     assert [(clip.video, clip.chunk, clip.tile) for clip in clips] == [(7, 0, 0), (7, 1, 1)]
     assert [clip.frame_numbers.tolist() for clip in clips] == [[0, 1], [2, 3]]
     assert clips[0].masks[0].tolist() == [[True], [False]]
@@ -63,7 +63,7 @@ def test_thumbnails_are_whole_frames_at_the_finest_scale():
     assert [mask.all().item() for mask in clips[3].masks] == [False, True] and not clips[3].masks[0].any()
 
 
-def test_batches_hold_clips_of_one_shape():
+def test_batches_have_clips_of_one_shape():
     clips = [VideoClip(0, n, 0, None, torch.zeros(frames), []) for n, frames in enumerate([2, 2, 3, 2, 3])]
     batches = [[clip.chunk for clip in batch] for batch in batch_clips(iter(clips), max_batch_size=2)]
     assert batches == [[0, 1], [3], [2, 4]]
@@ -76,7 +76,7 @@ def test_batches_hold_clips_of_one_shape():
         ("tile", [4, 3, 0, 1, 2, 5], [(0, 1), (0, 2), (0, 1), (0, 1), (1, 1)]),
     ],
 )
-def test_tokens_are_put_in_order(order, expected, parts):
+def test_tokens_are_sorted(order, expected, parts):
     rows = torch.tensor(
         [
             # video, chunk, tile, frame, id
@@ -92,7 +92,7 @@ def test_tokens_are_put_in_order(order, expected, parts):
     assert index.tolist() == expected and found == parts
 
 
-def test_sinusoids_tell_frames_apart_and_stay_within_their_amplitude():
+def test_sinusoids_differ_between_frames_and_are_within_the_amplitude():
     embedding = SinusoidalTimeEmbedding(8, amplitude=0.1)(torch.arange(512))
     assert embedding.abs().max() <= 0.1
     distance = torch.cdist(embedding, embedding) + torch.eye(512)

@@ -1,4 +1,4 @@
-"""Gazed patches through the towers of transformers."""
+"""The towers of transformers on kept patches."""
 
 import json
 
@@ -126,7 +126,7 @@ def test_keeping_everything_gives_the_original_output(family, model):
             output.prefix_hidden_state.flatten(0, 1), expected[:, :num_prefix], rtol=0, atol=1e-5
         )
     assert torch.equal(model(frames, attention=attention).last_hidden_state, output.last_hidden_state)
-    # The tower itself is as it was.
+    # The tower itself is unchanged.
     assert torch.equal(original(family, model.vision_model, frames), expected)
 
 
@@ -175,8 +175,8 @@ def test_clips_of_a_batch_are_what_they_are_alone(model, attention):
 
 
 @torch.no_grad()
-def test_what_was_not_kept_cannot_matter(family, model):
-    """Not even if it is no number: pixels outside of all kept patches are never read."""
+def test_dropped_patches_have_no_effect(family, model):
+    """Not even NaN: pixels outside all kept patches are never read."""
     frames = video()
     gaze = random_gaze(model.grid, share=0.15)
     # Half the size: bicubic resizing reads one pixel beyond a patch of the middle scale.
@@ -194,7 +194,7 @@ def test_what_was_not_kept_cannot_matter(family, model):
 
 
 @torch.no_grad()
-def test_a_later_frame_changes_nothing_before_it(siglip):
+def test_a_later_frame_does_not_change_earlier_ones(siglip):
     gaze = random_gaze(siglip.grid)
     frames = video()
     changed = frames.clone()
@@ -206,7 +206,7 @@ def test_a_later_frame_changes_nothing_before_it(siglip):
     assert (later.abs().amax(1) > 1e-6).all()
 
 
-def test_tokens_are_named_in_the_order_of_the_slots(siglip):
+def test_tokens_are_in_the_order_of_the_slots(siglip):
     ids = torch.tensor([[5, 0, 21 + 7, 21 + 20], [3, 1, 21 + 2, 0]])
     padded = torch.tensor([[False, False, False, False], [False, True, False, True]])
     gaze = GazeOutput.from_ids(ids, padded, torch.tensor([2, 2]), siglip.grid)
@@ -225,7 +225,7 @@ def test_frames_of_a_tubelet_share_the_union_of_their_gaze():
     masks[2][0, 0, 3], masks[2][0, 1, 9], masks[1][0, 3, 0] = True, True, True
     output = model(video(1), GazeOutput.from_masks(masks, model.grid))
     assert output.ids.tolist() == [5 + 3, 5 + 9, 1] and output.frame.tolist() == [0, 0, 1]
-    # A gaze of one frame per tubelet says the same.
+    # A gaze of one frame per tubelet is equivalent.
     shared = [mask.unflatten(1, (2, 2)).any(2) for mask in masks]
     again = model(video(1), GazeOutput.from_masks(shared, model.grid, frame_sampling_rate=2))
     assert torch.equal(again.last_hidden_state, output.last_hidden_state)
@@ -240,7 +240,7 @@ def test_a_gaze_of_every_second_frame_encodes_those_frames(siglip):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["clip", "dinov3", "vjepa2"])
-def test_clips_and_frames_without_a_patch_are_empty(family):
+def test_clips_and_frames_without_patches_are_empty(family):
     model = GazeVisionModel(tower_of(family), scales=SCALES)
     masks = [torch.zeros(2, 4, count, dtype=torch.bool) for count in model.grid.num_patches_each_scale]
     nothing = model(video(), GazeOutput.from_masks(masks, model.grid))
@@ -252,8 +252,8 @@ def test_clips_and_frames_without_a_patch_are_empty(family):
         assert output.prefix_hidden_state.any(-1).any(-1).nonzero().tolist() == [[1, 2]]
 
 
-def test_coarse_positions_lie_between_the_own_ones_of_the_tower():
-    """The middle of the 4x4 grid is where the one patch of the coarsest scale stands."""
+def test_coarse_positions_are_between_the_towers_own_ones():
+    """The centre of the coarsest scale's only patch is the middle of the 4x4 grid."""
     model = GazeVisionModel(tower_of("siglip"), scales=SCALES)
     table = torch.linspace(-1, 1, 4)
     with torch.no_grad():
@@ -263,8 +263,8 @@ def test_coarse_positions_lie_between_the_own_ones_of_the_tower():
     torch.testing.assert_close(positions[0], torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
-def test_rotary_positions_are_those_of_the_true_centres():
-    """A patch stands in the middle of the four that it splits into."""
+def test_rotary_positions_are_those_of_the_centres():
+    """The centre of a patch is the middle of its four quarters."""
     ids = torch.tensor([0, 4, 5, 8, 9])  # one of 2x2 patches, and its quarters in 4x4
     whole = torch.zeros(5, dtype=torch.long)
     model = GazeVisionModel(tower_of("vjepa2"), scales=[32, 64])
@@ -273,7 +273,7 @@ def test_rotary_positions_are_those_of_the_true_centres():
 
     model = GazeVisionModel(tower_of("dinov3"), scales=[32, 64])
     cos, sin = model.adapter.rotary(model.grid, ids, whole, torch.float32)
-    # Both axes' slower frequency, a tenth of a turn for a unit, stays below a turn, so that it can be read off.
+    # The slower frequency of both axes stays below one rotation (a tenth of one per unit), so angles are unique.
     places = torch.atan2(sin, cos)[:, [1, 3]] * 10 / (2 * torch.pi)
     expected = torch.tensor([[-0.5, -0.5], [-0.75, -0.75], [-0.75, -0.25], [-0.25, -0.75], [-0.25, -0.25]])
     torch.testing.assert_close(places, expected, rtol=0, atol=1e-5)
@@ -294,7 +294,7 @@ def test_dinov3_draws_its_random_positions_of_training_once_for_all_scales():
     assert (ratio - 1).abs().min() > 1e-3
 
 
-# Weights that make no token: heads, what only pre-training needs, the norm of CLIP's pooled output.
+# Weights without effect on tokens: heads, those of pre-training, the norm of CLIP's pooled output.
 UNUSED = ("pooler", "vision_model.head", "predictor", "mask_token", "post_layernorm")
 
 
@@ -331,7 +331,7 @@ def gradients(model: GazeVisionModel, gaze: GazeOutput) -> dict[str, torch.Tenso
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
-def test_a_tower_learns_from_gazed_tokens():
+def test_a_tower_can_be_trained_on_kept_tokens():
     model = GazeVisionModel(tower_of("siglip"), scales=SCALES)
     gaze, target = random_gaze(model.grid), torch.randn(32, generator=torch.Generator().manual_seed(3))
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -347,7 +347,7 @@ def test_a_tower_learns_from_gazed_tokens():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["siglip", "clip", "dinov3", "vjepa2"])
-def test_weights_that_accelerate_keeps_elsewhere_are_found(family):
+def test_weights_that_accelerate_offloads_are_found(family):
     accelerate = pytest.importorskip("accelerate")
     tower = tower_of(family)
     gaze = random_gaze(GazeGrid(SCALES, 16))
@@ -401,7 +401,7 @@ def test_saving_the_tower_gives_the_same_weights(tmp_path, siglip):
     assert "autogaze" not in (tmp_path / "config.json").read_text()
 
 
-def test_by_default_a_tower_sees_its_own_patches_and_an_image_tower_the_canvas():
+def test_defaults_are_the_towers_own_patches_and_canvas_attention_for_image_towers():
     config = SiglipVisionConfig(**{**SIZES, "image_size": 384, "patch_size": 14})
     model = GazeVisionModel(SiglipVisionModel(config))
     assert model.grid == GazeGrid([378], patch_size=14) and model.attention == "canvas"
@@ -455,7 +455,7 @@ def test_frames_must_fill_tubelets():
         GazeVisionModel(tower_of("videomae"), scales=SCALES)(video(1, 6))
 
 
-def test_unknown_family_names_the_known_ones_and_the_page():
+def test_the_error_of_an_unknown_family_lists_the_known_ones():
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     with pytest.raises(ValueError) as error:
         GazeVisionModel(bert)
@@ -465,8 +465,8 @@ def test_unknown_family_names_the_known_ones_and_the_page():
 
 
 @torch.no_grad()
-def test_a_family_of_one_s_own_is_one_class(monkeypatch):
-    """What docs/integrations.md says about adding one."""
+def test_a_new_family_is_one_class(monkeypatch):
+    """The steps of docs/integrations.md."""
 
     class BlankConfig(ViTConfig):
         model_type = "blank_vit"

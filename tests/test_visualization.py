@@ -43,7 +43,7 @@ GROUNDS = {
 
 @pytest.mark.parametrize("ground", GROUNDS)
 @pytest.mark.parametrize("scale", range(len(SCALE_COLOURS)))
-def test_the_hue_of_a_fill_tells_its_scale_on_any_ground(ground, scale):
+def test_the_hue_of_a_fill_is_that_of_its_scale_on_any_background(ground, scale):
     grid = GazeGrid([16 * (1 + index) for index in range(len(SCALE_COLOURS))], 16)
     gaze = GazeOutput.full(grid, 1, 1, scale=scale)
     side = 20 * (1 + scale)
@@ -57,7 +57,7 @@ def test_the_hue_of_a_fill_tells_its_scale_on_any_ground(ground, scale):
         paint_gaze(np.zeros((3, 8, 8, 3), np.uint8), gaze)
 
 
-def test_what_is_not_kept_has_no_hue(gaze):
+def test_dropped_patches_have_no_hue(gaze):
     painted = paint_gaze(np.full((2, 40, 40, 3), (200, 100, 0), np.uint8), gaze, clip=1)
     assert painted[1, 5, 5].tolist() == [35, 35, 35]
     assert (painted[0] != 35).any(-1).all()
@@ -79,7 +79,7 @@ def test_tiny_blocks_have_fills_alone():
     assert (painted == painted[0, 0, 0]).all() and tuple(painted[0, 0, 0]) != SCALE_COLOURS[0]
 
 
-def test_a_legend_goes_on_in_the_next_line():
+def test_a_legend_continues_in_the_next_line():
     names = name_scales(GazeGrid([32, 64, 112, (224, 448)], 16), 448, 896)
     assert names[0] == "32, coarsest: blocks of 448x224 pixels" and names[1] == "64: blocks of 224x112 pixels"
     assert names[3] == "448x224, finest: blocks of 32x32 pixels"
@@ -88,7 +88,7 @@ def test_a_legend_goes_on_in_the_next_line():
         pixels = np.asarray(picture)
         for colour in SCALE_COLOURS[:4]:
             assert (pixels == colour).all(-1).sum() >= 18**2
-        # Nothing is cut off at the right.
+        # No text is cut off at the right.
         assert (pixels[:, -2:] == 255).all()
     assert narrow.height > wide.height
 
@@ -107,13 +107,13 @@ def test_a_timeline_shows_patches_scales_and_cuts():
     assert coarse[5] == 16 and fine[5] == 64 and coarse[50] == 4 and fine[50] == 12 and fine[105] == 80
     is_red = (pixels == (220, 0, 0)).all(-1).all(0)
     assert is_red[100] and is_red.sum() <= 4
-    # A frame that keeps many is not lost where frames are more than pixels.
+    # A frame with many patches is visible even with more frames than pixels.
     many = np.ones((1000, 1), int)
     many[501] = 50
     assert (np.asarray(draw_timeline(many, [], width=100))[-80:] == SCALE_COLOURS[0]).all(-1).sum(0)[50] == 80
 
 
-def test_an_overlay_says_what_is_kept_of_a_frame():
+def test_an_overlay_has_the_numbers_of_a_frame():
     panel = np.zeros((30, 240, 3), np.uint8)
     views = [
         FrameView(frame, frame, frame / 10, kept, 5, kept, 4, ["16: blocks of 4x4"], [panel] * 3)
@@ -133,26 +133,26 @@ def test_an_overlay_says_what_is_kept_of_a_frame():
     ("size", "expected"),
     [((448, 800), (448, 800)), ((1080, 1920), (448, 796)), ((60, 100), (224, 373)), ((16, 1600), (13, 1344))],
 )
-def test_panels_are_of_a_size_to_look_at(size, expected):
+def test_panels_are_neither_too_small_nor_too_large(size, expected):
     assert panel_size(*size) == expected
 
 
-def test_panels_stand_side_by_side():
+def test_panels_are_side_by_side():
     left, right = np.zeros((2, 4, 6, 3), np.uint8), np.full((2, 4, 5, 3), 9, np.uint8)
     both = side_by_side([left, right], gap=3)
     assert both.shape == (2, 4, 14, 3)
     assert (both[:, :, :6] == 0).all() and (both[:, :, 6:9] == 255).all() and (both[:, :, 9:] == 9).all()
 
 
-def test_a_contact_sheet_holds_every_frame():
-    colours = [(40, 200, 10), (80, 200, 10), (120, 200, 10)]  # none of them in text, legend or ground
+def test_a_contact_sheet_has_every_frame():
+    colours = [(40, 200, 10), (80, 200, 10), (120, 200, 10)]  # none of them in text, legend or background
     frames = np.stack([np.full((30, 50, 3), colour, np.uint8) for colour in colours])
     sheet = np.asarray(contact_sheet([("first", frames), ("second", frames[:2])], [16, 32]))
     assert [(sheet == colour).all(-1).sum() for colour in colours] == [2 * 1500, 2 * 1500, 1500]
     assert np.asarray(contact_sheet([("first", frames)], [16], max_width=100)).shape[1] <= 100
 
 
-def test_pixels_become_frames():
+def test_pixels_are_converted_to_frames():
     pixels = torch.tensor([0.0, 0.5, 1.2, -1.0]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     assert to_frames(pixels, (2, 2))[:, 0, 0, 0].tolist() == [0, 128, 255, 0]
     assert to_frames(pixels, (5, 3)).shape == (4, 5, 3, 3)
@@ -170,7 +170,7 @@ def test_the_demo_clip_moves_cuts_and_pans():
 
 
 @pytest.mark.parametrize("part", [1, 5, 16])
-def test_cuts_are_found_and_motion_and_flashes_are_none(part):
+def test_cuts_are_found_but_not_motion_and_flashes(part):
     clip = render_demo_clip(num_frames=32, height=96, width=128)
     clip[10] = 255 - clip[10]  # a flash
     found = SceneCuts()

@@ -47,7 +47,7 @@ WRAPPERS = {
 
 
 def outputs_of(model) -> torch.Tensor:
-    """What a wrapper, or a PeftModel of one, gives for a fixed input."""
+    """The outputs of a wrapper, or of a PeftModel of one, for fixed inputs."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad():
         if isinstance(base, GazeVisionModel):
@@ -59,7 +59,7 @@ def outputs_of(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapper_tells_what_its_model_tells(name):
+def test_a_wrapper_has_the_attributes_of_its_model(name):
     model = WRAPPERS[name]()
     inner = model.wrapped
     assert model.config is inner.config and model.device == inner.device == torch.device("cpu")
@@ -81,7 +81,7 @@ def test_a_wrapper_tells_what_its_model_tells(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen"])
-def test_a_misspelt_argument_is_named_and_not_ignored(name):
+def test_a_misspelt_argument_is_refused(name):
     model = WRAPPERS[name]()
     message = (
         f"{type(model).__name__}.forward knows no argument gazing_rato; it takes .* gazing_ratio, .* logits_to_keep"
@@ -98,7 +98,7 @@ def test_a_misspelt_argument_is_named_and_not_ignored(name):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_saved_wrapper_comes_back_as_it_was(name, tmp_path):
+def test_a_loaded_wrapper_equals_the_saved_one(name, tmp_path):
     model = WRAPPERS[name]()
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def _siglip_config():
 
 
 def test_an_upload_has_the_files_of_a_save(tmp_path, monkeypatch):
-    """The Hub is not asked; what would go there is looked at."""
+    """Without the Hub: the files that would be uploaded are compared."""
     uploaded = {}
     hub = "transformers.utils.hub"
     fakes = {
@@ -186,7 +186,7 @@ def lora(**changes):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_an_adapter_may_lie_on_either_side(name):
+def test_a_wrapper_or_its_model_may_have_an_adapter(name):
     torch.manual_seed(0)
     targets = {"target_modules": ["qkv", "q_proj"]} if name == "qwen" else {}
     peft, config = lora(**targets)
@@ -219,7 +219,7 @@ def _moved(outside, inside) -> list:
 
 
 @pytest.mark.parametrize("target", ["patch_embedding", "position_embedding"])
-def test_an_adapter_on_the_embeddings_counts(target):
+def test_an_adapter_of_the_embeddings_is_used(target):
     peft, config = lora(target_modules=[target])
     tower = peft.get_peft_model(tower_of("siglip"), config)
     model = GazeVisionModel(tower, attention="frame").eval()
@@ -233,7 +233,7 @@ def test_an_adapter_on_the_embeddings_counts(target):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_is_saved_alone_and_found_again(tmp_path):
+def test_only_the_adapter_is_saved_and_it_is_loaded_again(tmp_path):
     peft, config = lora()
     build("llava").save_pretrained(tmp_path / "base")
     mllm = peft.get_peft_model(LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"), config)
@@ -255,7 +255,7 @@ def training_data(count: int = 4, **more) -> Dataset:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_trainer_trains_saves_and_goes_on_with_tied_embeddings(tmp_path, adapted):
+def test_trainer_trains_saves_and_resumes_with_tied_embeddings(tmp_path, adapted):
     def trainer() -> Trainer:
         torch.manual_seed(0)
         model = video_lm(tied=True)
@@ -291,7 +291,7 @@ def test_trainer_trains_saves_and_goes_on_with_tied_embeddings(tmp_path, adapted
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
-def test_trainer_predicts_and_measures_what_was_learned(tmp_path, family):
+def test_trainer_predicts_and_evaluates(tmp_path, family):
     seen = {}
 
     def measure(prediction):
@@ -328,7 +328,7 @@ def test_trainer_predicts_and_measures_what_was_learned(tmp_path, family):
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(output.metrics["test_loss"], rel=1e-4)
 
 
-def test_trainer_keeps_what_a_processor_gives():
+def test_trainer_keeps_the_columns_of_a_processor():
     model = qwen()
     trainer = Trainer(model, TrainingArguments("unused", report_to="none", use_cpu=True))
     data = Dataset.from_list(
@@ -341,7 +341,7 @@ def test_trainer_keeps_what_a_processor_gives():
 # Gazes of several clips
 
 
-def test_one_gaze_for_each_clip_is_as_good_as_a_batch():
+def test_a_list_of_gazes_equals_a_batch():
     model = WRAPPERS["vision"]()
     frames = torch.cat([video(), video().flip(1)])
     masks = [torch.rand(len(frames), frames.shape[1], count) < 0.4 for count in model.grid.num_patches_each_scale]
@@ -357,7 +357,7 @@ def test_one_gaze_for_each_clip_is_as_good_as_a_batch():
         assert torch.equal(lm(prompt, clips, gaze=mixed).logits, lm(prompt, clips, gaze=batch).logits)
 
 
-def test_the_wrappers_file_is_plain(tmp_path):
+def test_the_wrappers_file_is_plain_json(tmp_path):
     video_lm().save_pretrained(tmp_path)
     facts = json.loads((tmp_path / "gaze_wrapper.json").read_text())
     assert (facts["wrapper"], facts["model"], facts["version"]) == ("GazeVideoLM", "LlavaForConditionalGeneration", 1)

@@ -42,7 +42,7 @@ class TokenCount(NamedTuple):
 
 def unit_grid(height: int, width: int) -> GazeGrid:
     """
-    Makes the grid of Qwen2.5-VL's merge units, in frames resized as its processor does.
+    Returns the grid of Qwen2.5-VL's merge units, in frames resized as its processor does.
 
     Args:
         height, width (`int`): size of the video's frames in pixels.

@@ -32,7 +32,7 @@ def caption_of(result: Result) -> str:
 
 
 def figures(results: Sequence[Result], choices: Choices) -> str:
-    """Returns a table of what was kept, with a column for each selector."""
+    """Returns a table of the numbers of kept patches, with a column for each selector."""
     rows = {"": [result.selector for result in results]}
     for result in results:
         for name, value in _figures_of(result, choices).items():

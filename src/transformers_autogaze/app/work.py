@@ -30,7 +30,7 @@ Report = Callable[[str, int, int], None]
 
 class Result(NamedTuple):
     """
-    What one selector kept of a video.
+    The results of one selector for a video.
 
     Args:
         selector (`str`): name of the selector.

@@ -180,7 +180,7 @@ def has_scheme(address: str) -> bool:
 
 
 def _find_files(source: str) -> tuple[list[str], Any, str]:
-    """Gives the files of a dataset, their file system, and the folder that the names of videos are relative to."""
+    """Returns the files of a dataset, their file system, and the folder that the names of videos are relative to."""
     if not source.strip():
         raise ValueError(f"{_EXPECTED}, got {source!r}")
     system, path = fsspec.core.url_to_fs(source)
@@ -207,7 +207,7 @@ def _find_files(source: str) -> tuple[list[str], Any, str]:
 
 
 def _to_address(system: Any, path: str) -> str:
-    """Makes of a path of a file system what `fsspec.open` takes: a local path stays, others become URLs."""
+    """Returns a path of a file system for `fsspec.open`: a local path itself, others as URLs."""
     return path if "file" in _protocols(system) else system.unstrip_protocol(path)
 
 

@@ -179,7 +179,7 @@ def _prune(
 
 @contextmanager
 def _ray(workers: int | None, gpus: float) -> Iterator[int]:
-    """Connects to Ray or starts it, and disconnects afterwards; gives the number of workers."""
+    """Connects to Ray or starts it, and disconnects afterwards; yields the number of workers."""
     import ray
 
     is_running = ray.is_initialized()
@@ -193,7 +193,7 @@ def _ray(workers: int | None, gpus: float) -> Iterator[int]:
 
 
 def _count_workers(workers: int | None, gpus: float, resources: Mapping[str, float]) -> int:
-    """Gives the number of workers, at most what the resources of Ray are enough for; half a CPU is left to a task that reads."""
+    """Returns the number of workers, at most what the resources of Ray are enough for; half a CPU is left to a task that reads."""
     cpus, all_gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     most = int(cpus - _READER_CPUS)
     if gpus:
@@ -233,7 +233,7 @@ def _cores() -> int:
 
 
 def _without_contents(plan: pa.Table) -> pa.Table:
-    """Makes the table of the columns `VIDEOS` that workers take, for videos that they open themselves."""
+    """Returns a table of the columns `VIDEOS` for workers, for videos that they open themselves."""
     nothing = [pa.nulls(plan.num_rows, VIDEOS.field(name).type) for name in ("contents", "error")]
     return pa.table([*plan.select(["identity", "address"]).columns, *nothing], VIDEOS)
 
@@ -251,7 +251,7 @@ def _check(source: str, output: str | os.PathLike, workers: int | None, gpus: fl
         raise ImportError(
             f"prune-dataset needs Ray Data: pip install 'transformers-autogaze[ray]' ({error})"
         ) from error
-    if has_scheme(os.fspath(output)) and ":/" in os.fspath(output):  # `Path` makes one slash of a URL's two.
+    if has_scheme(os.fspath(output)) and ":/" in os.fspath(output):  # `Path` replaces the two slashes of a URL by one.
         raise ValueError(
             f"OUTPUT must be a folder that all machines see, got {os.fspath(output)!r}; copy the shards to an object store once "
             "they are written"

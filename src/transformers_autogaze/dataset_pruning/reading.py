@@ -58,11 +58,11 @@ def read_plan(plan: pa.Table, video_column: str = "video") -> Iterator[Video]:
     Reads those videos of a plan that workers do not open themselves: those in tables, and remote ones that are not too large.
 
     Args:
-        plan (`pa.Table`): a plan, as [`~inputs.plan_videos`] makes it.
+        plan (`pa.Table`): a plan, see [`~inputs.plan_videos`].
         video_column (`str`, *optional*, defaults to `"video"`): column of tables with the videos.
 
     Yields:
-        [`Video`]: the videos in order. One that cannot be read has its error, and reading goes on with the next one.
+        [`Video`]: the videos in order. One that cannot be read has its error, and reading continues with the next one.
     """
     for table, rows in groupby(plan.to_pylist(), lambda row: row["address"] if row["group"] >= 0 else None):
         part = list(rows)
@@ -108,7 +108,7 @@ def retry(work: Callable[[], T]) -> T:
         work (`Callable[[], T]`): the function.
 
     Returns:
-        What `work` returns.
+        The result of `work`.
     """
     for attempt in range(1, _MAX_ATTEMPTS):
         try:
@@ -128,7 +128,7 @@ def _wait(attempt: int) -> None:
 @contextmanager
 def video_source(video: Video) -> Iterator[Any]:
     """
-    Gives a video as [`prune_video`] takes it: its bytes, its path or web address, or the path of a temporary copy.
+    Yields a video for [`prune_video`]: its bytes, its path or web address, or the path of a temporary copy.
 
     Args:
         video ([`Video`]): a video that could be read.
@@ -150,7 +150,7 @@ def video_source(video: Video) -> Iterator[Any]:
 
 
 def needs_prefetch(row: Mapping[str, Any]) -> bool:
-    """Tells whether the video of a row of a plan is to be read before a worker asks for it; local files are not."""
+    """Returns whether the video of a row of a plan is to be read before a worker asks for it; local files are not."""
     return row["group"] >= 0 or not (row["address"] is None or is_local(row["address"]))
 
 
@@ -184,7 +184,7 @@ def _prefetch(row: dict[str, Any]) -> Video:
 
 
 def _read_remote(address: str) -> bytes | None:
-    """Reads the file at a URL; gives `None` if it has more than `MAX_PREFETCHED_BYTES`."""
+    """Reads the file at a URL; returns `None` if it has more than `MAX_PREFETCHED_BYTES`."""
     if _is_web(address):
         target = resolve_source(address).target
         size = target.seek(0, os.SEEK_END)
@@ -198,7 +198,7 @@ def _read_remote(address: str) -> bytes | None:
 
 
 def _read_table(rows: list[dict[str, Any]], column: str) -> Iterator[Video]:
-    """Reads videos out of a table, one after the other; after a transient error it goes on with the first that is missing."""
+    """Reads videos out of a table, one after the other; after a transient error it continues with the first missing one."""
     done, failures = 0, 0
     while done < len(rows):
         try:
@@ -215,7 +215,7 @@ def _read_table(rows: list[dict[str, Any]], column: str) -> Iterator[Video]:
 
 
 def _values(rows: list[dict[str, Any]], column: str) -> Iterator[Any]:
-    """Gives the values of a column in some rows of a table, in order, without reading all of them into memory."""
+    """Yields the values of a column in some rows of a table, in order, without reading all of them into memory."""
     address = rows[0]["address"]
     if address.endswith(".lance"):
         table = open_lance(address)

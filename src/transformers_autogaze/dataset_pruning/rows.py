@@ -91,7 +91,7 @@ def prune_to_row(
     Args:
         identity (`str`): name of the video, unique in its dataset.
         source: the video, as [`prune_video`] takes it.
-        selector ([`GazeSelector`]): what chooses patches.
+        selector ([`GazeSelector`]): chooses the patches.
         processor ([`AutoGazeProcessor`], *optional*): the selector's preprocessing; see [`prune_video`].
         settings ([`PruneSettings`], *optional*): budgets and frames; those of `PruneSettings()` by default.
 
@@ -152,7 +152,7 @@ def row_of_error(identity: str, error: Exception | str) -> dict[str, Any]:
 
 def gaze_of_row(row: Mapping[str, Any]) -> GazeOutput:
     """
-    Makes a gaze from a row.
+    Converts a row to a gaze.
 
     Args:
         row (`Mapping`): the row of a video that could be pruned.

@@ -31,7 +31,7 @@ def write_sample(
         key (`str`): key of the sample.
         patches (`Iterable[KeptPatches]`): the patches of each frame; those of one frame at a time are in memory.
         metadata (`Callable[[], Mapping[str, Any]]`):
-            Gives the contents of `{key}.json`, which include `patch_size`; called after the last patch.
+            Returns the contents of `{key}.json`, which include `patch_size`; called after the last patch.
     """
     with TemporaryFile() as pixels, TemporaryFile() as ids, TemporaryFile() as frames:
         for kept in patches:
@@ -72,7 +72,7 @@ def _add(tar: tarfile.TarFile, name: str, head: bytes, body: BinaryIO | None) ->
 
 
 def _npy_header(shape: tuple[int, ...], kind: type) -> bytes:
-    """Gives the header of a `.npy` file."""
+    """Returns the header of a `.npy` file."""
     head = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, fields)

@@ -99,15 +99,15 @@ class PrunedFolder:
         return find_shards(self.folder)
 
     def finished(self) -> set[str]:
-        """Gives the names of the videos whose rows are in shards."""
+        """Returns the names of the videos whose rows are in shards."""
         return {name for shard in self.shards for name in pq.read_table(shard, columns=["identity"])[0].to_pylist()}
 
     def waiting(self) -> set[str]:
-        """Gives the keys (see [`key_of`]) of the videos whose rows are not in a shard yet."""
+        """Returns the keys (see [`key_of`]) of the videos whose rows are not in a shard yet."""
         return {path.stem for path in self.unfinished.glob("*.parquet")}
 
     def free_numbers(self) -> Iterator[int]:
-        """Gives numbers that no shard has, in ascending order, so that a resumed run numbers shards as one run would have."""
+        """Yields numbers that no shard has, in ascending order, so that a resumed run numbers shards as one run would have."""
         taken = {int(path.stem.rpartition("-")[2]) for path in self.shards}
         return (number for number in count() if number not in taken)
 
@@ -151,7 +151,7 @@ class PrunedFolder:
                 )
 
     def _remove_leftovers(self) -> None:
-        """Removes what an interrupted run left behind: incomplete files, and files of rows that are in a shard."""
+        """Removes what an interrupted run left: incomplete files, and files of rows that are in a shard."""
         for path in self.unfinished.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -165,7 +165,7 @@ class PrunedFolder:
 
 
 def key_of(identity: str) -> str:
-    """Gives the name that the files of a video start with: 32 hexadecimal digits."""
+    """Returns the name that the files of a video start with: 32 hexadecimal digits."""
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -175,7 +175,7 @@ def find_shards(folder: str | os.PathLike) -> list[Path]:
 
 
 def tar_of(folder: Path, identity: str) -> Path:
-    """Gives the path of a video's kept patches before they are in a shard; `folder` is the folder `unfinished`."""
+    """Returns the path of a video's kept patches before they are in a shard; `folder` is the folder `unfinished`."""
     return folder / f"{key_of(identity)}.tar"
 
 

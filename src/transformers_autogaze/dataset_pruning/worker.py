@@ -49,7 +49,7 @@ class PruneWorker:
         self.selector, self.processor = settings.load(device)
 
     def __call__(self, videos: pa.Table) -> pa.Table:
-        """Prunes the videos of a table with the columns `VIDEOS`; gives a table of their names."""
+        """Prunes the videos of a table with the columns `VIDEOS`; returns a table of their names."""
         for number in range(videos.num_rows):
             self.prune(Video(**{name: videos[name][number].as_py() for name in VIDEOS.names}))
         return videos.select(["identity"])

@@ -1,4 +1,4 @@
-"""Gazed patches into vision towers and video MLLMs of transformers."""
+"""Vision towers and video MLLMs of transformers on the kept patches of videos."""
 
 from .mllm import GazeVideoLM
 from .nvila import attach, gaze_to_nvila, nvila_to_gaze

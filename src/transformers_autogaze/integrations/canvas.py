@@ -1,9 +1,8 @@
 """
-Attention to the canvas: which earlier tokens still lie where a frame kept nothing.
+Attention to the canvas: the tokens of earlier frames that are visible where a frame kept nothing.
 
-Pasting what every frame kept over what the frames before it kept gives a canvas, at every place the latest token that was
-kept there. A frame's tokens see their own frame and, at the places that it did not keep, the canvas. This module plans that
-on tensors alone; it knows nothing of gazes, towers or layers.
+The canvas has at every place the latest token that was kept there. The tokens of a frame attend to their own frame and, at the
+places where this frame kept nothing, to the canvas. This module computes the plan of this attention from tensors.
 """
 
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from .packed_attention import PackedAttention
 @dataclass(eq=False)
 class Canvas:
     """
-    What the last frames leave to the frames that follow: the tokens that are visible at the end.
+    The tokens that are visible to the frames that follow.
 
     Args:
         token_at (`torch.LongTensor` of shape `(groups, places)`):
-            Which of the visible tokens lies at each place, -1 where nothing was kept so far.
+            Index in `tokens` of the token at each place, -1 where nothing has been kept.
         tokens (`torch.LongTensor` of shape `(visible,)`):
-            Where the visible tokens lay among the keys of the call that made it, ascending: first those of the canvas
-            that it began with, then the tokens of the packed sequence.
+            Ascending indices of the visible tokens among the keys of the call that returned this canvas: first the tokens of
+            the canvas before, then those of the packed sequence.
     """
 
     token_at: torch.Tensor
@@ -32,16 +31,16 @@ class Canvas:
 
 def tokens_at_places(token_of_patch: torch.Tensor, patch_at: torch.Tensor) -> torch.Tensor:
     """
-    Finds the token that a frame shows at every place: that of the finest kept patch over it.
+    Finds the token at every place of a frame: that of the finest kept patch there.
 
     Args:
         token_of_patch (`torch.LongTensor` of shape `(.., patches)`):
             The token of each patch of all scales, -1 for patches that were not kept.
         patch_at (`torch.LongTensor` of shape `(scales, places)`):
-            The patch of each scale, coarse to fine, that lies over a place; see [`GazeGrid.patches_at`].
+            The patch of each scale, coarse to fine, at each place; see [`GazeGrid.patches_at`].
 
     Returns:
-        `torch.LongTensor` of shape `(.., places)`: tokens, -1 where no kept patch lies.
+        `torch.LongTensor` of shape `(.., places)`: tokens, -1 where no patch was kept.
 
     Example:
 
@@ -54,32 +53,31 @@ def tokens_at_places(token_of_patch: torch.Tensor, patch_at: torch.Tensor) -> to
 
     ```
     """
-    shown = token_of_patch[..., patch_at[0]]
+    token_at = token_of_patch[..., patch_at[0]]
     for patches in patch_at[1:]:
         finer = token_of_patch[..., patches]
-        shown = torch.where(finer >= 0, finer, shown)
-    return shown
+        token_at = torch.where(finer >= 0, finer, token_at)
+    return token_at
 
 
 def plan_canvas(
     token_at: torch.Tensor, first_token: torch.Tensor, num_tokens: torch.Tensor, canvas: Canvas | None = None
 ) -> tuple[PackedAttention, Canvas]:
     """
-    Plans attention to the canvas over groups of frames that lie in one packed sequence.
+    Plans attention to the canvas over groups of frames in one packed sequence.
 
-    A group is what shares a canvas: a clip, or a window of a video. The tokens that a group has at one time are one
-    segment of the sequence; later ones of a group lie behind earlier ones. A segment's keys are its own tokens and, for
-    the places where it shows none, the distinct tokens that were last shown there. Where no segment has keys beyond its
-    own, this is the plan of `"frame"`.
+    A group has one canvas: it is a clip, or a window of a video. The tokens of a group at one time are one segment of the
+    sequence, and segments of a group are in order of time. A segment's keys are its own tokens and the distinct latest tokens
+    at the places where it has none. If no segment has keys beyond its own, this is the plan of `"frame"`.
 
     Args:
         token_at (`torch.LongTensor` of shape `(groups, times, places)`):
-            Which token of the sequence is shown at each place, -1 for none. Groups with fewer times are padded by -1.
+            Token of the sequence at each place, -1 for none. Groups with fewer times are padded by -1.
         first_token, num_tokens (`torch.LongTensor` of shape `(groups, times)`):
-            Where a segment begins in the sequence, and its tokens, those that are shown nowhere included; the segments
-            fill the sequence. Those without tokens are left out.
+            First token of each segment in the sequence, and number of its tokens, including those at no place. The segments
+            fill the sequence; those without tokens are left out.
         canvas ([`Canvas`], *optional*):
-            What earlier frames of the same groups left. Its tokens' keys then come before those of the sequence.
+            The canvas of earlier frames of the same groups. The keys of its tokens come before those of the sequence.
 
     Returns:
         `tuple`: a [`PackedAttention`] and the [`Canvas`] after the last frame.
@@ -100,28 +98,28 @@ def plan_canvas(
     """
     num_before = 0 if canvas is None else len(canvas.tokens)
     before = token_at.new_full(token_at[:, 0].shape, -1) if canvas is None else canvas.token_at.to(token_at.device)
-    shown = torch.where(token_at < 0, -1, token_at + num_before)
-    latest = torch.cat([before[:, None], shown], dim=1).cummax(1).values
+    key_at = torch.where(token_at < 0, -1, token_at + num_before)
+    latest = torch.cat([before[:, None], key_at], dim=1).cummax(1).values
     end, latest = latest[:, -1], latest[:, 1:]
 
-    # Segments in the order of the sequence, and the number of each among them.
+    # Segments in the order of the sequence, and the index of each in this order.
     segment = (num_tokens > 0).flatten().nonzero().squeeze(1)
     segment = segment[first_token.flatten()[segment].argsort()]
-    number = torch.zeros_like(num_tokens).flatten()
-    number[segment] = torch.arange(len(segment), device=number.device)
+    rank = torch.zeros_like(num_tokens).flatten()
+    rank[segment] = torch.arange(len(segment), device=rank.device)
     num_queries = num_tokens.flatten()[segment]
     ends = num_queries.cumsum(0)
-    own = torch.arange(int(num_queries.sum()), device=number.device)
+    own = torch.arange(int(num_queries.sum()), device=rank.device)
 
-    is_seen = (token_at < 0) & (latest >= 0) & (num_tokens > 0)[..., None]
-    if not num_before and not is_seen.any():
+    is_visible = (token_at < 0) & (latest >= 0) & (num_tokens > 0)[..., None]
+    if not num_before and not is_visible.any():
         plan = PackedAttention(num_queries, ends - num_queries, ends)
     else:
-        # One number for a segment and a key, so that a key counts once and keys lie segment by segment.
+        # One number encodes a segment and a key: `unique` drops repeated keys of a segment and sorts by segments.
         base = num_before + len(own)
-        seen = (number.view_as(num_tokens)[..., None] * base + latest)[is_seen]
+        visible = (rank.view_as(num_tokens)[..., None] * base + latest)[is_visible]
         own = torch.arange(len(segment), device=own.device).repeat_interleave(num_queries) * base + own + num_before
-        pairs = torch.cat([seen, own]).unique()
+        pairs = torch.cat([visible, own]).unique()
         num_keys = torch.bincount(pairs // base, minlength=len(segment))
         key_ends = num_keys.cumsum(0)
         group = segment // num_tokens.shape[1]

@@ -1,8 +1,8 @@
 """
-Where each MLLM of the LLaVA family keeps what a video goes through, and what it does with it.
+Adapters of the MLLMs of the LLaVA family: how to find the modules and settings that a video needs.
 
-One small class per MLLM; a new one is one more, see docs/integrations.md. An adapter only looks into an MLLM: it owns no
-weights and changes nothing. It knows nothing of gazes or prompts.
+There is one small class per MLLM; docs/integrations.md describes how to add one. An adapter reads from an MLLM, owns no
+weights and changes nothing.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 class MLLMAdapter:
     """
-    Finds the parts of an MLLM; the base of all adapters, made for the layout of LLaVA-NeXT-Video.
+    Finds the modules and settings of an MLLM. This base class of all adapters is the one of LLaVA-NeXT-Video.
 
     Args:
         mllm ([`~transformers.PreTrainedModel`]): the MLLM with its language modelling head.
@@ -23,7 +23,7 @@ class MLLMAdapter:
     model_type = "llava_next_video"
     """`model_type` of the MLLM's configuration."""
     pools_features = True
-    """Whether it pools what goes into the projector, if it pools, or what comes out."""
+    """Whether pooling, if any, comes before the projector, or after it."""
 
     def __init__(self, mllm: PreTrainedModel):
         self.mllm = mllm
@@ -31,33 +31,33 @@ class MLLMAdapter:
 
     @property
     def tower(self) -> nn.Module:
-        """The vision tower that the frames of a video go through."""
+        """The vision tower for the frames of a video."""
         return self.mllm.model.vision_tower
 
     @property
     def projector(self) -> nn.Module:
-        """What brings a patch's features `(.., features)` to the language model's `(.., hidden_size)`."""
+        """The projector from patch features `(.., features)` to `(.., hidden_size)` of the language model."""
         return self.mllm.model.multi_modal_projector
 
     @property
     def placeholder_id(self) -> int:
-        """The token that stands for a video in a prompt."""
+        """The token of the placeholder of a video."""
         return self.config.video_token_id
 
     @property
-    def has_picture_token(self) -> bool:
-        """Whether pictures have another token in a prompt than videos."""
+    def has_image_token(self) -> bool:
+        """Whether images and videos have different placeholders."""
         return self.placeholder_id != self.config.image_token_id
 
     @property
     def feature_layers(self) -> list[int]:
-        """The layers of the tower whose states a patch's features are, side by side."""
+        """The layers of the tower whose hidden states are concatenated to a patch's features."""
         layers = self.config.vision_feature_layer
         return [layers] if isinstance(layers, int) else list(layers)
 
     @property
     def keeps_cls(self) -> bool:
-        """Whether the CLS token of a frame, if the tower has one, goes to the language model."""
+        """Whether the language model reads the CLS token of a frame, if the tower has one."""
         return self.config.vision_feature_select_strategy == "full"
 
     @property
@@ -77,19 +77,20 @@ class MLLMAdapter:
         return False
 
     def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """Gives the rows and columns of tokens that the MLLM itself makes of a frame of `rows` and `cols` patches."""
+        """Returns the rows and columns of tokens to which the MLLM pools a frame of `rows` and `cols` patches."""
         stride = self.config.spatial_pool_stride
         return rows // stride, cols // stride
 
     def pooling_weights(self) -> torch.Tensor | None:
-        """Gives how much of each patch is in each of these tokens, `(tokens, patches)`; `None` if it is no such mean."""
+        """Returns the weights of patches in pooled tokens, `(tokens, patches)`; `None` if pooling is no weighted mean."""
         if self.config.spatial_pool_mode != "average":
             return None
-        return self._read_weights(self.mllm.model.vision_resampler)
+        return self._compute_weights(self.mllm.model.vision_resampler)
 
-    def _read_weights(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Reads the weights off what pooling, of features `(frames, patches, channels)`, makes of one patch a channel."""
+    def _compute_weights(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Computes the weights of a pooling of features `(frames, patches, channels)`."""
         vision = self.config.vision_config
+        # Channel `i` is one at patch `i` and zero elsewhere.
         with torch.no_grad():
             return pool(torch.eye((vision.image_size // vision.patch_size) ** 2)[None])[0]
 
@@ -117,12 +118,12 @@ class LlavaOnevisionAdapter(MLLMAdapter):
         return -(-rows // 2), -(-cols // 2)
 
     def pooling_weights(self) -> torch.Tensor:
-        return self._read_weights(self.mllm.model.apply_pooling)
+        return self._compute_weights(self.mllm.model.apply_pooling)
 
 
 class VideoLlavaAdapter(MLLMAdapter):
     model_type = "video_llava"
-    keeps_cls = True  # of videos; the configuration speaks of pictures
+    keeps_cls = True  # of videos; the configuration's setting is for images
 
     def pool_grid(self, rows: int, cols: int) -> tuple[int, int]:
         return rows, cols
@@ -141,7 +142,7 @@ class VipLlavaAdapter(LlavaAdapter):
 
     @property
     def feature_layers(self) -> list[int]:
-        # Older versions of transformers know it in the plural alone.
+        # Older versions of transformers have only the plural.
         layers = getattr(self.config, "vision_feature_layer", None)
         layers = self.config.vision_feature_layers if layers is None else layers
         return [layers] if isinstance(layers, int) else list(layers)
@@ -156,7 +157,7 @@ ADAPTERS: dict[str, type[MLLMAdapter]] = {
 
 def adapt_mllm(mllm: PreTrainedModel) -> MLLMAdapter:
     """
-    Gives the adapter of an MLLM.
+    Returns the adapter of an MLLM.
 
     Raises:
         ValueError: if there is none, or the model has no language modelling head.
@@ -165,6 +166,6 @@ def adapt_mllm(mllm: PreTrainedModel) -> MLLMAdapter:
     if model_type not in ADAPTERS or not hasattr(mllm, "lm_head"):
         raise ValueError(
             f"`mllm` must be a ..ForConditionalGeneration of {', '.join(ADAPTERS)}, got {type(mllm).__name__}; "
-            "GazeQwenVL takes Qwen2.5-VL and Qwen3-VL, and docs/integrations.md says how to add an MLLM"
+            "GazeQwenVL takes Qwen2.5-VL and Qwen3-VL, and docs/integrations.md describes how to add an MLLM"
         )
     return ADAPTERS[model_type](mllm)

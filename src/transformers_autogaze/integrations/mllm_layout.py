@@ -1,9 +1,4 @@
-"""
-How videos are laid out for an MLLM of the LLaVA family: chunks, tiles, thumbnails, and what stands between them.
-
-This module checks what a [`GazeVideoLM`] is told of its layout, cuts videos by it and counts the tokens that come out. It
-encodes nothing.
-"""
+"""The layout of a video's tokens for an MLLM of the LLaVA family: chunks, tiles, thumbnails and separators."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +23,7 @@ class VideoLayout:
     The layout of videos; its fields are arguments of [`GazeVideoLM`].
 
     Raises:
-        ValueError: if a number is below 1 or the order is none.
+        ValueError: if a number is below 1 or the order is unknown.
     """
 
     chunk_frames: int
@@ -49,25 +44,25 @@ class VideoLayout:
     def cut(
         self, videos: list[torch.Tensor], gazes: list[GazeOutput], grid: GazeGrid, vision: GazeVisionModel
     ) -> Iterator[list[list[VideoClip]]]:
-        """Gives batches of clips of one shape; those of one list are chunks that follow each other in one stream."""
-        sees_canvas = vision.attention == "canvas"
-        # A stream carries no gradients, so a tower that may be training sees whole videos.
-        is_whole = sees_canvas and (torch.is_grad_enabled() or vision.vision_model.training)
-        streams = sees_canvas and not is_whole
+        """Yields lists of batches of clips of one shape; the batches of a list are consecutive chunks of one stream."""
+        is_canvas = vision.attention == "canvas"
+        # No gradients flow through a stream, so a tower that may be in training gets whole videos.
+        is_whole = is_canvas and (torch.is_grad_enabled() or vision.vision_model.training)
+        is_stream = is_canvas and not is_whole
         clips = (
             clip
-            for number, (video, gaze) in enumerate(zip(videos, gazes, strict=True))
+            for index, (video, gaze) in enumerate(zip(videos, gazes, strict=True))
             for clip in cut_clips(
-                number,
+                index,
                 video,
                 gaze,
                 grid,
                 len(video) if is_whole else self.chunk_frames,
                 self.thumbnail_interval,
-                keeps_empty=streams,
+                keeps_empty=is_stream,
             )
         )
-        if streams:
+        if is_stream:
             return batch_streams(clips, self.max_batch_size)
         return ([batch] for batch in batch_clips(clips, self.max_batch_size))
 
@@ -79,18 +74,18 @@ class VideoLayout:
         adapter: MLLMAdapter,
         separator: list[int] | str | None,
     ) -> list[tuple[int, int]]:
-        """Counts what the language model reads of videos; see [`GazeVideoLM.count_tokens`]."""
+        """Counts the tokens of videos; see [`GazeVideoLM.count_tokens`]."""
         num_prefix = sum(token.numel() // vision.hidden_size for token in vision.adapter.prefix_tokens)
         num_prefix = max(num_prefix - (not adapter.keeps_cls), 0)
         rows, cols = adapter.pool_grid(*vision.adapter.native_grid)
-        between = [separator] if isinstance(separator, str) else separator or []
+        separator = [separator] if isinstance(separator, str) else separator or []
         cut = grid, self.chunk_frames, self.thumbnail_interval
         counts = []
-        for one in gazes:
-            parts = count_tokens(one, *cut, order=self.order, num_prefix=num_prefix)
-            read = sum(parts) + max(len(parts) - 1, 0) * len(between)
-            whole = one.num_frames * one.frame_sampling_rate * (rows * cols + num_prefix)
-            counts.append((read + adapter.ends_with_newline, whole + adapter.ends_with_newline))
+        for gaze in gazes:
+            parts = count_tokens(gaze, *cut, order=self.order, num_prefix=num_prefix)
+            kept = sum(parts) + max(len(parts) - 1, 0) * len(separator)
+            total = gaze.num_frames * gaze.frame_sampling_rate * (rows * cols + num_prefix)
+            counts.append((kept + adapter.ends_with_newline, total + adapter.ends_with_newline))
         return counts
 
 
@@ -98,7 +93,7 @@ def check_separator(
     separator: int | Sequence[int] | str | None, adapter: MLLMAdapter, embeddings: nn.Module
 ) -> list[int] | str | None:
     """
-    Checks what is to stand between chunks.
+    Checks the separator between chunks, and returns it as ids or `"image_newline"`.
 
     Raises:
         ValueError: if it is no token of the MLLM, and no new line that it has.
@@ -118,7 +113,7 @@ def check_separator(
 def embed_separator(
     separator: list[int] | str | None, adapter: MLLMAdapter, embeddings: nn.Module
 ) -> torch.Tensor | None:
-    """Gives what stands between chunks, `(tokens, hidden_size)`."""
+    """Returns the embeddings of the separator between chunks, `(tokens, hidden_size)`."""
     if separator is None:
         return None
     if separator == _NEWLINE:
@@ -130,25 +125,26 @@ def has_videos(
     adapter: MLLMAdapter, input_ids: torch.Tensor, videos: Videos | None, options: Mapping[str, Any]
 ) -> bool:
     """
-    Tells whether there are videos to look at, and checks that nothing else claims their placeholders.
+    Returns whether videos are given, and checks that their placeholders are not those of images.
 
     Raises:
-        ValueError: if prompts name a video that is not given, or pictures share its token.
+        ValueError: if a prompt has the placeholder of a video that is not given, or images have the same placeholder.
     """
-    token, pictures = adapter.placeholder_id, options.get("pixel_values") is not None and not adapter.has_picture_token
+    token = adapter.placeholder_id
+    is_image_token = options.get("pixel_values") is not None and not adapter.has_image_token
     if videos is None:
         shape = tuple(getattr(options.get("pixel_values"), "shape", ()))
-        if pictures and isinstance(adapter, LlavaAdapter) and len(shape) != 4:
+        if is_image_token and isinstance(adapter, LlavaAdapter) and len(shape) != 4:
             raise ValueError(
-                "`pixel_values` must be pictures of shape (pictures, channels, height, width), got the shape "
+                "`pixel_values` must be images of shape (images, channels, height, width), got the shape "
                 f"{shape}; videos are `pixel_values_videos`"
             )
-        if not pictures and bool((input_ids == token).any()):
+        if not is_image_token and bool((input_ids == token).any()):
             raise ValueError(
-                f"`pixel_values_videos` must be given for prompts that name a video by the token {token}, got None"
+                f"`pixel_values_videos` must be given for prompts with the video placeholder {token}, got None"
             )
         return False
-    if pictures:
+    if is_image_token:
         raise ValueError(
             f"`pixel_values` cannot go with `pixel_values_videos`: a {type(adapter.mllm).__name__} has one token, {token}, "
             "for both"

@@ -1,4 +1,4 @@
-"""Undoing what an encoder's processor did to pixel values, so that a selector can look at the same frames."""
+"""Undoing the rescaling and normalisation of an encoder's processor, so that a selector can gaze at the same frames."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import torch
 
 def normalizing_part(processor: Any) -> Any:
     """
-    Finds what normalised an encoder's frames.
+    Finds the part of a processor that normalises frames.
 
     Args:
-        processor: a processor, or the video processor or image processor in one.
+        processor: a processor, or its video processor or image processor.
 
     Returns:
         The part with `image_mean`, `image_std` and `rescale_factor`.
@@ -31,14 +31,14 @@ def normalizing_part(processor: Any) -> Any:
 
 def undo_normalization(frames: torch.Tensor, part: Any) -> torch.Tensor:
     """
-    Gives the levels that frames had before they were rescaled and normalised.
+    Computes the levels of frames before they were rescaled and normalised.
 
     Args:
         frames (`torch.FloatTensor` of shape `(.., channels, height, width)`): normalised frames.
-        part: what normalised them, see [`normalizing_part`].
+        part: the processor that normalised them; see [`normalizing_part`].
 
     Returns:
-        `torch.FloatTensor` shaped like `frames`, in float32 at least: levels 0..255.
+        `torch.FloatTensor` shaped like `frames`, of at least float32 precision: levels 0..255.
 
     Example:
 

@@ -1,8 +1,8 @@
 """
-NVILA-HD-Video: a selector of this package in the place of the one inside its published processor.
+NVILA-HD-Video with a selector of this package instead of the one in its published processor.
 
-This module knows the attributes and keys by which that processor and its model pass gazes on (docs/specification.md,
-section 11). The processor and the model themselves are not part of this package.
+Gazes have the attributes and keys of that processor and its model (docs/specification.md, section 11), which are not part of
+this package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ import torch
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
+from ..video.tiles import slice_setting
 
 
 _METHOD = "_get_gazing_info_from_videos"
@@ -27,24 +28,24 @@ _PATCH_SIZE = 14
 
 def attach(processor: Any, gaze_model: GazeSelector) -> None:
     """
-    Puts a selector in the place of the one inside NVILA-HD-Video's processor.
+    Replaces the selector in NVILA-HD-Video's processor.
 
-    From then on the processor gazes with it, by its own settings at the time of the call: `gazing_ratio_tile`,
-    `task_loss_requirement_tile`, the same two for thumbnails, and `max_batch_size_autogaze`, the clips that are gazed at
-    together. What it returns has the keys, shapes and types that the MLLM expects; a frame has as many slots in every clip
-    of a call, the unused ones marked as padding. Where everything is kept, at a ratio of 1 and without a threshold, the
-    selector is not run.
+    The processor then gazes with the new selector, by its own settings at the time of the call: `gazing_ratio_tile`,
+    `task_loss_requirement_tile`, the same two for thumbnails, and `max_batch_size_autogaze`, the clips in a batch. The
+    outputs have the keys, shapes and types that the MLLM expects. A frame has the same number of slots in every clip of a
+    call, and unused slots are marked as padding. With a ratio of 1 and no threshold everything is kept, and the selector is
+    not called.
 
     Args:
         processor:
-            The published processor, or anything with its interface. It is changed in place; two of its attributes are
-            set, `_autogaze_model` and the method `_get_gazing_info_from_videos`. If it names no `target_scales` and
-            `target_patch_size`, those of the published MLLM hold: 56, 112, 196 and 392 pixels, and 14.
+            The published processor, or an object with its interface. It is changed in place: its attribute
+            `_autogaze_model` and its method `_get_gazing_info_from_videos` are set. Without `target_scales` and
+            `target_patch_size`, those of the published MLLM are used: 56, 112, 196 and 392 pixels, and 14.
         gaze_model ([`GazeSelector`]):
-            What chooses, with as many scales as the processor has, such as [`AutoGazeModel`] or [`GreedyGazeSelector`].
+            The selector, with as many scales as the processor, such as [`AutoGazeModel`] or [`GreedyGazeSelector`].
 
     Raises:
-        ValueError: if the processor has no such interface, or the selector cannot gaze for its scales.
+        ValueError: if the processor has another interface, or the selector cannot gaze for its scales.
 
     Example:
 
@@ -53,7 +54,7 @@ def attach(processor: Any, gaze_model: GazeSelector) -> None:
     >>> from transformers_autogaze import GreedyGazeSelector
     >>> from transformers_autogaze.integrations.nvila import attach
 
-    >>> processor = SimpleNamespace(  # in the place of the published one
+    >>> processor = SimpleNamespace(  # instead of the published one
     ...     _autogaze_model=None,
     ...     _get_gazing_info_from_videos=None,
     ...     gazing_ratio_tile=[0.2, 0.06],
@@ -81,7 +82,7 @@ def attach(processor: Any, gaze_model: GazeSelector) -> None:
         )
     if not hasattr(gaze_model, "generate") or not hasattr(getattr(gaze_model, "config", None), "grid"):
         raise ValueError(f"`gaze_model` must be a GazeSelector, got {type(gaze_model).__name__}")
-    grid = _grid_of(processor)
+    grid = _target_grid(processor)
     try:
         grid.tile_layout(gaze_model.config.grid)
     except ValueError as error:
@@ -92,7 +93,7 @@ def attach(processor: Any, gaze_model: GazeSelector) -> None:
 
 def gaze_to_nvila(tiles: GazeOutput, thumbnails: GazeOutput) -> dict[str, torch.Tensor]:
     """
-    Writes the gazes at one video as NVILA-HD-Video passes them on.
+    Converts the gazes at one video to NVILA-HD-Video's format.
 
     Args:
         tiles ([`GazeOutput`]): the gaze at its tiles, one clip per tile.
@@ -100,8 +101,8 @@ def gaze_to_nvila(tiles: GazeOutput, thumbnails: GazeOutput) -> dict[str, torch.
 
     Returns:
         `dict` with `gazing_pos_tiles` (`torch.LongTensor` of shape `(tiles, N)`), `num_gazing_each_frame_tiles`
-        (`torch.LongTensor` of shape `(tiles, frames)`, every row the same), `if_padded_gazing_tiles` (`torch.BoolTensor`
-        of shape `(tiles, N)`), and the same three of the thumbnails.
+        (`torch.LongTensor` of shape `(tiles, frames)`, equal for all tiles), `if_padded_gazing_tiles` (`torch.BoolTensor`
+        of shape `(tiles, N)`), and the same three for the thumbnails.
 
     Example:
 
@@ -120,17 +121,17 @@ def gaze_to_nvila(tiles: GazeOutput, thumbnails: GazeOutput) -> dict[str, torch.
 
     ```
     """
-    return {**_entries(tiles, "tiles"), **_entries(thumbnails, "thumbnails")}
+    return {**_to_tensors(tiles, "tiles"), **_to_tensors(thumbnails, "thumbnails")}
 
 
 def nvila_to_gaze(info: Mapping[str, torch.Tensor], grid: GazeGrid) -> tuple[GazeOutput, GazeOutput]:
     """
-    Reads the gazes at one video from what NVILA-HD-Video passes on; the inverse of [`gaze_to_nvila`].
+    Reads the gazes at one video from NVILA-HD-Video's format; the inverse of [`gaze_to_nvila`].
 
     Args:
         info (`Mapping[str, torch.Tensor]`):
-            The six tensors of one video; what the processor returns has a list of videos under every key.
-        grid ([`GazeGrid`]): the scales and the patch size that it gazed for.
+            The six tensors of one video. The processor's outputs have a list of these for all videos.
+        grid ([`GazeGrid`]): the scales and the patch size of the gazes.
 
     Returns:
         `tuple[GazeOutput, GazeOutput]`: the gazes at its tiles and at its thumbnails.
@@ -157,7 +158,7 @@ def nvila_to_gaze(info: Mapping[str, torch.Tensor], grid: GazeGrid) -> tuple[Gaz
 
 
 def _get_gazing_info_from_videos(processor: Any, videos_inputs: Mapping[str, Any]) -> dict[str, list] | None:
-    """Gazes at the tiles and thumbnails of videos: a list of videos under every key, `None` if there is no video."""
+    """Gazes at the tiles and thumbnails of videos; returns a list over videos for every key, `None` without videos."""
     if not videos_inputs.get("pixel_values_videos_tiles_autogaze"):
         return None
     info = {}
@@ -168,25 +169,26 @@ def _get_gazing_info_from_videos(processor: Any, videos_inputs: Mapping[str, Any
 
 def _gaze_at(processor: Any, videos: Sequence[torch.Tensor], kind: str) -> dict[str, list[torch.Tensor]]:
     """Gazes at clips `(clips, frames, channels, height, width)` of each video by the processor's settings."""
-    name, grid = kind.removesuffix("s"), _grid_of(processor)
+    name, grid = kind.removesuffix("s"), _target_grid(processor)
     ratio = getattr(processor, f"gazing_ratio_{name}")
     threshold = getattr(processor, f"task_loss_requirement_{name}", None)
-    alike: dict[int, list[int]] = {}
-    for number, video in enumerate(videos):
-        alike.setdefault(video.shape[1], []).append(number)
+    by_length: dict[int, list[int]] = {}
+    for index, video in enumerate(videos):
+        by_length.setdefault(video.shape[1], []).append(index)
     info: dict[str, dict[int, torch.Tensor]] = {}
-    for num_frames, numbers in alike.items():
-        settings = [_of_frames(setting, num_frames) for setting in (ratio, threshold)]
-        gaze = _gaze_in_batches(processor, [clip for number in numbers for clip in videos[number]], grid, *settings)
-        for key, value in _entries(gaze, kind).items():
-            parts = value.split([len(videos[number]) for number in numbers])
-            info.setdefault(key, {}).update(zip(numbers, parts, strict=True))
-    return {key: [values[number] for number in range(len(videos))] for key, values in info.items()}
+    for num_frames, indices in by_length.items():
+        # A sequence has values for the longest clips.
+        settings = [slice_setting(setting, 0, num_frames) for setting in (ratio, threshold)]
+        gaze = _gaze_in_batches(processor, [clip for index in indices for clip in videos[index]], grid, *settings)
+        for key, value in _to_tensors(gaze, kind).items():
+            parts = value.split([len(videos[index]) for index in indices])
+            info.setdefault(key, {}).update(zip(indices, parts, strict=True))
+    return {key: [values[index] for index in range(len(videos))] for key, values in info.items()}
 
 
-def _entries(gaze: GazeOutput, kind: str) -> dict[str, torch.Tensor]:
+def _to_tensors(gaze: GazeOutput, kind: str) -> dict[str, torch.Tensor]:
     return {
-        # The padding of a first frame is the id before the first, which nothing could look up.
+        # The padding of a first frame may have the id -1, which is no valid index.
         f"gazing_pos_{kind}": gaze.gazing_pos.clamp(min=0),
         f"num_gazing_each_frame_{kind}": gaze.num_gazing_each_frame.repeat(gaze.batch_size, 1),
         f"if_padded_gazing_{kind}": gaze.if_padded_gazing,
@@ -196,7 +198,7 @@ def _entries(gaze: GazeOutput, kind: str) -> dict[str, torch.Tensor]:
 def _gaze_in_batches(
     processor: Any, clips: list[torch.Tensor], grid: GazeGrid, ratio: Any, threshold: Any
 ) -> GazeOutput:
-    """Gazes at clips `(frames, channels, height, width)` of one length; a frame has as many slots in all of them."""
+    """Gazes at clips `(frames, channels, height, width)` of one length; a frame has the same slots in all of them."""
     selector, batch_size = processor._autogaze_model, processor.max_batch_size_autogaze
     rate = selector.config.frame_sampling_rate
     if threshold is None and ratio is not None and np.all(np.asarray(ratio) == 1):
@@ -208,20 +210,15 @@ def _gaze_in_batches(
         target = {"target_scales": grid.scales, "target_patch_size": grid.patch_size}
     parts = []
     for first in range(0, len(clips), batch_size):
-        # Stacked batch by batch: the pixels of a long video's tiles fill gigabytes.
+        # Clips are stacked batch by batch, as the tiles of a long video take gigabytes.
         frames = torch.stack(clips[first : first + batch_size])
         frames = frames.to(getattr(selector, "device", "cpu"), torch.promote_types(frames.dtype, torch.float32))
         gaze = selector.generate(frames, ratio, threshold, **target)
         parts.append([mask.to(clips[0].device) for mask in gaze.gazing_mask])
-    return GazeOutput.from_masks([torch.cat(scale) for scale in zip(*parts, strict=True)], grid, rate)
+    return GazeOutput.from_masks([torch.cat(masks) for masks in zip(*parts, strict=True)], grid, rate)
 
 
-def _of_frames(setting: Any, count: int) -> Any:
-    """Cuts a setting that names one value per frame to the frames of a shorter clip."""
-    return setting if setting is None or not np.ndim(setting) else list(setting)[:count]
-
-
-def _grid_of(processor: Any) -> GazeGrid:
+def _target_grid(processor: Any) -> GazeGrid:
     return GazeGrid(
         list(getattr(processor, "target_scales", _SCALES)), getattr(processor, "target_patch_size", _PATCH_SIZE)
     )

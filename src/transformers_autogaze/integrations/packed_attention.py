@@ -1,9 +1,9 @@
 """
-Attention inside the clips of one packed sequence, for towers that know neither masks nor clips.
+Attention inside the clips of one packed sequence, for towers whose layers take no such masks.
 
-A tower's layers ask transformers' attention interface for the function named in their configuration. While a layer runs on
-a packed sequence, that name is the one registered here; it cuts the sequence into pieces and hands each to the
-implementation that the tower was loaded with: sdpa, eager, flex or flash. This module knows nothing of patches or towers.
+A tower's layers look up the attention function that their configuration names, in transformers' attention interface. While a
+layer runs on a packed sequence, this name is that of the function registered here. It splits the sequence into pieces and
+calls the tower's own implementation on each: sdpa, eager, flex or flash attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,36 +18,36 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-_OF_COUNTS = ("block_causal", "causal", "bidirectional", "frame")  # follow from how many tokens frames have
-ATTENTION_CHOICES = (*_OF_COUNTS, "canvas")
+_COUNT_BASED = ("block_causal", "causal", "bidirectional", "frame")  # determined by the numbers of tokens of frames
+ATTENTION_CHOICES = (*_COUNT_BASED, "canvas")
 
 _NAME = "autogaze_packed"
-_ROWS = 256  # fewer queries than this share a call, behind a mask
-_ALONE = 128  # a segment with more queries than this shares no call where keys are laid out
-_SPARE = 1.25  # a stretch with as many keys as this for each one needed is taken as it is, behind a mask
+_MAX_QUERIES = 256  # of segments that share a call with a mask
+_MAX_SHARED_QUERIES = 128  # of a segment that shares a call, if keys are gathered
+_MAX_KEY_OVERHEAD = 1.25  # keys of a slice for each needed one; up to this the slice is used instead of gathered keys
 
 Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Puts keys and values from elsewhere before a layer's own, both `(1, heads, tokens, head_dim)`."""
+"""Prepends cached keys and values to those of a layer, both `(1, heads, tokens, head_dim)`."""
 
 
 @dataclass(eq=False)
 class PackedAttention:
     """
-    Which keys each token of a packed sequence attends to: always one contiguous stretch, of the sequence or of a layout.
+    The keys that each token of a packed sequence attends to: a contiguous range of the sequence, or of gathered keys.
 
     Args:
         num_queries (`torch.LongTensor` of shape `(segments,)`):
-            Tokens of each segment; the segments lie one behind the other and fill the sequence.
+            Tokens of each segment; the segments are consecutive and fill the sequence.
         first_key, end_key (`torch.LongTensor` of shape `(segments,)`):
-            The stretch of keys of a segment's tokens, the end not included.
+            The range of keys of a segment's tokens, the end exclusive.
         is_causal (`bool`):
-            Whether a token sees its segment's keys up to itself only; then a segment's keys are its own tokens.
-        key_index (`torch.LongTensor` of shape `(laid keys,)`, *optional*):
-            A layout of keys for segments that see scattered ones: which token each laid key is. `first_key` and `end_key`
-            then count laid keys. A token may be laid more than once.
+            Whether a token attends to its segment's keys up to itself only; a segment's keys are then its own tokens.
+        key_index (`torch.LongTensor` of shape `(gathered keys,)`, *optional*):
+            Tokens to gather keys from, for segments whose keys are not contiguous. `first_key` and `end_key` then count
+            gathered keys. A token may be gathered more than once.
         group (`torch.LongTensor` of shape `(segments,)`, *optional*):
-            With `key_index`: segments of one group see much the same keys, so that they may share a call. By default all
-            are of one.
+            With `key_index`: group of each segment. Segments of a group have many keys in common and may share a call. By
+            default all are in one group.
 
     Example:
 
@@ -71,19 +71,19 @@ class PackedAttention:
     @classmethod
     def for_clips(cls, tokens_each_frame: torch.Tensor, attention: str) -> "PackedAttention":
         """
-        Plans the attention over clips that lie one behind the other, each frame by frame.
+        Plans the attention over consecutive clips, each of consecutive frames.
 
         Args:
             tokens_each_frame (`torch.LongTensor` of shape `(batch, frames)`): tokens of every frame.
             attention (`str`):
-                `"frame"`: a token sees its own frame; `"block_causal"`: its own frame and earlier ones; `"causal"`:
+                `"frame"`: a token attends to its own frame; `"block_causal"`: its own frame and earlier ones; `"causal"`:
                 itself and earlier tokens; `"bidirectional"`: the whole clip.
 
         Raises:
-            ValueError: if `attention` is none of these. `"canvas"` takes more than counts: see [`plan_canvas`].
+            ValueError: if `attention` is none of these. For `"canvas"` see [`plan_canvas`].
         """
-        if attention not in _OF_COUNTS:
-            raise ValueError(f"`attention` must be one of {', '.join(_OF_COUNTS)}, got {attention!r}")
+        if attention not in _COUNT_BASED:
+            raise ValueError(f"`attention` must be one of {', '.join(_COUNT_BASED)}, got {attention!r}")
         tokens_each_clip = tokens_each_frame.sum(1)
         end_of_clip = tokens_each_clip.cumsum(0)
         if attention in ("causal", "bidirectional"):
@@ -100,7 +100,7 @@ class PackedAttention:
 
     @cached_property
     def key_range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two `torch.LongTensor` of shape `(tokens,)`: first key and end of the keys of every token."""
+        """Two `torch.LongTensor` of shape `(tokens,)`: the first and the end of the keys of every token."""
         first = self.first_key.repeat_interleave(self.num_queries)
         if self.is_causal:
             return first, torch.arange(1, len(first) + 1, device=first.device)
@@ -109,14 +109,14 @@ class PackedAttention:
     @cached_property
     def chunks(self) -> list[tuple[slice, slice, bool]]:
         """
-        The calls that compute it: queries, keys, and whether a mask is needed.
+        The attention calls: queries, keys, and whether a mask is needed.
 
-        A large segment is a call of its own without a mask; small neighbours share one. So a mask never has more than
-        a few hundred rows, and a clip's few patches do not cost one call for every frame.
+        A large segment is a call of its own without a mask; small consecutive segments share a call. So no mask has more
+        than a few hundred queries, and frames with few kept patches do not take one call each.
         """
         chunks, pending = [], []
 
-        def share() -> None:
+        def add_pending() -> None:
             if pending:
                 keys = slice(min(first for _, _, first, _ in pending), max(end for *_, end in pending))
                 chunks.append((slice(pending[0][0], pending[-1][1]), keys, len(pending) > 1))
@@ -128,93 +128,94 @@ class PackedAttention:
         ):
             stop = start + size
             if self.is_causal:
-                for row in range(start, stop, _ROWS):
-                    chunks.append((slice(row, min(row + _ROWS, stop)), slice(first, min(row + _ROWS, stop)), True))
+                for query in range(start, stop, _MAX_QUERIES):
+                    query_end = min(query + _MAX_QUERIES, stop)
+                    chunks.append((slice(query, query_end), slice(first, query_end), True))
             else:
-                if pending and stop - pending[0][0] > _ROWS:
-                    share()
+                if pending and stop - pending[0][0] > _MAX_QUERIES:
+                    add_pending()
                 pending.append((start, stop, first, end))
             start = stop
-        share()
+        add_pending()
         return chunks
 
     @cached_property
     def shared_calls(self) -> tuple[list["_SharedCall"], torch.Tensor | None]:
         """
-        The calls that compute it where keys are laid out: neighbours of a group share one, and each of its keys.
+        The attention calls if keys are gathered. Consecutive segments of a group share a call, in which each key occurs once.
 
-        So neither are the keys of a long clip laid out at once, nor is a key copied for each segment that sees it.
+        So the keys of a long clip are not all gathered at once, and no key is copied for each segment that attends to it.
 
         Returns:
-            `tuple`: the calls, and for each token of the sequence the row of its result in those of all calls, one behind
-            the other; `None` where they are in order.
+            `tuple`: the calls, and the index of each token of the sequence in the concatenated results of the calls; `None`
+            if these are in order.
         """
         order = torch.arange(len(self.num_queries)) if self.group is None else self.group.argsort(stable=True).cpu()
         group = torch.zeros_like(order) if self.group is None else self.group.cpu()[order]
-        members: list[list[int]] = []
-        rows, last = 0, None
-        for segment, size, number in zip(
+        segments_of_calls: list[list[int]] = []
+        num_queries, last_group = 0, None
+        for segment, size, segment_group in zip(
             order.tolist(), self.num_queries.cpu()[order].tolist(), group.tolist(), strict=True
         ):
-            if number != last or rows + size > _ROWS or size > _ALONE:
-                members.append([])
-                rows, last = 0, number
-            members[-1].append(segment)
-            rows += _ROWS if size > _ALONE else size
+            if segment_group != last_group or num_queries + size > _MAX_QUERIES or size > _MAX_SHARED_QUERIES:
+                segments_of_calls.append([])
+                num_queries, last_group = 0, segment_group
+            segments_of_calls[-1].append(segment)
+            num_queries += _MAX_QUERIES if size > _MAX_SHARED_QUERIES else size
         device = self.num_queries.device
-        calls = [self._share(torch.tensor(segments, device=device)) for segments in members]
+        calls = [self._make_call(torch.tensor(segments, device=device)) for segments in segments_of_calls]
         tokens = torch.arange(len(self.key_range[0]), device=device)
-        rows = torch.cat([tokens[call.queries] for call in calls]).argsort()
-        return calls, None if torch.equal(rows, tokens) else rows
+        index = torch.cat([tokens[call.queries] for call in calls]).argsort()
+        return calls, None if torch.equal(index, tokens) else index
 
-    def _share(self, segments: torch.Tensor) -> "_SharedCall":
-        """Makes the call of some segments, in ascending order."""
+    def _make_call(self, segments: torch.Tensor) -> "_SharedCall":
+        """Makes the call of some segments, given in ascending order."""
         num_queries, num_keys = self.num_queries[segments], (self.end_key - self.first_key)[segments]
-        queries = _stretches(self.num_queries.cumsum(0)[segments] - num_queries, num_queries)
-        laid = self.key_index[_stretches(self.first_key[segments], num_keys)]
-        keys, place = laid.unique(return_inverse=True)
+        queries = _concatenate_ranges(self.num_queries.cumsum(0)[segments] - num_queries, num_queries)
+        tokens = self.key_index[_concatenate_ranges(self.first_key[segments], num_keys)]
+        keys, key = tokens.unique(return_inverse=True)
         first, end = int(keys[0]), int(keys[-1]) + 1
-        if end - first <= _SPARE * len(keys):
-            keys, place = slice(first, end), laid - first
-        row = torch.arange(len(segments), device=segments.device).repeat_interleave(num_keys)
-        sees = torch.zeros(
+        if end - first <= _MAX_KEY_OVERHEAD * len(keys):
+            keys, key = slice(first, end), tokens - first
+        segment = torch.arange(len(segments), device=segments.device).repeat_interleave(num_keys)
+        is_visible = torch.zeros(
             len(segments), end - first if isinstance(keys, slice) else len(keys), device=segments.device
         )
-        sees = sees.bool().index_put_((row, place), torch.tensor(True, device=segments.device))
+        is_visible = is_visible.bool().index_put_((segment, key), torch.tensor(True, device=segments.device))
         if int(queries[-1]) - int(queries[0]) + 1 == len(queries):
             queries = slice(int(queries[0]), int(queries[-1]) + 1)
-        return _SharedCall(queries, keys, None if sees.all() else sees, num_queries)
+        return _SharedCall(queries, keys, None if is_visible.all() else is_visible, num_queries)
 
     def mask(self, queries: slice, keys: slice) -> torch.Tensor:
-        """Gives a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key, laid if they are."""
+        """Returns a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query attends to a key."""
         first, end = (bound[queries, None] for bound in self.key_range)
         key = torch.arange(keys.start, keys.stop, device=first.device)
         return ((key >= first) & (key < end))[None, None]
 
     @cached_property
     def block_mask(self) -> object:
-        """The same as flex attention wants it, a `BlockMask` over the sequence or the laid keys."""
+        """The plan as a `BlockMask` for flex attention, over the keys of the sequence or the gathered keys."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         first, end = self.key_range
 
-        def sees(batch, head, query, key):
+        def is_visible(batch, head, query, key):
             return (key >= first[query]) & (key < end[query])
 
         num_keys = len(first if self.key_index is None else self.key_index)
-        return create_block_mask(sees, None, None, len(first), num_keys, device=first.device)
+        return create_block_mask(is_visible, None, None, len(first), num_keys, device=first.device)
 
     @cached_property
     def flash_arguments(self) -> tuple[torch.Tensor | None, dict[str, object]]:
         """
-        The same for flash attention: which keys to lay out, one segment's behind the other's, and its arguments.
+        The plan for flash attention: the keys to gather, segment by segment, and the function's arguments.
 
-        Keys that several frames see are laid out once for each; `None` where the sequence can stay as it is.
+        Keys of several segments are gathered once for each; the keys are `None` if those of the sequence can be used.
         """
         num_keys = self.end_key - self.first_key
         index = None
         if self.key_index is not None or not torch.equal(num_keys, self.num_queries):
-            index = _stretches(self.first_key, num_keys)
+            index = _concatenate_ranges(self.first_key, num_keys)
             index = index if self.key_index is None else self.key_index[index]
         bounds = [nn.functional.pad(count.cumsum(0), (1, 0)).to(torch.int32) for count in (self.num_queries, num_keys)]
         return index, {
@@ -235,43 +236,43 @@ class PackedAttention:
 
 @dataclass(eq=False)
 class _SharedCall:
-    """Segments that are computed in one call."""
+    """Several segments that are computed in one call."""
 
     queries: slice | torch.Tensor  # tokens of the sequence
-    keys: slice | torch.Tensor  # as well, each once
-    sees: torch.Tensor | None  # (segments, keys); `None` where all see all
+    keys: slice | torch.Tensor  # tokens of the sequence, each once
+    is_visible: torch.Tensor | None  # (segments, keys); `None` if all segments attend to all keys
     num_queries: torch.Tensor  # (segments,)
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
-        """`torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query sees a key."""
-        return None if self.sees is None else self.sees.repeat_interleave(self.num_queries, dim=0)[None, None]
+        """`torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query attends to a key."""
+        if self.is_visible is None:
+            return None
+        return self.is_visible.repeat_interleave(self.num_queries, dim=0)[None, None]
 
 
-def _stretches(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Numbers the places of stretches, one behind the other."""
-    place = torch.arange(int(count.sum()), device=count.device)
-    return place + (first - (count.cumsum(0) - count)).repeat_interleave(count)
+def _concatenate_ranges(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Concatenates ranges of `count` numbers that start at `first`."""
+    index = torch.arange(int(count.sum()), device=count.device)
+    return index + (first - (count.cumsum(0) - count)).repeat_interleave(count)
 
 
-_running: ContextVar[tuple[PackedAttention, str, Extend | None]] = ContextVar(
-    "packed attention of the layer that runs"
-)
+_active_plan: ContextVar[tuple[PackedAttention, str, Extend | None]] = ContextVar("active plan of packed attention")
 
 
 @contextmanager
 def packed_attention(module: nn.Module, plan: PackedAttention, extend: Extend | None = None) -> Iterator[None]:
     """
-    Lets the attention inside a module follow a plan, for as long as the context lasts.
+    Makes the attention inside a module follow a plan, for calls in this context.
 
     Args:
-        module (`nn.Module`): a layer of a tower, or the whole; run on one sequence, `(1, tokens, hidden)`.
-        plan (`PackedAttention`): which tokens see which, on the device that the layer computes on.
-        extend (*optional*): puts keys and values from elsewhere before the layer's own; the plan counts them as well.
+        module (`nn.Module`): a layer of a tower, or the tower; called on one sequence, `(1, tokens, hidden)`.
+        plan ([`PackedAttention`]): the plan.
+        extend (*optional*): prepends cached keys and values to those of the layer; the plan's keys include these.
     """
     configs = {id(part.config): part.config for part in module.modules() if _has_config(part)}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
-    token = _running.set((plan, next(iter(implementations.values()), None) or "eager", extend))
+    token = _active_plan.set((plan, next(iter(implementations.values()), None) or "eager", extend))
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
@@ -279,22 +280,22 @@ def packed_attention(module: nn.Module, plan: PackedAttention, extend: Extend | 
     finally:
         for key, config in configs.items():
             config._attn_implementation = implementations[key]
-        _running.reset(token)
+        _active_plan.reset(token)
 
 
 def run_checkpointed(
     layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
 ) -> torch.Tensor:
     """
-    Runs a layer by a function that has a plan around it, with the layer's own gradient checkpointing if it is on.
+    Calls a layer inside [`packed_attention`], with the layer's own gradient checkpointing if it is on.
 
-    A checkpointed layer is computed again in the backward pass, and the plan must hold then as well: so the layer is
-    checkpointed here, around the plan, and not inside itself.
+    A checkpointed layer is computed again in the backward pass, where it needs the plan as well. Therefore the function with
+    the plan is checkpointed here, and not the layer itself.
 
     Args:
         layer (`nn.Module`): the layer.
-        run (`Callable`): calls it on hidden states, inside [`packed_attention`].
-        hidden_states (`torch.FloatTensor`): what it gets.
+        run (`Callable`): calls the layer on hidden states inside [`packed_attention`].
+        hidden_states (`torch.FloatTensor` of shape `(1, tokens, hidden)` or `(tokens, hidden)`): input of the layer.
     """
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return run(hidden_states)
@@ -323,8 +324,8 @@ def _packed_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention of `(1, heads, tokens, head_dim)` by the running plan; gives `(1, tokens, heads, head_dim)`."""
-    plan, implementation, extend = _running.get()
+    """Computes attention of `(1, heads, tokens, head_dim)` by the active plan; returns `(1, tokens, heads, head_dim)`."""
+    plan, implementation, extend = _active_plan.get()
     if extend is not None:
         key, value = extend(key, value)
     return attend(module, query, key, value, plan.to(query.device), implementation, scaling, dropout), None
@@ -344,12 +345,12 @@ def attend(
     Computes the attention of one packed sequence.
 
     Args:
-        module (`nn.Module`): the layer that attends.
+        module (`nn.Module`): the attention layer.
         query (`torch.FloatTensor` of shape `(1, heads, tokens, head_dim)`): queries of the sequence.
         key, value (`torch.FloatTensor` of shape `(1, heads, keys, head_dim)`): keys and values, in the order of the plan's keys.
-        plan (`PackedAttention`): which tokens see which, on the same device.
-        implementation (`str`, *optional*, defaults to `"sdpa"`): attention implementation, as transformers names it.
-        scaling (`float`, *optional*): factor of the attention scores; `head_dim**-0.5` by default.
+        plan ([`PackedAttention`]): the plan, on the same device.
+        implementation (`str`, *optional*, defaults to `"sdpa"`): name of the attention implementation in transformers.
+        scaling (`float`, *optional*): factor of the attention scores; by default `head_dim**-0.5`.
         dropout (`float`, *optional*, defaults to 0.0): dropout probability of the attention weights.
 
     Returns:
@@ -365,7 +366,7 @@ def attend(
         index, arguments = plan.flash_arguments
         if index is not None:
             key, value = key[:, :, index], value[:, :, index]
-        # Which kernel it is, transformers reads off the configuration.
+        # The function reads the name of the kernel from the configuration.
         module.config._attn_implementation = implementation
         try:
             attend_piece = ALL_ATTENTION_FUNCTIONS[implementation]
@@ -375,12 +376,12 @@ def attend(
     attend_piece = _eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     outputs = []
     if plan.key_index is not None:
-        calls, rows = plan.shared_calls
+        calls, index = plan.shared_calls
         for call in calls:
             parts = query[:, :, call.queries], key[:, :, call.keys], value[:, :, call.keys]
             outputs.append(attend_piece(module, *parts, call.mask, is_causal=False, **options)[0])
         output = torch.cat(outputs, dim=1)
-        return output if rows is None else output[:, rows]
+        return output if index is None else output[:, index]
     for queries, keys, has_mask in plan.chunks:
         parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
         mask = plan.mask(queries, keys) if has_mask else None

@@ -1,18 +1,14 @@
-"""
-Pooling as an MLLM of the LLaVA family does it, for some places of a frame only.
-
-This module knows which patches a pooled place is made of and makes it of them. It knows neither MLLMs nor gazes.
-"""
+"""The pooling of an MLLM of the LLaVA family, for some places of a frame only."""
 
 import torch
 
 
 class PlacePooling:
     """
-    Makes the features of pooled places out of those of their patches.
+    Pools the features of patches to those of places.
 
     Args:
-        weights (`torch.FloatTensor` of shape `(places, patches)`): how much of each patch of a frame is in each place.
+        weights (`torch.FloatTensor` of shape `(places, patches)`): weights of a frame's patches in each place.
 
     Example:
 
@@ -33,13 +29,13 @@ class PlacePooling:
     """
 
     def __init__(self, weights: torch.Tensor):
-        self._is_in = weights > 0
-        most = int(self._is_in.sum(1).max())
-        self._weights, self._patches = weights.topk(most, dim=1)
+        self._has_patch = weights > 0
+        max_patches = int(self._has_patch.sum(1).max())
+        self._weights, self._patches = weights.topk(max_patches, dim=1)
 
     def patches_of(self, is_kept: torch.Tensor) -> torch.Tensor:
-        """Gives the patches `(.., patches)` that kept places `(.., places)` are made of, both `torch.BoolTensor`."""
-        return is_kept.float() @ self._is_in.to(is_kept.device).float() > 0
+        """Returns the mask of the patches `(.., patches)` of kept places, a mask `(.., places)`."""
+        return is_kept.float() @ self._has_patch.to(is_kept.device).float() > 0
 
     def pool(
         self, features: torch.Tensor, frame: torch.Tensor, patch: torch.Tensor, is_kept: torch.Tensor
@@ -48,18 +44,18 @@ class PlacePooling:
         Pools the patches of all kept places.
 
         Args:
-            features (`torch.FloatTensor` of shape `(tokens, channels)`): those of the patches, in any order.
-            frame, patch (`torch.LongTensor` of shape `(tokens,)`): which patch of which frame each is.
-            is_kept (`torch.BoolTensor` of shape `(frames, places)`): the places to make.
+            features (`torch.FloatTensor` of shape `(tokens, channels)`): features of the patches, in any order.
+            frame, patch (`torch.LongTensor` of shape `(tokens,)`): frame and id of each patch.
+            is_kept (`torch.BoolTensor` of shape `(frames, places)`): the kept places.
 
         Returns:
             `tuple`: `torch.FloatTensor` of shape `(kept places, channels)`, and their frame and place, both
             `torch.LongTensor` of shape `(kept places,)`.
         """
         device = features.device
-        token_of = torch.zeros(len(is_kept), self._is_in.shape[1], dtype=torch.long, device=device)
-        token_of[frame.to(device), patch.to(device)] = torch.arange(len(features), device=device)
-        of_frame, place = is_kept.to(device).nonzero(as_tuple=True)
-        tokens = token_of[of_frame[:, None], self._patches.to(device)[place]]
+        token_of_patch = torch.zeros(len(is_kept), self._has_patch.shape[1], dtype=torch.long, device=device)
+        token_of_patch[frame.to(device), patch.to(device)] = torch.arange(len(features), device=device)
+        place_frame, place = is_kept.to(device).nonzero(as_tuple=True)
+        tokens = token_of_patch[place_frame[:, None], self._patches.to(device)[place]]
         weights = self._weights.to(device, features.dtype)[place]
-        return torch.einsum("kn,knc->kc", weights, features[tokens]), of_frame, place
+        return torch.einsum("kn,knc->kc", weights, features[tokens]), place_frame, place

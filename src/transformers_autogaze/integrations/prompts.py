@@ -1,8 +1,4 @@
-"""
-Prompts that name videos: where they do, and what they become when the videos' embeddings are put in.
-
-This module works on token ids and embeddings alone; it knows neither MLLMs nor gazes.
-"""
+"""Prompts with placeholders of videos: finding them, and replacing them by the embeddings of the videos."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,22 +8,23 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 
-_IGNORED = -100  # a label where nothing is to be learned
+IGNORED_LABEL = -100
+"""The label of tokens that do not count in the loss."""
 
 
 def find_placeholders(
     input_ids: torch.Tensor, placeholder_id: int, attention_mask: torch.Tensor | None = None
 ) -> list[list[tuple[int, int]]]:
     """
-    Finds where prompts name a video: by one placeholder, or by several in a row.
+    Finds the placeholders of videos in prompts. Several placeholders in a row are those of one video.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): prompts.
-        placeholder_id (`int`): the token that stands for a video.
+        placeholder_id (`int`): the placeholder token of a video.
         attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 where a prompt is padded.
 
     Returns:
-        `list`, one entry per prompt: a list of the first place and the place after the last of every run.
+        `list[list[tuple[int, int]]]`: for each prompt, the start of every run of placeholders and its end, exclusive.
 
     Example:
 
@@ -39,14 +36,13 @@ def find_placeholders(
 
     ```
     """
-    stands = input_ids == placeholder_id
+    is_placeholder = input_ids == placeholder_id
     if attention_mask is not None:
-        stands = stands & attention_mask.bool()
-    # A run starts and stops where a placeholder has another neighbour.
-    edges = torch.nn.functional.pad(stands.long(), (1, 1)).diff(dim=1)
+        is_placeholder = is_placeholder & attention_mask.bool()
+    edges = torch.nn.functional.pad(is_placeholder.long(), (1, 1)).diff(dim=1)
     return [
-        list(zip((row == 1).nonzero().flatten().tolist(), (row == -1).nonzero().flatten().tolist(), strict=True))
-        for row in edges
+        list(zip((edge == 1).nonzero().flatten().tolist(), (edge == -1).nonzero().flatten().tolist(), strict=True))
+        for edge in edges
     ]
 
 
@@ -61,12 +57,12 @@ def fill_placeholders(
     pad_token_id: int = 0,
 ) -> dict[str, torch.Tensor]:
     """
-    Puts the embeddings of videos in the place of their placeholders. Gradients pass through.
+    Replaces the placeholders of videos by the videos' embeddings. Gradients flow to the embeddings.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): prompts.
-        text (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): their embeddings.
-        placeholder_id (`int`): the token that stands for a video.
+        text (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the embeddings of the prompts' tokens.
+        placeholder_id (`int`): the placeholder token of a video.
         videos (`Sequence[torch.FloatTensor]` of shape `(tokens, hidden_size)`): one per run of placeholders, in order.
         attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 where a prompt is padded.
         labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to learn, -100 elsewhere.
@@ -74,41 +70,48 @@ def fill_placeholders(
         pad_token_id (`int`, *optional*, defaults to 0): what they are padded with.
 
     Returns:
-        `dict` with `inputs_embeds`, `attention_mask`, `input_ids`, with one placeholder per embedding of a video, and,
-        if given, `labels`, which ignore videos.
+        `dict` with `inputs_embeds`, `attention_mask`, `input_ids`, which have one placeholder for each embedding of a video,
+        and, if labels are given, `labels`, which are -100 for these.
     """
     device = input_ids.device
-    # One index over the words of all prompts and then the tokens of all videos says what goes where.
+    # Indices count the tokens of all prompts and then the embeddings of all videos.
     words = torch.arange(input_ids.numel(), device=device).view_as(input_ids)
     is_real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     counts = [len(video) for video in videos]
-    tokens = iter((words.numel() + torch.arange(sum(counts), device=device)).split(counts) if counts else ())
-    rows = []
-    for row, spans in enumerate(find_placeholders(input_ids, placeholder_id, attention_mask)):
-        parts, done = [], 0
+    embeddings = iter((words.numel() + torch.arange(sum(counts), device=device)).split(counts) if counts else ())
+    filled_prompts = []
+    for prompt, mask, spans in zip(
+        words, is_real, find_placeholders(input_ids, placeholder_id, attention_mask), strict=True
+    ):
+        parts, end = [], 0
         for start, stop in spans:
-            parts += [words[row, done:start][is_real[row, done:start]], next(tokens)]
-            done = stop
-        rows.append(torch.cat([*parts, words[row, done:][is_real[row, done:]]]))
-    index = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=padding_side)
+            parts += [prompt[end:start][mask[end:start]], next(embeddings)]
+            end = stop
+        filled_prompts.append(torch.cat([*parts, prompt[end:][mask[end:]]]))
+    index = pad_sequence(filled_prompts, batch_first=True, padding_value=-1, padding_side=padding_side)
     is_token, index = index >= 0, index.clamp(min=0)
 
-    def extended(values: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.cat([values.flatten(), values.new_full((sum(counts),), value)])[index]
+    def fill(values: torch.Tensor, video_value: int) -> torch.Tensor:
+        return torch.cat([values.flatten(), values.new_full((sum(counts),), video_value)])[index]
 
     source = torch.cat([text.flatten(0, 1), *(video.to(text) for video in videos)])
     filled = {
         "inputs_embeds": source[index.to(text.device)],
         "attention_mask": is_token.long(),
-        "input_ids": extended(input_ids, placeholder_id).masked_fill(~is_token, pad_token_id),
+        "input_ids": fill(input_ids, placeholder_id).masked_fill(~is_token, pad_token_id),
     }
     if labels is not None:
-        filled["labels"] = extended(labels, _IGNORED).masked_fill(~is_token, _IGNORED)
+        filled["labels"] = fill(labels, IGNORED_LABEL).masked_fill(~is_token, IGNORED_LABEL)
     return filled
 
 
+def padding_side_of(attention_mask: torch.Tensor | None) -> str:
+    """Returns `"left"` if a prompt is padded at its start, else `"right"`."""
+    return "left" if attention_mask is not None and not bool(attention_mask[:, 0].all()) else "right"
+
+
 def with_labels(output: Any, labels: torch.Tensor | None) -> Any:
-    """Adds to the output of an MLLM the labels that belong to its logits, which are not as many as the caller's."""
+    """Adds to the output of an MLLM the labels of its logits, which are as many as the logits, unlike the caller's."""
     if labels is not None and isinstance(output, ModelOutput):
         output["labels"] = labels
     return output

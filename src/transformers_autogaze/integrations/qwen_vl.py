@@ -1,9 +1,8 @@
 """
-Gazed merge units into Qwen2.5-VL and Qwen3-VL: their own tower and language model, fewer tokens, true positions.
+[`GazeQwenVL`]: Qwen2.5-VL and Qwen3-VL on the kept merge units of videos, with the positions of the whole video.
 
-This module says which merge units a gaze keeps, takes the others out of prompts and sees to it that what is left stays at
-its place. Choosing patches is a selector's matter, running the tower on some units `qwen_vl_tower`'s, and answering the
-MLLM's own.
+It finds the merge units that a gaze keeps and removes the tokens of the others from the prompts. `qwen_vl_gazing` chooses
+the patches, `qwen_vl_tower` encodes the kept units, and the MLLM itself generates.
 """
 
 import os
@@ -16,12 +15,22 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qw
 
 from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
+from ..video.tiles import Setting
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .generation_options import check_generation_options, fit_generation_options, sequences_as_given
+from .generation_options import check_generation_options, generate_on_pruned_prompts
 from .normalization import normalizing_part
-from .prompts import with_labels
+from .prompts import IGNORED_LABEL, padding_side_of, with_labels
 from .qwen_vl_gazing import UnitGazer, UnitSizes, warn_of_fixed_scales
-from .qwen_vl_prompts import GazedPrompt, check_placeholders, find_positions, in_place
+from .qwen_vl_prompts import (
+    GazedPrompt,
+    check_placeholders,
+    compute_next_position,
+    compute_position_ids,
+    find_kept_tokens,
+    index_visual_tokens,
+    insert_features,
+    language_model_inputs,
+)
 from .qwen_vl_tower import UNIT_ATTENTION_CHOICES, encode_units
 from .qwen_vl_units import kept_units
 from .video_tokens import list_gazes
@@ -34,47 +43,44 @@ from .wrapping import (
 )
 
 
-Setting = float | Sequence[float] | None
-
 _MODELS = (Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
-_IGNORED = -100  # what a label is where nothing is to be learned
-# What the MLLM's processor gives besides tokens and the pixels of videos.
+# Outputs of the MLLM's processor, besides tokens and the pixels of videos.
 _PROCESSOR_KEYS = ("video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
 class GazeQwenVL(ModelWrapper):
     """
-    A Qwen2.5-VL or Qwen3-VL that sees the gazed merge units of videos only.
+    Wraps Qwen2.5-VL or Qwen3-VL, which then reads only the kept merge units of videos.
 
-    The towers of these MLLMs make one token of every merge unit: 2x2 patches over a pair of frames. A selector that takes any
-    grid gazes at these units themselves, so a ratio is the share of them that the language model reads. Of a gaze on
-    another grid a unit is kept when a kept patch, of any scale, shares an area with it in one of its frames (see
-    [`kept_units`]). The other units are dropped before the tower, and their tokens from the prompt. What is left keeps the
-    rotary position, the window and the place in time, height and width that it has in the whole video, and an answer
-    goes on at the position at which it would go on after the whole prompt. Parts and weights are the MLLM's, unchanged.
+    The vision towers of these MLLMs make one token of every merge unit: 2x2 patches over a pair of frames. A selector that
+    takes any grid chooses among these units, so a ratio is the share of them that the language model reads. With a gaze on
+    another grid, a unit is kept if a kept patch of any scale overlaps it in one of its frames (see [`kept_units`]). The other
+    units are dropped before the tower, and their tokens from the prompt. The kept units have the rotary positions and the
+    window that they have in the whole video, the kept tokens the time, height and width, and the answer starts at the
+    position that follows the whole prompt. Modules and weights are the MLLM's, unchanged.
 
-    `generate` answers, `forward` gives logits and, with labels, a loss to train with. Both take what the MLLM's own
-    processor returns.
+    `generate` answers prompts; `forward` returns logits and, with labels, the training loss. Both take the outputs of the
+    MLLM's own processor.
 
     Args:
         mllm ([`~transformers.PreTrainedModel`]):
             A `Qwen2_5_VLForConditionalGeneration` or `Qwen3VLForConditionalGeneration`.
         gaze_model ([`GazeSelector`], *optional*):
-            What chooses, such as [`GreedyGazeSelector`]; one with fixed scales, such as [`AutoGazeModel`], keeps far more
-            units than its ratio says. May be left out where every call is given a `gaze`.
+            The selector, such as [`GreedyGazeSelector`]; one with fixed scales, such as [`AutoGazeModel`], keeps far more
+            units than its ratio says. Not needed if every call is given a `gaze`.
         processor (*optional*):
-            The processor, video processor or image processor that normalised the frames for the MLLM, so that the
-            selector can look at them as well. As with `gaze_model`.
+            The processor, video processor or image processor that normalised the frames for the MLLM, needed to convert
+            them for the selector. Not needed if every call is given a `gaze`.
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
-            How the selector's frames are preprocessed. The published way by default.
+            Preprocesses the selector's frames; by default with the published settings.
         attention (`str`, *optional*, defaults to `"canvas"`):
-            What a kept unit sees in the tower beside its own pair of frames: `"canvas"`, at every place that this pair did
-            not keep, the latest unit that was kept there, in the layers with windows inside its window; `"frame"`,
-            nothing. With every unit kept both are the tower's own attention.
+            What a kept unit attends to in the tower beside its own pair of frames: `"canvas"`, the latest kept unit at every
+            place where this pair kept none, in layers with window attention only inside its window; `"frame"`, nothing
+            else. If every unit is kept, both are the tower's own attention.
 
     Raises:
-        ValueError: if the MLLM is of no such kind, `attention` is none of these, or the processor does not say how it
-            normalises.
+        ValueError: if the MLLM is of another type, `attention` is none of these, or the processor has no normalisation
+            attributes.
 
     Example:
 
@@ -91,7 +97,7 @@ class GazeQwenVL(ModelWrapper):
     >>> mllm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
     >>> model = GazeQwenVL(mllm.eval(), GreedyGazeSelector(), Qwen2VLImageProcessor())
 
-    >>> inputs = {  # as a Qwen2_5_VLProcessor gives them: 4 frames of 32x32 pixels are 2x4x4 units
+    >>> inputs = {  # as a Qwen2_5_VLProcessor returns them: 4 frames of 32x32 pixels are 2x4x4 units
     ...     "input_ids": torch.tensor([[1, 48, *[47] * 32, 49, 2]]),
     ...     "pixel_values_videos": torch.randn(2 * 8 * 8, 3 * 2 * 4 * 4),
     ...     "video_grid_thw": torch.tensor([[2, 8, 8]]),
@@ -141,20 +147,20 @@ class GazeQwenVL(ModelWrapper):
         **kwargs: Any,
     ) -> "GazeQwenVL":
         """
-        Loads what [`~ModelWrapper.save_pretrained`] wrote, or wraps an MLLM from the Hub or a folder.
+        Loads what [`~ModelWrapper.save_pretrained`] saved, or wraps an MLLM from the Hub or a folder.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): as for the MLLM's own `from_pretrained`.
-            gaze_model, processor, gaze_processor (*optional*): as in [`GazeQwenVL`]; those that were saved by default.
+            gaze_model, processor, gaze_processor (*optional*): as in [`GazeQwenVL`]; by default those that were saved.
             kwargs: arguments of the MLLM's `from_pretrained`, such as `dtype` or `device_map`.
 
         Raises:
-            ValueError: if the folder is of another wrapper.
+            ValueError: if another wrapper was saved.
         """
         name = pretrained_model_name_or_path
-        facts = read_wrapper_file(name, cls, kwargs)
-        parts = load_gazing_parts(name, facts, kwargs, gaze_model, processor, gaze_processor)
-        return cls(cls._load_wrapped(name, facts, kwargs), **parts).eval()
+        wrapper_config = read_wrapper_file(name, cls, kwargs)
+        parts = load_gazing_parts(name, wrapper_config, kwargs, gaze_model, processor, gaze_processor)
+        return cls(cls._load_wrapped(name, wrapper_config, kwargs), **parts).eval()
 
     def _save_parts(self, folder: Path) -> dict[str, Any]:
         parts = save_gazing_parts(self, folder, self.processor, self.gaze_processor)
@@ -162,7 +168,7 @@ class GazeQwenVL(ModelWrapper):
 
     @property
     def _base(self) -> PreTrainedModel:
-        """The MLLM without PEFT around it."""
+        """The MLLM, without a `PeftModel` around it."""
         return without_peft(self.mllm)
 
     def forward(
@@ -184,36 +190,37 @@ class GazeQwenVL(ModelWrapper):
         **kwargs: Any,
     ) -> Any:
         """
-        Calls the MLLM on prompts whose videos are gazed at.
+        Calls the MLLM on pruned prompts.
 
         Args:
             input_ids, pixel_values_videos, attention_mask, labels, gaze:
-                As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
+                As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called with unchanged inputs.
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             video_grid_thw, second_per_grid_ts, pixel_values, image_grid_thw, mm_token_type_ids:
-                As in [`~GazeQwenVL.prepare_inputs`]. They have names here so that `Trainer` keeps these columns of a data set.
+                As in [`~GazeQwenVL.prepare_inputs`]. They are in the signature so that `Trainer` keeps these columns.
             kwargs: further arguments of the MLLM.
 
         Returns:
-            The MLLM's own output. Its `logits` are those of the tokens that are left, see
-            [`~GazeQwenVL.prepare_inputs`]; with `labels` it has the `loss`, and the `labels` that
-            belong to these logits.
+            The MLLM's own output. Its `logits` are those of the kept tokens, see [`~GazeQwenVL.prepare_inputs`]; with
+            `labels` it has the `loss`, and the `labels` of these logits.
 
         Raises:
             ValueError: as [`~GazeQwenVL.prepare_inputs`].
         """
         self._check_names(kwargs)
-        given = {
+        processed = {
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
             "mm_token_type_ids": mm_token_type_ids,
         }
-        kwargs, given = ({key: value for key, value in part.items() if value is not None} for part in (kwargs, given))
+        kwargs, processed = (
+            {key: value for key, value in inputs.items() if value is not None} for inputs in (kwargs, processed)
+        )
         if pixel_values_videos is None:
             self._check_no_video(input_ids)
-            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **given, **kwargs)
+            return self.mllm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **processed, **kwargs)
         prompt = self.prepare_inputs(
             input_ids,
             pixel_values_videos,
@@ -224,10 +231,10 @@ class GazeQwenVL(ModelWrapper):
             task_loss_requirement,
             clip_ratio=clip_ratio,
             tokens_per_clip=tokens_per_clip,
-            padding_side="left" if attention_mask is not None and not bool(attention_mask[:, 0].all()) else "right",
-            **given,
+            padding_side=padding_side_of(attention_mask),
+            **processed,
         )
-        with in_place(self._base, prompt):
+        with language_model_inputs(self._base, prompt):
             output = self.mllm(
                 inputs_embeds=prompt.inputs_embeds,
                 attention_mask=prompt.attention_mask,
@@ -251,29 +258,28 @@ class GazeQwenVL(ModelWrapper):
         **kwargs: Any,
     ) -> Any:
         """
-        Answers prompts whose videos are gazed at, by the MLLM's own `generate`.
+        Answers prompts with the MLLM's own `generate` on pruned prompts.
 
         Args:
             input_ids, pixel_values_videos, attention_mask, gaze:
-                As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called as it is.
+                As in [`~GazeQwenVL.prepare_inputs`]; without videos the MLLM is called with unchanged inputs.
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             kwargs:
                 The other arguments of [`~GazeQwenVL.prepare_inputs`], such as `video_grid_thw`, and of the MLLM's
-                `generate`, such as `max_new_tokens`. Lengths count from `input_ids` as they are given, and functions such as a
-                `stopping_criteria` see them so. Options that are not known to give the MLLM's own answer on a pruned prompt
-                are refused.
+                `generate`, such as `max_new_tokens`. Lengths, and callbacks such as `stopping_criteria`, refer to `input_ids`.
+                Options that are not known to give the MLLM's own answer on a pruned prompt are refused.
 
         Returns:
-            What the MLLM's `generate` returns: sequences that start with `input_ids` as they were given, whatever length
-            the prompts had inside, so that `[:, input_ids.shape[1] :]` are the answers.
+            What the MLLM's `generate` returns. Its sequences start with `input_ids`, whatever the lengths of the pruned
+            prompts, so that `[:, input_ids.shape[1] :]` are the answers.
 
         Raises:
-            ValueError: as [`~GazeQwenVL.prepare_inputs`].
+            ValueError: as [`~GazeQwenVL.prepare_inputs`], and if an option is refused.
         """
         if pixel_values_videos is None:
             self._check_no_video(input_ids)
             return self.mllm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        of_processor = {key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs}
+        processed = {key: kwargs.pop(key) for key in _PROCESSOR_KEYS if key in kwargs}
         check_generation_options(self.generation_config, kwargs)
         prompt = self.prepare_inputs(
             input_ids,
@@ -285,17 +291,11 @@ class GazeQwenVL(ModelWrapper):
             clip_ratio=clip_ratio,
             tokens_per_clip=tokens_per_clip,
             padding_side="left",
-            **of_processor,
+            **processed,
         )
-        options = fit_generation_options(self.generation_config, kwargs, input_ids, prompt.input_ids.shape[1])
-        with in_place(self._base, prompt):
-            output = self.mllm.generate(
-                input_ids=prompt.input_ids,
-                attention_mask=prompt.attention_mask,
-                inputs_embeds=prompt.inputs_embeds,
-                **options,
-            )
-        return sequences_as_given(output, input_ids, prompt.input_ids.shape[1])
+        inputs = {name: getattr(prompt, name) for name in ("input_ids", "attention_mask", "inputs_embeds")}
+        with language_model_inputs(self._base, prompt):
+            return generate_on_pruned_prompts(self.mllm, inputs, kwargs, input_ids)
 
     def prepare_inputs(
         self,
@@ -317,38 +317,38 @@ class GazeQwenVL(ModelWrapper):
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> GazedPrompt:
         """
-        Takes the tokens of dropped units out of prompts, and encodes the others.
+        Prunes prompts: removes the tokens of dropped units and encodes the kept units.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
-                Prompts as the MLLM's processor writes them, with one placeholder per merge unit.
+                Prompts as the MLLM's processor returns them, with one placeholder per merge unit.
             pixel_values_videos (`torch.FloatTensor` of shape `(patches, channels * temporal_patch_size * patch_size**2)`):
-                The patches of all videos, in the order in which the prompts name them.
+                The patches of all videos, in the order of their placeholders.
             attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 where a prompt is padded.
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to learn, -100 elsewhere.
             gaze ([`GazeOutput`] or a sequence of them, *optional*):
-                What to keep, over all videos, or one gaze per video, on any grid over the whole frame. Without it the
-                gaze model chooses.
+                The kept patches: one batch for all videos, or one gaze per video, on any grid over the whole frame. By
+                default the gaze model chooses them.
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip: as in [`~GazeQwenVL.gaze`].
             padding_side (`str`, *optional*, defaults to `"right"`): where prompts of unequal length are padded.
             video_grid_thw (`torch.LongTensor` of shape `(videos, 3)`):
-                Patches of each video in time, from top to bottom and from left to right.
+                Patches of each video in time, height and width.
             second_per_grid_ts (`torch.FloatTensor` of shape `(videos,)`, *optional*):
                 Seconds between the pairs of frames (Qwen2.5-VL).
-            pixel_values, image_grid_thw (*optional*): the pictures in the prompts. They are kept whole.
+            pixel_values, image_grid_thw (*optional*): the images in the prompts. All their units are kept.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                1 for pictures, 2 for videos, 0 for words; read off `input_ids` if not given.
+                1 for images, 2 for videos, 0 for words; by default computed from `input_ids`.
 
         Returns:
             [`GazedPrompt`]
 
         Raises:
-            ValueError: if no prompt has a placeholder, there are not as many as units, a gaze does not fit the videos, or the
-                side is none.
+            ValueError: if the numbers of placeholders and units differ, a gaze does not fit the videos or keeps nothing, or
+                `padding_side` is neither.
         """
         if padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` must be 'left' or 'right', got {padding_side!r}")
-        config, device = self.mllm.config, input_ids.device
+        config = self.mllm.config
         is_video, is_image = input_ids == config.video_token_id, input_ids == config.image_token_id
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_placeholders(config, "video", is_video, "pixel_values_videos", pixel_values_videos, video_grid_thw)
@@ -357,60 +357,46 @@ class GazeQwenVL(ModelWrapper):
         if gaze is None:
             settings = (gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip)
             gaze = self.gaze(pixel_values_videos, video_grid_thw, *settings)
-        is_kept = torch.cat([kept.flatten() for kept in self._kept_units(gaze, video_grid_thw)]).to(device)
-        is_left = attention_mask.bool().masked_scatter(is_video, is_kept)
-        # Pictures come first, and are kept whole.
-        pictures = int(is_image.sum())
-        is_encoded = torch.cat([is_kept.new_ones(pictures), is_kept])
-        if not is_encoded.any():
-            raise ValueError("`gaze` must keep at least one patch of some video, got none")
-        features, deepstack = encode_units(
-            self._base.model.visual,
-            torch.cat([pixels for pixels in (pixel_values, pixel_values_videos) if pixels is not None]),
-            torch.cat([grids for grids in (image_grid_thw, video_grid_thw) if grids is not None]),
-            is_encoded,
-            self.attention,
+        is_unit_kept = torch.cat([kept.flatten() for kept in self._kept_units(gaze, video_grid_thw)])
+        is_unit_kept = is_unit_kept.to(input_ids.device)
+        features, deepstack = self._encode_units(
+            torch.cat([is_unit_kept.new_ones(int(is_image.sum())), is_unit_kept]),
+            [pixel_values, pixel_values_videos],
+            [image_grid_thw, video_grid_thw],
         )
-        visual_index = torch.full_like(input_ids, -1)
-        visual_index[is_image] = torch.arange(pictures, device=device)
-        visual_index[is_video & is_left] = torch.arange(pictures, len(features), device=device)
-
-        mm_token_type_ids = is_image + 2 * is_video if mm_token_type_ids is None else mm_token_type_ids
-        position_ids = find_positions(
+        is_kept = attention_mask.bool().masked_scatter(is_video, is_unit_kept)
+        visual_index = index_visual_tokens(is_image, is_video & is_kept)
+        position_ids = compute_position_ids(
             self._base,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             second_per_grid_ts=second_per_grid_ts,
-            mm_token_type_ids=mm_token_type_ids,
+            mm_token_type_ids=is_image + 2 * is_video if mm_token_type_ids is None else mm_token_type_ids,
         )
-        # An answer counts on from the last word, however late a video before it ends.
-        places = torch.arange(input_ids.shape[1], device=device)
-        last = (places * attention_mask).argmax(1, keepdim=True)
-        last_position = position_ids.amax(0).gather(1, last).flatten()
 
-        # Stable sorting closes the gaps: what is left goes to the right of the padding, or to the left.
-        pads_left = padding_side == "left"
-        source = torch.argsort(is_left if pads_left else ~is_left, dim=1, stable=True)
-        length = int(is_left.sum(1).max())
-        source = source[:, -length:] if pads_left else source[:, :length]
-        is_real = is_left.gather(1, source)
-        visual_index = visual_index.gather(1, source).masked_fill(~is_real, -1)
-        input_ids = input_ids.gather(1, source)
-        inputs_embeds = self.mllm.get_input_embeddings()(input_ids)
-        is_visual = (visual_index >= 0).to(inputs_embeds.device)
-        shown = visual_index[visual_index >= 0].to(features.device)
+        index, is_real = find_kept_tokens(is_kept, padding_side)
+        input_ids, visual_index = input_ids.gather(1, index), visual_index.gather(1, index).masked_fill(~is_real, -1)
         return GazedPrompt(
             input_ids=input_ids,
             attention_mask=is_real.long(),
-            inputs_embeds=inputs_embeds.masked_scatter(is_visual[..., None], features[shown].to(inputs_embeds)),
-            position_ids=position_ids.gather(2, source.expand(3, -1, -1)),
-            next_position=last_position + 1,
+            inputs_embeds=insert_features(self.mllm.get_input_embeddings()(input_ids), features, visual_index),
+            position_ids=position_ids.gather(2, index.expand(3, -1, -1)),
+            next_position=compute_next_position(position_ids, attention_mask),
             visual_index=visual_index,
             deepstack=deepstack,
-            labels=None if labels is None else labels.gather(1, source).masked_fill(~is_real, _IGNORED),
+            labels=None if labels is None else labels.gather(1, index).masked_fill(~is_real, IGNORED_LABEL),
         )
+
+    def _encode_units(
+        self, is_kept: torch.Tensor, pixels: list[torch.Tensor | None], grids: list[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Encodes the kept units of images and then videos; see [`encode_units`]."""
+        if not is_kept.any():
+            raise ValueError("`gaze` must keep at least one patch of some video, got none")
+        pixels, grids = (torch.cat([part for part in parts if part is not None]) for parts in (pixels, grids))
+        return encode_units(self._base.model.visual, pixels, grids, is_kept, self.attention)
 
     def gaze(
         self,
@@ -423,18 +409,18 @@ class GazeQwenVL(ModelWrapper):
         **options: Any,
     ) -> list[GazeOutput]:
         """
-        Gazes at the frames that the patches of videos were cut from.
+        Gazes at the frames of videos, which are put together from their patches.
 
-        Where neither ratio, threshold nor budget is given, the selector's configuration decides.
+        Without a ratio, threshold or budget, those of the selector's configuration are used.
 
         Args:
             pixel_values_videos, video_grid_thw: as in [`~GazeQwenVL.prepare_inputs`].
             gazing_ratio (`float` or sequence of `float`, *optional*):
-                Share of the merge units to keep in every pair of frames, one at least; with a selector of fixed scales
-                the share of its patches to keep in every frame.
+                Share of the merge units to keep of every pair of frames, at least one; with a selector of fixed scales,
+                the share of its patches to keep of every frame.
             task_loss_requirement (`float` or sequence of `float`, *optional*):
-                Loss at which a pair of frames, or a frame, is good enough, see [`~GazeSelector.generate`].
-            clip_ratio (`float`, *optional*): share of all merge units of each video to keep, where they gain most.
+                Loss threshold of a pair of frames, or of a frame; see [`~GazeSelector.generate`].
+            clip_ratio (`float`, *optional*): share of all merge units of each video to keep: those with the largest gains.
             tokens_per_clip (`int`, *optional*): the same as a number of units.
             options: for a selector of fixed scales, other arguments of [`gaze_video`].
 
@@ -468,30 +454,30 @@ class GazeQwenVL(ModelWrapper):
         self, gaze: GazeOutput | Sequence[GazeOutput], video_grid_thw: torch.Tensor
     ) -> list[tuple[int, int]]:
         """
-        Counts what the language model reads of videos, a token per merge unit.
+        Counts the tokens of videos that the language model reads, one for each merge unit.
 
         Args:
             gaze, video_grid_thw: as in [`~GazeQwenVL.prepare_inputs`].
 
         Returns:
-            `list[tuple[int, int]]`, one per video: merge units that the gaze keeps, and all that the video has.
+            `list[tuple[int, int]]`: for each video, the numbers of kept merge units and of all its merge units.
         """
         return [(int(kept.sum()), kept.numel()) for kept in self._kept_units(gaze, video_grid_thw)]
 
     def _kept_units(
         self, gaze: GazeOutput | Sequence[GazeOutput], video_grid_thw: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """Gives the units to keep, `(times, rows, cols)`, video by video."""
+        """Yields the mask of kept units `(times, rows, cols)` of each video."""
         gazes = list_gazes(gaze)
         if len(gazes) != len(video_grid_thw):
             raise ValueError(f"`gaze` must be one for each of the {len(video_grid_thw)} videos, got {len(gazes)}")
         vision = self.mllm.config.vision_config
-        for number, (one, grid) in enumerate(zip(gazes, video_grid_thw.tolist(), strict=True)):
+        for index, (video_gaze, (times, rows, cols)) in enumerate(zip(gazes, video_grid_thw.tolist(), strict=True)):
             try:
-                units = (grid[0], grid[1] // vision.spatial_merge_size, grid[2] // vision.spatial_merge_size)
-                yield kept_units(one, units, vision.temporal_patch_size)[0]
+                units = (times, rows // vision.spatial_merge_size, cols // vision.spatial_merge_size)
+                yield kept_units(video_gaze, units, vision.temporal_patch_size)[0]
             except ValueError as error:
-                raise ValueError(f"`gaze` does not fit video {number}: {error}") from error
+                raise ValueError(f"`gaze` does not fit video {index}: {error}") from error
 
     def _check_no_video(self, input_ids: torch.Tensor) -> None:
         if bool((input_ids == self.mllm.config.video_token_id).any()):

@@ -1,8 +1,4 @@
-"""
-Gazing at the frames that Qwen2.5-VL and Qwen3-VL cut their patches from, on their merge units where a selector can.
-
-This module makes whole-video gazes of a processor's patches. It knows nothing of towers or language models.
-"""
+"""Gazing at the frames of Qwen2.5-VL and Qwen3-VL, which are put together from their patches, on their merge units."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,25 +12,25 @@ from ..grid_autogaze import GazeGrid
 from ..selection_autogaze import GazeSelector
 from ..video.streaming import gaze_video
 from ..video_processing_autogaze import AutoGazeVideoProcessor
+from .encoder_gazing import PER_FRAME_SETTINGS
 from .normalization import undo_normalization
 from .qwen_vl_units import unfold_units
 
 
 _CLIP_BUDGETS = ("clip_ratio", "tokens_per_clip")
-_PER_FRAME = ("gazing_ratio", "task_loss_requirement")
-GAZE_SETTINGS = (*_PER_FRAME, *_CLIP_BUDGETS)
-"""Names of the settings that say how much to keep, as [`~GazeQwenVL.gaze`] takes them."""
-_SEARCHED = 2**22  # pixels of the frames that are gazed at together, where budgets and thresholds are those of a frame
+GAZE_SETTINGS = (*PER_FRAME_SETTINGS, *_CLIP_BUDGETS)
+"""Names of the budgets and thresholds of [`~GazeQwenVL.gaze`]."""
+_MAX_PIXELS = 2**22  # of frames that are gazed at together, with budgets and thresholds for each frame
 
 
 class UnitSizes(NamedTuple):
     """
-    What a merge unit holds.
+    The size of a merge unit.
 
     Args:
         merge_size (`int`): rows and columns of patches.
         patch_size (`int`): height and width of a patch in pixels.
-        frames (`int`): frames.
+        frames (`int`): number of frames.
     """
 
     merge_size: int
@@ -42,23 +38,23 @@ class UnitSizes(NamedTuple):
     frames: int
 
     def grid(self, rows: int, cols: int) -> GazeGrid:
-        """Gives the grid whose patches are the merge units of a video of `rows` and `cols` patches."""
+        """Returns the grid whose patches are the merge units of a video of `rows` and `cols` patches."""
         side = self.merge_size * self.patch_size
         return GazeGrid([(rows * self.patch_size, cols * self.patch_size)], side)
 
 
 class UnitGazer:
     """
-    Gazes at videos as the MLLM's processor gives them.
+    Gazes at videos in the format of the MLLM's processor.
 
-    A selector that takes any grid gazes at the merge units themselves, once for all frames of a unit, so that what it keeps
-    are units. Others gaze at their own scales, as [`gaze_video`] does.
+    A selector that takes any grid chooses among the merge units themselves, once for all frames of a unit. Others gaze at
+    their own scales, see [`gaze_video`].
 
     Args:
-        selector ([`GazeSelector`]): what chooses.
-        processor: what normalised the frames for the MLLM, see [`normalizing_part`].
-        gaze_processor ([`AutoGazeVideoProcessor`], *optional*): how the selector's frames are preprocessed.
-        sizes ([`UnitSizes`]): what a merge unit holds.
+        selector ([`GazeSelector`]): chooses the patches.
+        processor: the processor that normalised the frames for the MLLM; see [`normalizing_part`].
+        gaze_processor ([`AutoGazeVideoProcessor`], *optional*): preprocesses the selector's frames.
+        sizes ([`UnitSizes`]): size of a merge unit.
 
     Example:
 
@@ -96,7 +92,7 @@ class UnitGazer:
             pixel_values_videos (`torch.FloatTensor` of shape `(patches, channels * frames * patch_size**2)`):
                 Patches of all videos, unit by unit.
             video_grid_thw (`torch.LongTensor` of shape `(videos, 3)`):
-                Patches of each video in time, from top to bottom and from left to right.
+                Patches of each video in time, height and width.
             options: arguments of [`~GazeSelector.generate`]; for a selector of fixed scales, of [`gaze_video`].
 
         Returns:
@@ -121,17 +117,17 @@ class UnitGazer:
             return [gaze_video(self.selector, frames, self.gaze_processor, **options) for frames in videos]
         grids = [self.sizes.grid(rows, cols) for _, rows, cols in video_grid_thw.tolist()]
         gazes = []
-        for number, (frames, grid) in enumerate(zip(videos, grids, strict=True)):
+        for index, (frames, grid) in enumerate(zip(videos, grids, strict=True)):
             try:
                 gazes.append(self._gaze_units(frames, grid, options))
             except ValueError as error:
                 raise ValueError(
-                    f"video {number}, of {len(frames) // self.sizes.frames} groups of {self.sizes.frames} frames: {error}"
+                    f"video {index}, of {len(frames) // self.sizes.frames} groups of {self.sizes.frames} frames: {error}"
                 ) from error
         return gazes
 
     def frames(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Iterator[np.ndarray]:
-        """Puts patches together again, to frames `(frames, height, width, 3)` of levels 0..255, video by video."""
+        """Yields the frames `(frames, height, width, 3)` of each video, levels 0..255, put together from patches."""
         counts = video_grid_thw.prod(1).tolist()
         for grid, patches in zip(video_grid_thw.tolist(), pixel_values_videos.split(counts), strict=True):
             levels = unfold_units(patches.float(), grid, self.sizes.merge_size, self.sizes.patch_size)
@@ -140,30 +136,32 @@ class UnitGazer:
 
     @torch.no_grad()
     def _gaze_units(self, frames: np.ndarray, grid: GazeGrid, options: dict[str, Any]) -> GazeOutput:
-        """Gazes at the merge units of one video: all at once, or a budget per pair of frames in parts of one stream."""
-        selector, pair = self.selector.for_grid(grid), self.sizes.frames
-        num_pairs = len(frames) // pair
-        # A budget for the clip, which may be the configuration's own, needs all of it.
-        is_per_frame = bool(options) and options.keys() <= set(_PER_FRAME)
-        streams = is_per_frame and selector.config.max_num_frames is None
-        step = max(1, _SEARCHED // (pair * frames[0, :, :, 0].size)) if streams else num_pairs
+        """Gazes at the merge units of a video: at once, or as a stream if budgets and thresholds are for each frame."""
+        selector, pair_size = self.selector.for_grid(grid), self.sizes.frames
+        num_pairs = len(frames) // pair_size
+        # A budget for the clip, which may be that of the configuration, needs the whole clip at once.
+        is_per_frame = bool(options) and options.keys() <= set(PER_FRAME_SETTINGS)
+        is_stream = is_per_frame and selector.config.max_num_frames is None
+        step = max(1, _MAX_PIXELS // (pair_size * frames[0, :, :, 0].size)) if is_stream else num_pairs
         gazes, state = [], None
         for first in range(0, num_pairs, step):
-            levels = torch.from_numpy(frames[first * pair : (first + step) * pair]).permute(0, 3, 1, 2)
+            levels = torch.from_numpy(frames[first * pair_size : (first + step) * pair_size]).permute(0, 3, 1, 2)
             levels = levels.to(getattr(selector, "device", "cpu"))
             settings = {
                 name: value[first : first + step] if np.shape(value) == (num_pairs,) else value
                 for name, value in options.items()
             }
             video = self.gaze_processor.to_pixel_values(levels)[None]
-            gaze = selector.generate(video, tubelet_size=pair, **settings, past_key_values=state, use_cache=streams)
+            gaze = selector.generate(
+                video, tubelet_size=pair_size, **settings, past_key_values=state, use_cache=is_stream
+            )
             state = gaze.cache
             gazes.append(gaze)
         return GazeOutput.concatenate(gazes).replace(cache=None)
 
 
 def warn_of_fixed_scales(selector: GazeSelector, gazes: list[GazeOutput], units: list[tuple[int, int]]) -> None:
-    """Warns that a selector of fixed scales keeps more merge units, kept and total of each video, than its ratio says."""
+    """Warns that a selector of fixed scales keeps more merge units than its ratio; `units` are kept and total units."""
     kept, total = map(sum, zip(*units, strict=True))
     share = sum(float(gaze.kept_ratio) for gaze in gazes) / len(gazes)
     warnings.warn(

@@ -1,9 +1,4 @@
-"""
-The vision towers of Qwen2.5-VL and Qwen3-VL on some of their merge units.
-
-This module knows the layers of these towers. Where units lie is `qwen_vl_units`' matter; which of them are kept, and what
-becomes of their tokens, its caller's.
-"""
+"""The vision towers of Qwen2.5-VL and Qwen3-VL on some of their merge units."""
 
 import math
 from collections.abc import Callable
@@ -24,14 +19,14 @@ UNIT_ATTENTION_CHOICES = ("canvas", "frame")
 
 class UnitPlan(NamedTuple):
     """
-    How a tower runs on the kept merge units: the order of units in its sequence, the positions of patches, and the attention.
+    The order of the kept merge units in a tower's sequence, the positions of their patches, and the attention.
 
     Args:
         order (`torch.LongTensor` of shape `(kept,)`):
-            The kept units in the order of the tower's sequence, each as its index among the kept units in the order of tokens.
-        video (`torch.LongTensor` of shape `(patches,)`): for each patch of the sequence, the row of `grid_thw` of its video.
-        rows, cols (`torch.LongTensor` of shape `(patches,)`): row and column of each patch in its frame, counted in patches.
-        frames, windows ([`PackedAttention`]): which patches attend to which, in layers of full and of window attention.
+            The kept units in the order of the tower's sequence, as indices among the kept units in the order of tokens.
+        video (`torch.LongTensor` of shape `(patches,)`): index of each patch's video in `grid_thw`.
+        rows, cols (`torch.LongTensor` of shape `(patches,)`): row and column of each patch in its frame.
+        frames, windows ([`PackedAttention`]): attention in layers with full attention and with window attention.
     """
 
     order: torch.Tensor
@@ -46,45 +41,46 @@ class UnitPlan(NamedTuple):
         return UnitPlan(*(part.to(device) for part in self))
 
     def sort(self, patches: torch.Tensor) -> torch.Tensor:
-        """Sorts the patches `(patches, ..)` of the kept units from the order of tokens into that of the tower's sequence."""
+        """Sorts the patches `(patches, ..)` of the kept units from the order of tokens to that of the sequence."""
         order = self.order.to(patches.device)
         return patches.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
     def restore(self, features: torch.Tensor) -> torch.Tensor:
-        """Sorts the tower's outputs `(kept, ..)` back into the order of tokens."""
+        """Sorts the tower's outputs `(kept, ..)` back to the order of tokens."""
         return features[torch.argsort(self.order).to(features.device)]
 
     def attention(self, tower: nn.Module, layer: int) -> PackedAttention:
-        """Gives the attention of a layer."""
+        """Returns the attention of a layer."""
         return self.frames if layer in getattr(tower, "fullatt_block_indexes", (layer,)) else self.windows
 
 
 def plan_units(tower: nn.Module, grid_thw: torch.Tensor, is_kept: torch.Tensor, attention: str) -> UnitPlan:
     """
-    Plans how a tower runs on the kept merge units alone.
+    Plans the computation of a tower on the kept merge units.
 
     Args:
         tower (`nn.Module`):
-            A tower of transformers, or of an engine, with the attribute `spatial_merge_size` and, if it has window attention,
-            `window_size`, `patch_size` and `fullatt_block_indexes`.
+            A tower of transformers, or of an inference engine, with the attribute `spatial_merge_size` and, if it has window
+            attention, `window_size`, `patch_size` and `fullatt_block_indexes`.
         grid_thw, is_kept, attention: as in [`encode_units`].
 
     Returns:
         [`UnitPlan`], on the device of `is_kept`.
     """
     merge, device = tower.spatial_merge_size, is_kept.device
-    places = UnitPlaces(*(of_unit[is_kept] for of_unit in locate_units(grid_thw.to(device), merge)))
+    places = UnitPlaces(*(coordinate[is_kept] for coordinate in locate_units(grid_thw.to(device), merge)))
     order, window = _sort_by_window(tower, places)
-    places, window = UnitPlaces(*(of_unit[order] for of_unit in places)), [of_unit[order] for of_unit in window]
-    # The patches of a unit, row by row: (units, merge * merge).
+    places = UnitPlaces(*(coordinate[order] for coordinate in places))
+    window = [coordinate[order] for coordinate in window]
+    # The patches of a unit, row by row.
     inside = torch.arange(merge * merge, device=device)
     return UnitPlan(
         order=order,
         video=places.video.repeat_interleave(merge * merge),
         rows=(places.row[:, None] * merge + inside // merge).flatten(),
         cols=(places.col[:, None] * merge + inside % merge).flatten(),
-        frames=_plan(places, [], attention, merge * merge),
-        windows=_plan(places, window, attention, merge * merge),
+        frames=_plan_attention(places, [], attention, merge * merge),
+        windows=_plan_attention(places, window, attention, merge * merge),
     )
 
 
@@ -96,25 +92,25 @@ def encode_units(
     attention: str = "canvas",
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    Runs the tower on the kept merge units alone.
+    Encodes the kept merge units with the tower.
 
-    Every unit keeps the rotary positions, the learned position (Qwen3-VL) and the window (Qwen2.5-VL) that it has in the
-    whole video. As in the tower, a unit attends to those of its own pair of frames, or of its window there; what was not
-    kept is embedded nowhere. With all units kept, this is what the tower itself gives, to the bit.
+    Every unit has the rotary positions, the learned position (Qwen3-VL) and the window (Qwen2.5-VL) that it has in the
+    whole video. As in the tower, a unit attends to the kept units of its own pair of frames, or of its window there. Dropped
+    units are not embedded. If all units are kept, the outputs are those of the tower itself, to the bit.
 
     Args:
         tower (`nn.Module`): a `Qwen2_5_VisionTransformerPretrainedModel` or a `Qwen3VLVisionModel`.
         pixel_values (`torch.FloatTensor` of shape `(patches, channels * temporal_patch_size * patch_size**2)`):
-            All patches of all videos, as the processor gives them.
+            All patches of all videos, as the processor returns them.
         grid_thw (`torch.LongTensor` of shape `(videos, 3)`): as in [`locate_units`].
         is_kept (`torch.BoolTensor` of shape `(units,)`): which units to encode, at least one.
         attention (`str`, *optional*, defaults to `"canvas"`):
-            `"canvas"`: where its pair of frames kept nothing, a unit sees the latest unit kept there before, of the frame
-            or of its window; `"frame"`: it does not.
+            `"canvas"`: where its pair of frames kept nothing, a unit attends to the latest unit kept there before, of the
+            frame or of its window; `"frame"`: it does not.
 
     Returns:
-        `tuple`: `torch.FloatTensor` of shape `(kept, out_hidden_size)`, in the order of their tokens, and a `list` of as
-        many more of them for the first layers of the language model (Qwen3-VL's deepstack; empty for Qwen2.5-VL).
+        `tuple`: features, a `torch.FloatTensor` of shape `(kept, out_hidden_size)`, in the order of tokens, and a `list` of
+        such features for the first layers of the language model (Qwen3-VL's deepstack; empty for Qwen2.5-VL).
     """
     merge = tower.spatial_merge_size
     is_kept = is_kept.to(pixel_values.device)
@@ -122,7 +118,7 @@ def encode_units(
     patches = plan.sort(pixel_values.unflatten(0, (-1, merge * merge))[is_kept].flatten(0, 1))
 
     weight = tower.patch_embed.proj.weight
-    # Where accelerate brings in the weights of every module when it runs, they are nowhere before.
+    # Weights that accelerate has offloaded are loaded when the module is called.
     hidden_states = tower.patch_embed(patches if weight.is_meta else patches.to(weight.device))
     plan = plan.to(hidden_states.device)
     if hasattr(tower, "pos_embed"):
@@ -135,16 +131,16 @@ def encode_units(
     position_embeddings = (angles.cos(), angles.sin())
 
     deepstack = []
-    for number, block in enumerate(tower.blocks):
-        hidden_states = _run_block(block, hidden_states, plan.attention(tower, number), position_embeddings)
-        if number in getattr(tower, "deepstack_visual_indexes", ()):
-            merger = tower.deepstack_merger_list[list(tower.deepstack_visual_indexes).index(number)]
-            deepstack.append(merger(hidden_states))  # in the order of tokens, for there are no windows here
+    for index, block in enumerate(tower.blocks):
+        hidden_states = _run_block(block, hidden_states, plan.attention(tower, index), position_embeddings)
+        if index in getattr(tower, "deepstack_visual_indexes", ()):
+            merger = tower.deepstack_merger_list[list(tower.deepstack_visual_indexes).index(index)]
+            deepstack.append(merger(hidden_states))  # in the order of tokens, as Qwen3-VL has no windows
     return plan.restore(tower.merger(hidden_states)), deepstack
 
 
 def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Gives the order of units in which windows lie together, and row and column of their windows, if there are any."""
+    """Returns the order of units sorted by window, and the rows and columns of their windows, if there are any."""
     order = torch.arange(len(places.video), device=places.video.device)
     if not hasattr(tower, "window_size"):
         return order, []
@@ -155,10 +151,12 @@ def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor,
     return order, window
 
 
-def _plan(places: UnitPlaces, window: list[torch.Tensor], attention: str, patches_of_unit: int) -> PackedAttention:
-    """Plans which patches see which, for units in the order in which frames, or their windows, lie together."""
-    # A group is what shares a canvas: a video, or one window of it. Its units of one time are a segment of the sequence.
-    group = _number_rows([places.video, *window])
+def _plan_attention(
+    places: UnitPlaces, window: list[torch.Tensor], attention: str, patches_of_unit: int
+) -> PackedAttention:
+    """Plans the attention of patches, for units sorted by frame, or by window."""
+    # A group is a video, or one window of it, and has one canvas. Its units of one time are a segment of the sequence.
+    group = _rank([places.video, *window])
     num_groups, num_times = int(group.max()) + 1, int(places.time.max()) + 1
     segment, counts = torch.unique_consecutive(group * num_times + places.time, return_counts=True)
     ends = counts.cumsum(0)
@@ -166,8 +164,8 @@ def _plan(places: UnitPlaces, window: list[torch.Tensor], attention: str, patche
     if attention == "canvas":
         first_token, num_tokens = counts.new_zeros(2, num_groups * num_times)
         first_token[segment], num_tokens[segment] = ends - counts, counts
-        # The places of a group count from its first; those of which nothing is ever kept need no number.
-        place = _number_rows([group, places.row, places.col])
+        # Places are counted in each group, without those where no unit is ever kept.
+        place = _rank([group, places.row, places.col])
         first_place = place.new_full((num_groups,), len(place)).scatter_reduce(0, group, place, "amin")
         place = place - first_place[group]
         token_at = place.new_full((num_groups, num_times, int(place.max()) + 1), -1)
@@ -184,12 +182,12 @@ def _plan(places: UnitPlaces, window: list[torch.Tensor], attention: str, patche
     )
 
 
-def _number_rows(keys: list[torch.Tensor]) -> torch.Tensor:
-    """Numbers what has several keys, each `(units,)`, in their order; equal keys get equal numbers."""
-    number = keys[0]
+def _rank(keys: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the ranks `(units,)` of units sorted by several keys `(units,)`; units with equal keys have the same rank."""
+    combined = keys[0]
     for key in keys[1:]:
-        number = number * (key.max() + 1) + key
-    return number.unique(return_inverse=True)[1]
+        combined = combined * (key.max() + 1) + key
+    return combined.unique(return_inverse=True)[1]
 
 
 def _run_block(
@@ -200,13 +198,14 @@ def _run_block(
 ) -> torch.Tensor:
     """Runs one block of the tower on patches `(patches, hidden)`."""
     ends = F.pad(plan.end_key, (1, 0)).to(torch.int32)
-    if plan.key_index is None:  # as the tower itself attends
+    if plan.key_index is None:  # the tower's own attention
         return block(hidden_states, cu_seqlens=ends, position_embeddings=position_embeddings)
-    one_piece = ends.new_tensor([0, len(hidden_states)])  # for the plan to cut
+    # The plan splits the sequence, not the block.
+    whole = ends.new_tensor([0, len(hidden_states)])
 
     def run(hidden_states: torch.Tensor) -> torch.Tensor:
         with packed_attention(block, plan):
-            return block(hidden_states, cu_seqlens=one_piece, position_embeddings=position_embeddings)
+            return block(hidden_states, cu_seqlens=whole, position_embeddings=position_embeddings)
 
     return run_checkpointed(block, run, hidden_states)
 
@@ -221,7 +220,7 @@ def learned_positions(
         plan ([`UnitPlan`]): the plan.
         grid_thw (`torch.LongTensor` of shape `(videos, 3)`): as in [`encode_units`].
         positions_of (`Callable[[int, int], torch.Tensor]`):
-            Gives the position embeddings `(rows, cols, hidden_size)` of a frame from its rows and columns of patches.
+            Returns the position embeddings `(rows, cols, hidden_size)` of a frame of `rows` and `cols` patches.
 
     Returns:
         `torch.FloatTensor` of shape `(patches, hidden_size)`
@@ -230,8 +229,8 @@ def learned_positions(
     for height, width in {(height, width) for _, height, width in grid_thw.tolist()}:
         table = positions_of(height, width)
         positions = table.new_empty(len(plan.video), table.shape[-1]) if positions is None else positions
-        is_here = ((grid_thw[:, 1] == height) & (grid_thw[:, 2] == width)).to(table.device)[plan.video]
-        positions = positions.masked_scatter(is_here[:, None], table[plan.rows[is_here], plan.cols[is_here]])
+        is_size = ((grid_thw[:, 1] == height) & (grid_thw[:, 2] == width)).to(table.device)[plan.video]
+        positions = positions.masked_scatter(is_size[:, None], table[plan.rows[is_size], plan.cols[is_size]])
     return positions
 
 

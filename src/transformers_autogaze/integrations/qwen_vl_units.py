@@ -1,8 +1,7 @@
 """
-Merge units: what Qwen2.5-VL and Qwen3-VL make one token of, 2x2 patches over a pair of frames.
+Merge units of Qwen2.5-VL and Qwen3-VL: 2x2 patches over a pair of frames, which become one token.
 
-This module knows where units lie in videos, which of them a gaze keeps, and which pixels they hold. It knows nothing of
-towers or language models.
+This module computes their places in videos, the units that a gaze keeps, and their pixels.
 """
 
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ from ..gazing_autogaze import GazeOutput
 
 class UnitPlaces(NamedTuple):
     """
-    Where merge units lie.
+    The places of merge units in videos.
 
     Args:
-        video (`torch.LongTensor` of shape `(units,)`): the row of `grid_thw` that they belong to.
-        time (`torch.LongTensor` of shape `(units,)`): the pair of frames, counted from the first of the video.
-        row, col (`torch.LongTensor` of shape `(units,)`): where in the frame, counted in units.
+        video (`torch.LongTensor` of shape `(units,)`): index of the video in `grid_thw`.
+        time (`torch.LongTensor` of shape `(units,)`): index of the pair of frames in the video.
+        row, col (`torch.LongTensor` of shape `(units,)`): row and column in the frame, counted in units.
     """
 
     video: torch.Tensor
@@ -34,8 +33,8 @@ def locate_units(grid_thw: torch.Tensor, merge_size: int) -> UnitPlaces:
     Lists the merge units of videos, in the order of their tokens.
 
     Args:
-        grid_thw (`torch.LongTensor` of shape `(videos, 3)`): patches of each video in time, from top to bottom and from
-            left to right, as the processor counts them.
+        grid_thw (`torch.LongTensor` of shape `(videos, 3)`):
+            Patches of each video in time, height and width, as the processor returns them.
         merge_size (`int`): rows and columns of patches in a unit.
 
     Returns:
@@ -64,15 +63,15 @@ def kept_units(gaze: GazeOutput, units: tuple[int, int, int], frames_of_unit: in
     """
     Finds the merge units that a gaze keeps.
 
-    A unit covers an area of the frame over some consecutive frames. It is kept when in at least one of these frames a kept
-    patch, of whatever scale, shares an area with it, however small: nothing gazed at is lost where the edges of patches
-    and units do not meet, and a patch of a coarse scale keeps all units that it covers.
+    A unit covers an area of the frame over some consecutive frames. It is kept if a kept patch of any scale overlaps it in at
+    least one of these frames, however little. So nothing kept is lost where the edges of patches and units differ, and a
+    patch of a coarse scale keeps all units that it covers.
 
     Args:
-        gaze ([`GazeOutput`]): what was kept, on any grid over the whole frame.
-        units (`tuple[int, int, int]`): units in time, from top to bottom and from left to right.
+        gaze ([`GazeOutput`]): the kept patches, on any grid over the whole frame.
+        units (`tuple[int, int, int]`): units in time, height and width.
         frames_of_unit (`int`, *optional*, defaults to 2):
-            Video frames that a unit spans. The last units may have fewer: their processor repeats the last frame.
+            Video frames of a unit. The last units may have fewer, as the processor repeats the last frame.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, *units)`.
@@ -109,17 +108,17 @@ def unfold_units(
     pixel_values: torch.Tensor, grid_thw: Sequence[int], merge_size: int, patch_size: int
 ) -> torch.Tensor:
     """
-    Puts the patches of one video together again.
+    Puts the patches of one video together to frames.
 
     Args:
         pixel_values (`torch.FloatTensor` of shape `(patches, 3 * frames_of_unit * patch_size**2)`):
-            Patches unit by unit, as the processor gives them.
-        grid_thw (`Sequence[int]`): patches in time, from top to bottom and from left to right.
+            Patches unit by unit, as the processor returns them.
+        grid_thw (`Sequence[int]`): patches in time, height and width.
         merge_size (`int`): rows and columns of patches in a unit.
         patch_size (`int`): height and width of a patch in pixels.
 
     Returns:
-        `torch.FloatTensor` of shape `(times * frames_of_unit, height, width, 3)`: the frames, normalised as they were.
+        `torch.FloatTensor` of shape `(times * frames_of_unit, height, width, 3)`: the frames, still normalised.
     """
     times, rows, cols = grid_thw
     units = (times, rows // merge_size, cols // merge_size, merge_size, merge_size)
@@ -129,13 +128,13 @@ def unfold_units(
 
 def fold_units(frames: torch.Tensor, merge_size: int, patch_size: int, frames_of_unit: int = 2) -> torch.Tensor:
     """
-    Cuts frames into patches, unit by unit, as the processor does: the opposite of [`unfold_units`].
+    Cuts frames into patches, unit by unit, as the processor does; the inverse of [`unfold_units`].
 
     Args:
         frames (`torch.FloatTensor` of shape `(times * frames_of_unit, 3, height, width)`): normalised frames.
         merge_size (`int`): rows and columns of patches in a unit.
         patch_size (`int`): height and width of a patch in pixels.
-        frames_of_unit (`int`, *optional*, defaults to 2): frames that a unit spans.
+        frames_of_unit (`int`, *optional*, defaults to 2): frames of a unit.
 
     Returns:
         `torch.FloatTensor` of shape `(patches, 3 * frames_of_unit * patch_size**2)`

@@ -1,8 +1,7 @@
 """
-Which tokens a video becomes, and in which order.
+The tokens of videos: clips for the vision tower, the order of their tokens, and time embeddings.
 
-This module cuts a video and its gaze into clips that a vision tower encodes one by one (a tile over a chunk of frames, or
-thumbnails of whole frames) and puts the tokens that come out in order. It knows nothing of towers or language models.
+A clip is one tile over a chunk of frames, or the thumbnails (whole frames) of a chunk.
 """
 
 import os
@@ -25,18 +24,19 @@ Videos = torch.Tensor | Sequence[torch.Tensor]
 
 ORDERS = ("time", "tile")
 _TIME_FILE = "time_embedding.safetensors"
-_THUMBNAIL = -1  # stands where others have the number of their tile
+_THUMBNAIL = -1  # in place of the index of a tile
 
 
 class VideoClip(NamedTuple):
     """
-    What a tower encodes at once: one tile over one chunk of frames, or the thumbnails of a chunk.
+    A clip for the tower: one tile over one chunk of frames, or the thumbnails of a chunk.
 
     Args:
-        video, chunk, tile (`int`): which video, which chunk of it and which tile, row by row; -1 for thumbnails.
-        frame_numbers (`torch.LongTensor` of shape `(frames,)`): the frames, as their video counts them.
+        video, chunk, tile (`int`):
+            Index of the video, of the chunk in the video, and of the tile, row by row; -1 for thumbnails.
+        frame_numbers (`torch.LongTensor` of shape `(frames,)`): indices of the frames in their video.
         frames (`torch.FloatTensor` of shape `(frames, channels, height, width)`): the pixels.
-        masks (`list[torch.BoolTensor]` of shape `(frames, patches)`): the patches to keep, one mask per scale.
+        masks (`list[torch.BoolTensor]` of shape `(frames, patches)`): the kept patches, one mask per scale.
     """
 
     video: int
@@ -49,12 +49,12 @@ class VideoClip(NamedTuple):
 
 class TokenPlaces(NamedTuple):
     """
-    Where tokens come from.
+    The video, frame and patch of each token.
 
     Args:
         video, chunk, tile, frame (`torch.LongTensor` of shape `(tokens,)`): as in [`VideoClip`].
         id (`torch.LongTensor` of shape `(tokens,)`):
-            The patch, counted from the first of its tile's frame; below 0 for tokens that are no patch.
+            Patch id, counted from the first patch of the tile's frame; negative for tokens that are no patch.
     """
 
     video: torch.Tensor
@@ -65,21 +65,23 @@ class TokenPlaces(NamedTuple):
 
 
 def list_videos(videos: Videos) -> list[torch.Tensor]:
-    """Lists videos `(frames, channels, height, width)` and checks that they are such."""
-    for number, video in enumerate(videos):
+    """Lists videos `(frames, channels, height, width)` and checks their types and shapes."""
+    for index, video in enumerate(videos):
         if not isinstance(video, torch.Tensor) or video.ndim != 4 or not video.is_floating_point() or 0 in video.shape:
             got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, torch.Tensor) else type(video).__name__
             raise ValueError(
                 "`pixel_values_videos` must be normalised floats of shape (videos, frames, channels, height, width) or "
-                f"a list of (frames, channels, height, width), got {got} for video {number}"
+                f"a list of (frames, channels, height, width), got {got} for video {index}"
             )
     return list(videos)
 
 
 def list_gazes(gaze: GazeOutput | Sequence[GazeOutput]) -> list[GazeOutput]:
-    """Lists gazes, one per video, of a batch or of several."""
-    gazes = [gaze] if isinstance(gaze, GazeOutput) else gaze
-    return [one if one.batch_size == 1 else one.select(clip) for one in gazes for clip in range(one.batch_size)]
+    """Lists the gazes in a batch, or in several batches, one per video."""
+    batches = [gaze] if isinstance(gaze, GazeOutput) else gaze
+    return [
+        batch if batch.batch_size == 1 else batch.select(clip) for batch in batches for clip in range(batch.batch_size)
+    ]
 
 
 def check_gaze(
@@ -91,22 +93,22 @@ def check_gaze(
     max_frames: int | None = None,
 ) -> None:
     """
-    Checks that a gaze is one for these frames and whole tiles of a tower's grid.
+    Checks that a gaze fits the frames of a video, and whole tiles of a tower's grid.
 
     Args:
-        number (`int`): which video this is, for the message.
+        number (`int`): index of the video, for the message.
         video (`torch.FloatTensor` of shape `(frames, channels, height, width)`): its frames.
-        gaze ([`GazeOutput`]): what to keep of it.
+        gaze ([`GazeOutput`]): its kept patches.
         tile_grid ([`GazeGrid`]): the patches of one tile.
         chunk_frames (`int`): frames of a chunk.
-        max_frames (`int`, *optional*): frames that the time embedding knows.
+        max_frames (`int`, *optional*): maximum number of frames of the time embedding.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it does not fit.
     """
     rows, cols = (max(1, own // tile) for own, tile in zip(gaze.grid.grids[-1], tile_grid.grids[-1], strict=True))
-    whole = GazeGrid([(rows * height, cols * width) for height, width in tile_grid.sizes], tile_grid.patch_size)
-    if gaze.grid != whole:
+    frame_grid = GazeGrid([(rows * height, cols * width) for height, width in tile_grid.sizes], tile_grid.patch_size)
+    if gaze.grid != frame_grid:
         raise ValueError(
             f"`gaze` of video {number} must be made for the tower's {tile_grid}, or for whole tiles of it, got {gaze.grid}"
         )
@@ -122,7 +124,9 @@ def check_gaze(
             "cannot be cut into"
         )
     if max_frames is not None and len(video) > max_frames:
-        raise ValueError(f"`time_embedding` knows {max_frames} frames, but video {number} has {len(video)}")
+        raise ValueError(
+            f"`time_embedding` must have an embedding for each of the {len(video)} frames of video {number}, got {max_frames}"
+        )
     if chunk_frames % rate:
         raise ValueError(
             f"`chunk_frames` must be a multiple of {rate}, the rate of `gaze` of video {number}, got {chunk_frames}"
@@ -147,14 +151,17 @@ def cut_clips(
     Cuts a video and its gaze into clips.
 
     Args:
-        number (`int`): which video this is.
+        number (`int`): index of the video.
         video (`torch.FloatTensor` of shape `(frames, channels, height, width)`): its frames.
-        gaze ([`GazeOutput`]): a batch of one over whole frames, on a grid that is whole tiles of `tile_grid`.
+        gaze ([`GazeOutput`]): a batch of one over whole frames, on a grid of whole tiles of `tile_grid`.
         tile_grid ([`GazeGrid`]): the patches of one tile.
         chunk_frames (`int`): frames of a chunk, a multiple of the gaze's `frame_sampling_rate`.
         thumbnail_interval (`int`, *optional*):
-            Every how many gazed frames the whole frame goes in as well, with all patches of its finest scale.
-        keeps_empty (`bool`, *optional*, defaults to `False`): whether tiles of which nothing was kept are there, too.
+            Interval, in gazed frames, at which the whole frame is added, with all patches of its finest scale.
+        keeps_empty (`bool`, *optional*, defaults to `False`): whether to yield tiles without kept patches as well.
+
+    Yields:
+        [`VideoClip`]: the clips in order of time.
     """
     rate = gaze.frame_sampling_rate
     tile_masks = gaze.grid.split_tiles(gaze.gazing_mask, tile_grid)
@@ -179,52 +186,51 @@ def cut_clips(
 
 def batch_clips(clips: Iterator[VideoClip], max_batch_size: int) -> Iterator[list[VideoClip]]:
     """Groups clips whose frames have one shape, at most `max_batch_size` at a time."""
-    alike: dict[tuple[int, ...], list[VideoClip]] = {}
+    by_shape: dict[tuple[int, ...], list[VideoClip]] = {}
     for clip in clips:
-        alike.setdefault(tuple(clip.frames.shape), []).append(clip)
-    for group in alike.values():
+        by_shape.setdefault(tuple(clip.frames.shape), []).append(clip)
+    for group in by_shape.values():
         for first in range(0, len(group), max_batch_size):
             yield group[first : first + max_batch_size]
 
 
 def batch_streams(clips: Iterator[VideoClip], max_batch_size: int) -> Iterator[list[list[VideoClip]]]:
     """
-    Groups the tiles of videos whose frames and chunks are alike, at most `max_batch_size` at a time.
+    Groups the tiles of videos whose chunks have the same shapes, at most `max_batch_size` at a time.
 
     Args:
-        clips (`Iterator[VideoClip]`): those of all chunks of each tile, in order of time, the empty ones, too.
-        max_batch_size (`int`): tiles of a group.
+        clips (`Iterator[VideoClip]`): all chunks of each tile in order of time, including empty ones.
+        max_batch_size (`int`): maximum number of tiles of a group.
 
-    Returns:
-        For each group its chunks in order of time, each a list of the same tiles. Tiles of which nothing was ever kept are
-        left out.
+    Yields:
+        `list[list[VideoClip]]`: for each group its chunks in order of time, each a list of the same tiles. Tiles without
+        any kept patch are left out.
     """
     streams: dict[tuple[int, int], list[VideoClip]] = {}
     for clip in clips:
         streams.setdefault((clip.video, clip.tile), []).append(clip)
-    alike: dict[tuple[tuple[int, ...], ...], list[list[VideoClip]]] = {}
+    by_shapes: dict[tuple[tuple[int, ...], ...], list[list[VideoClip]]] = {}
     for stream in streams.values():
         if any(bool(mask.any()) for clip in stream for mask in clip.masks):
-            alike.setdefault(tuple(tuple(clip.frames.shape) for clip in stream), []).append(stream)
-    for group in alike.values():
+            by_shapes.setdefault(tuple(tuple(clip.frames.shape) for clip in stream), []).append(stream)
+    for group in by_shapes.values():
         for first in range(0, len(group), max_batch_size):
             yield [list(chunk) for chunk in zip(*group[first : first + max_batch_size], strict=True)]
 
 
 def order_tokens(places: TokenPlaces, order: str) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """
-    Puts the tokens of videos in order.
+    Sorts the tokens of videos.
 
     Args:
-        places ([`TokenPlaces`]): where they come from.
+        places ([`TokenPlaces`]): the video, frame and patch of each token.
         order (`str`):
             `"time"`: all tiles of a frame before the next frame. `"tile"`: all frames of a tile, inside its chunk,
             before the next tile. A frame's thumbnail comes before its tiles; patches ascend by id, coarse to fine.
 
     Returns:
-        `tuple`: the `torch.LongTensor` of shape `(tokens,)` that brings them in order, and the parts that a separator
-        parts from each other, in order: a `list` of the number of the video and of tokens. They are chunks in order of
-        time and the clips of tiles else.
+        `tuple`: a `torch.LongTensor` of shape `(tokens,)` that sorts the tokens, and a `list` of the video and the number of
+        tokens of each part. Separators come between parts: chunks if the order is `"time"`, clips if it is `"tile"`.
     """
     part = (places.video, places.chunk) if order == "time" else (places.video, places.chunk, places.tile)
     inside = (places.frame, places.tile, places.id) if order == "time" else (places.frame, places.id)
@@ -245,12 +251,12 @@ def count_tokens(
     num_prefix: int,
 ) -> list[int]:
     """
-    Counts the tokens that a video becomes, part by part as [`order_tokens`] parts them.
+    Counts the tokens of each part of a video; see [`order_tokens`].
 
     Args:
         gaze, tile_grid, chunk_frames, thumbnail_interval: as in [`cut_clips`].
         order (`str`): as in [`order_tokens`].
-        num_prefix (`int`): tokens that stand before the patches of every frame, or tile of it, that kept any.
+        num_prefix (`int`): prefix tokens of every frame, or tile of a frame, with a kept patch.
     """
     frames = gaze.num_frames * gaze.frame_sampling_rate
     no_pixels = torch.empty(1).expand(frames, 1, *gaze.grid.tile_layout(tile_grid))
@@ -264,11 +270,11 @@ def count_tokens(
 
 class SinusoidalTimeEmbedding(nn.Module):
     """
-    Says when a frame was, by sines and cosines of its number.
+    Embeds the indices of frames by sines and cosines.
 
     Args:
         hidden_size (`int`): channels of the embeddings, an even number.
-        amplitude (`float`, *optional*, defaults to 1.0): the largest value.
+        amplitude (`float`, *optional*, defaults to 1.0): amplitude of the sines and cosines.
 
     Example:
 
@@ -288,7 +294,7 @@ class SinusoidalTimeEmbedding(nn.Module):
         self.hidden_size, self.amplitude = hidden_size, amplitude
 
     def forward(self, frame_numbers: torch.Tensor) -> torch.Tensor:
-        """Gives embeddings `(tokens, hidden_size)` of frame numbers `(tokens,)`."""
+        """Returns embeddings `(tokens, hidden_size)` of frame numbers `(tokens,)`."""
         half = self.hidden_size // 2
         rates = 10000 ** (-torch.arange(half, device=frame_numbers.device) / half)
         angles = frame_numbers[:, None] * rates
@@ -296,7 +302,7 @@ class SinusoidalTimeEmbedding(nn.Module):
 
 
 def save_time_embedding(embedding: nn.Module | None, folder: Path) -> dict[str, Any] | None:
-    """Writes the weights of a time embedding, if it has any; gives what [`load_time_embedding`] needs to know."""
+    """Saves the weights of a time embedding, if it has any; returns its entry of the wrapper's file."""
     if embedding is None:
         return None
     if isinstance(embedding, SinusoidalTimeEmbedding):
@@ -308,21 +314,24 @@ def save_time_embedding(embedding: nn.Module | None, folder: Path) -> dict[str, 
 
 
 def load_time_embedding(
-    name: str | os.PathLike, facts: Mapping[str, Any] | None, given: nn.Module | None, kwargs: Mapping[str, Any]
+    name: str | os.PathLike,
+    wrapper_config: Mapping[str, Any] | None,
+    given: nn.Module | None,
+    kwargs: Mapping[str, Any],
 ) -> nn.Module | None:
     """
-    Makes the time embedding of a saved wrapper again.
+    Loads the time embedding of a saved wrapper.
 
     Args:
         name (`str` or `os.PathLike`): folder or repository.
-        facts (`Mapping[str, Any]`, *optional*): the wrapper's file.
-        given (`nn.Module`, *optional*): the module that saved weights are for; it is filled with them.
-        kwargs (`Mapping[str, Any]`): arguments of `from_pretrained`; those about the Hub count.
+        wrapper_config (`Mapping[str, Any]`, *optional*): content of the wrapper's file.
+        given (`nn.Module`, *optional*): the module to load saved weights into.
+        kwargs (`Mapping[str, Any]`): arguments of `from_pretrained`, of which those about the Hub are used.
 
     Raises:
         ValueError: if weights were saved and no module is given for them.
     """
-    saved = None if facts is None else facts.get("time_embedding")
+    saved = None if wrapper_config is None else wrapper_config.get("time_embedding")
     if saved is None or (given is not None and "class" not in saved):
         return given
     if "class" not in saved:

@@ -1,9 +1,8 @@
 """
-Gazed patches into any Hugging Face ViT.
+[`GazeVisionModel`]: vision towers of transformers on the kept patches of videos.
 
-This module turns frames and a gaze into the sequence of tokens that a tower would have made of the kept patches alone, and
-runs the tower's own layers on it. Where a tower keeps its parts is a matter of `vision_adapters`, who attends to whom one
-of `packed_attention`.
+It embeds the kept patches as one packed sequence and runs the tower's own layers on it. `vision_adapters` finds the modules of
+each tower; `packed_attention` and `canvas` plan the attention.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,24 +24,25 @@ from .canvas import Canvas, plan_canvas, tokens_at_places
 from .packed_attention import ATTENTION_CHOICES, Extend, PackedAttention, packed_attention, run_checkpointed
 from .vision_adapters import ADAPTERS, VisionAdapter, find_tower
 from .vision_cache import GazeVisionCache
+from .vision_sequence import KeptTokens, PackedSequence
 from .wrapping import ModelWrapper, hub_arguments, read_wrapper_file
 
 
 @dataclass
 class GazeVisionOutput(ModelOutput):
     """
-    Features of the kept patches: all clips one behind the other, without padding.
+    Features of the kept patches of all clips, concatenated without padding.
 
-    A clip's patches stand in the order of the gaze's slots; for a tower with tubelets, whose frames share one gaze, tubelet
-    by tubelet and by id.
+    A clip's patches are in the order of the gaze's slots. For a tower with tubelets, whose frames have a common gaze, they
+    are sorted by tubelet and id.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(tokens, hidden)`):
-            What the tower gives as its own `last_hidden_state`; of the patches only.
+            The tower's own `last_hidden_state`, of patches only.
         lengths (`torch.LongTensor` of shape `(batch,)`):
-            Tokens of each clip.
+            Number of tokens of each clip.
         frame (`torch.LongTensor` of shape `(tokens,)`):
-            Frame of the gaze that a token belongs to, or its tubelet for a tower that has them.
+            Index of the token's frame in the gaze, or of its tubelet for a tower with tubelets.
         scale (`torch.LongTensor` of shape `(tokens,)`):
             Index of its scale, coarse to fine.
         ids (`torch.LongTensor` of shape `(tokens,)`):
@@ -53,10 +53,10 @@ class GazeVisionOutput(ModelOutput):
             With `output_hidden_states`: the input of the first layer and the output of every layer, before the final
             norm.
         prefix_hidden_state (`torch.FloatTensor` of shape `(batch, frames, prefix, hidden)`, *optional*):
-            For towers that have prefix tokens: the last state of each frame's own CLS, distillation and register tokens,
-            in the tower's order; zeros for a frame that kept nothing.
+            For towers with prefix tokens: the last hidden states of each frame's CLS, distillation and register tokens, in
+            the tower's order; zeros for frames without kept patches.
         prefix_hidden_states (`tuple[torch.FloatTensor]` of that shape, *optional*):
-            With `output_hidden_states`: the same beside `hidden_states`.
+            With `output_hidden_states`: the prefix tokens of `hidden_states`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -70,75 +70,53 @@ class GazeVisionOutput(ModelOutput):
     prefix_hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
     def split(self, packed: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Cuts what is packed, `last_hidden_state` unless given, into one tensor per clip."""
+        """Splits a packed tensor, by default `last_hidden_state`, into one tensor per clip."""
         packed = self.last_hidden_state if packed is None else packed
         return list(packed.split(self.lengths.tolist()))
 
     def padded(self, packed: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Makes a batch of what is packed.
+        Pads a packed tensor to a batch.
 
         Args:
-            packed (`torch.Tensor` of shape `(tokens, ..)`, *optional*): `last_hidden_state` unless given.
+            packed (`torch.Tensor` of shape `(tokens, ..)`, *optional*): by default `last_hidden_state`.
 
         Returns:
-            `tuple`: the batch, `(batch, longest, ..)` with zeros behind each clip, and a mask, a `torch.BoolTensor` of
-            shape `(batch, longest)`, true where tokens are.
+            `tuple`: the batch, `(batch, max length, ..)`, padded by zeros on the right, and a mask, a `torch.BoolTensor` of
+            shape `(batch, max length)`, true for tokens.
         """
         batch = pad_sequence(self.split(packed), batch_first=True)
-        place = torch.arange(batch.shape[1], device=batch.device)
-        return batch, place < self.lengths.to(batch.device)[:, None]
-
-
-@dataclass
-class _Tokens:
-    """The kept patches of a batch and where they lie in the sequence; frames are tubelets where a tower has those."""
-
-    clip: torch.Tensor
-    frame: torch.Tensor
-    ids: torch.Tensor
-    num_each_frame: torch.Tensor  # (batch, frames)
-
-    def places(self, num_prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gives the places of patches and of prefix tokens, `(shown frames, prefix)`, and all tokens each frame."""
-        shown = self.num_each_frame.flatten() > 0
-        num_tokens = (self.num_each_frame.flatten() + num_prefix) * shown
-        starts = num_tokens.cumsum(0) - num_tokens
-        device = self.ids.device
-        prefix = starts[shown, None] + torch.arange(num_prefix, device=device)
-        is_patch = torch.ones(int(num_tokens.sum()), dtype=torch.bool, device=device)
-        is_patch[prefix.flatten()] = False
-        return is_patch.nonzero().squeeze(1), prefix, num_tokens.view_as(self.num_each_frame)
+        index = torch.arange(batch.shape[1], device=batch.device)
+        return batch, index < self.lengths.to(batch.device)[:, None]
 
 
 class GazeVisionModel(ModelWrapper):
     """
-    A vision tower that sees the kept patches of a video and nothing else.
+    Wraps a vision tower, which then encodes only the kept patches of videos.
 
-    It uses the layers and weights of the tower as they are. Each kept patch is cut out of its frame, resized to the patch's
-    scale, and embedded by the tower's own patch embedding; it gets the tower's positions, resized to that scale or, for
-    rotary ones, taken at its true centre. Tokens of one clip form one sequence, clips of a batch lie one behind the other,
-    and no padding is ever computed (docs/specification.md, section 10). A tower's prefix tokens (CLS, registers) stand
-    before every frame that kept a patch.
+    The layers and weights of the tower are unchanged. Each kept patch is cut out of its frame, resized to the patch's
+    scale, and embedded by the tower's own patch embedding. It gets the tower's positions, resized to that scale or, for
+    rotary positions, computed at its centre. The tokens of all clips are concatenated, and no padding is computed
+    (docs/specification.md, section 10). A tower's prefix tokens (CLS, registers) precede every frame with a kept patch.
 
-    The tower itself stays what it is: called directly, it works as before, and saving it gives the same files.
+    The tower itself is not modified: called directly, it works as before, and saving it writes the same files.
 
     Args:
         vision_model (`nn.Module`):
             A loaded model of transformers of one of the families SigLIP, SigLIP 2 (fixed resolution), CLIP, ViT, DeiT,
-            DINOv2, DINOv2 with registers, DINOv3 ViT, VideoMAE or V-JEPA 2, or a model that holds one.
+            DINOv2, DINOv2 with registers, DINOv3 ViT, VideoMAE or V-JEPA 2, or a model that contains one.
         scales (`Sequence[int | tuple[int, int]]`, *optional*):
-            Sizes in pixels that frames are seen at, coarse to fine, multiples of the tower's patch size. By default one
-            scale: the rows and columns of patches that the tower was made for.
+            Sizes in pixels to resize frames to, coarse to fine, multiples of the tower's patch size. By default one scale,
+            with the rows and columns of patches of the tower's images.
         attention (`str`, *optional*):
-            Which tokens of its clip a token sees: `"frame"` those of its frame; `"canvas"` those of its frame and, for
-            every place where its frame kept nothing, the latest token that an earlier frame kept there, the finest over
-            the place, prefix tokens left out; `"block_causal"` those of its frame and of earlier ones; `"causal"` itself
-            and those before it; `"bidirectional"` all. By default `"canvas"` for towers of images at one scale,
+            The tokens of its clip that a token attends to: `"frame"`: those of its frame; `"canvas"`: those of its frame
+            and, for every place where its frame kept nothing, the latest token that an earlier frame kept there, of several
+            the finest, without prefix tokens; `"block_causal"`: those of its frame and of earlier ones; `"causal"`: itself
+            and those before it; `"bidirectional"`: all. By default `"canvas"` for towers of images at one scale,
             `"block_causal"` for towers with tubelets or at several scales.
 
     Raises:
-        ValueError: if the family is not known, a scale is no multiple of the patch size, the tower's patches are not
+        ValueError: if the family is not supported, a scale is no multiple of the patch size, the tower's patches are not
             square, or `attention` is none of these.
 
     Example:
@@ -184,8 +162,8 @@ class GazeVisionModel(ModelWrapper):
             scales = [(rows * patch_size, cols * patch_size)]
         self.grid = GazeGrid(scales, patch_size)
         if attention is None:
-            is_alike = self.adapter.tubelet_size == 1 and len(self.grid.grids) == 1
-            attention = "canvas" if is_alike else "block_causal"
+            is_canvas = self.adapter.tubelet_size == 1 and len(self.grid.grids) == 1
+            attention = "canvas" if is_canvas else "block_causal"
         self.attention = attention
 
     @classmethod
@@ -197,23 +175,23 @@ class GazeVisionModel(ModelWrapper):
         **kwargs: Any,
     ) -> "GazeVisionModel":
         """
-        Loads a tower from the Hub or a folder; of a model for pictures and text, only its vision part.
+        Loads a tower from the Hub or a folder; of a model for images and text, only its vision tower.
 
-        What [`~ModelWrapper.save_pretrained`] wrote comes back as it was, a head on the tower and an adapter included.
+        From the files of [`~ModelWrapper.save_pretrained`] it loads the whole model, with its head and PEFT adapter if any.
 
         Args:
             pretrained_model_name_or_path (`str`): as for `AutoModel.from_pretrained`.
-            scales, attention (*optional*): see [`GazeVisionModel`]; those that were saved by default.
+            scales, attention (*optional*): see [`GazeVisionModel`]; by default those that were saved.
             kwargs: further arguments of `AutoModel.from_pretrained`, such as `dtype`, `device_map` or
                 `attn_implementation`.
         """
         name = pretrained_model_name_or_path
-        facts = read_wrapper_file(name, cls, kwargs)
-        if facts is not None:
-            saved = facts["settings"]
+        wrapper_config = read_wrapper_file(name, cls, kwargs)
+        if wrapper_config is not None:
+            saved = wrapper_config["settings"]
             scales = saved["scales"] if scales is None else scales
             attention = saved["attention"] if attention is None else attention
-            return cls(cls._load_wrapped(name, facts, kwargs), scales, attention).eval()
+            return cls(cls._load_wrapped(name, wrapper_config, kwargs), scales, attention).eval()
         config = kwargs.pop("config", None)
         if config is None:
             config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs, "subfolder"))
@@ -227,7 +205,7 @@ class GazeVisionModel(ModelWrapper):
 
     @property
     def adapter(self) -> VisionAdapter:
-        """What knows the tower's parts."""
+        """The adapter that finds the tower's modules."""
         tower = self.vision_model.get_submodule(self._tower_name)
         return ADAPTERS[tower.config.model_type](tower)
 
@@ -238,7 +216,7 @@ class GazeVisionModel(ModelWrapper):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the features."""
+        """Number of channels of the features."""
         return self.config.hidden_size
 
     def forward(
@@ -254,24 +232,24 @@ class GazeVisionModel(ModelWrapper):
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
-                Frames as the tower wants them normalised, of any size: they are resized to every scale bicubically,
-                without antialiasing.
+                Frames with the tower's normalisation, of any size; they are resized to every scale bicubically, without
+                antialiasing.
             gaze ([`GazeOutput`] or a sequence of them, *optional*):
-                Which patches to keep, of all clips or one gaze per clip, made for the scales and the patch size of
-                `self.grid`. All of the finest scale by default.
+                The kept patches: one batch for all clips, or one gaze per clip, on `self.grid`. By default all patches of
+                the finest scale.
             attention (`str`, *optional*): as in [`GazeVisionModel`], for this call.
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return the states of all layers.
             cache ([`GazeVisionCache`], *optional*):
-                With `"canvas"` attention: what earlier frames of the same clips left, which these frames follow. It is
-                brought up to date. Frame by frame or in chunks, tokens get what they get in the whole clip.
+                With `"canvas"` attention: the cache of earlier frames of the same clips, which is updated. Encoded frame by
+                frame or in chunks, tokens get the same features as in the whole clip.
 
         Returns:
             [`GazeVisionOutput`]; its `frame` counts from the first of these frames.
 
         Raises:
-            ValueError: if the frames are no such tensor, the gaze is for other scales, another patch size or other
-                numbers of clips or frames, frames do not fill the tower's tubelets, or the cache does not fit the tower,
-                the attention, the clips, the gaze or training.
+            ValueError: if the frames are no such tensor, the gaze is for another grid or other numbers of clips or frames,
+                the frames do not fill the tower's tubelets, or the cache does not fit the tower, the attention, the clips or
+                the gaze, or is used in training.
         """
         adapter = self.adapter
         attention = self.attention if attention is None else attention
@@ -281,63 +259,38 @@ class GazeVisionModel(ModelWrapper):
             raise ValueError(f"`cache` must be a GazeVisionCache, got {type(cache).__name__}")
         if cache is not None:
             cache.check(adapter, self.grid, gaze, attention)
-        tokens = self._tokens(gaze)
-        device = pixel_values_videos.device
-        hidden_states, patch_places, prefix_places, num_tokens = self._embed_sequence(
-            pixel_values_videos, gaze, tokens
-        )
-        num_prefix = prefix_places.shape[1]
-
-        ids = torch.full((hidden_states.shape[1],), -1, device=device)
-        time = torch.zeros_like(ids)
-        ids[patch_places], time[patch_places] = tokens.ids, tokens.frame + (0 if cache is None else cache.num_times)
-        rotary = adapter.rotary(self.grid, ids, time, hidden_states.dtype)
+        tokens = self._list_tokens(gaze)
+        hidden_states, sequence = self._embed_sequence(pixel_values_videos, gaze, tokens)
+        rotary = self._rotary(tokens, sequence, hidden_states, 0 if cache is None else cache.num_times)
         canvas = None
         if attention == "canvas":
-            plan, canvas = self._plan_canvas(tokens, patch_places, num_tokens, None if cache is None else cache.canvas)
+            plan, canvas = self._plan_canvas(tokens, sequence, None if cache is None else cache.canvas)
         else:
-            plan = PackedAttention.for_clips(num_tokens, attention)
+            plan = PackedAttention.for_clips(sequence.num_tokens, attention)
         states = [hidden_states]
-        for number, layer in enumerate(adapter.layers):
-            extend = None if cache is None else partial(cache.extend, number, canvas.tokens)
+        for index, layer in enumerate(adapter.layers):
+            extend = None if cache is None else partial(cache.extend, index, canvas.tokens)
             hidden_states = self._run_layer(layer, hidden_states, plan, rotary, extend)
             if output_hidden_states:
                 states.append(hidden_states)
         if adapter.final_norm is not None:
             hidden_states = adapter.final_norm(hidden_states)
         if cache is not None:
-            cache.commit(adapter, self.grid, gaze, canvas, num_times=num_tokens.shape[1])
-
-        def of_patches(state: torch.Tensor) -> torch.Tensor:
-            return state[0].to(device)[patch_places]
-
-        def of_prefix(state: torch.Tensor) -> torch.Tensor:
-            by_frame = state.new_zeros(num_tokens.numel(), num_prefix, state.shape[-1], device=device)
-            by_frame[num_tokens.flatten() > 0] = state[0].to(device)[prefix_places]
-            return by_frame.unflatten(0, tuple(num_tokens.shape))
-
-        return GazeVisionOutput(
-            last_hidden_state=of_patches(hidden_states),
-            lengths=tokens.num_each_frame.sum(1),
-            frame=tokens.frame,
-            scale=self.grid.locate(tokens.ids)[0],
-            ids=tokens.ids,
-            boxes=self.grid.boxes(tokens.ids, height=1, width=1),
-            hidden_states=tuple(map(of_patches, states)) if output_hidden_states else None,
-            prefix_hidden_state=of_prefix(hidden_states) if num_prefix else None,
-            prefix_hidden_states=tuple(map(of_prefix, states)) if num_prefix and output_hidden_states else None,
-        )
+            cache.commit(adapter, self.grid, gaze, canvas, num_times=sequence.num_tokens.shape[1])
+        return self._make_output(tokens, sequence, hidden_states, states if output_hidden_states else None)
 
     def _check(self, video: torch.Tensor, gaze: GazeOutput | Sequence[GazeOutput] | None) -> GazeOutput:
-        """Checks frames and gaze before any work, and gives the gaze on the frames' device."""
+        """Checks frames and gaze before any computation, and returns the gaze on the frames' device."""
         if not isinstance(video, torch.Tensor) or video.ndim != 5 or not video.is_floating_point():
             got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, torch.Tensor) else type(video).__name__
             raise ValueError(
                 "`pixel_values_videos` must be normalised floats (batch, frames, channels, height, width), got " + got
             )
         batch_size, num_frames, channels = video.shape[:3]
-        if channels != (wanted := self.adapter.patch_convolution.in_channels):
-            raise ValueError(f"`pixel_values_videos` must have {wanted} channels, got the shape {tuple(video.shape)}")
+        if channels != (in_channels := self.adapter.patch_convolution.in_channels):
+            raise ValueError(
+                f"`pixel_values_videos` must have {in_channels} channels, got the shape {tuple(video.shape)}"
+            )
         tubelet = self.adapter.tubelet_size
         if self.adapter.num_frames not in (None, num_frames):
             raise ValueError(
@@ -367,62 +320,90 @@ class GazeVisionModel(ModelWrapper):
             )
         return gaze.to(video.device)
 
-    def _tokens(self, gaze: GazeOutput) -> _Tokens:
+    def _list_tokens(self, gaze: GazeOutput) -> KeptTokens:
         """Lists the kept patches, clip by clip and frame by frame."""
         tubelet = self.adapter.tubelet_size
         if tubelet == 1:
             clip, slot = (~gaze.if_padded_gazing).nonzero(as_tuple=True)
             frame = gaze.frame_of_slot[slot]
             ids = gaze.gazing_pos[clip, slot] - frame * self.grid.num_patches
-            return _Tokens(clip, frame, ids, gaze.num_real_each_frame)
+            return KeptTokens(clip, frame, ids, gaze.num_real_each_frame)
         mask = torch.cat(gaze.gazing_mask, dim=-1).repeat_interleave(gaze.frame_sampling_rate, dim=1)
         mask = mask.unflatten(1, (-1, tubelet)).any(2)
-        return _Tokens(*mask.nonzero(as_tuple=True), mask.sum(-1))
+        return KeptTokens(*mask.nonzero(as_tuple=True), mask.sum(-1))
+
+    def _rotary(
+        self, tokens: KeptTokens, sequence: PackedSequence, hidden_states: torch.Tensor, first_time: int
+    ) -> object | None:
+        """Computes the rotary positions, with frames counted from `first_time`; see [`VisionAdapter.rotary`]."""
+        ids = torch.full((hidden_states.shape[1],), -1, device=tokens.ids.device)
+        time = torch.zeros_like(ids)
+        ids[sequence.patch_index], time[sequence.patch_index] = tokens.ids, tokens.frame + first_time
+        return self.adapter.rotary(self.grid, ids, time, hidden_states.dtype)
 
     def _plan_canvas(
-        self, tokens: _Tokens, patch_places: torch.Tensor, num_tokens: torch.Tensor, canvas: Canvas | None
+        self, tokens: KeptTokens, sequence: PackedSequence, canvas: Canvas | None
     ) -> tuple[PackedAttention, Canvas]:
-        """Plans attention to the canvas, and gives the canvas at the end."""
-        device = patch_places.device
+        """Plans attention to the canvas, and returns the canvas after the last frame."""
+        num_tokens, device = sequence.num_tokens, tokens.ids.device
         token_of_patch = torch.full((*num_tokens.shape, self.grid.num_patches), -1, device=device)
-        token_of_patch[tokens.clip, tokens.frame, tokens.ids] = patch_places
+        token_of_patch[tokens.clip, tokens.frame, tokens.ids] = sequence.patch_index
         patch_at = self.grid.patches_at(*self.grid.grids[-1], device=device).flatten(1)
         first_token = (num_tokens.flatten().cumsum(0) - num_tokens.flatten()).view_as(num_tokens)
         return plan_canvas(tokens_at_places(token_of_patch, patch_at), first_token, num_tokens, canvas)
 
-    def _encoded_frames(self, video: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
-        """Gives the frames that tokens are made of, `(batch, encoded, tubelet, channels, height, width)`."""
+    def _make_output(
+        self, tokens: KeptTokens, sequence: PackedSequence, last_state: torch.Tensor, states: list[torch.Tensor] | None
+    ) -> GazeVisionOutput:
+        """Selects the hidden states of patches and prefix tokens on the device of the frames."""
+        has_prefix = sequence.prefix_index.shape[1] > 0
+        return GazeVisionOutput(
+            last_hidden_state=sequence.select_patches(last_state),
+            lengths=tokens.num_each_frame.sum(1),
+            frame=tokens.frame,
+            scale=self.grid.locate(tokens.ids)[0],
+            ids=tokens.ids,
+            boxes=self.grid.boxes(tokens.ids, height=1, width=1),
+            hidden_states=None if states is None else tuple(map(sequence.select_patches, states)),
+            prefix_hidden_state=sequence.select_prefix(last_state) if has_prefix else None,
+            prefix_hidden_states=tuple(map(sequence.select_prefix, states))
+            if has_prefix and states is not None
+            else None,
+        )
+
+    def _select_frames(self, video: torch.Tensor, gaze: GazeOutput) -> torch.Tensor:
+        """Returns the frames to encode, `(batch, encoded, tubelet, channels, height, width)`."""
         tubelet = self.adapter.tubelet_size
         return video[:, :: gaze.frame_sampling_rate, None] if tubelet == 1 else video.unflatten(1, (-1, tubelet))
 
     def _embed_sequence(
-        self, video: torch.Tensor, gaze: GazeOutput, tokens: _Tokens
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Makes what enters the first layer, `(1, tokens, hidden)`; then as `_Tokens.places` has it."""
+        self, video: torch.Tensor, gaze: GazeOutput, tokens: KeptTokens
+    ) -> tuple[torch.Tensor, PackedSequence]:
+        """Computes the input of the first layer, `(1, tokens, hidden)`, and the indices of its tokens."""
         adapter = self.adapter
-        with _weights_at_hand(adapter.embeddings):
-            patches = self._embed(self._encoded_frames(video, gaze), tokens)
+        with _offloaded_weights(adapter.embeddings):
+            patches = self._embed(self._select_frames(video, gaze), tokens)
             prefix = adapter.prefix()
             num_prefix = 0 if prefix is None else len(prefix)
-            patch_places, prefix_places, num_tokens = tokens.places(num_prefix)
+            sequence = tokens.pack(num_prefix)
             hidden_states = patches
             if num_prefix:
-                prefix = prefix.to(video.device, patches.dtype).repeat(len(prefix_places), 1)
-                order = torch.cat([patch_places, prefix_places.flatten()]).argsort()
+                prefix = prefix.to(video.device, patches.dtype).repeat(len(sequence.prefix_index), 1)
+                order = torch.cat([sequence.patch_index, sequence.prefix_index.flatten()]).argsort()
                 hidden_states = torch.cat([patches, prefix])[order]
-            return adapter.finish_embedding(hidden_states[None]), patch_places, prefix_places, num_tokens
+            return adapter.finish_embedding(hidden_states[None]), sequence
 
-    def _embed(self, frames: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
-        """Embeds the kept patches, `(tokens, hidden)`, with learned positions."""
+    def _embed(self, frames: torch.Tensor, tokens: KeptTokens) -> torch.Tensor:
+        """Embeds the kept patches, `(patches, hidden)`, with learned positions."""
         adapter = self.adapter
         num_encoded, tubelet = frames.shape[1:3]
-        sheet = ((tokens.clip * num_encoded + tokens.frame) * tubelet)[:, None]
-        sheet = sheet + torch.arange(tubelet, device=sheet.device)
-        ids = tokens.ids[:, None].expand_as(sheet)
-        patches = self.grid.cut_patches(frames.flatten(0, 2), sheet.flatten(), ids.flatten())
+        image = ((tokens.clip * num_encoded + tokens.frame) * tubelet)[:, None]
+        image = image + torch.arange(tubelet, device=image.device)
+        ids = tokens.ids[:, None].expand_as(image)
+        patches = self.grid.cut_patches(frames.flatten(0, 2), image.flatten(), ids.flatten())
         patches = patches.to(adapter.patch_convolution.weight.dtype)
         if isinstance(adapter.patch_convolution, nn.Conv3d):
-            patches = patches.unflatten(0, tuple(sheet.shape)).transpose(1, 2)
+            patches = patches.unflatten(0, tuple(image.shape)).transpose(1, 2)
         embedded = adapter.patch_embedding(patches).flatten(1).to(tokens.ids.device)
         positions = adapter.positions(self.grid)
         if positions is None:
@@ -439,7 +420,7 @@ class GazeVisionModel(ModelWrapper):
         extend: Extend | None,
     ) -> torch.Tensor:
         adapter = self.adapter
-        if not hidden_states.shape[1]:  # Nothing was kept of any clip, and layers take no empty sequences.
+        if not hidden_states.shape[1]:  # Layers take no empty sequences.
             return hidden_states
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -455,8 +436,8 @@ def _check_attention(attention: str) -> None:
 
 
 @contextmanager
-def _weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """Brings in the weights that accelerate keeps elsewhere, for a module whose weights are read and not only run."""
+def _offloaded_weights(module: nn.Module) -> Iterator[None]:
+    """Loads weights that accelerate has offloaded, for a module whose weights are used outside its `forward`."""
     hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
     if not hooked:
         yield

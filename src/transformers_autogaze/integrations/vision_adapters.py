@@ -1,8 +1,8 @@
 """
-Where each family of vision towers keeps its parts: patch embedding, positions, prefix tokens, layers and final norm.
+Adapters of the families of vision towers: how to find patch embedding, positions, prefix tokens, layers and final norm.
 
-One small class per family; a new family is one more, see docs/integrations.md. An adapter only looks into a tower: it owns
-no weights and changes nothing. It knows nothing of gazes, clips or attention.
+There is one small class per family; docs/integrations.md describes how to add one. An adapter reads from a tower, owns no
+weights and changes nothing.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ from ..grid_autogaze import GazeGrid
 
 class VisionAdapter:
     """
-    Finds the parts of a tower; the base of every family's adapter, made for the layout of `ViTModel`.
+    Finds the modules of a tower. This base class of all adapters is for the modules of `ViTModel`.
 
     Args:
-        tower (`nn.Module`): the innermost module that holds embeddings, layers and final norm.
+        tower (`nn.Module`): the innermost module with embeddings, layers and final norm.
     """
 
     model_type: str
     """`model_type` of the tower's configuration."""
     num_positions_prefix = 1
-    """Prefix tokens that have a row of their own at the start of the position table."""
+    """Number of prefix tokens with positions, which are the first in the position table."""
 
     def __init__(self, tower: nn.Module):
         self.tower = tower
@@ -41,17 +41,17 @@ class VisionAdapter:
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Size in pixels of the images that the tower was made for."""
+        """Size in pixels of the tower's images."""
         return self.config.image_size
 
     @property
     def tubelet_size(self) -> int:
-        """Frames that one token covers."""
+        """Number of frames of one token."""
         return getattr(self.config, "tubelet_size", 1)
 
     @property
     def num_frames(self) -> int | None:
-        """Frames of a clip, for a tower that has positions for one number of them only."""
+        """Number of frames of a clip, for a tower with positions for a fixed number of frames."""
         return None
 
     @property
@@ -66,7 +66,7 @@ class VisionAdapter:
 
     @property
     def patch_convolution(self) -> nn.Module:
-        """The convolution itself, where an adapter of PEFT lies around it."""
+        """The convolution without the adapters of PEFT around it."""
         module = self.patch_embedding
         while hasattr(module, "base_layer"):
             module = module.base_layer
@@ -74,28 +74,28 @@ class VisionAdapter:
 
     @property
     def position_table(self) -> torch.Tensor | None:
-        """Learned positions `(prefix + rows * columns, hidden)`, prefix first; `None` for rotary ones."""
+        """Learned positions `(prefix + rows * columns, hidden)`, prefix first; `None` for rotary positions."""
         return self.embeddings.position_embeddings[0]
 
     @property
     def prefix_tokens(self) -> list[torch.Tensor]:
-        """Tokens that stand before the patches of a frame, each of shape `(.., hidden)`, in order."""
+        """Tokens that precede the patches of a frame, each of shape `(.., hidden)`, in order."""
         return [self.embeddings.cls_token]
 
     @property
     def layers(self) -> nn.ModuleList:
         """The layers of the encoder."""
-        # Newer versions of transformers hold them in the model itself.
+        # In newer versions of transformers these are attributes of the model itself.
         return self.tower.layers if hasattr(self.tower, "layers") else self.tower.encoder.layer
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm behind the last layer that makes `last_hidden_state`, if there is one."""
+        """The norm after the last layer whose output is `last_hidden_state`, if there is one."""
         return self.tower.layernorm
 
     @property
     def native_grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of the images that the tower was made for."""
+        """Rows and columns of patches of the tower's images."""
         size = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
         patch = self.patch_convolution.kernel_size
         return size[0] // patch[-2], size[1] // patch[-1]
@@ -108,48 +108,48 @@ class VisionAdapter:
             grid (`GazeGrid`): the scales.
 
         Returns:
-            `torch.FloatTensor` of shape `(times, patches, hidden)`, patches by id, one row of times for an image tower;
-            `None` for rotary ones.
+            `torch.FloatTensor` of shape `(times, patches, hidden)`, patches by id, with one time for a tower of images;
+            `None` for rotary positions.
         """
         if self.position_table is None:
             return None
         table = self.position_table[self.num_positions_prefix :]
         rows, cols = self.native_grid
         table = table.view(-1, rows, cols, table.shape[-1]).permute(0, 3, 1, 2)
-        # Half precision would shift them.
-        precise = table.to(torch.promote_types(table.dtype, torch.float32))
+        # Interpolation in half precision would be inexact.
+        float_table = table.to(torch.promote_types(table.dtype, torch.float32))
         resized = [
-            table if size == (rows, cols) else F.interpolate(precise, size, mode="bicubic", align_corners=False)
+            table if size == (rows, cols) else F.interpolate(float_table, size, mode="bicubic", align_corners=False)
             for size in grid.grids
         ]
         return torch.cat([positions.flatten(2).to(table.dtype) for positions in resized], dim=2).transpose(1, 2)
 
     def prefix(self) -> torch.Tensor | None:
-        """Gives the prefix tokens of a frame with their positions, `(prefix, hidden)`, or `None` if there are none."""
+        """Returns the prefix tokens of a frame with their positions, `(prefix, hidden)`, or `None` if there are none."""
         if not self.prefix_tokens:
             return None
         tokens = torch.cat([token.reshape(-1, token.shape[-1]) for token in self.prefix_tokens])
         if self.position_table is None or not self.num_positions_prefix:
             return tokens
-        placed = tokens[: self.num_positions_prefix] + self.position_table[: self.num_positions_prefix]
-        return torch.cat([placed, tokens[self.num_positions_prefix :]])
+        with_positions = tokens[: self.num_positions_prefix] + self.position_table[: self.num_positions_prefix]
+        return torch.cat([with_positions, tokens[self.num_positions_prefix :]])
 
     def finish_embedding(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Does to embedded tokens with positions, `(1, tokens, hidden)`, what comes before the first layer."""
+        """Applies the operations between positions and the first layer, such as dropout, to `(1, tokens, hidden)`."""
         return self.embeddings.dropout(hidden_states)
 
     def rotary(self, grid: GazeGrid, ids: torch.Tensor, time: torch.Tensor, dtype: torch.dtype) -> object | None:
         """
-        Makes what the layers need of rotary positions.
+        Computes the rotary positions for the layers.
 
         Args:
             grid (`GazeGrid`): the scales.
-            ids (`torch.LongTensor` of shape `(tokens,)`): patch ids, counted from their frame, -1 for prefix tokens.
+            ids (`torch.LongTensor` of shape `(tokens,)`): patch ids, counted from the first of the frame, -1 for prefix tokens.
             time (`torch.LongTensor` of shape `(tokens,)`): frame or tubelet of each token.
-            dtype (`torch.dtype`): that of the hidden states.
+            dtype (`torch.dtype`): dtype of the hidden states.
 
         Returns:
-            what [`~VisionAdapter.run_layer`] takes; `None` without rotary positions.
+            The argument `rotary` of [`~VisionAdapter.run_layer`]; `None` without rotary positions.
         """
         return None
 
@@ -159,7 +159,7 @@ class VisionAdapter:
 
 
 class ViTAdapter(VisionAdapter):
-    """`ViTModel` and the models around it: a CLS token, learned positions."""
+    """`ViTModel` and models with it: a CLS token, learned positions."""
 
     model_type = "vit"
 
@@ -192,7 +192,7 @@ class Dinov2WithRegistersAdapter(VisionAdapter):
 
 
 class SiglipAdapter(VisionAdapter):
-    """`SiglipVisionModel`, which SigLIP 2 of fixed resolution is as well: no prefix, learned positions."""
+    """`SiglipVisionModel`, also of SigLIP 2 with fixed resolution: no prefix, learned positions."""
 
     model_type = "siglip_vision_model"
     num_positions_prefix = 0
@@ -207,7 +207,7 @@ class SiglipAdapter(VisionAdapter):
         embedding = self.embeddings.position_embedding
         if type(embedding) is nn.Embedding:
             return embedding.weight
-        # An adapter around it adds to the weights when it is called.
+        # An adapter of PEFT adds to the weights only when it is called.
         return embedding(torch.arange(len(embedding.weight), device=embedding.weight.device))
 
     @property
@@ -226,7 +226,7 @@ class SiglipAdapter(VisionAdapter):
 
 
 class CLIPAdapter(SiglipAdapter):
-    """`CLIPVisionModel`: a CLS token, learned positions, a norm before the layers and none behind them."""
+    """`CLIPVisionModel`: a CLS token, learned positions, a norm before the layers and none after them."""
 
     model_type = "clip_vision_model"
     num_positions_prefix = 1
@@ -241,7 +241,7 @@ class CLIPAdapter(SiglipAdapter):
 
 
 class DINOv3ViTAdapter(VisionAdapter):
-    """`DINOv3ViTModel`: a CLS token and registers, rotary positions by the centres of patches in -1..1."""
+    """`DINOv3ViTModel`: a CLS token and registers, rotary positions of the centres of patches in -1..1."""
 
     model_type = "dinov3_vit"
     position_table = None
@@ -278,7 +278,7 @@ class DINOv3ViTAdapter(VisionAdapter):
             )
         frequencies = self.tower.rope_embeddings.inv_freq.to(ids.device)
         angles = (2 * pi * centres[:, :, None] * frequencies).flatten(1).tile(2)
-        # A prefix token is not turned.
+        # Prefix tokens are not rotated.
         angles = angles.masked_fill((ids < 0)[:, None], 0)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -326,21 +326,21 @@ class VJEPA2Adapter(VisionAdapter):
     def rotary(self, grid: GazeGrid, ids: torch.Tensor, time: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         scale, row, col = grid.locate(ids)
         grids = torch.tensor(grid.grids, device=ids.device)[scale]
-        # Centres of patches, counted in patches of the tower's own grid; there they are whole numbers.
+        # Centres of patches in units of the tower's own grid, whose patches have whole numbers.
         rows, cols = self.native_grid
         row = (row + 0.5) * (rows / grids[:, 0]) - 0.5
         col = (col + 0.5) * (cols / grids[:, 1]) - 0.5
         return [place.to(dtype) for place in (time, row, col)]
 
     def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: object | None) -> torch.Tensor:
-        with _places(layer.attention, rotary):
+        with _position_ids(layer.attention, rotary):
             return layer(hidden_states)[0]
 
 
 @contextmanager
-def _places(attention: nn.Module, places: list[torch.Tensor]) -> Iterator[None]:
-    """Gives V-JEPA 2's attention places that are no whole numbers, which it has no argument for."""
-    attention.get_position_ids = lambda x, masks=None: [place.to(x.device) for place in places]
+def _position_ids(attention: nn.Module, position_ids: list[torch.Tensor]) -> Iterator[None]:
+    """Sets the position ids of V-JEPA 2's attention, which has no argument for ids that are no whole numbers."""
+    attention.get_position_ids = lambda x, masks=None: [ids.to(x.device) for ids in position_ids]
     try:
         yield
     finally:
@@ -361,29 +361,29 @@ ADAPTERS: dict[str, type[VisionAdapter]] = {
         VJEPA2Adapter,
     )
 }
-"""The adapter of every family, by `model_type`. A new family registers here."""
+"""The adapters by `config.model_type`."""
 
 
 def find_tower(model: nn.Module) -> str:
     """
-    Finds the tower inside a model: the innermost module that has the embeddings of a known family.
+    Finds the tower inside a model: the innermost module with the embeddings of a supported family.
 
     Args:
-        model (`nn.Module`): a vision model, one with a head, or one that holds a vision tower beside others.
+        model (`nn.Module`): a vision model, one with a head, or one that contains a vision tower beside other parts.
 
     Returns:
-        `str`: the name of the module, as `model.get_submodule` takes it.
+        `str`: the name of the module, for `model.get_submodule`.
 
     Raises:
-        ValueError: if no module is of a family that an adapter knows.
+        ValueError: if no module is of a supported family.
     """
     for name, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
-        # Its own part: what PEFT wraps a model in gives out the parts of that model.
+        # A `PeftModel` returns the attributes of the model inside, so only its own children count.
         if model_type in ADAPTERS and "embeddings" in dict(module.named_children()):
             return name
     config = getattr(model, "config", None)
     raise ValueError(
         f"`vision_model` must be of one of the families {', '.join(ADAPTERS)}, got {type(model).__name__} "
-        f"({getattr(config, 'model_type', 'without a configuration')}); docs/integrations.md tells how to add one"
+        f"({getattr(config, 'model_type', 'without a configuration')}); docs/integrations.md describes how to add one"
     )

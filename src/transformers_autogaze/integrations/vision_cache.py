@@ -1,9 +1,4 @@
-"""
-The state of a stream of frames in a vision tower whose tokens see the canvas.
-
-This module keeps, layer by layer, the keys and values of the tokens that later frames can still see, and no others. Which
-those are is `canvas`' matter, running a tower that of `vision`.
-"""
+"""The cached keys and values of a vision tower with attention to the canvas, for streams of frames."""
 
 import copy
 import weakref
@@ -18,16 +13,16 @@ from .vision_adapters import VisionAdapter
 
 class GazeVisionCache:
     """
-    What the frames of a stream leave behind in a [`GazeVisionModel`] for the frames that follow, with `"canvas"` attention.
+    The cache of a [`GazeVisionModel`] with `"canvas"` attention, for a stream of frames.
 
-    For every layer it holds the keys and values of the tokens that are visible: at most one for each place of the finest
-    scale, however long the stream. It belongs to one tower, one grid and one batch of clips, those of the first call; no
-    gradients flow through it. A call that fails leaves it as it was.
+    It has, for every layer, the keys and values of the tokens that are visible to later frames: at most one for each place of
+    the finest scale, however long the stream. The first call determines the tower, the grid and the number of clips. No
+    gradients flow through the cache. A call that fails does not change it.
 
     Attributes:
-        num_frames (`int`): frames of the gazes seen so far; a gaze that is continued (`first_frame`) begins there.
-        num_times (`int`): frames seen so far as the tower counts them, tubelets where it has those.
-        canvas ([`Canvas`]): the visible tokens and the places where they lie; `None` at first.
+        num_frames (`int`): number of frames of the gazes so far; the `first_frame` of a continued gaze is equal to it.
+        num_times (`int`): number of frames so far, or of tubelets for a tower with tubelets.
+        canvas ([`Canvas`]): the visible tokens and their places; `None` at first.
         key_values (`list[tuple[torch.Tensor, torch.Tensor]]` of shape `(1, heads, visible, head_dim)`):
             Keys and values of every layer, in the order of `canvas.tokens`.
 
@@ -57,18 +52,18 @@ class GazeVisionCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything: the next frames begin a stream, of any tower, grid and batch."""
+        """Empties the cache, for a new stream of any tower, grid and batch size."""
         self.num_frames = 0
         self.num_times = 0
         self.canvas: Canvas | None = None
         self.key_values: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._fresh: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._new_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._tower: weakref.ref | None = None
         self._grid: GazeGrid | None = None
         self._batch_size: int | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        # Elsewhere the tower is another object.
+        # In another process the tower is another object.
         return {**self.__dict__, "_tower": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "GazeVisionCache":
@@ -79,24 +74,24 @@ class GazeVisionCache:
 
     @property
     def num_tokens(self) -> int:
-        """Visible tokens of all clips: keys held in every layer."""
+        """Number of visible tokens of all clips, which is the number of cached keys of every layer."""
         return 0 if self.canvas is None else len(self.canvas.tokens)
 
     def check(self, adapter: VisionAdapter, grid: GazeGrid, gaze: GazeOutput, attention: str) -> None:
         """
-        Checks that a call may go on with this cache, before any work.
+        Checks that a call can use this cache, before any computation.
 
         Args:
-            adapter ([`VisionAdapter`]): that of the tower.
-            grid (`GazeGrid`): the scales of the tower.
-            gaze ([`GazeOutput`]): what is kept of the frames that follow.
-            attention (`str`): that of the call.
+            adapter ([`VisionAdapter`]): adapter of the tower.
+            grid (`GazeGrid`): scales of the tower.
+            gaze ([`GazeOutput`]): gaze of the next frames.
+            attention (`str`): attention of the call.
 
         Raises:
-            ValueError: if the attention is not `"canvas"`, the tower has positions for one number of frames, it trains,
-                the cache is of another tower, grid or number of clips, or the gaze does not begin where the cache ends.
+            ValueError: if the attention is not `"canvas"`, the tower has positions for a fixed number of frames or is in
+                training, the cache is of another tower, grid or number of clips, or the gaze does not follow its frames.
         """
-        self._fresh = {}  # of a call that failed
+        self._new_key_values = {}  # those of a call that failed
         if attention != "canvas":
             raise ValueError(f"`cache` holds a canvas: `attention` must be 'canvas' to use it, got {attention!r}")
         if adapter.num_frames is not None:
@@ -134,36 +129,36 @@ class GazeVisionCache:
         self, layer: int, visible: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Puts the keys and values held for a layer before new ones, and takes along what will be visible.
+        Prepends the cached keys and values of a layer to new ones, and stores those of the tokens that stay visible.
 
         Args:
-            layer (`int`): number of the layer.
-            visible (`torch.LongTensor` of shape `(visible,)`): which of all these tokens will be: `tokens` of the canvas.
-            key, value (`torch.Tensor` of shape `(1, heads, tokens, head_dim)`): of the new tokens.
+            layer (`int`): index of the layer.
+            visible (`torch.LongTensor` of shape `(visible,)`): indices of the tokens that stay visible: [`Canvas`]`.tokens`.
+            key, value (`torch.Tensor` of shape `(1, heads, tokens, head_dim)`): keys and values of the new tokens.
 
         Returns:
-            `tuple`: keys and values of all, `(1, heads, visible before + tokens, head_dim)`.
+            `tuple`: the cached and new keys and values, `(1, heads, cached + tokens, head_dim)`.
         """
         if self.key_values:
             old_key, old_value = self.key_values[layer]
             key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
         visible = visible.to(key.device)
-        self._fresh[layer] = key[:, :, visible].detach(), value[:, :, visible].detach()
+        self._new_key_values[layer] = key[:, :, visible].detach(), value[:, :, visible].detach()
         return key, value
 
     def commit(self, adapter: VisionAdapter, grid: GazeGrid, gaze: GazeOutput, canvas: Canvas, num_times: int) -> None:
         """
-        Ends a call: what its layers took along becomes the state.
+        Updates the cache at the end of a call.
 
         Args:
             adapter, grid, gaze: as for [`~GazeVisionCache.check`].
             canvas ([`Canvas`]): the canvas after the last frame.
-            num_times (`int`): frames or tubelets of the call.
+            num_times (`int`): number of frames or tubelets of the call.
         """
         self._tower, self._grid, self._batch_size = weakref.ref(adapter.tower), grid, gaze.batch_size
-        if self._fresh:  # Where nothing was kept, no layer ran and nothing changed.
-            self.key_values = [self._fresh[layer] for layer in sorted(self._fresh)]
-        self._fresh = {}
+        if self._new_key_values:  # Without kept patches no layer was called.
+            self.key_values = [self._new_key_values[layer] for layer in sorted(self._new_key_values)]
+        self._new_key_values = {}
         self.canvas = canvas
         self.num_frames += gaze.num_frames
         self.num_times += num_times

@@ -1,9 +1,4 @@
-"""
-What the wrappers of towers and MLLMs share: they behave like the model that they wrap.
-
-This module owns the habits of transformers' models, saving and loading included. What a wrapper makes of a gaze is its own
-matter.
-"""
+"""The base class of the wrappers of towers and MLLMs: they behave like the model that they wrap, and save and load it."""
 
 import json
 import os
@@ -28,7 +23,7 @@ _VERSION = 1
 _SELECTOR, _PROCESSOR = "gaze_model", "gaze_processor"
 _NORMALIZATION = ("image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize", "offset")
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-# What Trainer, PEFT and accelerate ask of a model, and the wrapped one answers.
+# Attributes and methods that Trainer, PEFT and accelerate use of a model; these are the wrapped model's.
 _DELEGATED = frozenset(
     (
         "activation_checkpointing_disable",
@@ -54,36 +49,36 @@ _DELEGATED = frozenset(
     )
 )
 
-# Arguments that no signature names: of the decorators of `forward`, an older name, and of PEFT.
-_ALWAYS_TAKEN = ("return_dict", "past_key_values", "adapter_names")
+# Arguments that are in no signature: that of the decorators of `forward`, an older name of the cache, and that of PEFT.
+_ALWAYS_ACCEPTED = ("return_dict", "past_key_values", "adapter_names")
 
 
 def hub_arguments(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """Gives those arguments of `from_pretrained` that say where files come from, and those that are named."""
+    """Returns the arguments of `from_pretrained` about downloads from the Hub, and those named in `more`."""
     return {key: kwargs[key] for key in (*_HUB, *more) if key in kwargs}
 
 
 def without_peft(model: nn.Module) -> nn.Module:
-    """Gives the model inside a `PeftModel`, whose layers PEFT has changed in place; any other model as it is."""
+    """Returns the model inside a `PeftModel`, which PEFT has modified in place, or any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class ModelWrapper(PushToHubMixin, nn.Module):
     """
-    Base of what wraps a model of transformers, or a `PeftModel` of one, kept under the name `wrapped_name`.
+    Base class of the wrappers of a model of transformers, or of a `PeftModel`, in the attribute `wrapped_name`.
 
     Configuration, device, dtype, gradient checkpointing and embeddings are the wrapped model's. A state dict has each tied
     weight once.
     """
 
     wrapped_name: str
-    """The attribute that holds the wrapped model."""
+    """Name of the attribute with the wrapped model."""
     main_input_name = "input_ids"
     base_model_prefix = ""
 
     def __init__(self):
         super().__init__()
-        self.register_load_state_dict_post_hook(_excuse_tied_weights)
+        self.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,7 +100,7 @@ class ModelWrapper(PushToHubMixin, nn.Module):
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """How the wrapped model answers where `generate` is not told; `None` for a model that does not answer."""
+        """The wrapped model's defaults of `generate`; `None` for a model that cannot generate."""
         return getattr(without_peft(self.wrapped), "generation_config", None)
 
     @generation_config.setter
@@ -114,25 +109,25 @@ class ModelWrapper(PushToHubMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the wrapped model is."""
+        """The wrapped model's device."""
         model = without_peft(self.wrapped)
         return model.device if hasattr(model, "device") else next(model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the wrapped model."""
+        """The wrapped model's dtype."""
         model = without_peft(self.wrapped)
         return model.dtype if hasattr(model, "dtype") else next(model.parameters()).dtype
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
-        """Checks further arguments of `forward`, as models of transformers silently ignore unknown ones."""
+        """Checks the names of further arguments of `forward`, as models of transformers silently ignore unknown ones."""
         model = without_peft(self.wrapped)
         functions = (self.forward, model.forward, model.get_decoder().forward, model.loss_function)
-        others = (*TransformersKwargs.__annotations__, *_ALWAYS_TAKEN)
+        others = (*TransformersKwargs.__annotations__, *_ALWAYS_ACCEPTED)
         check_names(f"{type(self).__name__}.forward", given, functions, others)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Gives the weights as `nn.Module.state_dict`, each tied one once, under its first name."""
+        """Returns the weights, as `nn.Module.state_dict` does, but each tied weight once, under its first name."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name in _tied_names(self):
@@ -143,52 +138,51 @@ class ModelWrapper(PushToHubMixin, nn.Module):
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
     ) -> None:
         """
-        Saves the wrapped model in its own format, and beside it what the wrapper needs to be made again.
+        Saves the wrapped model in its own format, and the other parts and the settings of the wrapper beside it.
 
-        The files of the wrapped model are those that it writes itself, so they load without this package. Of a `PeftModel`
-        these are the adapter's alone.
+        The wrapped model writes its own files, so they load without this package. A `PeftModel` writes only its adapter.
 
         Args:
-            save_directory (`str` or `os.PathLike`): folder to write to; made if it is missing.
+            save_directory (`str` or `os.PathLike`): folder to write to; created if it is missing.
             push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder as well.
-            repo_id (`str`, *optional*): the repository; named like the folder by default.
+            repo_id (`str`, *optional*): the repository; by default named like the folder.
             kwargs: further arguments of the wrapped model's `save_pretrained`.
         """
         folder = Path(save_directory)
         self.wrapped.save_pretrained(folder, **kwargs)
-        facts = {
+        wrapper_config = {
             "version": _VERSION,
             "wrapper": type(self).__name__,
             "model": type(without_peft(self.wrapped)).__name__,
             **self._save_parts(folder),
         }
         with replacing(folder / WRAPPER_FILE) as unfinished:
-            unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(wrapper_config, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name)
 
     def _save_parts(self, folder: Path) -> dict[str, Any]:
-        """Writes what the wrapped model does not, and gives what goes into the wrapper's file."""
+        """Saves everything but the wrapped model, and returns further entries of the wrapper's file."""
         raise NotImplementedError
 
     @classmethod
     def _load_wrapped(
-        cls, name: str | os.PathLike, facts: Mapping[str, Any] | None, kwargs: dict[str, Any]
+        cls, name: str | os.PathLike, wrapper_config: Mapping[str, Any] | None, kwargs: dict[str, Any]
     ) -> nn.Module:
-        """Loads the model that a folder or repository of `save_pretrained` has, and the adapter on it."""
-        if facts is None or not hasattr(transformers, facts["model"]):
+        """Loads the wrapped model from a folder or repository, with its PEFT adapter if it has one."""
+        if wrapper_config is None or not hasattr(transformers, wrapper_config["model"]):
             config = transformers.AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
             names = config.architectures or []
-            kind = getattr(transformers, names[0], None) if names else None
-            if kind is None:
+            model_class = getattr(transformers, names[0], None) if names else None
+            if model_class is None:
                 raise ValueError(f"{str(name)!r} must be a model of transformers, got {names or 'no architecture'}")
-            return kind.from_pretrained(name, **kwargs)
-        kind = getattr(transformers, facts["model"])
+            return model_class.from_pretrained(name, **kwargs)
+        model_class = getattr(transformers, wrapper_config["model"])
         adapter = cached_file(
             name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)
         )
         if adapter is None:
-            return kind.from_pretrained(name, **kwargs)
+            return model_class.from_pretrained(name, **kwargs)
         from peft import PeftModel
 
         base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -196,40 +190,40 @@ class ModelWrapper(PushToHubMixin, nn.Module):
             raise ValueError(
                 f"the adapter in {str(name)!r} must name the model that it is for; load that one, and wrap it"
             )
-        return PeftModel.from_pretrained(kind.from_pretrained(base, **kwargs), str(name))
+        return PeftModel.from_pretrained(model_class.from_pretrained(base, **kwargs), str(name))
 
 
 def read_wrapper_file(
     name: str | os.PathLike, wrapper: type[ModelWrapper], kwargs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """
-    Reads what [`~ModelWrapper.save_pretrained`] wrote beside a model.
+    Reads the file that [`~ModelWrapper.save_pretrained`] wrote beside a model.
 
     Args:
         name (`str` or `os.PathLike`): folder or repository.
-        wrapper (`type[ModelWrapper]`): the class that it must be of.
-        kwargs (`Mapping[str, Any]`): arguments of `from_pretrained`; those about the Hub count.
+        wrapper (`type[ModelWrapper]`): the class that the file must be of.
+        kwargs (`Mapping[str, Any]`): arguments of `from_pretrained`, of which those about the Hub are used.
 
     Returns:
-        `dict`, or `None` where there is no such file.
+        `dict`, or `None` if there is no such file.
 
     Raises:
-        ValueError: if it is of another class or a newer version.
+        ValueError: if the file is of another class or a newer version.
     """
     path = cached_file(name, WRAPPER_FILE, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs))
     if path is None:
         return None
-    facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    if facts["wrapper"] != wrapper.__name__ or facts["version"] > _VERSION:
+    wrapper_config = json.loads(Path(path).read_text(encoding="utf-8"))
+    if wrapper_config["wrapper"] != wrapper.__name__ or wrapper_config["version"] > _VERSION:
         raise ValueError(
-            f"{str(name)!r} must be a {wrapper.__name__} of version {_VERSION} or before, got a {facts['wrapper']} of "
-            f"version {facts['version']}"
+            f"{str(name)!r} must be a {wrapper.__name__} of version {_VERSION} or before, got a {wrapper_config['wrapper']} of "
+            f"version {wrapper_config['version']}"
         )
-    return facts
+    return wrapper_config
 
 
 def save_gazing_parts(wrapper: Any, folder: Path, processor: Any, gaze_processor: Any) -> dict[str, Any]:
-    """Saves the selector and how frames are normalised for it; gives what the wrapper's file says of them."""
+    """Saves the selector and the normalisation of its frames; returns their entries of the wrapper's file."""
     if wrapper.gaze_model is not None:
         wrapper.gaze_model.save_pretrained(folder / _SELECTOR)
     if gaze_processor is not None:
@@ -246,26 +240,30 @@ def save_gazing_parts(wrapper: Any, folder: Path, processor: Any, gaze_processor
 
 def load_gazing_parts(
     name: str | os.PathLike,
-    facts: Mapping[str, Any] | None,
+    wrapper_config: Mapping[str, Any] | None,
     kwargs: Mapping[str, Any],
     gaze_model: Any,
     processor: Any,
     gaze_processor: Any,
 ) -> dict[str, Any]:
-    """Gives `gaze_model`, `processor` and `gaze_processor`: those given, or else the saved ones; and the saved settings."""
-    facts = facts or {}
-    if gaze_model is None and facts.get("has_gaze_model"):
+    """Returns `gaze_model`, `processor` and `gaze_processor`, loaded where they are `None`, and the saved settings."""
+    wrapper_config = wrapper_config or {}
+    if gaze_model is None and wrapper_config.get("has_gaze_model"):
         gaze_model = AutoModel.from_pretrained(_fetch(name, _SELECTOR, kwargs))
-    if processor is None and facts.get("normalization"):
-        processor = SimpleNamespace(**facts["normalization"])
-    if gaze_processor is None and facts.get("has_gaze_processor"):
+    if processor is None and wrapper_config.get("normalization"):
+        processor = SimpleNamespace(**wrapper_config["normalization"])
+    if gaze_processor is None and wrapper_config.get("has_gaze_processor"):
         gaze_processor = AutoGazeVideoProcessor.from_pretrained(_fetch(name, _PROCESSOR, kwargs))
     parts = {"gaze_model": gaze_model, "processor": processor, "gaze_processor": gaze_processor}
-    return {**parts, **facts.get("settings", {})}
+    return {**parts, **wrapper_config.get("settings", {})}
 
 
 def _fetch(name: str | os.PathLike, part: str, kwargs: Mapping[str, Any]) -> str:
-    """Gives the folder of a part; taken for itself, as an adapter beside it would be taken for its own."""
+    """
+    Returns the local folder of a part, downloaded if needed.
+
+    It is loaded from this folder and not as a subfolder, for which transformers would load the PEFT adapter beside it.
+    """
     found = None
     for file in ("config.json", "model.safetensors", "processor_config.json", "video_preprocessor_config.json"):
         path = cached_file(
@@ -278,7 +276,7 @@ def _fetch(name: str | os.PathLike, part: str, kwargs: Mapping[str, Any]) -> str
 
 
 def _tied_names(module: nn.Module) -> list[str]:
-    """Lists the names of weights that another name before them has, too."""
+    """Lists the names of weights that have an earlier name as well."""
     seen, names = set(), []
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
@@ -287,6 +285,6 @@ def _tied_names(module: nn.Module) -> list[str]:
     return names
 
 
-def _excuse_tied_weights(module: nn.Module, incompatible: Any) -> None:
+def _ignore_missing_tied_weights(module: nn.Module, incompatible: Any) -> None:
     tied = tuple(_tied_names(module))
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not (tied and name.endswith(tied))]

@@ -12,7 +12,7 @@ _MIN_RATIO = 2  # of the change at a cut to the changes right before and after
 
 class SceneCuts:
     """
-    Finds the scene cuts of a video whose frames are given a few at a time.
+    Finds the scene cuts of a video, which is added a few frames at a time.
 
     The brightness of every frame is averaged over 16x16 blocks. A cut is a frame whose averages differ from those of the frame
     before by a tenth of the whole range or more, and at least twice as much as do the pairs of frames right before and after.

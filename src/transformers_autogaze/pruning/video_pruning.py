@@ -84,7 +84,7 @@ def prune_video(
         selector ([`GazeSelector`]): chooses the patches.
         processor ([`AutoGazeProcessor`], *optional*): preprocesses the frames; by default one with the published settings.
         num_frames, fps (*optional*): which frames to take, evenly over the video; see [`stream_gaze`].
-        tiles, max_tiles (*optional*): how frames are seen; see [`stream_gaze`].
+        tiles, max_tiles (*optional*): how frames are cut into tiles; see [`stream_gaze`].
         gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_second (`float`, *optional*):
             How much to keep; see [`stream_gaze`]. Without any of them, the `clip_ratio` of the selector's configuration; where
             it has none, its `gazing_ratio` and `task_loss_requirement`; where it has none of these either,
@@ -96,8 +96,7 @@ def prune_video(
         selector_name (`str` or `os.PathLike`, *optional*):
             Name of the selector there; by default the checkpoint that it was loaded from.
         progress (`Callable[[int, int], None]`, *optional*):
-            Called with the number of finished frames and that of all frames, after each chunk. An error that it raises ends
-            the work.
+            Called after each chunk with the numbers of finished and of all frames. An error that it raises is passed on.
 
     Returns:
         [`VideoPruning`]
@@ -276,11 +275,11 @@ class VideoPruning:
 
     def chunks(self) -> Iterator[GazeChunk]:
         """
-        Goes through the video chunk by chunk.
+        Iterates over the video chunk by chunk.
 
         Yields:
-            [`GazeChunk`]: the frames of the next chunk with their gaze. A pass that is not finished counts for nothing: the next
-            one starts from the first frame.
+            [`GazeChunk`]: the frames of the next chunk with their gaze. If an iteration is not finished, its gazes are
+            discarded, and the next one starts from the first frame.
         """
         total, indices = len(self.video), self.video.metadata.frames_indices
         for chunk in self._choose_patches() if self._kept is None else self._decode_again(self._kept):
@@ -408,7 +407,7 @@ class VideoPruning:
         return stream_gaze(self.selector, self.video, self.processor.video_processor, **options)
 
     def _choose_patches(self) -> Iterator[GazeChunk]:
-        """Decodes the video and chooses the patches; what was chosen is stored at the end."""
+        """Decodes the video and chooses the patches, which are stored at the end."""
         stream, self._stream = self._stream or self._open(), None
         kept, cuts = None, SceneCuts()
         for chunk in stream:
@@ -434,7 +433,7 @@ class VideoPruning:
             del chunk
 
     def _draw(self, wanted: Collection[int]) -> Iterator[FrameView]:
-        """Goes through the video and draws the wanted ones of the frames taken."""
+        """Iterates over the video and draws the wanted frames."""
         times, tokens, processor = self.video.frame_times, 0, self.processor.video_processor
         for chunk, part, _, rebuilt in self._rebuild(always=True):
             grid, rate = chunk.gaze.grid, chunk.gaze.frame_sampling_rate
@@ -458,7 +457,7 @@ class VideoPruning:
 
     def _rebuild(self, always: bool = False) -> Iterator[tuple[GazeChunk, slice, torch.Tensor, torch.Tensor | None]]:
         """
-        Goes through the video, rebuilds its frames and measures the errors.
+        Iterates over the video, rebuilds its frames and measures the errors.
 
         Yields a chunk, a slice of its frames, their pixels and the rebuilt pixels. Without `measures_quality` these are rebuilt
         only where `always` is true, and otherwise `None`.
@@ -474,7 +473,7 @@ class VideoPruning:
         self._squared_errors = rebuilder.squared_errors
 
     def _finished(self) -> KeptIds:
-        """Returns the kept patches of the whole video; chooses them, and measures the quality, where that is still to do."""
+        """Returns the kept patches of the whole video; chooses them, and measures the quality, if not done before."""
         if self._measures_quality and not self._squared_errors:
             for _ in self._rebuild():
                 pass

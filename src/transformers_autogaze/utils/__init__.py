@@ -1,1 +1,1 @@
-"""Helpers of every part."""
+"""Helpers for the whole package."""

@@ -1,7 +1,7 @@
 """
-Files that are written: under temporary names beside their places, which they take when they are whole.
+Writing files under temporary names in the same folder, and renaming them when they are complete.
 
-A run that fails, or a disk that is full, leaves what was there before. This module knows nothing of what is in the files.
+If a run fails, or the disk is full, earlier files are unchanged.
 """
 
 import json
@@ -17,20 +17,20 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes are not kept from writing to the same file.
+except ImportError:  # On Windows nothing prevents two processes from writing to the same file.
     fcntl = None
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Gives a temporary file name, whose file replaces another one when the block ends without an error.
+    Yields a temporary file name; the file written there replaces `path` when the block ends without an error.
 
     Args:
-        path (`str` or `os.PathLike`): the file to write; a link to a file stays, and the file is replaced.
+        path (`str` or `os.PathLike`): the file to write. If it is a link to a file, this file is replaced, not the link.
 
     Yields:
-        `Path`: a name to write to, which ends as `path` does.
+        `Path`: a name to write to, with the file name of `path`.
 
     Raises:
         ValueError: if `path` is a folder.
@@ -41,9 +41,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     >>> from transformers_autogaze.utils.output_files import replacing
 
     >>> with replacing("notes.txt") as unfinished:
-    ...     _ = unfinished.write_text("whole")
+    ...     _ = unfinished.write_text("complete")
     >>> open("notes.txt").read()
-    'whole'
+    'complete'
 
     ```
     """
@@ -58,21 +58,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def replacing_files(folder: str | os.PathLike, names: Sequence[str] = ()) -> Iterator[Path]:
     """
-    Gives an empty temporary folder, whose files all move to another one when the block ends without an error.
+    Yields an empty temporary folder, whose files move to `folder` when the block ends without an error.
 
     Args:
-        folder (`str` or `os.PathLike`): where the files belong; made if it is missing. Other files there stay.
+        folder (`str` or `os.PathLike`): folder for the files; created if it is missing. Other files there are kept.
         names (`Sequence[str]`, *optional*):
-            Files that belong together: of these, what is not written anew is removed, as it tells of another run.
+            Names of all files of a run: those that are not written are removed from `folder`, as they are of an earlier run.
 
     Yields:
-        `Path`: the temporary folder, inside the other one.
+        `Path`: the temporary folder, inside `folder`.
 
     Raises:
-        ValueError: if `folder` is a file, or something to replace is a folder.
+        ValueError: if `folder` is a file, or a file would replace a folder.
     """
     folder = Path(folder)
-    made = check_folder(folder)
+    created = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
     try:
@@ -89,9 +89,9 @@ def replacing_files(folder: str | os.PathLike, names: Sequence[str] = ()) -> Ite
             os.replace(path, os.path.realpath(target))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        for missing in made:
-            if not any(missing.iterdir()):
-                missing.rmdir()
+        for parent in created:
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def check_folder(folder: str | os.PathLike) -> list[Path]:
@@ -99,13 +99,13 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
     Checks that files can be written to a folder.
 
     Args:
-        folder (`str` or `os.PathLike`): a folder, which may be missing yet.
+        folder (`str` or `os.PathLike`): a folder that need not exist.
 
     Returns:
-        `list[Path]`: the folders that are missing, the innermost first.
+        `list[Path]`: the missing folders, the innermost first.
 
     Raises:
-        ValueError: if it, or what it would lie in, is a file.
+        ValueError: if the folder, or one that would contain it, is a file.
     """
     folder = Path(folder)
     missing = []
@@ -139,14 +139,14 @@ def lock_file(file: IO, message: str) -> None:
 
 def check_not_inputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:
     """
-    Checks that no output is an input as well, by another path or link either.
+    Checks that no output is the same file as an input, even by another path or link.
 
     Args:
-        outputs (`Iterable` of `str` or `os.PathLike`): what is to be written.
-        inputs (`Iterable` of `str` or `os.PathLike`): what is to be read.
+        outputs (`Iterable` of `str` or `os.PathLike`): files to write.
+        inputs (`Iterable` of `str` or `os.PathLike`): files to read.
 
     Raises:
-        ValueError: if one is.
+        ValueError: if an output is an input.
     """
     inputs = [path for path in inputs if os.path.exists(path)]
     for output in (path for path in outputs if os.path.exists(path)):
@@ -159,10 +159,10 @@ def check_not_inputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str 
 
 def to_json(value: Any, **options: Any) -> str:
     """
-    Writes JSON that every reader takes: numbers that are not finite become null.
+    Converts to strict JSON: numbers that are not finite become null.
 
     Args:
-        value: what `json.dumps` takes.
+        value: a value that `json.dumps` accepts.
         options: arguments of `json.dumps`, such as `indent`.
 
     Returns:

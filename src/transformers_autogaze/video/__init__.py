@@ -1,4 +1,4 @@
-"""Videos of any size and length: gazing at them chunk by chunk and tile by tile, drawing what is kept, and writing videos."""
+"""Videos of any size and length: gazing at them chunk by chunk and tile by tile, drawing the kept patches, and writing videos."""
 
 from .streaming import GazeChunk, gaze_video, stream_gaze
 from .visualization import side_by_side

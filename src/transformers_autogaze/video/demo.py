@@ -1,22 +1,22 @@
-"""A clip to try things on, drawn from scratch: textured ground, moving objects, a pan and a scene cut."""
+"""A rendered clip for demonstrations: a textured background, moving objects, a pan and a scene cut."""
 
 import numpy as np
 
 
 def render_demo_clip(num_frames: int = 64, height: int = 288, width: int = 512, seed: int = 0) -> np.ndarray:
     """
-    Draws a clip of two scenes: first a still ground with objects that move over it, then, after a cut, a slow pan.
+    Draws a clip of two scenes: objects that move over a still background, then, after a cut, a slow pan.
 
     Args:
-        num_frames (`int`, *optional*, defaults to 64): frames, at least 2.
-        height, width (`int`, *optional*, default to 288 and 512): size in pixels.
-        seed (`int`, *optional*, defaults to 0): where the textures come from.
+        num_frames (`int`, *optional*, defaults to 64): number of frames, at least 2.
+        height, width (`int`, *optional*, default to 288 and 512): size in pixels, at least 16.
+        seed (`int`, *optional*, defaults to 0): seed of the textures.
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`, uint8.
 
     Raises:
-        ValueError: if a size is too small to draw on.
+        ValueError: if a number is too small.
 
     Example:
 
@@ -48,7 +48,7 @@ def render_demo_clip(num_frames: int = 64, height: int = 288, width: int = 512, 
         if index < cut:
             time = index / max(1, cut - 1)
             frame = meadow.copy()
-            # A ball on a long bounce, a box that drives along, and a small light that blinks into view half-way.
+            # A ball that bounces, a box that moves to the left, and a small light that appears half-way.
             ball_x, ball_y = width * (0.12 + 0.76 * time), height * (0.75 - 0.5 * abs(np.sin(2.5 * np.pi * time)))
             distance = np.hypot(x - ball_x, y - ball_y) / (0.11 * height)
             shade = np.clip(1.15 - 0.45 * distance, 0, 1)[..., None]
@@ -69,7 +69,7 @@ def render_demo_clip(num_frames: int = 64, height: int = 288, width: int = 512, 
 def _texture(
     height: int, width: int, generator: np.random.Generator, dark: tuple[int, ...], light: tuple[int, ...]
 ) -> np.ndarray:
-    """Blends two colours by noise of several sizes, coarse blotches down to fine grain."""
+    """Blends two colours by noise of several spatial frequencies."""
     y, x = np.mgrid[:height, :width]
     pattern = np.zeros((height, width))
     for size, weight in ((96, 1.0), (40, 0.6), (16, 0.6), (6, 0.5)):
@@ -78,7 +78,7 @@ def _texture(
         row, down = np.divmod(y / size, 1)
         col, right = np.divmod(x / size, 1)
         row, col = row.astype(int), col.astype(int)
-        # Smoothstep between the knots leaves no visible seams.
+        # Smoothstep interpolation has no visible edges at the knots.
         down, right = down**2 * (3 - 2 * down), right**2 * (3 - 2 * right)
         top = knots[row, col] * (1 - right) + knots[row, col + 1] * right
         bottom = knots[row + 1, col] * (1 - right) + knots[row + 1, col + 1] * right

@@ -1,8 +1,7 @@
 """
 Gazing at videos of any size and length, chunk by chunk, in memory that does not grow with the length.
 
-This module takes frames from any source, cuts them into chunks and checks what is asked for. How frames become tiles and
-tiles whole-frame gazes is `tiles`'s matter; decoding, resizing and choosing are those of others.
+This module checks arguments, opens sources of frames and cuts the frames into chunks; `tiles` gazes at the chunks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,34 +20,34 @@ from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
 from ..token_budgets_autogaze import budget_each_frame, check_rate, read_token_budget, threshold_each_frame
 from ..video_processing_autogaze import AutoGazeVideoProcessor
-from .tiles import FRAME_RATE, WHOLE_CLIP, Setting, TileGazer
+from .tiles import FRAME_RATE, MAX_WHOLE_FRAMES, Setting, TileGazer
 
 
-_CHUNK = 16  # frames, where the selector itself has no limit
-_END = object()  # of frames, among which `None` is a mistake
+_CHUNK_FRAMES = 16  # for selectors without a maximum
+_END = object()  # not `None`, which an iterable of frames may contain by mistake
 _TILINGS = ("whole", "grid", "native")
 _MAX_TILES = 48
 
 
 class GazeChunk(NamedTuple):
     """
-    The gaze of some consecutive frames of a video, and where they lie in it.
+    The gaze of some consecutive frames of a video, and the frames.
 
     Args:
         gaze ([`GazeOutput`]):
             A batch of one over the whole frame; ids count from the first frame of the chunk.
         start, stop (`int`):
-            The frames taken from the video that these are, `stop` not included: `start_frame=stop` goes on after them.
+            Indices of the frames among those taken from the video, `stop` exclusive: `start_frame=stop` continues here.
         frame_indices (`list[int]`):
-            The same frames as the video itself counts them.
+            Indices of the frames among all frames of the video.
         frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8):
-            The frames as they were filmed (RGB).
+            The original frames (RGB).
         levels (`torch.ByteTensor` of shape `(frames, 3, tile rows * height, tile columns * width)`):
-            The frames as they were gazed at, levels 0..255, on the selector's device; with `tiles="native"` the frames
-            themselves, without the padding.
+            The resized frames that were gazed at, levels 0..255, on the selector's device; with `tiles="native"` the
+            original frames without the padding.
         extent (`tuple[int, int]`):
-            Height and width in the frame's own pixels that the gaze's grid spans, so `gaze.boxes(*extent)` lies right.
-            It is the frame's size, but for `tiles="native"`, whose grid reaches to the ends of the last tiles.
+            Height and width of the gaze's grid in pixels of the original frame, for `gaze.boxes(*extent)`. It is the
+            frame's size, except with `tiles="native"`, whose grid ends with the last tiles.
     """
 
     gaze: GazeOutput
@@ -66,7 +65,7 @@ def gaze_video(
     """
     Gazes at a whole video of any size and length.
 
-    Only the gaze is kept; [`stream_gaze`] gives it chunk by chunk, with the frames.
+    It returns only the gaze; [`stream_gaze`] yields it chunk by chunk, with the frames.
 
     Args:
         selector, source, processor: as in [`stream_gaze`].
@@ -112,62 +111,62 @@ def stream_gaze(
     progress: bool = False,
 ) -> Iterator[GazeChunk]:
     """
-    Gazes at a video of any size and length, chunk by chunk as they are asked for.
+    Gazes at a video of any size and length, chunk by chunk, as the chunks are iterated over.
 
-    Memory depends on the size of a frame and the length of a chunk, not on the length of the video. Frames stay whole
-    levels until a batch of tiles is gazed at, on the selector's device.
+    Memory depends on the size of a frame and the length of a chunk, not on the length of the video. Frames are uint8 until
+    a batch of tiles is gazed at, on the selector's device.
 
     Args:
         selector ([`GazeSelector`]):
-            What chooses, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. Where `config.max_num_frames` names a
-            length, every chunk is a clip of its own; where it is `None`, the chunks are one stream.
+            The selector, such as [`AutoGazeModel`] or [`GreedyGazeSelector`]. If `config.max_num_frames` is a number,
+            every chunk is a clip of its own; if it is `None`, the chunks are one stream.
         source:
             A video as [`read_video`] opens it: a path, a URL, bytes or a file object; a decoder of torchcodec or decord;
             frames and their metadata as `load_video` returns them; or frames: an array or tensor of
             shape `(frames, height, width, 3)` and type uint8, or any iterable of frames `(height, width, 3)`, which is
-            read no further than the chunk that is asked for.
+            read chunk by chunk.
         processor ([`AutoGazeVideoProcessor`], *optional*):
-            Whose filter and normalisation to use, and for whole frames its `size`. The published one by default.
+            Determines the resampling filter and the normalisation, and for whole frames the `size`; by default with the
+            published settings.
         tiles (`str`, *optional*, defaults to `"whole"`):
-            `"whole"` preprocesses every frame as the processor does; the selector then makes a square of it, whatever
-            its aspect ratio: the published way. `"grid"` resizes it to a
-            grid of at most `max_tiles` tiles of that size, near to its aspect ratio; see [`choose_tile_grid`].
-            `"native"` does not resize: the frame is padded at the right and bottom to whole tiles, and patches that lie
-            outside it altogether are dropped; a budget or threshold is still that of the padded tile. A selector that
-            takes any grid and has a single scale needs no tiles: it chooses among all patches of the resized frame, or
-            of the frame padded to whole patches, so budgets and thresholds are those of the frame.
+            `"whole"` preprocesses every frame as the processor does; the selector then resizes it to a square, whatever
+            its aspect ratio, as published. `"grid"` resizes it to a grid of at most `max_tiles` tiles of that size, with
+            the nearest aspect ratio; see [`choose_tile_grid`]. `"native"` does not resize: the frame is padded at the right
+            and bottom to whole tiles, and patches entirely outside the frame are dropped; budgets and thresholds are those of
+            the padded tile. A selector that takes any grid and has a single scale needs no tiles: it chooses among all patches
+            of the resized frame, or of the frame padded to whole patches, so budgets and thresholds are those of the frame.
         max_tiles (`int`, *optional*): maximum number of tiles of a frame, only for `"grid"`; 48 by default.
-        chunk_frames (`int`, *optional*): frames of a chunk; `config.max_num_frames` by default, or 16.
-        max_batch_size (`int`, *optional*, defaults to 16): tiles that are gazed at together. Changes no result.
+        chunk_frames (`int`, *optional*): frames of a chunk; by default `config.max_num_frames`, or 16.
+        max_batch_size (`int`, *optional*, defaults to 16): tiles in a batch of the selector. It changes no result.
         num_frames, fps (*optional*): which frames to take, evenly over the video; see [`sample_indices`]. `fps` needs a
-            file, `num_frames` anything whose length is known.
+            file, `num_frames` a source whose length is known.
         start_frame (`int`, *optional*, defaults to 0):
-            How many of the frames taken to pass over, to go on where an earlier chunk had its `stop`. The chunks are
-            those that would have followed, unless the selector streams: its stream then starts anew.
+            Number of the frames taken to skip, to continue at the `stop` of an earlier chunk. The chunks are those that would
+            have followed, unless the selector streams: its stream then starts anew.
         gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
-            As in [`~GazeSelector.generate`], for every tile; a sequence names one value per frame of a chunk, and every
-            chunk takes it from its start.
+            As in [`~GazeSelector.generate`], for every tile. A sequence has one value for each frame of a chunk, and applies
+            to every chunk from its start.
         clip_ratio (`float`, *optional*):
-            Share of a dense encoder's tokens to keep of the video, spent where they gain most. A video of up to 64 frames, and
-            2**25 pixels in all, is searched as a whole and keeps exactly that many, unless `chunk_frames` cuts it; any other is
-            a stream of so many tokens per second, which keeps 0.92 to 1.02 times as many. A selector of several scales
-            counts in every tile by itself.
+            Share of a dense encoder's tokens to keep of the video: those with the largest gains. A video of up to 64 frames,
+            and 2**25 pixels in all, is searched as a whole and keeps exactly that many, unless `chunk_frames` cuts it; any
+            other is a stream with the same number of tokens per second, which keeps 0.92 to 1.02 times as many. For a selector
+            of several scales, the budget applies to each tile separately.
         tokens_per_second (`float`, *optional*):
-            Tokens to keep per second; every stretch of ten seconds stays within a tenth of that.
+            Tokens to keep per second; every interval of ten seconds is within a tenth of that.
         frame_rate (`float`, *optional*):
-            Frames taken per second of the video, for `tokens_per_second`; a file tells it itself.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a bar.
+            Frames taken per second of the video, for `tokens_per_second`; by default that of the file.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
-    Without any of these budgets and thresholds, the selector's configuration decides.
+    Without any of these budgets and thresholds, those of the selector's configuration are used.
 
     Returns:
-        `Iterator[GazeChunk]`. A gaze of more than one tile has its ids in ascending order, for tiles have no common
-        order of choice, and no scores.
+        `Iterator[GazeChunk]`. A gaze of more than one tile has its ids in ascending order, as tiles have no common order of
+        choice, and no scores.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if an argument is out of range, the source is no video, or frames are no such arrays or change their
-            size. All but the frames is checked at once.
+            size. Everything but the frames is checked before this function returns.
 
     Example:
 
@@ -183,12 +182,7 @@ def stream_gaze(
 
     ```
     """
-    # Not by its class, which is another one where it was loaded as remote code.
-    if not (hasattr(selector, "config") and hasattr(selector, "generate")):
-        raise ValueError(f"`selector` must be a loaded selector such as GreedyGazeSelector(), got {selector!r}")
-    if processor is not None and not hasattr(processor, "resize_levels"):
-        remedy = "; give its `video_processor`" if hasattr(processor, "video_processor") else ""
-        raise ValueError(f"`processor` must be an AutoGazeVideoProcessor, got {type(processor).__name__}{remedy}")
+    _check_parts(selector, processor)
     config = selector.config
     _check_layout(selector, tiles, max_tiles, chunk_frames, max_batch_size)
     settings = {
@@ -207,34 +201,50 @@ def stream_gaze(
         raise ValueError(
             "`frame_rate` must be given with `tokens_per_second` where the source is no video file, got None"
         )
-    gazer = TileGazer(selector, processor, tiles, max_tiles or _MAX_TILES, max_batch_size, settings)
-    gazer.frame_rate = frame_rate or known_rate or FRAME_RATE
+    rate = frame_rate or known_rate or FRAME_RATE
+    gazer = TileGazer(selector, processor, tiles, max_tiles or _MAX_TILES, max_batch_size, settings, rate)
     total = None if indices is None else len(indices) - start_frame
-    # Only a selector whose stream may be of any length can take a whole video for one clip.
+    # Only a selector without a maximum of frames can gaze at a whole video as one clip.
     is_clip = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
-    if is_clip and total is not None and total <= WHOLE_CLIP[0]:
+    if is_clip and total is not None and total <= MAX_WHOLE_FRAMES:
         chunk_frames = max(total, config.frame_sampling_rate)
-    chunk_frames = chunk_frames or config.max_num_frames or _CHUNK
+    chunk_frames = chunk_frames or config.max_num_frames or _CHUNK_FRAMES
     _check_settings(selector, settings, chunk_frames)
+    chunks = _chunks_of(frames, chunk_frames, start_frame)
+    return _gaze_chunks(gazer, chunks, start_frame, total, indices, progress)
 
-    def chunks() -> Iterator[GazeChunk]:
-        start = start_frame
-        with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
-            parts = _chunks_of(frames, chunk_frames, start)
-            # A device and this machine work at the same time; a CPU has no time left over.
-            for pixels in _ahead(parts) if gazer.device.type == "cuda" else parts:
-                stop = start + len(pixels)
-                numbers = list(range(start, stop)) if indices is None else list(indices[start:stop])
-                gaze, levels, extent = gazer.gaze(pixels, is_whole=len(pixels) == total)
-                chunk = GazeChunk(gaze, start, stop, numbers, pixels, levels, extent)
-                bar.update(stop - start)
-                # What the caller lets go must be gone before the next chunk is decoded.
-                del pixels, levels, gaze
-                yield chunk
-                del chunk
-                start = stop
 
-    return chunks()
+def _gaze_chunks(
+    gazer: TileGazer,
+    chunks: Iterator[np.ndarray],
+    start: int,
+    total: int | None,
+    indices: Sequence[int] | None,
+    progress: bool,
+) -> Iterator[GazeChunk]:
+    """Gazes at chunks of `total` frames, which start at the frame `start` of those taken."""
+    with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
+        # With a GPU the next chunk is decoded in the meantime; on a CPU that would save no time.
+        for pixels in _prefetch(chunks) if gazer.device.type == "cuda" else chunks:
+            stop = start + len(pixels)
+            frame_indices = list(range(start, stop)) if indices is None else list(indices[start:stop])
+            gaze, levels, extent = gazer.gaze(pixels, is_whole=len(pixels) == total)
+            chunk = GazeChunk(gaze, start, stop, frame_indices, pixels, levels, extent)
+            bar.update(stop - start)
+            # Without these references the chunk can be freed before the next one is decoded.
+            del pixels, levels, gaze
+            yield chunk
+            del chunk
+            start = stop
+
+
+def _check_parts(selector: Any, processor: Any) -> None:
+    """Checks for methods instead of types, as the classes of remote code are not those of this package."""
+    if not (hasattr(selector, "config") and hasattr(selector, "generate")):
+        raise ValueError(f"`selector` must be a loaded selector such as GreedyGazeSelector(), got {selector!r}")
+    if processor is not None and not hasattr(processor, "resize_levels"):
+        remedy = "; give its `video_processor`" if hasattr(processor, "video_processor") else ""
+        raise ValueError(f"`processor` must be an AutoGazeVideoProcessor, got {type(processor).__name__}{remedy}")
 
 
 def _check_layout(
@@ -257,7 +267,7 @@ def _check_layout(
 
 
 def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_frames: int) -> None:
-    """Checks budgets and thresholds, or a bad number would show only when the first chunk has been decoded."""
+    """Checks budgets and thresholds before the first chunk is decoded."""
     num_frames, grid = chunk_frames // selector.config.frame_sampling_rate, selector.config.grid
     for name in ("gazing_ratio", "task_loss_requirement"):
         if settings[name] is not None and np.ndim(settings[name]) and np.shape(settings[name]) != (num_frames,):
@@ -278,7 +288,7 @@ def open_source(
     source: Any, num_frames: int | None = None, fps: float | None = None, start_frame: int = 0
 ) -> tuple[Sequence[int] | None, Iterator[Any], float | None]:
     """
-    Opens what [`stream_gaze`] takes.
+    Opens a source of [`stream_gaze`].
 
     Args:
         source, num_frames, fps, start_frame: as in [`stream_gaze`].
@@ -326,9 +336,10 @@ def open_source(
 
 
 def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
-    for passed in range(count):
+    """Yields frames after the first `count`."""
+    for skipped in range(count):
         if next(frames, _END) is _END:
-            check_start_frame(count, passed)
+            check_start_frame(count, skipped)
     first = next(frames, _END)
     if first is _END:
         check_start_frame(count, count)
@@ -338,7 +349,7 @@ def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.ndarray]:
-    """Joins every `count` frames, and those left, into one array; `start` is the number of the first."""
+    """Yields arrays of `count` frames, the last one of those left; `start` is the index of the first frame."""
     size = None
     while (chunk := next_frames(frames, count, size, start)) is not None:
         size, start = chunk.shape[1:3], start + len(chunk)
@@ -346,14 +357,14 @@ def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.nda
         del chunk
 
 
-def _ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Takes the next part in a thread of its own while the last one is worked on."""
+def _prefetch(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields chunks, and reads the next one in another thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(next, parts, None)
-        while (part := following.result()) is not None:
-            following = pool.submit(next, parts, None)
-            yield part
-            del part
+        following = pool.submit(next, chunks, None)
+        while (chunk := following.result()) is not None:
+            following = pool.submit(next, chunks, None)
+            yield chunk
+            del chunk
 
 
 def next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None, start: int) -> np.ndarray | None:

@@ -1,8 +1,4 @@
-"""
-Gazing at frames of one size: how they become tiles, and tiles whole-frame gazes, chunk by chunk.
-
-This module carries a selector along the chunks of one video. Where frames come from is `streaming`'s matter.
-"""
+"""Gazing at the frames of one video chunk by chunk: frames are cut into tiles, and the gazes of tiles are joined."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,12 +13,18 @@ from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
 Setting = float | Sequence[float] | None
+"""A budget or threshold: one number, or one for each frame."""
 
-WHOLE_CLIP = 64, 2**25
-"""Frames, and pixels, of a video at most that is searched as a whole under a budget over time."""
+MAX_WHOLE_FRAMES, MAX_WHOLE_PIXELS = 64, 2**25
+"""Maximum length, and number of pixels, of a video that is searched as a whole if it has a budget over time."""
 FRAME_RATE = 30.0
-"""Frames per second where nobody knows; it only sets how long a stretch of a stream is."""
-_SEARCHED = 2**22  # pixels of the frames of a whole grid that are gazed at together, one frame at least
+"""Frames per second of videos whose rate is unknown; it only affects the length of the intervals of a budget over time."""
+_MAX_PIXELS = 2**22  # of frames that are searched together without tiles; at least one frame is
+
+
+def slice_setting(setting: Setting, start: int, stop: int) -> Setting:
+    """Returns the values of frames `start` to `stop` of a setting with one value for each frame; a number is unchanged."""
+    return setting[start:stop] if np.ndim(setting) else setting
 
 
 def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]:
@@ -31,10 +33,10 @@ def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]
 
     Args:
         height, width (`int`): size of the frame in pixels.
-        max_tiles (`int`): tiles at most, at least 1.
+        max_tiles (`int`): maximum number of tiles, at least 1.
 
     Returns:
-        `tuple[int, int]`: rows and columns whose aspect ratio is nearest to the frame's, the most tiles of equally near.
+        `tuple[int, int]`: the rows and columns with the aspect ratio nearest to the frame's; of several, the most tiles.
 
     Example:
 
@@ -64,11 +66,11 @@ def to_levels(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """
-    Converts frames to the tensor that patches are chosen in, resized as `tiles` says.
+    Converts frames to the tensor that patches are chosen in, resized according to `tiles`.
 
     Args:
         frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8): the frames.
-        processor ([`AutoGazeVideoProcessor`]): resizes them; for whole frames its own size holds.
+        processor ([`AutoGazeVideoProcessor`]): resizes them; whole frames to its own size.
         tiles (`str`): see [`stream_gaze`].
         size (`tuple[int, int]`): height and width in pixels of all tiles together, used for `"grid"` only.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): device of the result.
@@ -78,13 +80,20 @@ def to_levels(
     """
     levels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
     if tiles == "whole":
-        # As the pipeline does: the processor's own size first, the selector's square in `generate`.
+        # As in the pipeline: `generate` resizes to the selector's square afterwards.
         return processor.resize_levels(levels)
     return processor.resize_levels(levels, size) if tiles == "grid" else levels
 
 
 class TileGazer:
-    """Gazes at chunks of frames of one size, tile by tile, and keeps what a streaming selector remembers of each."""
+    """
+    Gazes at chunks of frames of one size, tile by tile, and keeps the state of a streaming selector for each tile.
+
+    Args:
+        selector, processor, tiles, max_tiles, max_batch_size: as in [`stream_gaze`].
+        settings (`dict[str, Setting]`): budgets and thresholds.
+        frame_rate (`float`): frames per second.
+    """
 
     def __init__(
         self,
@@ -94,8 +103,9 @@ class TileGazer:
         max_tiles: int,
         max_batch_size: int,
         settings: dict[str, Setting],
+        frame_rate: float,
     ):
-        self.selector, self.processor, self.settings = selector, processor, settings
+        self.selector, self.processor, self.settings, self.frame_rate = selector, processor, settings, frame_rate
         self.tiles, self.max_tiles, self.max_batch_size = tiles, max_tiles, max_batch_size
         side = selector.config.image_size
         self.tile_size: tuple[int, int] = (side, side) if isinstance(side, int) else tuple(side)
@@ -103,16 +113,20 @@ class TileGazer:
         self.dtype = torch.promote_types(getattr(selector, "dtype", torch.float32), torch.float32)
         self.streams = selector.config.max_num_frames is None
         self.needs_no_tiles = selector.takes_any_grid and len(selector.config.grid.grids) == 1 and tiles != "whole"
-        self.frame_rate = FRAME_RATE
         self.size: tuple[int, int] | None = None
         self.states: dict[int, object] = {}
 
     @torch.no_grad()
     def gaze(self, frames: np.ndarray, is_whole: bool) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
         """
-        Gazes at frames `(frames, height, width, 3)`, whether or not they are the whole video.
+        Gazes at the frames of the next chunk.
 
-        Gives the gaze, the levels gazed at and the grid's extent.
+        Args:
+            frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8): the frames.
+            is_whole (`bool`): whether they are the whole video.
+
+        Returns:
+            `tuple`: `gaze`, `levels` and `extent` of [`GazeChunk`].
         """
         if self.size is None:
             self._plan(frames.shape[1:3])
@@ -129,14 +143,14 @@ class TileGazer:
         return self._gaze_grid(levels, settings), levels, self.extent
 
     def _gaze_grid(self, levels: torch.Tensor, settings: dict[str, Setting]) -> GazeOutput:
-        """Gazes at all tiles of frames and joins them."""
-        own, count = self.selector.config.grid, self.rows * self.cols
+        """Gazes at all tiles of frames and joins their gazes."""
+        count = self.rows * self.cols
         parts = [
             self._gaze_tiles(levels, range(first, min(first + self.max_batch_size, count)), settings)
             for first in range(0, count, self.max_batch_size)
         ]
-        masks = [torch.cat(scale) for scale in zip(*(part.gazing_mask for part in parts), strict=True)]
-        masks = self.grid.stitch_tiles(masks, own)
+        masks = [torch.cat(scale_masks) for scale_masks in zip(*(part.gazing_mask for part in parts), strict=True)]
+        masks = self.grid.stitch_tiles(masks, self.selector.config.grid)
         if self.inside is not None:
             masks = [mask & inside for mask, inside in zip(masks, self.inside, strict=True)]
         threshold = parts[0].task_loss_requirement
@@ -149,12 +163,12 @@ class TileGazer:
         )
 
     def _settings(self, levels: torch.Tensor, is_whole: bool) -> tuple[dict[str, Setting], int]:
-        """Gives the settings for the next frames, and how many frames are gazed at together."""
+        """Returns the settings for the next frames, and the number of frames that are gazed at together."""
         settings = dict(self.settings)
         pixels = levels[0, 0].numel()
-        step = max(1, _SEARCHED // pixels) if self.needs_no_tiles else len(levels)
+        step = max(1, _MAX_PIXELS // pixels) if self.needs_no_tiles else len(levels)
         if settings["clip_ratio"] is not None:
-            if is_whole and len(levels) * pixels <= WHOLE_CLIP[1]:
+            if is_whole and len(levels) * pixels <= MAX_WHOLE_PIXELS:
                 step = len(levels)
             else:
                 share = settings.pop("clip_ratio") * self.selector.config.grid.num_patches_each_scale[-1]
@@ -166,7 +180,7 @@ class TileGazer:
         return settings, step
 
     def _plan(self, size: tuple[int, int]) -> None:
-        """Lays out the tiles for frames of a height and width."""
+        """Chooses the tiles for frames of a height and width."""
         self.size, own = tuple(size), self.selector.config.grid
         self.rows = self.cols = 1
         self.extent, self.inside = self.size, None
@@ -194,19 +208,24 @@ class TileGazer:
     def _gaze_tiles(
         self, levels: torch.Tensor, numbers: range, settings: dict[str, Setting], first_frame: int = 0
     ) -> GazeOutput:
-        """Gazes at some tiles, counted row by row, of frames `(frames, 3, height, width)`, numbered in their chunk."""
+        """
+        Gazes at some tiles of frames.
+
+        Args:
+            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): the frames.
+            numbers (`range`): which tiles, numbered row by row.
+            settings (`dict[str, Setting]`): budgets and thresholds, for the frames of the whole chunk.
+            first_frame (`int`, *optional*, defaults to 0): index of the first of these frames in the chunk.
+        """
         height, width = self.tile_size
-        # Padding is zeros among normalised values, as that of `GazeGrid.cut_tiles`.
+        # Padding is zeros after normalisation, as in `GazeGrid.cut_tiles`.
         video = torch.zeros(len(numbers), len(levels), 3, height, width, dtype=self.dtype, device=self.device)
         for tile, number in zip(video, numbers, strict=True):
             top, left = number // self.cols * height, number % self.cols * width
             part = levels[..., top : top + height, left : left + width]
             tile[..., : part.shape[-2], : part.shape[-1]] = self.processor.to_pixel_values(part)
         start, count = (frames // self.selector.config.frame_sampling_rate for frames in (first_frame, len(levels)))
-        settings = {
-            name: setting if setting is None or not np.ndim(setting) else setting[start : start + count]
-            for name, setting in settings.items()
-        }
+        settings = {name: slice_setting(setting, start, start + count) for name, setting in settings.items()}
         if not self.streams:
             return self.selector.generate(video, **settings)
         state = self.states.get(numbers.start)
@@ -215,14 +234,14 @@ class TileGazer:
         return gaze
 
     def _drop_outside(self, gaze: GazeOutput) -> GazeOutput:
-        """Turns kept patches of a single tile that lie outside the frame into padding; the order stays."""
+        """Replaces kept patches outside the frame by padding, in the gaze of a single tile; the order is unchanged."""
         if self.inside is None:
             return gaze
         first = gaze.frame_of_slot * self.grid.num_patches
         local = (gaze.gazing_pos - first).masked_fill(gaze.if_padded_gazing, 0)
         is_padding = gaze.if_padded_gazing | ~torch.cat(self.inside)[local]
         return gaze.replace(
-            # The id after the last patch stands for none.
+            # Padding has the id after the last patch of its frame.
             gazing_pos=torch.where(
                 is_padding & ~gaze.if_padded_gazing, first + self.grid.num_patches, gaze.gazing_pos
             ),

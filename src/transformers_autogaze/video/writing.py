@@ -1,4 +1,4 @@
-"""Videos out: frames into a file, with PyAV. Reading is `frame_decoding_autogaze`; nothing here knows of gazes."""
+"""Writing frames to video files, with PyAV."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -15,35 +15,35 @@ from av.error import FFmpegError
 from ..utils.output_files import replacing
 
 
-_TICKS = 90_000  # units of a second that frames' own times are written in, as MPEG-TS has them
+_TICKS = 90_000  # time units per second, as in MPEG-TS
 
 
 def write_video(
     path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float = 30, times: Sequence[float] | None = None
 ) -> Path:
     """
-    Writes frames to an H.264 video that every player shows (yuv420p), one frame in memory at a time.
+    Writes frames to an H.264 video that every player can play (yuv420p), one frame in memory at a time.
 
-    H.264 in yuv420p stores even sizes only: of an odd height or width, the last row or column is repeated once, so the
-    video is one pixel larger and no pixel of a frame is lost. The encoding is lossy (constant rate factor 18, which
-    looks like the original).
+    H.264 in yuv420p has even sizes only: if the height or width is odd, the last row or column is repeated once, so the
+    video is one pixel larger and no pixel of a frame is lost. The encoding is lossy (constant rate factor 18).
 
     Args:
         path (`str` or `os.PathLike`):
-            File to write, such as `clip.mp4`; its ending names the container. What was there is replaced once the video is
-            whole, so the frames may come from the same file.
-        frames (`Iterable[np.ndarray]` of shape `(height, width, 3)` and type uint8): RGB frames of one size, consumed
-            one by one, so a generator keeps memory flat.
+            File to write, such as `clip.mp4`; its extension determines the container. An existing file is replaced when the
+            video is complete, so the frames may come from the same file.
+        frames (`Iterable[np.ndarray]` of shape `(height, width, 3)` and type uint8):
+            RGB frames of one size, consumed one by one.
         fps (`float`, *optional*, defaults to 30): frames per second.
         times (`Sequence[float]`, *optional*):
-            Seconds at which each frame is shown, ascending, where they come unevenly; `fps` is their mean rate then.
+            Ascending times of the frames in seconds, if they are uneven; `fps` is then their mean rate.
 
     Returns:
         `Path`: the file written.
 
     Raises:
+        FileNotFoundError: if the folder of `path` does not exist.
         ValueError: if there is no frame, a frame has another shape or type, `fps` is not positive, `times` are not
-            ascending or fewer than the frames, or the container is unknown. What was there is left as it was then.
+            ascending or fewer than the frames, or the container is unknown. An existing file is then unchanged.
 
     Example:
 
@@ -71,7 +71,7 @@ def write_video(
     _check_frame(first, 0, None)
     with replacing(path) as unfinished:
         try:
-            # A colon in a name would be the end of a protocol's.
+            # With `file:` a name with a colon is not read as a protocol.
             container = av.open(f"file:{unfinished}", mode="w")
         except (FFmpegError, ValueError) as error:
             raise ValueError(
@@ -82,7 +82,7 @@ def write_video(
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
             stream.height, stream.width = height + height % 2, width + width % 2
             stream.pix_fmt = "yuv420p"
-            # Says how RGB was turned into YUV (BT.601), or players would guess by the frame's size.
+            # The colour space of the conversion to YUV (BT.601); players would otherwise guess it from the frame's size.
             stream.codec_context.colorspace = 6
             stream.options = {"crf": "18"}
             _encode(container, stream, chain([first], frames), first.shape, times)
