@@ -86,7 +86,7 @@ class MeasuringSearch(CanvasSearch):
 
         - ids `(batch, slots)`, counted from the first patch of the frame, `num_patches` where a slot is padding;
         - errors of cells with the canvas and with each scale, `(batch, 1 + scales, cells)`;
-        - the index in these of what each cell shows after each slot, `(batch, slots, cells)`.
+        - the index in these of the error of each cell after each slot, `(batch, slots, cells)`.
         """
         canvas, last = self.start_canvas(frames) if canvas is None else canvas, self.grid.num_patches
         scale_of_patch = self.scale_of_patch(frames.device)

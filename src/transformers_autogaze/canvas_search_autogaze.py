@@ -2,8 +2,8 @@
 The search on a canvas: chooses the patches that minimise the squared error between the canvas and each frame.
 
 A canvas is the image that results when each kept patch is pasted over the earlier ones. The search has three kinds of
-budgets: for each frame, for a whole clip, and for a stream. Subclasses define what the image consists of, pixels or
-features. `cells_autogaze` has the geometry of patches.
+budgets: for each frame, for a whole clip, and for a stream. The image consists of pixels or features, as a subclass
+defines. `cells_autogaze` has the geometry of patches.
 """
 
 import math
@@ -472,7 +472,7 @@ def _next_guess(
 ) -> torch.Tensor:
     """Returns the logarithm of the next marginal gain to try, between a lower and an upper bound."""
     step = math.log2(_FIRST_BRACKET)
-    # The interpolation takes the count for a power of the gain.
+    # The interpolation is linear between logarithms of gains and counts.
     logs = [count.clamp(min=0.5).log2() for count in (count_low, count_high, wanted)]
     share = ((logs[0] - logs[2]) / (logs[0] - logs[1]).clamp(min=1e-9)).clamp(0.1, 0.9)
     between = low + (high - low) * share

@@ -1,7 +1,8 @@
 """
 Tables of a grid of cells, as matrices, and the greedy search for patches on the squared errors of cells.
 
-Cells form the coarsest regular grid that has the edges of the patches of all scales. `canvas_search_autogaze` computes their errors.
+Cells form the coarsest regular grid that has the edges of the patches of all scales. Their errors are computed in
+`canvas_search_autogaze`.
 """
 
 import math
@@ -74,7 +75,7 @@ class CellTables(NamedTuple):
 
 class _SearchState:
     """
-    What a search changes from step to step.
+    The state of a search, which changes with every choice.
 
     Args:
         tables (`CellTables`): tables of the grid.

@@ -18,12 +18,17 @@ _MAX_VALUES = 2**24  # float64 values of patches that are compared at once
 
 
 class _Window(NamedTuple):
-    """Some consecutive frames."""
+    """
+    Consecutive frames.
 
-    patches: torch.Tensor  # (batch, places, frames, values)
-    costs: (
-        torch.Tensor
-    )  # (batch, places, frames, frames + 1): errors of a frame's patch in later frames; see `_sum_errors`
+    Args:
+        patches (`torch.FloatTensor` of shape `(batch, places, frames, values)`): their patches.
+        costs (`torch.DoubleTensor` of shape `(batch, places, frames, frames + 1)`):
+            Summed errors of the patch of one frame in later frames; see `_sum_errors`.
+    """
+
+    patches: torch.Tensor
+    costs: torch.Tensor
 
 
 class ClipSchedule:

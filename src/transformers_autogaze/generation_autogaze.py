@@ -260,7 +260,7 @@ class GazeDecoding(GazeSelector):
         return CompositeReconstruction(self.config.grid)
 
     def _loss_tracker(self, frames: torch.Tensor, cache: GazeCache) -> FrameLossTracker | None:
-        """Returns what measures the losses of frames; `None` if predicted losses end them."""
+        """Returns the tracker of measured losses; `None` if predicted losses end frames."""
         if self.config.stopping == "predicted":
             return None
         frames = resize_frames(frames[:, :: self.config.frame_sampling_rate], self.config.grid.sizes[-1])
