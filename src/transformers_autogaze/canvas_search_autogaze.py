@@ -40,6 +40,10 @@ class Canvas(NamedTuple):
     image: torch.Tensor
     is_empty: torch.Tensor
 
+    def clone(self) -> "Canvas":
+        """Returns a copy."""
+        return Canvas(self.image.clone(), self.is_empty.clone())
+
 
 class CanvasSearchOutput(NamedTuple):
     """
@@ -165,7 +169,7 @@ class CanvasSearch:
                 totals = totals.gather(1, torch.minimum(step, (counts[:, t, None] - 1).clamp(min=0)))
                 errors_left[:, t] = F.pad(totals, (0, shape[2] - steps), mode="replicate") * ERROR_UNIT
                 canvas = self._update_canvas(canvas, images, chosen)
-        return FrameSearchOutput(ids, errors_left, counts, Canvas(*(part.clone() for part in canvas)))
+        return FrameSearchOutput(ids, errors_left, counts, canvas.clone())
 
     @torch.no_grad()
     def search_clip(
@@ -200,7 +204,7 @@ class CanvasSearch:
             ids, counts = self._keep_best(choices, num_tokens.to(frames.device))
             for t, chosen in enumerate(ids.unbind(1)):
                 canvas = self._update_canvas(canvas, self._render(frames[:, t].contiguous()), chosen)
-        return CanvasSearchOutput(ids.clone(), counts.clone(), Canvas(*(part.clone() for part in canvas)))
+        return CanvasSearchOutput(ids.clone(), counts.clone(), canvas.clone())
 
     @torch.no_grad()
     def search_stream(
@@ -247,7 +251,7 @@ class CanvasSearch:
         ids = torch.stack(
             [F.pad(ids, (0, max(0, longest - ids.shape[1])), value=-1)[:, :longest] for ids in chosen_ids], 1
         )
-        return CanvasSearchOutput(ids.clone(), counts.clone(), Canvas(*(part.clone() for part in canvas)))
+        return CanvasSearchOutput(ids.clone(), counts.clone(), canvas.clone())
 
     def _choose_of_clip(
         self, frames: torch.Tensor, num_tokens: torch.Tensor, max_error: torch.Tensor | None, canvas: Canvas

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .canvas_search_autogaze import Canvas, CanvasSearch, FrameSearchOutput
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
-from .selection_autogaze import GazeSelector
+from .selection_autogaze import GazeSelector, check_cache
 from .token_budgets_autogaze import ClipBudget, RateControl, StreamBudget
 
 
@@ -35,6 +35,11 @@ class CanvasGazeCache:
         """Number of frames of gaze so far."""
         self.grid: GazeGrid | None = None
         """Grid of the stream; `None` before the first frame."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of clips; `None` while the cache is empty."""
+        return None if self.canvas is None else len(self.canvas.image)
 
 
 class CanvasGazeSelector(GazeSelector):
@@ -197,18 +202,11 @@ class CanvasGazeSelector(GazeSelector):
         )
 
     def _check_cache(self, cache: CanvasGazeCache, num_clips: int) -> None:
-        name = self.cache_class.__name__
-        if not isinstance(cache, self.cache_class):
-            raise ValueError(f"`past_key_values` must be a {name}, got {type(cache).__name__}")
-        if cache.canvas is not None and len(cache.canvas.image) != num_clips:
-            raise ValueError(
-                f"`past_key_values` holds {len(cache.canvas.image)} clips, but {num_clips} are given now (tiles count); "
-                f"pass the frames of the same clips, or a new {name}"
-            )
+        check_cache(cache, self.cache_class, num_clips)
         if cache.grid not in (None, self.config.grid):
             raise ValueError(
                 f"`past_key_values` is of {cache.grid}, but patches of {self.config.grid} are requested now; a stream keeps "
-                f"its grid and its `tubelet_size`, or begins with a new {name}"
+                f"its grid and its `tubelet_size`, or begins with a new {self.cache_class.__name__}"
             )
 
     def _start(self, cache: CanvasGazeCache, values: torch.Tensor) -> Canvas:

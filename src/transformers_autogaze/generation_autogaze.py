@@ -26,7 +26,7 @@ from .fused_decoder_autogaze import FusedDecoder
 from .gazing_autogaze import GazeOutput
 from .graphed_steps_autogaze import GraphedSteps, graphed_steps
 from .measured_stopping_autogaze import FrameLossTracker
-from .selection_autogaze import GazeSelector, frames_to_pixels, pixel_scale_and_offset, resize_frames
+from .selection_autogaze import GazeSelector, check_cache, frames_to_pixels, pixel_scale_and_offset, resize_frames
 
 
 class GazeCache:
@@ -199,7 +199,7 @@ class GazeDecoding(GazeSelector):
         grid = self.config.grid
         is_kept = use_cache or past_key_values is not None
         cache = GazeCache() if past_key_values is None else past_key_values
-        self._check_cache(cache, len(frames))
+        check_cache(cache, GazeCache, len(frames))
         vision, convolutions = self.embed_video(frames, cache.convolutions)
         # The cache is like the vision tokens, as weights may be offloaded or have another dtype.
         self._prepare_cache(cache, len(frames), like=vision).convolutions = convolutions
@@ -327,16 +327,6 @@ class GazeDecoding(GazeSelector):
                 return ids[:, :stop], is_real[:, :stop], num_slots
             steps.read_chosen(continuing)
             active = [active[index] for index in continuing]
-
-    @staticmethod
-    def _check_cache(cache: GazeCache, batch_size: int) -> None:
-        if not isinstance(cache, GazeCache):
-            raise ValueError(f"`past_key_values` must be a GazeCache, got {type(cache).__name__}")
-        if cache.batch_size not in (None, batch_size):
-            raise ValueError(
-                f"`past_key_values` holds {cache.batch_size} clips, but {batch_size} are given now (tiles count); "
-                "pass the frames of the same clips, or a new GazeCache"
-            )
 
     def _prepare_cache(self, cache: GazeCache | None, batch_size: int, like: torch.Tensor | None = None) -> GazeCache:
         """Allocates an empty cache for a batch; keys and values have the device and dtype of `like`."""

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -348,6 +349,28 @@ def check_names(
     known = dict.fromkeys([*known, *others])
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"{owner} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}")
+
+
+def check_cache(cache: Any, cache_class: type, batch_size: int) -> None:
+    """
+    Checks the state of a stream.
+
+    Args:
+        cache: the argument `past_key_values`.
+        cache_class (`type`): class of the selector's states, with `batch_size`.
+        batch_size (`int`): number of clips of the call.
+
+    Raises:
+        ValueError: if it has another class or another number of clips.
+    """
+    name = cache_class.__name__
+    if not isinstance(cache, cache_class):
+        raise ValueError(f"`past_key_values` must be a {name}, got {type(cache).__name__}")
+    if cache.batch_size not in (None, batch_size):
+        raise ValueError(
+            f"`past_key_values` holds {cache.batch_size} clips, but {batch_size} are given now (tiles count); pass the frames "
+            f"of the same clips, or a new {name}"
+        )
 
 
 def check_pixels(frames: torch.Tensor) -> None:
