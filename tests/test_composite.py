@@ -517,4 +517,4 @@ def test_rebuilding_many_tiles_needs_no_table_of_all_patches_and_cells():
     masks = [torch.ones(1, 1, patches, dtype=torch.bool) for patches in grid.num_patches_each_scale]
     pixels = torch.rand(1, 1, 3, *grid.sizes[-1], generator=torch.Generator().manual_seed(0))
     assert torch.equal(composite.reconstruct(pixels, masks), pixels)
-    assert composite._cached_layers is None
+    assert composite._cached_scales is None

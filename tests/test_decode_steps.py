@@ -28,30 +28,28 @@ def losses(monkeypatch) -> list[torch.Tensor]:
     return proposed
 
 
-@pytest.mark.parametrize("near_scores", [1, 600, 2**20])  # two heads at once, a few, all of a batch
+@pytest.mark.parametrize("max_scores", [1, 600, 2**20])  # two heads at once, a few, all of a batch
 @pytest.mark.parametrize("with_threshold", [False, True])
-def test_attention_by_hand_gives_what_torchs_gives(
-    tiny_model, video, losses, monkeypatch, near_scores, with_threshold
-):
+def test_matmul_attention_equals_torchs(tiny_model, video, losses, monkeypatch, max_scores, with_threshold):
     thresholds = thresholds_that_stop_clips_differently(tiny_model, video) if with_threshold else None
     call = {"gazing_ratio": 0.9, "task_loss_requirement": thresholds}
 
-    def gaze(by_hand: bool) -> tuple[GazeOutput, torch.Tensor]:
+    def gaze(uses_matmul: bool) -> tuple[GazeOutput, torch.Tensor]:
         prepare = DecodeSteps.__init__
 
         def prepared(steps, *args):
             prepare(steps, *args)
-            assert steps.attends_by_hand
-            steps.attends_by_hand = by_hand
+            assert steps.uses_matmul_attention
+            steps.uses_matmul_attention = uses_matmul
 
         losses.clear()
         with monkeypatch.context() as patch:
             patch.setattr(DecodeSteps, "__init__", prepared)
             return tiny_model.generate(video, **call), torch.cat(losses)
 
-    monkeypatch.setattr(decoding, "_NEAR_SCORES", near_scores)
-    (by_hand, its_losses), (plain, plain_losses) = gaze(True), gaze(False)
-    assert_same_gaze(by_hand, plain)
+    monkeypatch.setattr(decoding, "_MAX_CACHED_SCORES", max_scores)
+    (uses_matmul, its_losses), (plain, plain_losses) = gaze(True), gaze(False)
+    assert_same_gaze(uses_matmul, plain)
     torch.testing.assert_close(its_losses, plain_losses, rtol=0, atol=1e-12)
 
 
@@ -65,7 +63,7 @@ def test_a_stream_may_change_its_attention(tiny, video):
     assert_same_gaze(GazeOutput.concatenate(parts), whole)
 
 
-def test_rows_that_like_the_same_patch_make_way_for_those_before_them():
+def test_earlier_proposals_keep_a_patch_that_several_prefer():
     generator = torch.Generator().manual_seed(0)
     favourites = torch.randn(4, 1, 30, generator=generator)
     logits = favourites + 0.1 * torch.randn(4, 7, 30, generator=generator)

@@ -241,13 +241,13 @@ def test_errors_left_are_those_of_laying_patch_after_patch(four_scales):
     frames = four_scales.look(make_video()[1:, :2])
     search = FeatureSearch(four_scales.config.grid)
     canvas = search.search_frames(frames[:, :1], [30]).canvas
-    layers = search._render(frames[:, 1])
-    errors = search._errors_on(canvas, layers)
-    ids, _, totals = search._choose(errors, search._tables(layers[-1]), 40)
-    left = search._errors_left(canvas, layers[-1], errors, ids, totals)
+    images = search._render(frames[:, 1])
+    errors = search._errors_on(canvas, images)
+    ids, _, totals = search._choose(errors, search._tables(images[-1]), 40)
+    left = search._errors_left(canvas, images[-1], errors, ids, totals)
     for count in (0, 1, 7, 40):
-        after = search._lay_chosen(canvas, layers, ids[:, :count])
-        expected = search._errors_on(after, layers, prefers_empty=False)[:, 0].sum((1, 2))
+        after = search._update_canvas(canvas, images, ids[:, :count])
+        expected = search._errors_on(after, images, prefers_empty=False)[:, 0].sum((1, 2))
         torch.testing.assert_close(left[:, count], expected, rtol=1e-9, atol=0)
 
 

@@ -161,7 +161,7 @@ def test_the_order_of_choice_is_read_back(tmp_path):
         writer.write(tmp_path / "gaze.json", gaze.grid, (100, 100))
     file = GazeFile.read(tmp_path / "gaze.json")
     assert torch.equal(file.gaze.gazing_pos, gaze.gazing_pos)
-    with pytest.raises(ValueError, match="told no times"):
+    with pytest.raises(ValueError, match="without time stamps"):
         file.frame_at(0.5)
 
 

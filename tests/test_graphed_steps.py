@@ -168,8 +168,8 @@ def test_steps_on_cuda_neither_wait_nor_mix_devices(tiny, monkeypatch, dtype):
             steps.begin_frame(
                 torch.empty(3, 16, model.gaze_decoder.model.config.hidden_size, dtype=dtype, device="cuda")
             )
-            steps.go_on([0, 1, 2])
-            steps.go_on([0, 2])
+            steps.read_chosen([0, 1, 2])
+            steps.read_chosen([0, 2])
             ids, losses = steps.propose(2)
             assert ids.shape == losses.shape == (2, 2) and ids.device.type == losses.device.type == "cuda"
             cache.num_unread = unread

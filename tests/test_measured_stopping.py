@@ -11,7 +11,7 @@ from transformers_autogaze import (
     GazeOutput,
 )
 from transformers_autogaze.composite_autogaze import mse_to_task_loss
-from transformers_autogaze.measured_stopping_autogaze import FrameMeter
+from transformers_autogaze.measured_stopping_autogaze import FrameLossTracker
 
 
 THRESHOLD = 0.9  # 22 dB
@@ -95,19 +95,20 @@ def test_steps_on_fixed_memory_stop_alike(model, video, monkeypatch):
     assert_same_gaze(model.generate(video, **call), plain)
 
 
-def test_the_meter_tells_the_errors_that_the_reconstruction_has(model, pixels):
+def test_tracked_losses_are_those_of_the_reconstruction(model, pixels):
     composite = CompositeReconstruction(model.config.grid)
     ids = torch.tensor([[20, 0, 3, 5], [1, 5, 2, 20], [9, 8, 7, 6]])
-    meter = FrameMeter(composite, pixels)
-    meter.begin_frame()
-    losses = torch.cat([meter.losses([0, 1, 2], ids[:, :3]), meter.losses([0, 1, 2], ids[:, 3:])[:, 1:]], dim=1)
+    tracker = FrameLossTracker(composite, pixels)
+    tracker.begin_frame()
+    first, second = (tracker.add_patches([0, 1, 2], part) for part in ids.split([3, 1], dim=1))
+    losses = torch.cat([first, second[:, 1:]], dim=1)
     gaze = GazeOutput.from_ids(ids, torch.zeros_like(ids, dtype=torch.bool), torch.tensor([4]), composite.grid)
     after = mse_to_task_loss(composite.measure(pixels[:, :1], gaze))
     torch.testing.assert_close(losses[:, 1:], after, rtol=0, atol=1e-6)
     before = mse_to_task_loss((pixels[:, 0] - 0.5).square().mean((1, 2, 3)))
     torch.testing.assert_close(losses[:, 0], before, rtol=0, atol=1e-6)
-    meter.end_frame(ids)
-    torch.testing.assert_close(meter.standing, composite.reconstruct(pixels[:, :1], gaze)[:, 0])
+    tracker.end_frame(ids)
+    torch.testing.assert_close(tracker.reconstruction, composite.reconstruct(pixels[:, :1], gaze)[:, 0])
 
 
 def test_it_is_saved_and_checked(model, tmp_path):

@@ -171,7 +171,7 @@ def test_a_later_call_goes_on_with_what_was_kept(video):
     assert joined.num_real.tolist() == [40, 40] and joined.first_frame == 0
     rebuilt = selector.composite.reconstruct(selector.to_pixels(video), joined)[:, -1]
     assert torch.equal(rebuilt, cache.reconstruction)
-    with pytest.raises(ValueError, match=r"`gazes\[1\]` must go on at frame 6 of its stream.* starts at frame 0"):
+    with pytest.raises(ValueError, match=r"`gazes\[1\]` must start at frame 6 of its stream.* starts at frame 0"):
         GazeOutput.concatenate([second, first])
     with pytest.raises(ValueError, match="a stream keeps its grid and its `tubelet_size`"):
         selector.generate(video[:, :2], gazing_ratio=0.1, tubelet_size=2, **call)
@@ -226,7 +226,7 @@ def test_an_account_does_not_save_for_ever():
     counts = []
     for gains in [none] * 40 + [much] * 40:
         counts.append(control.count(gains, torch.tensor([0])))
-        control.book(counts[-1])
+        control.update(counts[-1])
     counts = list(map(int, counts))
     stretches = [sum(counts[t : t + 10]) for t in range(len(counts) - 9)]
     assert 36 <= min(stretches) and max(stretches) <= 44

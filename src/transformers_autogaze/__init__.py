@@ -1,7 +1,7 @@
 """
-AutoGaze for Hugging Face Transformers: keep the patches of a video that matter, before a vision encoder sees it.
+AutoGaze for Hugging Face Transformers: chooses the patches of a video that a vision encoder needs.
 
-Importing this package registers its models and processors with the Auto classes and its pipeline,
+Importing this package registers its models and processors with the Auto classes, and its pipeline,
 `pipeline("video-token-pruning")`.
 """
 
@@ -32,15 +32,15 @@ __version__ = "0.1.0"
 _PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_SELECTOR = FEATURES_SELECTOR = _PRETRAINED / "features"
 """
-Folder of the selector that is used where none is named, distilled from DINOv2 (small): a network that foresees its features,
-and the search on them on the finest scale. It keeps a quarter of a clip's tokens.
+Folder of the default selector, a [`FeatureGazeModel`] distilled from DINOv2 (small). It keeps a quarter of a clip's tokens, on
+the finest scale.
 """
 FINEST_SELECTOR = _PRETRAINED / "finest"
-"""Folder of the same search on pixels, which needs no weights."""
+"""Folder of the greedy selector on the finest scale, which needs no weights."""
 GREEDY_SELECTOR = _PRETRAINED / "greedy"
 """Folder of the greedy selector on the four scales of the published model."""
 AUTOGAZE_SELECTOR = "nvidia/AutoGaze"
-"""Hub repository of the published AutoGaze weights, whose licence forbids commercial use."""
+"""Hub repository of the published AutoGaze weights. Their licence forbids commercial use."""
 
 for _config, _model in (
     (AutoGazeConfig, AutoGazeModel),
@@ -60,7 +60,7 @@ if PIPELINE_TASK not in PIPELINE_REGISTRY.supported_tasks:
         type="multimodal",
     )
 
-# Found in their modules when they are first asked for.
+# Imported on first use, to keep the import of this package fast.
 _LAZY = {
     "AutoGazeGRPOConfig": "training",
     "AutoGazeGRPOTrainer": "training",

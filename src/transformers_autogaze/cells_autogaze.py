@@ -1,8 +1,8 @@
 """
-The closed form's geometry as matrices: how frames are resized to scales, which cells a patch covers, and the search on them.
+Tables of a grid of cells, as matrices, and the greedy search for patches on the squared errors of cells.
 
-This module owns tables that follow from a grid alone, and choosing patches by the errors of cells; how errors come about
-is `composite_autogaze`'s matter.
+Cells form the coarsest regular grid that has the edges of the patches of all scales. Their errors are computed in
+`canvas_search_autogaze`.
 """
 
 import math
@@ -15,12 +15,12 @@ from .cuda_graphs_autogaze import ReplayedCall
 from .grid_autogaze import GazeGrid
 
 
-_MAX_SEARCHES = 4  # sizes of a batch whose memory and graphs are kept
-_UNCHECKED_STEPS = 8  # between two looks at whether all clips are done, each of which waits for the device
+_MAX_SEARCHES = 4  # batch sizes for which memory and graphs are kept
+_STEPS_PER_CHECK = 8  # steps between two checks whether all clips are done, which synchronise with the device
 
 
 class Resize(NamedTuple):
-    """Matrices that resize a frame to one scale, and the patches there to the blocks they cover."""
+    """Matrices that resize a frame to one scale, and patches of that scale to the blocks that they cover."""
 
     down_rows: torch.Tensor  # (height at the scale, height)
     down_cols: torch.Tensor  # (width, width at the scale)
@@ -30,10 +30,10 @@ class Resize(NamedTuple):
 
 class CellTables(NamedTuple):
     """
-    The geometry of a grid as matrices: resizing in the pixels' dtype, the search in float64.
+    The geometry of a grid as matrices, those for resizing in the dtype of pixels and those for the search in float64.
 
-    The search sums over the rows of cells, then the columns, of the patches of all scales alike. So it keeps patches in
-    slots `(rows of all scales, columns of all scales)`, of which only those whose row and column share a scale exist.
+    The search sums errors over the rows of cells, then over the columns, for all scales at once. So patches are slots of a
+    table `(rows of all scales, columns of all scales)`. A slot is a patch only if its row and column have the same scale.
     """
 
     resizes: list[Resize]  # every scale but the finest
@@ -41,12 +41,12 @@ class CellTables(NamedTuple):
     gain_cols: torch.Tensor  # (cell columns, columns)
     rows_of_slot: torch.Tensor  # (slots, scales * cell rows, 1): those of `gain_rows`
     cols_of_slot: torch.Tensor  # (slots, 1, cell columns)
-    closed: torch.Tensor  # (rows, columns): 0 for patches, -inf where there is none
+    slot_mask: torch.Tensor  # (rows, columns): 0 for patches, -inf for slots that are no patch
     id_of_slot: torch.Tensor  # (slots,)
 
     @classmethod
     def build(cls, grid: GazeGrid, cells: tuple[int, int], pixels: torch.Tensor) -> "CellTables":
-        """Makes the tables for pixels of some dtype and device."""
+        """Builds the tables for the dtype and device of `pixels`."""
         (height, width), patch = grid.sizes[-1], grid.patch_size
         resizes = []
         for (h, w), (rows, cols) in zip(grid.sizes[:-1], grid.grids[:-1], strict=True):
@@ -73,6 +73,34 @@ class CellTables(NamedTuple):
         return cls(resizes, *(table.to(pixels.device) for table in search))
 
 
+class _SearchState:
+    """
+    The state of a search, which changes with every choice.
+
+    Args:
+        tables (`CellTables`): tables of the grid.
+        drops (`torch.DoubleTensor` of shape `(batch, scales * cell rows, cell columns)`): as `_error_drops` returns them.
+    """
+
+    def __init__(self, tables: CellTables, drops: torch.Tensor):
+        self.tables, self.drops = tables, drops
+        self.gain_rows, self.gain_cols = (
+            table.expand(len(drops), -1, -1) for table in (tables.gain_rows, tables.gain_cols)
+        )
+        self.mask = tables.slot_mask.repeat(len(drops), 1, 1)
+
+    def gains(self) -> torch.Tensor:
+        """Computes the decrease of error by each slot, `(batch, slots)`; -inf for slots that cannot be chosen."""
+        return torch.baddbmm(self.mask, torch.bmm(self.gain_rows, self.drops), self.gain_cols).flatten(1)
+
+    def choose(self, slot: torch.Tensor) -> None:
+        """Adds the patches of slots `(batch,)`; one that was chosen before changes nothing."""
+        self.mask.view(len(slot), -1).scatter_(1, slot[:, None], -math.inf)
+        tables = self.tables
+        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
+        self.drops.addcmul_(self.drops, covered, value=-1)
+
+
 def choose_patches(
     tables: CellTables,
     errors: torch.Tensor,
@@ -83,40 +111,37 @@ def choose_patches(
     least: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Chooses the patches of one frame.
+    Chooses the patches of one frame greedily.
 
     Args:
-        tables (`CellTables`): of the grid.
+        tables (`CellTables`): tables of the grid.
         errors (`torch.DoubleTensor` of shape `(batch, scales, *cells)`):
-            Squared error of every cell as it is and with each scale but the finest, which leaves none, laid there.
-        budget (`int`): patches to choose.
+            Squared error of every cell before the first choice, and with each scale but the finest, whose error is 0.
+        budget (`int`): maximum number of patches.
         limit (`torch.DoubleTensor` of shape `(batch,)`, *optional*): squared error of the frame at which a clip is done.
-        is_kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*): patches that are not to be chosen.
+        is_kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*): patches that must not be chosen.
         min_gain (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
-            Choosing ends after a choice by which no clip gained as much.
-        least (`int`, *optional*, defaults to 1): patches to choose before that.
+            The search ends after a choice that decreases the error of every clip by less than this.
+        least (`int`, *optional*, defaults to 1): minimum number of patches before that.
 
     Returns:
         `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, steps)`. A clip that is done
         before others repeats its last choice, which changes nothing.
     """
-    batch, drops = len(errors), _drops(errors)
-    gain_rows, gain_cols = tables.gain_rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
-    closed = tables.closed.repeat(batch, 1, 1)
+    state = _SearchState(tables, _error_drops(errors))
     if is_kept is not None:
-        is_patch = tables.closed.flatten() == 0  # patches lie in the order of their ids
-        closed.view(batch, -1)[:, is_patch] = closed.new_zeros(is_kept.shape).masked_fill_(is_kept, -math.inf)
-    slots, totals, total = [], [], drops.sum((1, 2))
+        is_patch = tables.slot_mask.flatten() == 0  # patches are in the order of their ids
+        state.mask.view(len(errors), -1)[:, is_patch] = state.mask.new_zeros(is_kept.shape).masked_fill_(
+            is_kept, -math.inf
+        )
+    slots, totals, total = [], [], state.drops.sum((1, 2))
     for _ in range(budget):
-        gains = torch.baddbmm(closed, torch.bmm(gain_rows, drops), gain_cols)
-        gain, slot = gains.flatten(1).max(-1)
+        gain, slot = state.gains().max(-1)
         if limit is not None and slots:
             is_done = total <= limit
             slot, gain = torch.where(is_done, slots[-1], slot), gain.masked_fill(is_done, 0)
-        closed.view(batch, -1).scatter_(1, slot[:, None], -math.inf)
-        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
-        drops.addcmul_(drops, covered, value=-1)
-        total = total - gain  # as exact as a sum of what is left, since all are whole numbers
+        state.choose(slot)
+        total = total - gain  # exact, as all are whole numbers
         slots.append(slot)
         totals.append(total)
         if limit is not None and (total <= limit).all():
@@ -128,27 +153,27 @@ def choose_patches(
 
 def rank_patches(errors: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Chooses the patches of one frame where there is a single scale: none overlaps another, so ranking them is the search.
+    Chooses the patches of one frame of a single scale, where patches do not overlap, so that sorting replaces the search.
 
     Args:
-        errors (`torch.DoubleTensor` of shape `(batch, 1, *cells)`): squared error of every patch as it is.
-        budget (`int`): patches to choose.
+        errors (`torch.DoubleTensor` of shape `(batch, 1, *cells)`): squared error of every patch before the first choice.
+        budget (`int`): number of patches.
 
     Returns:
         `tuple` of ids and of squared errors of the frame after each, both of shape `(batch, budget)`.
     """
     gains, ids = errors.flatten(1).sort(dim=1, descending=True, stable=True)
-    # Whole numbers, so the difference is as exact as a sum of what is left.
+    # The difference is exact, as all are whole numbers.
     totals = gains.sum(1, keepdim=True) - gains[:, :budget].cumsum(1)
     return ids[:, :budget], totals
 
 
-def _drops(errors: torch.Tensor) -> torch.Tensor:
+def _error_drops(errors: torch.Tensor) -> torch.Tensor:
     """
-    Tells by how much the error of a cell falls from one layer to the next finer one, `(batch, scales * cell rows, columns)`.
+    Computes how much the error of a cell decreases from each scale to the next finer one.
 
-    The error itself is the sum over all scales, what a patch gains is the sum up to its own scale, and laying it makes just
-    these numbers zero.
+    The sum over all scales is the error of the cell, the sum up to a patch's scale is its gain, and adding the patch sets
+    just these summands to zero. Returns `(batch, scales * cell rows, cell columns)`.
     """
     drops = errors.clone()
     drops[:, :-1] -= errors[:, 1:]
@@ -157,19 +182,17 @@ def _drops(errors: torch.Tensor) -> torch.Tensor:
 
 class ReplayedSearch:
     """
-    Chooses patches as [`choose_patches`] does, step by step on memory that stays where it is, for CUDA to replay.
+    The same search as [`choose_patches`], in steps on memory at fixed addresses that CUDA replays as a graph.
 
     Args:
-        tables (`CellTables`): of the grid.
-        batch (`int`): frames that are searched together.
+        tables (`CellTables`): tables of the grid.
+        batch (`int`): number of frames that are searched together.
     """
 
     def __init__(self, tables: CellTables, batch: int):
-        self.tables, rows = tables, tables.gain_rows
-        self.gain_rows, self.gain_cols = rows.expand(batch, -1, -1), tables.gain_cols.expand(batch, -1, -1)
-        self.drops = rows.new_zeros(batch, rows.shape[1], tables.cols_of_slot.shape[2])
-        self.closed = tables.closed.repeat(batch, 1, 1)
-        num_patches = int((tables.closed == 0).sum())
+        rows = tables.gain_rows
+        self.state = _SearchState(tables, rows.new_zeros(batch, rows.shape[1], tables.cols_of_slot.shape[2]))
+        num_patches = int((tables.slot_mask == 0).sum())
         self.slots = tables.id_of_slot.new_zeros(batch, num_patches)
         self.totals = rows.new_zeros(batch, num_patches)
         self.slot, self.total, self.limit = self.slots[:, 0].clone(), self.totals[:, 0].clone(), rows.new_zeros(batch)
@@ -184,46 +207,43 @@ class ReplayedSearch:
         min_gain: torch.Tensor | None = None,
         least: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and gives what [`choose_patches`] does; clips that are all done may go on for some steps more."""
-        self.drops.copy_(_drops(errors))
-        self.closed.copy_(self.tables.closed)
-        # Comparing with no number is never true, so the first step always chooses.
+        """Takes and returns the same as [`choose_patches`], with up to some steps more after all clips are done."""
+        tables = self.state.tables
+        self.state.drops.copy_(_error_drops(errors))
+        self.state.mask.copy_(tables.slot_mask)
+        # A comparison with NaN is false, so no clip is done before the first step.
         self.total.fill_(math.nan)
         self.limit.copy_(torch.full_like(self.limit, -math.inf) if limit is None else limit)
         self.number.zero_()
         for done in range(1, budget + 1):
             self.step()
-            if done % _UNCHECKED_STEPS:
+            if done % _STEPS_PER_CHECK:
                 continue
             if limit is not None and bool((self.total <= self.limit).all()):
                 break
             if min_gain is not None and done > least:
                 if bool((self.totals[:, done - 2] - self.total < min_gain).all()):
                     break
-        return self.tables.id_of_slot[self.slots[:, :done]], self.totals[:, :done].clone()
+        return tables.id_of_slot[self.slots[:, :done]], self.totals[:, :done].clone()
 
     def _step(self) -> None:
-        tables = self.tables
-        gains = torch.baddbmm(self.closed, torch.bmm(self.gain_rows, self.drops), self.gain_cols)
-        slot = torch.where(self.total <= self.limit, self.slot, gains.flatten(1).argmax(-1))
-        self.closed.view(len(slot), -1).scatter_(1, slot[:, None], -math.inf)
-        covered = tables.rows_of_slot.index_select(0, slot) * tables.cols_of_slot.index_select(0, slot)
-        self.drops.addcmul_(self.drops, covered, value=-1)
+        slot = torch.where(self.total <= self.limit, self.slot, self.state.gains().argmax(-1))
+        self.state.choose(slot)
         self.slot.copy_(slot)
-        self.total.copy_(self.drops.sum((1, 2)))
+        self.total.copy_(self.state.drops.sum((1, 2)))
         self.slots.index_copy_(1, self.number, self.slot[:, None])
         self.totals.index_copy_(1, self.number, self.total[:, None])
         self.number.add_(1)
 
 
 class PatchSearch:
-    """Chooses the patches of a frame; on CUDA by replayed steps, whose memory it keeps."""
+    """Chooses the patches of a frame, on CUDA with a [`ReplayedSearch`] for each of the latest batch sizes."""
 
     def __init__(self):
         self.replayed: dict[tuple[torch.device, torch.Size], ReplayedSearch] = {}
 
     def __getstate__(self) -> dict:
-        # Graphs of a device can be neither copied nor saved; they are made again when they are needed.
+        # CUDA graphs can be neither copied nor pickled; they are captured again when needed.
         return {"replayed": {}}
 
     def __call__(
@@ -235,7 +255,7 @@ class PatchSearch:
         min_gain: torch.Tensor | None = None,
         least: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and gives what [`choose_patches`] does; without tables what [`rank_patches`] does."""
+        """Takes and returns the same as [`choose_patches`], or as [`rank_patches`] without tables."""
         if tables is None:
             return rank_patches(errors, budget)
         if not self._replays_steps(errors.device):
@@ -252,29 +272,29 @@ class PatchSearch:
         return device.type == "cuda"
 
 
-def layer_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:
+def scale_of_patch(grid: GazeGrid, cells: tuple[int, int]) -> torch.Tensor:
     """
-    Tells which cells patches cover.
+    Returns the scale of each patch at the cells that it covers.
 
     Args:
         grid (`GazeGrid`): the patches.
         cells (`tuple[int, int]`): rows and columns of cells.
 
     Returns:
-        `torch.LongTensor` of shape `(patches + 1, cells)`: 1 + the scale of a patch where it covers a cell, else 0, as in
-        the last row, which stands for no patch.
+        `torch.LongTensor` of shape `(patches + 1, cells)`: 1 + the index of the patch's scale where it covers a cell, else
+        0. The last entry, for padding, is 0 everywhere.
     """
     covered = [torch.kron(_parts(rows, cells[0]), _parts(cols, cells[1])) for rows, cols in grid.grids]
-    layers = torch.cat([layer * cover.long() for layer, cover in enumerate(covered, start=1)])
-    return F.pad(layers, (0, 0, 0, 1))
+    scales = torch.cat([number * cover.long() for number, cover in enumerate(covered, start=1)])
+    return F.pad(scales, (0, 0, 0, 1))
 
 
 def _resize_matrix(old: int, new: int, antialias: bool = False) -> torch.Tensor:
-    """Gives the weights `(new, old)` of a bicubic resize along one axis, as torch has them."""
+    """Returns the weights `(new, old)` of torch's bicubic resize along one axis."""
     identity = torch.eye(old, dtype=torch.float64)[None, None]
     return F.interpolate(identity, size=(new, old), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
 
 
 def _parts(count: int, size: int) -> torch.Tensor:
-    """Cuts `size` places into equal parts: float64 `(count, size)`, 1 where a part covers a place."""
+    """Divides `size` cells into equal parts: float64 `(count, size)`, 1 where a part covers a cell."""
     return torch.eye(count, dtype=torch.float64).repeat_interleave(size // count, dim=1)

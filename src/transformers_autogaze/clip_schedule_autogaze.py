@@ -1,10 +1,9 @@
 """
-When to keep each place of a clip, where there is a single scale: the schedule that leaves the least error for its tokens.
+The frames of a clip in which each place of a single scale is kept, chosen to minimise the error for a number of tokens.
 
-A kept token lies at its place until the next one is kept there. So what it is worth is not the error that it takes from its
-own frame alone, but from all frames that it is shown in; a change that lasts is worth a token, one that is gone with the next
-frame may not be. Places do not depend on each other, and for a price per token the best schedule of each is a shortest path
-over its frames. What the price must be is its caller's matter.
+A kept token is visible at its place until the next one is kept there. So its gain is the decrease of error in all frames in
+which it is visible: a lasting change is worth a token, a change of a single frame may not be. Places are independent. For a
+given price per token, the best schedule of a place is a shortest path over its frames. The caller searches for the price.
 """
 
 from collections.abc import Sequence
@@ -14,15 +13,22 @@ import torch
 from torch.nn import functional as F
 
 
-_WINDOW = 64  # frames that are scheduled together; what they end with goes on into the next ones
-_VALUES = 2**24  # of the patches that are compared at a time, in float64
+_WINDOW = 64  # frames that are scheduled together; the next window starts with the last patches of the previous one
+_MAX_VALUES = 2**24  # float64 values of patches that are compared at once
 
 
 class _Window(NamedTuple):
-    """Some consecutive frames: their patches, `(batch, places, frames, values)`, and what it costs to show one in others."""
+    """
+    Consecutive frames.
+
+    Args:
+        patches (`torch.FloatTensor` of shape `(batch, places, frames, values)`): their patches.
+        costs (`torch.DoubleTensor` of shape `(batch, places, frames, frames + 1)`):
+            Summed errors of the patch of one frame in later frames; see `_sum_errors`.
+    """
 
     patches: torch.Tensor
-    costs: torch.Tensor  # (batch, places, frames, frames + 1); see `_sum_errors`
+    costs: torch.Tensor
 
 
 class ClipSchedule:
@@ -30,11 +36,11 @@ class ClipSchedule:
     Schedules the tokens of clips for any price.
 
     Args:
-        patches (`Sequence[torch.FloatTensor]` of shape `(batch, places, values)`): what every frame shows at each place.
-        shown (`torch.FloatTensor` of shape `(batch, places, values)`): what lies there before the first frame.
+        patches (`Sequence[torch.FloatTensor]` of shape `(batch, places, values)`): the patches of every frame.
+        previous_patches (`torch.FloatTensor` of shape `(batch, places, values)`): visible patches before the first frame.
         extra (`torch.DoubleTensor` of shape `(batch, places)`):
-            What a frame in which that is shown costs beside its squared error: much where nothing was ever kept.
-        unit (`float`): errors are whole multiples of this, so that equal ones are equal however they were computed.
+            Error of each frame in which these are visible, added to the squared error: large where nothing was ever kept.
+        unit (`float`): errors are rounded to multiples of this, so that equal errors are equal in any order of summation.
 
     Example:
 
@@ -44,7 +50,7 @@ class ClipSchedule:
 
     >>> frames = [torch.tensor([[[value]]]) for value in (0.0, 1.0, 1.0, 1.0, 0.9, 5.0, 1.0)]  # one place, one value
     >>> schedule = ClipSchedule(frames, frames[0], torch.zeros(1, 1).double(), unit=2**-28)
-    >>> gains = schedule.gains(torch.tensor([2.5 * 2**28]))  # it changes for good, then for a moment
+    >>> gains = schedule.gains(torch.tensor([2.5 * 2**28]))  # a lasting change, then one of a single frame
     >>> (gains > 0)[0, :, 0].tolist()
     [False, True, False, False, False, True, True]
     >>> (schedule.gains(torch.tensor([17.0 * 2**28])) > 0)[0, :, 0].tolist()
@@ -53,14 +59,16 @@ class ClipSchedule:
     ```
     """
 
-    def __init__(self, patches: Sequence[torch.Tensor], shown: torch.Tensor, extra: torch.Tensor, unit: float):
-        self.shown, self.extra, self.unit = shown, extra, unit
+    def __init__(
+        self, patches: Sequence[torch.Tensor], previous_patches: torch.Tensor, extra: torch.Tensor, unit: float
+    ):
+        self.previous_patches, self.extra, self.unit = previous_patches, extra, unit
         self.windows = []
         for first in range(0, len(patches), _WINDOW):
             window = torch.stack(patches[first : first + _WINDOW], dim=2)
             start = torch.arange(window.shape[2], device=window.device)
             self.windows.append(_Window(window, _sum_errors(self._compare(window, window), start)))
-        self._first_costs = self._costs(self.windows[0], shown, extra)
+        self._first_costs = self._costs(self.windows[0], previous_patches, extra)
 
     def gains(self, price: torch.Tensor) -> torch.Tensor:
         """
@@ -68,41 +76,43 @@ class ClipSchedule:
 
         Args:
             price (`torch.DoubleTensor` of shape `(batch,)`):
-                Error, in units, that a token must take away at least; 0 to keep everything.
+                Minimum gain of a token, in units; 0 to keep everything.
 
         Returns:
-            `torch.DoubleTensor` of shape `(batch, frames, places)`: for kept tokens the error that they take away from the
-            frames that they are shown in, in units; `-inf` elsewhere.
+            `torch.DoubleTensor` of shape `(batch, frames, places)`: gains of kept tokens, the decrease of error in the frames
+            in which they are visible, in units; `-inf` elsewhere.
         """
-        price = torch.where(price > 0, price, -1)  # For nothing at all, what takes away nothing is kept as well.
-        shown, extra, gains = self.shown, self.extra, []
+        price = torch.where(price > 0, price, -1)  # at a price of 0, tokens without gain are kept as well
+        previous_patches, extra, gains = self.previous_patches, self.extra, []
         for number, window in enumerate(self.windows):
-            costs = self._costs(window, shown, extra) if number else self._first_costs
+            costs = self._costs(window, previous_patches, extra) if number else self._first_costs
             of_window, last = _shortest_path(costs, price[:, None])
             gains.append(of_window.transpose(1, 2))
             if number == len(self.windows) - 1:
                 break
             is_kept = last > 0
-            index = (last - 1).clamp(min=0)[:, :, None, None].expand(-1, -1, 1, shown.shape[2])
-            shown = torch.where(is_kept[..., None], window.patches.gather(2, index)[:, :, 0], shown)
+            index = (last - 1).clamp(min=0)[:, :, None, None].expand(-1, -1, 1, previous_patches.shape[2])
+            previous_patches = torch.where(
+                is_kept[..., None], window.patches.gather(2, index)[:, :, 0], previous_patches
+            )
             extra = extra.masked_fill(is_kept, 0)
         return torch.cat(gains, dim=1)
 
-    def _costs(self, window: _Window, shown: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-        """Puts before a window's costs those of what lies there before: `(batch, places, 1 + frames, frames + 1)`."""
-        before = self._compare(shown[:, :, None], window.patches) + extra[:, :, None, None]
+    def _costs(self, window: _Window, previous_patches: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+        """Prepends the costs of the previous patches to those of a window: `(batch, places, 1 + frames, frames + 1)`."""
+        before = self._compare(previous_patches[:, :, None], window.patches) + extra[:, :, None, None]
         return torch.cat(
             [_sum_errors(before, torch.zeros(1, dtype=torch.long, device=before.device)), window.costs], dim=2
         )
 
     def _compare(self, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Gives squared errors between patches `(batch, places, frames, values)`, in units: `(.., sources, targets)`."""
-        step = max(1, _VALUES // targets[:, 0].numel())
+        """Computes squared errors between patches `(batch, places, frames, values)`, in units: `(.., sources, targets)`."""
+        step = max(1, _MAX_VALUES // targets[:, 0].numel())
         parts = []
         for first in range(0, targets.shape[1], step):
             target = targets[:, first : first + step].double()
             source = target if sources is targets else sources[:, first : first + step].double()
-            # In float64, equal lengths cost no digits that count.
+            # |a|^2 + |b|^2 - 2ab is precise enough in float64.
             lengths = (
                 torch.linalg.vecdot(source, source)[..., None] + torch.linalg.vecdot(target, target)[..., None, :]
             )
@@ -113,9 +123,9 @@ class ClipSchedule:
 
 def _sum_errors(errors: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """
-    Sums errors `(.., rows, frames)` over the frames before each, from the one on in which a row is kept.
+    Sums the errors of sources, `(.., sources, frames)`, from the frame in which a source is kept to before each frame.
 
-    Gives `(.., rows, frames + 1)`; before a row's start it is negative, and not used.
+    Returns `(.., sources, frames + 1)`; entries before the start are negative and not used.
     """
     cost = F.pad(errors.cumsum(-1), (1, 0))
     return cost - cost.gather(-1, start[:, None].expand(*cost.shape[:-1], 1))
@@ -123,11 +133,16 @@ def _sum_errors(errors: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
 
 def _shortest_path(cost: torch.Tensor, price: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Finds the cheapest schedule of every place.
+    Finds the schedule of least cost for every place.
 
-    Takes costs `(batch, places, 1 + frames, frames + 1)`, whose row 0 is shown first and row i is frame i - 1, and prices
-    `(batch, 1)`. Gives gains of kept tokens `(batch, places, frames)`, `-inf` for others, and the row that is shown last,
-    `(batch, places)`.
+    Args:
+        cost (`torch.DoubleTensor` of shape `(batch, places, 1 + frames, frames + 1)`):
+            Costs of sources: source 0 is the patch before the first frame, source i that of frame i - 1.
+        price (`torch.DoubleTensor` of shape `(batch, 1)`): price of a token.
+
+    Returns:
+        `tuple`: gains of kept tokens `(batch, places, frames)`, `-inf` for others; and the source that is visible last,
+        `(batch, places)`.
     """
     num_frames = cost.shape[3] - 1
     total = cost.new_zeros(*cost.shape[:2], num_frames + 1)
@@ -142,7 +157,7 @@ def _shortest_path(cost: torch.Tensor, price: torch.Tensor) -> tuple[torch.Tenso
     for _ in range(num_frames):
         is_kept = current > 0
         before = previous.gather(2, current[..., None])[..., 0]
-        # Without this token, the one before would be shown in its frames as well.
+        # Without this token, the previous one would be visible in its frames.
         own = cost.flatten(2).gather(2, (current * (num_frames + 1) + end)[..., None])[..., 0]
         start = (current - 1).clamp(min=0)
         instead, until = (

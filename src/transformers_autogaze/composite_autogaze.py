@@ -1,8 +1,7 @@
-"""Closed-form reconstruction of a video from its gazed patches, and the greedy gaze that serves it best.
+"""
+Closed-form reconstruction of a video from its kept patches (docs/design.md, section 5.2), and the greedy search on its error.
 
-This module owns what kept patches are worth in pixels: the reconstruction that needs no weights (docs/design.md,
-section 5.2), its error, the search on that error under budgets per frame, and the error as a task loss. The canvas and
-the search on it are those of `canvas_search_autogaze`, as are budgets over time.
+The reconstruction needs no weights. The search under budgets over time is that of `canvas_search_autogaze`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 
 
-# Undoing a normalisation leaves pixels a rounding error outside 0..1; anything more is a mistake.
+# Undoing a normalisation leaves pixels outside 0..1 by a rounding error; anything more is wrong input.
 _PIXEL_TOLERANCE = 1e-3
 _LEAST_MSE = 1e-10
 
@@ -50,17 +49,17 @@ def task_loss_to_mse(task_loss: torch.Tensor) -> torch.Tensor:
 
 class GreedySearchOutput(NamedTuple):
     """
-    What [`CompositeReconstruction.search`] found; `K` is the largest budget of a frame.
+    Patches that [`CompositeReconstruction.search`] chose; `K` is the largest budget of a frame.
 
     Args:
         ids (`torch.LongTensor` of shape `(batch, frames, K)`):
             Patches in the order of choice, counted from the first patch of their frame; -1 after the last.
         mse (`torch.FloatTensor` of shape `(batch, frames, K)`):
-            Mean squared error of the frame after each choice, pixels in 0..1; after the last it stays what it was.
+            Mean squared error of the frame after each choice, pixels in 0..1; constant after the last choice.
         counts (`torch.LongTensor` of shape `(batch, frames)`):
             Number of chosen patches.
         reconstruction (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
-            The last frame as reconstructed; `previous` for the frames that follow.
+            Reconstruction of the last frame; `previous` for the frames that follow.
     """
 
     ids: torch.LongTensor
@@ -71,13 +70,13 @@ class GreedySearchOutput(NamedTuple):
 
 class ReconstructionOutput(NamedTuple):
     """
-    What every reconstruction returns that is called with frames and their gaze; `F` frames were asked for.
+    Output of every reconstruction, for `F` frames.
 
     Args:
         reconstruction (`torch.FloatTensor` of shape `(batch, F, 3, height, width)`):
-            The frames as rebuilt from what was kept, in 0..1 like the pixels that were given.
+            Frames reconstructed from the kept patches, pixels in 0..1.
         loss (`torch.FloatTensor` of shape `(batch, F)`):
-            Task loss of each of them; what it measures is the reconstruction's own affair.
+            Task loss of each frame, as the reconstruction defines it.
     """
 
     reconstruction: torch.FloatTensor
@@ -88,20 +87,20 @@ def check_reconstruction_inputs(
     pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None, grid: GazeGrid
 ) -> list[int]:
     """
-    Checks what a reconstruction is called with.
+    Checks the arguments of a reconstruction.
 
     Args:
         pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
             The clips, one frame per frame of gaze, in the size of the grid's finest scale.
-        gaze ([`GazeOutput`]): what was kept of them, on the reconstruction's grid.
-        frames (`Sequence[int]`, *optional*): the frames to give, by their place in the clip; all if not given.
+        gaze ([`GazeOutput`]): kept patches, on the reconstruction's grid.
+        frames (`Sequence[int]`, *optional*): indices of the frames to reconstruct; all if not given.
         grid ([`GazeGrid`]): the reconstruction's grid.
 
     Returns:
-        `list[int]`: the frames to give.
+        `list[int]`: indices of the frames to reconstruct.
 
     Raises:
-        ValueError: if something is not as above.
+        ValueError: if an argument is not as above.
     """
     if gaze.grid != grid:
         raise ValueError(f"`gaze` must be one of {grid}, got one of {gaze.grid}")
@@ -120,12 +119,12 @@ def check_reconstruction_inputs(
 
 class CompositeReconstruction(MeasuringSearch):
     """
-    Rebuilds frames from their gazed patches without weights, and searches the patches that rebuild them best.
+    Reconstructs frames from their kept patches without weights, and searches for the patches that reconstruct them best.
 
-    Frame `t` starts as the reconstruction of frame `t - 1`, mid-grey before the first. Its gazed patches are laid over
-    that, coarse to fine: a patch is cut out of the frame resized to its scale (bicubic, antialiased) and blown up to
-    the block it covers (bicubic inside the block, clamped to 0..1). What no gazed patch covers keeps the old pixels;
-    patches of the finest scale are the frame itself (docs/design.md, section 5.2).
+    The reconstruction of frame `t` starts from that of frame `t - 1`, or from mid-grey. The kept patches are pasted over it,
+    coarse to fine: a patch is cut out of the frame resized to its scale (bicubic, antialiased) and resized to the block that
+    it covers (bicubic inside the block, clamped to 0..1). Patches of the finest scale are pixels of the frame itself. Pixels
+    that no kept patch covers do not change (docs/design.md, section 5.2).
 
     [`~CompositeReconstruction.search`] chooses under budgets per frame; [`~CanvasSearch.search_clip`] and
     [`~CanvasSearch.search_stream`] under budgets over time.
@@ -168,7 +167,7 @@ class CompositeReconstruction(MeasuringSearch):
         return f"CompositeReconstruction({self.grid})"
 
     def start_canvas(self, frames: torch.Tensor) -> Canvas:
-        """Gives a mid-grey canvas for clips `(batch, frames, 3, height, width)`; checks them."""
+        """Checks clips `(batch, frames, 3, height, width)` and returns a mid-grey canvas."""
         image = self._start(frames, None)
         return Canvas(image, torch.ones(len(frames), *self.cells, dtype=torch.bool, device=frames.device))
 
@@ -176,19 +175,18 @@ class CompositeReconstruction(MeasuringSearch):
         self, pixels: torch.Tensor, gaze: GazeOutput, frames: Sequence[int] | None = None
     ) -> ReconstructionOutput:
         """
-        Rebuilds frames and measures how well, as any reconstruction does that can be called like this.
+        Reconstructs frames and measures their loss; all reconstructions have this signature.
 
         Args:
             pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-                The clips, one frame per frame of gaze, float32 or float64 pixels in 0..1 (give or take 0.001), in the
-                size of the finest scale.
-            gaze ([`GazeOutput`]): what was kept of them.
+                The clips, one frame per frame of gaze, float32 or float64 pixels in 0..1 (within 0.001), in the size of the
+                finest scale.
+            gaze ([`GazeOutput`]): kept patches of the clips.
             frames (`Sequence[int]`, *optional*):
-                The frames to give, by their place in the clip; all if not given. They build on the frames before them
-                in any case.
+                Indices of the frames to return; all if not given. They always build on the frames before them.
 
         Returns:
-            [`ReconstructionOutput`], its loss being `(40 - PSNR) / 20` of each frame.
+            [`ReconstructionOutput`] with the loss `(40 - PSNR) / 20` of each frame.
 
         Raises:
             ValueError: if pixels or gaze are not as above, or a frame does not exist.
@@ -207,13 +205,13 @@ class CompositeReconstruction(MeasuringSearch):
         previous: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Rebuilds clips from their gazed patches.
+        Reconstructs clips from their kept patches.
 
         Args:
             pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-                The clips, float32 or float64 pixels in 0..1 (give or take 0.001), in the size of the finest scale.
+                The clips, float32 or float64 pixels in 0..1 (within 0.001), in the size of the finest scale.
             gaze (`GazeOutput` or `Sequence[torch.BoolTensor]` of shape `(batch, frames, patches)`):
-                What was kept: a gaze, or its masks, one per scale.
+                Kept patches: a gaze, or its masks, one per scale.
             previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
                 Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
 
@@ -233,10 +231,10 @@ class CompositeReconstruction(MeasuringSearch):
         if given != expected:
             raise ValueError(f"`gaze` must hold one mask per scale, of {expected}, got {given}")
         frames = []
-        # Under autocast the products would come out in half precision.
+        # Under autocast, the products would be computed in half precision.
         with torch.autocast(pixels.device.type, enabled=False):
             for t in range(pixels.shape[1]):
-                current = self._lay(current, self._render(pixels[:, t].contiguous()), [mask[:, t] for mask in gaze])
+                current = self._paste(current, self._render(pixels[:, t].contiguous()), [mask[:, t] for mask in gaze])
                 frames.append(current)
         return torch.stack(frames, dim=1)
 
@@ -249,20 +247,19 @@ class CompositeReconstruction(MeasuringSearch):
         previous: torch.Tensor | None = None,
     ) -> GreedySearchOutput:
         """
-        Chooses patches greedily: next is always the one that lowers the squared error of its frame most.
+        Chooses patches greedily, each time the one that decreases the squared error of its frame most.
 
-        Equal gains go to the lowest id. With a budget to use up, the search goes on when nothing helps any more; the
-        error never rises, since some patch of the finest scale is always there that does no harm. What a clip gets
-        does not depend on the others of its batch.
+        Of equal gains, the lowest id is chosen. Without `max_error`, the search continues to the end of the budget. The error
+        never increases, as patches of the finest scale have no error. The choice for a clip does not depend on its batch.
 
         Args:
             pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
-                The clips, float32 or float64 pixels in 0..1 (give or take 0.001), in the size of the finest scale.
+                The clips, float32 or float64 pixels in 0..1 (within 0.001), in the size of the finest scale.
             budgets (`Sequence[int]` or `torch.LongTensor` of shape `(frames,)`):
                 Patches to choose in each frame, 1 to `grid.num_patches`.
             max_error (`torch.FloatTensor` of shape `(batch, frames)`, *optional*):
                 A frame is done as soon as one patch is chosen and its mean squared error is at most this; `-inf` for
-                never. If not given, every frame uses up its budget.
+                never. If not given, every frame uses its whole budget.
             previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
                 Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
 
@@ -292,18 +289,18 @@ class CompositeReconstruction(MeasuringSearch):
     @torch.no_grad()
     def measure(self, pixels: torch.Tensor, gaze: GazeOutput, previous: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Measures the error after each choice of a gaze, whoever made it.
+        Measures the error after each choice of a gaze, of any selector.
 
         Args:
             pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
                 The clips, one frame per frame of gaze, as in [`~CompositeReconstruction.reconstruct`].
-            gaze ([`GazeOutput`]): what was kept of them, in the order of choice.
+            gaze ([`GazeOutput`]): kept patches, in the order of choice.
             previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
                 Reconstruction of the frame before the first, to continue a stream; mid-grey if not given.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch, N)`: mean squared error of the slot's frame, rebuilt from the frames
-            before it and the patches of its own up to this slot; padding repeats the slot before it.
+            `torch.FloatTensor` of shape `(batch, N)`: mean squared error of the slot's frame, reconstructed from the kept
+            patches up to this slot; padding repeats the previous slot.
 
         Raises:
             ValueError: if pixels or gaze are not as above.
@@ -313,48 +310,48 @@ class CompositeReconstruction(MeasuringSearch):
         return (errors / pixels[0, 0].numel()).to(pixels)
 
     @torch.no_grad()
-    def cell_errors(self, frames: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
+    def cell_errors(self, frames: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """
-        Measures what every cell shows, before anything is laid and with each scale laid there.
+        Measures the error of every cell before any patch is kept, and with patches of each scale.
 
         Args:
             frames (`torch.FloatTensor` of shape `(batch, 3, height, width)`): pixels in 0..1.
-            standing (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
-                What the frames start from: the reconstruction of the frame before, or mid-grey.
+            previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
+                Reconstruction of the previous frames, or mid-grey.
 
         Returns:
             `torch.DoubleTensor` of shape `(batch, 1 + scales, *cells)`: squared errors, summed over the pixels and
-            channels of a cell; first of `standing`, then of the scales, coarse to fine (the finest leaves none).
+            channels of a cell; first of `previous`, then of the scales, coarse to fine (0 for the finest).
         """
-        self._start(frames[:, None], standing)
+        self._start(frames[:, None], previous)
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.contiguous()
-            return self._errors_of_layers(frames, (standing.to(frames), *self._render(frames))) * ERROR_UNIT
+            return self._squared_errors(frames, (previous.to(frames), *self._render(frames))) * ERROR_UNIT
 
     @torch.no_grad()
     def gains(self, errors: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Tells what every patch of a frame would be worth, laid next.
+        Computes the gain of every patch of a frame as the next choice.
 
         Args:
             errors (`torch.DoubleTensor` of shape `(batch, 1 + scales, *cells)`):
-                What [`~CompositeReconstruction.cell_errors`] measured of the frames.
+                Errors of the frames, as [`~CompositeReconstruction.cell_errors`] returns them.
             kept (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
-                The patches of the frames that are laid already; none by default.
+                The patches of the frames that are kept already; none by default.
 
         Returns:
-            `torch.DoubleTensor` of shape `(batch, patches)`: by how much each would lower the squared error of its frame.
+            `torch.DoubleTensor` of shape `(batch, patches)`: the decrease of the squared error of the frame by each patch.
         """
         errors = errors.flatten(2)
-        layer_of_patch = self.layers_of_patches(errors.device)[:-1]
-        shown = torch.zeros_like(layer_of_patch[:1]).expand(len(errors), 1, -1)
+        scale_of_patch = self.scale_of_patch(errors.device)[:-1]
+        scale_of_cell = torch.zeros_like(scale_of_patch[:1]).expand(len(errors), 1, -1)
         if kept is not None:
-            shown = (kept[..., None] * layer_of_patch).amax(1, keepdim=True)
-        covered = torch.maximum(shown, layer_of_patch)
-        return (errors.gather(1, shown) - errors.gather(1, covered)).sum(-1)
+            scale_of_cell = (kept[..., None] * scale_of_patch).amax(1, keepdim=True)
+        covered = torch.maximum(scale_of_cell, scale_of_patch)
+        return (errors.gather(1, scale_of_cell) - errors.gather(1, covered)).sum(-1)
 
     def _start(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
-        """Checks clips and the state of their stream; gives the image `(batch, 3, height, width)` before them."""
+        """Checks clips and the state of their stream; returns the image `(batch, 3, height, width)` before them."""
         height, width = self.grid.sizes[-1]
         if pixels.ndim != 5 or 0 in pixels.shape or pixels.shape[2] % 3 or tuple(pixels.shape[3:]) != (height, width):
             raise ValueError(
@@ -376,15 +373,15 @@ class CompositeReconstruction(MeasuringSearch):
         return previous.to(pixels)
 
     def _canvas_of(self, image: torch.Tensor) -> Canvas:
-        """Takes an image for a canvas on which something was kept everywhere, as frames with their own budget have it."""
+        """Makes a canvas that is nowhere empty, as budgets for each frame need it."""
         return Canvas(image, torch.zeros(len(image), *self.cells, dtype=torch.bool, device=image.device))
 
     def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
-        """Draws a frame `(batch, 3, height, width)` from all patches of each scale; that of the finest is the frame."""
-        patch, layers = self.grid.patch_size, []
+        """Returns a frame `(batch, 3, height, width)` made of all patches of each scale; the finest is the frame itself."""
+        patch, images = self.grid.patch_size, []
         for (rows, cols), resize in zip(self.grid.grids[:-1], self._tables(frame).resizes, strict=True):
             small = resize.down_rows @ (frame @ resize.down_cols)
             wide = small.view(*frame.shape[:2], rows * patch, cols, patch) @ resize.up_cols
-            layer = resize.up_rows @ wide.view(*frame.shape[:2], rows, patch, frame.shape[-1])
-            layers.append(layer.view_as(frame).clamp_(0, 1))
-        return [*layers, frame]
+            image = resize.up_rows @ wide.view(*frame.shape[:2], rows, patch, frame.shape[-1])
+            images.append(image.view_as(frame).clamp_(0, 1))
+        return [*images, frame]

@@ -1,9 +1,10 @@
 """
-Configuration of the AutoGaze model, in this package's layout, and reading the published one.
+Configuration of the AutoGaze model; it also reads that of the published checkpoint.
 
-Saving a configuration also writes the code that a checkpoint needs where only transformers is installed.
+Saving a configuration also writes the code with which a checkpoint loads where only transformers is installed.
 """
 
+import copy
 import math
 import os
 import shutil
@@ -59,36 +60,48 @@ CODE_FILES = tuple(
         "video_sources",
     )
 )
-"""The modules that travel with a checkpoint."""
+"""Modules that are saved with a checkpoint, as its remote code."""
+_STRATEGIES = {
+    "gazing_ratio_config": {
+        "fixed": {"gazing_ratio": 0.5},
+        "uniform": {"gazing_ratio_min": 0, "gazing_ratio_max": 1},
+        "exponential": {"gazing_ratio_min": 0, "gazing_ratio_max": 1, "lambda": 10},
+    },
+    "gazing_ratio_each_frame_config": {"uniform": {}, "dirichlet": {"alpha": 0.5}, "self": {}},
+    "task_loss_requirement_config": {
+        "fixed": {"task_loss_requirement": 0.7},
+        "uniform": {"task_loss_requirement_min": 0.6, "task_loss_requirement_max": 0.9},
+    },
+}
 _PIPELINE = {"impl": "pipeline_autogaze.VideoTokenPruningPipeline", "pt": ["AutoModel"], "type": "multimodal"}
 
 
 def have_equal_content(config: PreTrainedConfig, other: object) -> bool:
-    """Compares configurations by what they say. Newer releases of the library make classes that compare no fields of ours."""
+    """Compares the content of configurations, which newer releases of transformers do not for subclasses."""
     if type(config) is not type(other):
         return False
-    ours, theirs = ({**one.to_dict(), "_name_or_path": None, "transformers_version": None} for one in (config, other))
-    return ours == theirs
+    first, second = ({**one.to_dict(), "_name_or_path": None, "transformers_version": None} for one in (config, other))
+    return first == second
 
 
 class GazeSelectorConfig(PreTrainedConfig):
     """
-    What the configurations of all selectors have in common: the patches, and checkpoints that carry their own code.
+    Base class of the configurations of all selectors: the patches, and checkpoints with remote code.
 
     Args:
         scales (`Sequence[int | tuple[int, int]]`): sizes in pixels at which patches are chosen, coarse to fine.
         patch_size (`int`): height and width of a patch in pixels, at every scale.
         rescale_factor (`float`, *optional*, defaults to 1/127.5), offset (`bool`, *optional*, defaults to `True`),
         image_mean, image_std (`list[float]`, *optional*, default to ImageNet's):
-            How the processor turned 0..255 into the values that arrive here, to undo it where errors are measured: times
-            the factor, minus 1 with `offset`, minus the mean, over the standard deviation.
+            The processor's normalisation of values 0..255, which is undone where errors are measured: times the factor,
+            minus 1 with `offset`, minus the mean, divided by the standard deviation.
         kwargs: the arguments of [`~transformers.PreTrainedConfig`].
 
     Raises:
         ValueError: if a scale, the factor or a standard deviation is out of range.
     """
 
-    # Defaults of all selectors: RGB frames, a choice of patches for each frame, and clips of any length.
+    # Defaults: RGB frames, one frame of gaze per video frame, and clips of any length.
     num_channels = 3
     frame_sampling_rate = 1
     max_num_frames = None
@@ -126,15 +139,15 @@ class GazeSelectorConfig(PreTrainedConfig):
     @property
     def custom_pipelines(self) -> dict[str, dict[str, Any]]:
         """
-        Where `pipeline` finds its task in the code beside a checkpoint; empty where the task is registered already, so
-        that an installed package is used without asking for `trust_remote_code`.
+        The pipeline in the remote code of a checkpoint. Empty where the task is registered, so that an installed package is
+        used without `trust_remote_code`.
         """
         if PIPELINE_TASK in PIPELINE_REGISTRY.supported_tasks:
             return {}
         return {PIPELINE_TASK: dict(_PIPELINE)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialises the configuration in this package's layout, the pipeline of its checkpoints included."""
+        """Returns the configuration as a dictionary, including the pipeline of its checkpoints."""
         return {**super().to_dict(), "custom_pipelines": {PIPELINE_TASK: dict(_PIPELINE)}}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -142,7 +155,7 @@ class GazeSelectorConfig(PreTrainedConfig):
         Writes `config.json` and, beside it, the modules that load the checkpoint with `trust_remote_code=True`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): folder to write to; made if it is missing.
+            save_directory (`str` or `os.PathLike`): folder to write to; created if missing.
             push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder as well.
             kwargs: the arguments of [`~transformers.PreTrainedConfig.save_pretrained`].
         """
@@ -150,7 +163,7 @@ class GazeSelectorConfig(PreTrainedConfig):
         for name in CODE_FILES:
             source = Path(__file__).parent / name
             if not source.exists() and self.name_or_path:
-                # Loaded as remote code, this module lies in a cache that need not hold the others.
+                # If this module is remote code, the other ones may be missing in its cache folder.
                 source = cached_file(self.name_or_path, name, _raise_exceptions_for_missing_entries=False)
             target = Path(save_directory) / name
             if source is not None and Path(source).resolve() != target.resolve():
@@ -166,11 +179,11 @@ class AutoGazeVisionConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 192): channels of the convolutions.
         output_size (`int`, *optional*, defaults to 192): channels of the vision tokens; the decoder's hidden size.
         num_channels (`int`, *optional*, defaults to 3): colour channels of the frames.
-        patch_size (`int`, *optional*, defaults to 16): height and width in pixels that one vision token sees at first.
-        temporal_patch_size (`int`, *optional*, defaults to 1): video frames that make one frame of gaze.
+        patch_size (`int`, *optional*, defaults to 16): height and width in pixels of a vision token's patch.
+        temporal_patch_size (`int`, *optional*, defaults to 1): video frames per frame of gaze.
         num_blocks (`int`, *optional*, defaults to 1): number of causal convolution blocks.
         spatial_kernel_size (`int`, *optional*, defaults to 3): height and width of their kernels, odd.
-        temporal_kernel_size (`int`, *optional*, defaults to 3): their frames, the present one and the ones before it.
+        temporal_kernel_size (`int`, *optional*, defaults to 3): frames of their kernels, the current and earlier ones.
 
     Raises:
         ValueError: if a size is not a positive number, or the spatial kernel is even.
@@ -221,12 +234,12 @@ class AutoGazeVisionConfig(PreTrainedConfig):
 
 class AutoGazeDecoderConfig(LlamaConfig):
     """
-    Configuration of the gaze decoder, a small Llama that proposes several patches a step.
+    Configuration of the gaze decoder, a small Llama that predicts several patches per step.
 
     See docs/specification.md, section 2.4.
 
     Args:
-        num_multi_token_pred (`int`, *optional*, defaults to 10): patches proposed by one decoding step.
+        num_multi_token_pred (`int`, *optional*, defaults to 10): number of patches per decoding step.
         kwargs: the arguments of [`~transformers.LlamaConfig`], with the published sizes as defaults.
 
     Raises:
@@ -268,7 +281,7 @@ class AutoGazeDecoderConfig(LlamaConfig):
 
 class AutoGazeConfig(GazeSelectorConfig):
     r"""
-    Configuration of an [`AutoGazeModel`]; the defaults are the published model of 3.26 million parameters.
+    Configuration of an [`AutoGazeModel`]; the defaults are those of the published model with 3.26 million parameters.
 
     Args:
         scales (`list[int]`, *optional*, defaults to `[32, 64, 112, 224]`):
@@ -276,37 +289,37 @@ class AutoGazeConfig(GazeSelectorConfig):
         patch_size (`int`, *optional*, defaults to 16):
             Height and width of a patch in pixels, at every scale.
         image_size (`int`, *optional*, defaults to 224):
-            Height and width that frames are resized to before the model looks at them.
+            Height and width in pixels of the frames that the model takes.
         max_num_frames (`int`, *optional*, defaults to 16):
-            Frames of the clips that the model was trained on; longer ones work.
+            Number of frames of the clips that the model was trained on; longer ones work.
         decoding_positions (`str`, *optional*, defaults to `"sequential"`):
-            Where chosen patches are encoded while a frame is decoded. `"sequential"`: at their true positions, as when
-            a gaze is scored. `"frame_tail"`: again and again at the last positions of the prompt, as the published
-            weights were trained (docs/specification.md, section 4.5).
+            Positions of chosen patches while a frame is decoded. `"sequential"`: their true positions, as in scoring.
+            `"frame_tail"`: the last positions of the prompt in every step, as the published weights were trained
+            (docs/specification.md, section 4.5).
         stopping (`str`, *optional*, defaults to `"predicted"`):
-            What ends a frame that has a threshold. `"predicted"`: the losses that the model predicts, as published.
+            The loss that ends a frame with a threshold. `"predicted"`: the loss that the model predicts, as published.
             `"measured"`: the loss of the closed-form reconstruction after every patch, so that every frame meets its
-            threshold or has used its budget; for models that were trained on that loss.
+            threshold or uses its whole budget; for models that were trained on that loss.
         kwargs: further arguments of [`GazeSelectorConfig`].
         vision_config (`AutoGazeVisionConfig` or `dict`, *optional*):
             The vision stem.
         decoder_config (`AutoGazeDecoderConfig` or `dict`, *optional*):
             The gaze decoder. Its vocabulary is one id per patch and one end id.
         gazing_ratio_config (`dict`, *optional*):
-            How the share of patches is drawn when `generate` is given neither a ratio nor a threshold:
-            `sample_strategy_during_inference` and `sample_strategy_during_training` each name one of `fixed`
+            Distribution of the share of patches if `generate` is given neither a ratio nor a threshold:
+            `sample_strategy_during_inference` and `sample_strategy_during_training` are each one of `fixed`
             (`{"gazing_ratio"}`), `uniform` (`{"gazing_ratio_min", "gazing_ratio_max"}`) and `exponential` (the same
             two and `"lambda"`).
         gazing_ratio_each_frame_config (`dict`, *optional*):
-            How that share is spread over the frames: `uniform`, `dirichlet` (`{"alpha"}`, a number or one per frame)
-            or `self` (the share is a cap, and a drawn threshold decides).
+            Distribution of that share over the frames: `uniform`, `dirichlet` (`{"alpha"}`, a number or one per frame)
+            or `self` (the share is a maximum, and a drawn threshold applies).
         task_loss_requirement_config (`dict`, *optional*):
-            How the threshold is drawn then: `fixed` (`{"task_loss_requirement"}`) or `uniform`
+            Distribution of the threshold: `fixed` (`{"task_loss_requirement"}`) or `uniform`
             (`{"task_loss_requirement_min", "task_loss_requirement_max"}`).
         has_task_loss_requirement_during_training (`bool`, *optional*, defaults to `False`):
-            Whether a threshold is drawn at all in training mode.
+            Whether a threshold is drawn in training mode.
         has_task_loss_requirement_during_inference (`bool`, *optional*, defaults to `True`):
-            The same in evaluation mode.
+            Whether a threshold is drawn in evaluation mode.
 
     Raises:
         ValueError: if a part is out of range or parts do not fit each other; the message names it.
@@ -350,59 +363,49 @@ class AutoGazeConfig(GazeSelectorConfig):
         if decoder_config is None or isinstance(decoder_config, dict):
             decoder_config = AutoGazeDecoderConfig(**{"vocab_size": grid.num_patches + 1, **(decoder_config or {})})
         decoder_config.eos_token_id = grid.num_patches
-
-        if decoding_positions not in DECODING_POSITIONS:
-            raise ValueError(f"`decoding_positions` must be one of {DECODING_POSITIONS}, got {decoding_positions!r}")
-        if stopping not in STOPPING:
-            raise ValueError(f"`stopping` must be one of {STOPPING}, got {stopping!r}")
-        if not isinstance(image_size, int) or image_size < 1 or image_size % vision_config.patch_size:
-            raise ValueError(
-                f"`image_size` must be a positive multiple of `vision_config.patch_size`={vision_config.patch_size}, "
-                f"got {image_size!r}"
-            )
-        if not isinstance(max_num_frames, int) or max_num_frames < 1:
-            raise ValueError(f"`max_num_frames` must be a positive integer, got {max_num_frames!r}")
-        if decoder_config.vocab_size != grid.num_patches + 1:
-            raise ValueError(
-                f"`decoder_config.vocab_size` must be {grid.num_patches + 1}, one id for each of the "
-                f"{grid.num_patches} patches of {grid} and one end id, got {decoder_config.vocab_size}"
-            )
-        if vision_config.output_size != decoder_config.hidden_size:
-            raise ValueError(
-                f"`vision_config.output_size` must equal `decoder_config.hidden_size`={decoder_config.hidden_size}, "
-                f"got {vision_config.output_size}"
-            )
         self.image_size = image_size
         self.max_num_frames = max_num_frames
         self.decoding_positions = decoding_positions
         self.stopping = stopping
         self.vision_config = vision_config
         self.decoder_config = decoder_config
-        self.gazing_ratio_config = _strategies(
-            "gazing_ratio_config",
-            gazing_ratio_config,
-            {
-                "fixed": {"gazing_ratio": 0.5},
-                "uniform": {"gazing_ratio_min": 0, "gazing_ratio_max": 1},
-                "exponential": {"gazing_ratio_min": 0, "gazing_ratio_max": 1, "lambda": 10},
-            },
+        self._check_parts(grid)
+        self.gazing_ratio_config = _complete_strategies("gazing_ratio_config", gazing_ratio_config)
+        self.gazing_ratio_each_frame_config = _complete_strategies(
+            "gazing_ratio_each_frame_config", gazing_ratio_each_frame_config
         )
-        self.gazing_ratio_each_frame_config = _strategies(
-            "gazing_ratio_each_frame_config",
-            gazing_ratio_each_frame_config,
-            {"uniform": {}, "dirichlet": {"alpha": 0.5}, "self": {}},
-        )
-        self.task_loss_requirement_config = _strategies(
-            "task_loss_requirement_config",
-            task_loss_requirement_config,
-            {
-                "fixed": {"task_loss_requirement": 0.7},
-                "uniform": {"task_loss_requirement_min": 0.6, "task_loss_requirement_max": 0.9},
-            },
+        self.task_loss_requirement_config = _complete_strategies(
+            "task_loss_requirement_config", task_loss_requirement_config
         )
         self.has_task_loss_requirement_during_training = has_task_loss_requirement_during_training
         self.has_task_loss_requirement_during_inference = has_task_loss_requirement_during_inference
         super().__init__(scales, patch_size, **kwargs)
+
+    def _check_parts(self, grid: GazeGrid) -> None:
+        vision, decoder = self.vision_config, self.decoder_config
+        if self.decoding_positions not in DECODING_POSITIONS:
+            raise ValueError(
+                f"`decoding_positions` must be one of {DECODING_POSITIONS}, got {self.decoding_positions!r}"
+            )
+        if self.stopping not in STOPPING:
+            raise ValueError(f"`stopping` must be one of {STOPPING}, got {self.stopping!r}")
+        if not isinstance(self.image_size, int) or self.image_size < 1 or self.image_size % vision.patch_size:
+            raise ValueError(
+                f"`image_size` must be a positive multiple of `vision_config.patch_size`={vision.patch_size}, "
+                f"got {self.image_size!r}"
+            )
+        if not isinstance(self.max_num_frames, int) or self.max_num_frames < 1:
+            raise ValueError(f"`max_num_frames` must be a positive integer, got {self.max_num_frames!r}")
+        if decoder.vocab_size != grid.num_patches + 1:
+            raise ValueError(
+                f"`decoder_config.vocab_size` must be {grid.num_patches + 1}, one id for each of the "
+                f"{grid.num_patches} patches of {grid} and one end id, got {decoder.vocab_size}"
+            )
+        if vision.output_size != decoder.hidden_size:
+            raise ValueError(
+                f"`vision_config.output_size` must equal `decoder_config.hidden_size`={decoder.hidden_size}, "
+                f"got {vision.output_size}"
+            )
 
     @property
     def end_id(self) -> int:
@@ -416,24 +419,25 @@ class AutoGazeConfig(GazeSelectorConfig):
 
     @property
     def frame_sampling_rate(self) -> int:
-        """Video frames that make one frame of gaze."""
+        """Video frames per frame of gaze."""
         return self.vision_config.temporal_patch_size
 
     @property
     def num_vision_tokens(self) -> int:
-        """Tokens that the vision stem makes of one frame."""
+        """Number of vision tokens of a frame."""
         return (self.image_size // self.vision_config.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "AutoGazeConfig":
-        """Builds the configuration from a dictionary in this package's layout or in the published one."""
+        """Builds the configuration from a dictionary in the layout of this package or of the published checkpoint."""
         if "gaze_model_config" in config_dict:
             config_dict = _from_published_layout(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
 
-def _strategies(name: str, given: dict | None, defaults: dict[str, dict]) -> dict:
-    """Fills a drawing configuration with defaults and checks its strategies and numbers."""
+def _complete_strategies(name: str, given: dict | None) -> dict:
+    """Fills the configuration of a distribution with defaults and checks its strategies and their parameters."""
+    defaults = copy.deepcopy(_STRATEGIES[name])
     config = {
         "sample_strategy_during_training": next(iter(defaults)),
         "sample_strategy_during_inference": next(iter(defaults)),
@@ -453,9 +457,9 @@ def _strategies(name: str, given: dict | None, defaults: dict[str, dict]) -> dic
 
 def _from_published_layout(published: dict[str, Any]) -> dict[str, Any]:
     """
-    Turns the nested configuration of the published checkpoint into this package's (docs/specification.md, section 2).
+    Converts the nested configuration of the published checkpoint (docs/specification.md, section 2).
 
-    The published file repeats the library's defaults of its time; only what describes the model is read.
+    The published file repeats defaults of transformers; only the values that describe the model are read.
     """
     gaze = published["gaze_model_config"]
     vision, decoder = gaze["vision_model_config"], gaze["gaze_decoder_config"]

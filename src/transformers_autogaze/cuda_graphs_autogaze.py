@@ -1,8 +1,4 @@
-"""
-Many small operations as one: functions on fixed memory that CUDA replays as a graph.
-
-This module owns capturing and replaying, and doing without where that cannot be; what is computed it does not know.
-"""
+"""Functions on memory at fixed addresses that CUDA replays as a graph; they run as usual where that is not possible."""
 
 from collections.abc import Callable
 
@@ -15,16 +11,16 @@ logger = logging.get_logger(__name__)
 
 class ReplayedCall:
     """
-    A function that is called again and again, on CUDA by replaying what it did.
+    A function that is called repeatedly, on CUDA by replaying a graph of its operations.
 
-    The function takes and returns nothing: it reads from and writes to tensors that stay where they are, never waits for
-    the device, and allocates the same every time. The first call runs it as it is, the second captures it, all others
-    replay. On a CPU, or where it cannot be captured, every call runs it.
+    The function takes and returns nothing: it reads and writes tensors at fixed addresses, never synchronises with the
+    device, and allocates the same memory every time. The first call runs it, the second captures it, and all others replay
+    the graph. On a CPU, or where capturing fails, every call runs the function.
 
     Args:
         function (`Callable`): the function.
-        device (`torch.device`): where its tensors lie.
-        pool (*optional*): memory to share with other calls that never run at the same time, a `torch.cuda.graph_pool_handle()`.
+        device (`torch.device`): device of its tensors.
+        pool (*optional*): a `torch.cuda.graph_pool_handle()`, shared with calls that never run at the same time.
 
     Example:
 

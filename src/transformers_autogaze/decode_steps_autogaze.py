@@ -1,7 +1,7 @@
 """
-How the gaze decoder reads and proposes, step by step.
+Decoding steps on a key-value cache: reading tokens, attention, and choosing patch ids.
 
-This module owns what one step does to a [`GazeCache`] and its keys and values; when a frame ends the loop in `generation_autogaze` says.
+The loop over frames is in `generation_autogaze`, which also shows when these steps run.
 """
 
 import functools
@@ -14,23 +14,23 @@ from torch.nn import functional as F
 from .fused_decoder_autogaze import Attend, FusedDecoder
 
 
-_NEAR_SCORES = 2**20  # numbers of which the caches of a CPU's cores hold some MB
+_MAX_CACHED_SCORES = 2**20  # attention scores that fit into the caches of a CPU
 
 
 class DecodeSteps:
     """
-    Reads new tokens after all that is cached, with keys and values written in place and never copied.
+    Decoding steps that write keys and values into the cache in place.
 
-    Clips of a batch are attended to together as long as they are equally long, and one by one, at their own lengths, once
-    they are not; those whose frame has ended are left out.
+    Clips of equal length attend in one batch. Otherwise every clip attends by itself, so that nothing is padded. Clips
+    whose frame has ended are not computed.
 
     Args:
         decoder ([`FusedDecoder`]): the decoder.
-        cache (`GazeCache`): what it has read of the clips.
-        num_tokens (`int`): how many more of each clip to make room for at once.
+        cache (`GazeCache`): cached keys and values of the clips.
+        num_tokens (`int`): number of further tokens per clip to reserve memory for.
         positions (`str`): the config's `decoding_positions`.
-        temperature (`float`, *optional*): at which patches are sampled; the likeliest are taken if not given.
-        generator (`torch.Generator`, *optional*): where random numbers come from.
+        temperature (`float`, *optional*): temperature of sampling; without it, decoding is greedy.
+        generator (`torch.Generator`, *optional*): source of random numbers.
     """
 
     def __init__(
@@ -48,43 +48,44 @@ class DecodeSteps:
         like = decoder.like
         self.cos = self.sin = like.new_empty(0, 0)
         self.first_position, self.num_tokens = 0, num_tokens
-        # On a CPU this is quicker than torch's attention, which is made for many queries.
-        self.attends_by_hand = like.device.type == "cpu" and like.dtype.itemsize >= 4 and not decoder.is_eager
+        # With few queries on a CPU, this is faster than torch's fused attention.
+        self.uses_matmul_attention = like.device.type == "cpu" and like.dtype.itemsize >= 4 and not decoder.is_eager
         self.scores = like.new_empty(0)
-        cache.reserve(num_tokens, self.attends_by_hand)
+        cache.reserve(num_tokens, self.uses_matmul_attention)
 
     def begin_frame(self, vision: torch.Tensor) -> None:
-        """Reads the unread patches of the frame before, and a frame's vision tokens `(batch, tokens, hidden)`."""
+        """Reads the unread patches of the previous frame, then a frame's vision tokens `(batch, tokens, hidden)`."""
         cache, num_vision = self.cache, vision.shape[1]
-        unread, most = cache.num_unread, max(cache.num_unread)
-        tokens = torch.cat([self.decoder.model.embed_tokens(cache.unread_ids[:, :most]), vision], dim=1)
-        if min(unread) < most:
-            # Clips with fewer unread patches end earlier; what follows their last vision token is not kept.
+        unread, max_unread = cache.num_unread, max(cache.num_unread)
+        tokens = torch.cat([self.decoder.model.embed_tokens(cache.unread_ids[:, :max_unread]), vision], dim=1)
+        if min(unread) < max_unread:
+            # Clips with fewer unread patches end earlier; tokens after their last vision token are dropped.
             for clip, count in enumerate(unread):
                 tokens[clip, count : count + num_vision] = vision[clip]
         cache.begin_frame()
         self.active = list(range(len(vision)))
         self.hidden = self._read(tokens, cache.next_positions, [count + num_vision for count in unread])
         self.prompt_ends = list(cache.next_positions)
-        # What is added to the logits of each clip: -inf for ids that are taken. The end id is never chosen.
+        # Added to the logits: -inf for ids that were chosen already, and for the end id, which is never chosen.
         self.taken = vision.new_zeros(len(vision), self.decoder.model.config.vocab_size)
         self.taken[:, -1] = -torch.inf
 
     def propose(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Chooses the next patches of every clip that is still active.
+        Chooses the next `count` patches of every active clip.
 
-        Gives their ids, and the losses predicted before each, both `(active clips, count)`.
+        Returns:
+            `tuple`: patch ids and the losses predicted before each of them, both of shape `(active clips, count)`.
         """
         logits, losses = self.decoder.heads(self.hidden)
         self.chosen = self.choose(logits[:, :count], self.taken)
         return self.chosen, losses[:, :count]
 
-    def go_on(self, rows: Sequence[int]) -> None:
-        """Reads what was chosen last, for some of the clips that were active; they alone stay active."""
-        if len(rows) < len(self.active):
-            self.active = [self.active[row] for row in rows]
-            self.chosen, self.taken = self.chosen[rows], self.taken[rows]
+    def read_chosen(self, indices: Sequence[int]) -> None:
+        """Reads the patches chosen last. Only the active clips at `indices` stay active."""
+        if len(indices) < len(self.active):
+            self.active = [self.active[index] for index in indices]
+            self.chosen, self.taken = self.chosen[indices], self.taken[indices]
         size, starts = self.chosen.shape[1], self.cache.next_positions
         if self.positions == "frame_tail":
             starts = [end - size for end in self.prompt_ends]
@@ -92,25 +93,25 @@ class DecodeSteps:
         self.hidden = self._read(tokens, starts, [size] * self.cache.batch_size)
 
     def finish(self) -> None:
-        """Leaves everything in the cache for the frames that follow."""
+        """Does nothing: keys and values are in the cache already."""
 
     def _read(self, tokens: torch.Tensor, starts: list[int], num_new: list[int]) -> torch.Tensor:
         """
-        Reads tokens `(active clips, new, hidden)` and caches them.
+        Reads tokens `(active clips, new, hidden)` and caches their keys and values.
 
-        `starts` and `num_new` hold, for every clip of the batch, the position of its first new token and how many of
-        them are real. Gives the hidden state of each clip's last real token, `(active clips, hidden)`.
+        `starts` and `num_new` hold, for every clip of the batch, the position of its first new token and the number of
+        its real tokens. Returns the hidden state of each clip's last real token, `(active clips, hidden)`.
         """
         cache, clips, size = self.cache, self.active, tokens.shape[1]
-        cache.reserve(size, self.attends_by_hand)
+        cache.reserve(size, self.uses_matmul_attention)
         clip_states = [(cache.lengths[clip], num_new[clip], starts[clip]) for clip in clips]
         if len(clips) == len(cache.lengths) and len(set(clip_states)) == 1:
-            # Equal clips are one group; otherwise each is a group of its own.
+            # Clips of equal length and position are one group; otherwise every clip is a group.
             groups = [(slice(None), slice(None), *clip_states[0])]
         else:
             groups = [
-                (slice(row, row + 1), slice(clip, clip + 1), *state)
-                for row, (clip, state) in enumerate(zip(clips, clip_states, strict=True))
+                (slice(index, index + 1), slice(clip, clip + 1), *state)
+                for index, (clip, state) in enumerate(zip(clips, clip_states, strict=True))
             ]
         attend_in_groups = [
             self._attention(cache.keys[:, :, stored], cache.values[:, :, stored], old, count)
@@ -121,8 +122,8 @@ class DecodeSteps:
             if len(groups) == 1:
                 return attend_in_groups[0](index, query, key, value)
             attended = []
-            for (rows, _, _, count, _), attend_in_group in zip(groups, attend_in_groups, strict=True):
-                part = attend_in_group(index, *(heads[:, rows, :count] for heads in (query, key, value)))
+            for (part_of_batch, _, _, count, _), attend_in_group in zip(groups, attend_in_groups, strict=True):
+                part = attend_in_group(index, *(heads[:, part_of_batch, :count] for heads in (query, key, value)))
                 if index < self.decoder.last and count < size:
                     part = F.pad(part, (0, 0, 0, size - count))
                 attended.append(part)
@@ -131,7 +132,7 @@ class DecodeSteps:
         def take_last(hidden: torch.Tensor) -> torch.Tensor:
             if len(groups) == 1:
                 return hidden[:, groups[0][3] - 1]
-            return torch.cat([hidden[rows, count - 1] for rows, _, _, count, _ in groups])
+            return torch.cat([hidden[part_of_batch, count - 1] for part_of_batch, _, _, count, _ in groups])
 
         rotations = self._rotations([start for *_, start in groups], size)
         hidden = self.decoder.read(tokens, rotations, attend, take_last)
@@ -140,17 +141,17 @@ class DecodeSteps:
 
     def _attention(self, keys: torch.Tensor, values: torch.Tensor, num_old: int, num_new: int) -> Attend:
         """
-        Gives what attends for clips that are equally long, and stores what is new of them.
+        Returns the attention function of clips of equal length; it also stores their new keys and values.
 
-        `keys` and `values` are what is stored of all layers, `(layers, key/value heads, clips, capacity, head size)`.
+        `keys` and `values` are the cached ones of all layers, `(layers, key/value heads, clips, capacity, head size)`.
         """
         last, seen, mask = self.decoder.last, num_old + num_new, self._causal_mask(num_new)
-        # Views of all layers at once: their making, too, takes its microseconds.
+        # Creating views costs microseconds as well, so those of all layers are created at once.
         new_keys, new_values = (states[:, :, :, num_old:seen].unbind() for states in (keys, values))
         keys, values = keys[:, :, :, :seen], values[:, :, :, :seen]
-        if self.attends_by_hand:
-            attend_to = self._attention_by_hand(keys, values, num_new, mask)
-            attend_to_last = self._attention_by_hand(keys, values, 1, None)
+        if self.uses_matmul_attention:
+            attend_to = self._matmul_attention(keys, values, num_new, mask)
+            attend_to_last = self._matmul_attention(keys, values, 1, None)
         else:
             mask = F.pad(mask, (num_old, 0))[None, None]
 
@@ -167,27 +168,27 @@ class DecodeSteps:
 
         return attend
 
-    def _attention_by_hand(
+    def _matmul_attention(
         self, keys: torch.Tensor, values: torch.Tensor, num_queries: int, mask: torch.Tensor | None
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """
-        Gives what attends to all that is seen, `(layers, key/value heads, clips, seen, head size)`.
+        Returns a function that attends from queries of a layer, by matrix products on scores in reused memory.
 
-        It takes the number of a layer and queries, and has its scores in memory that is used again. `mask` is
-        `(queries, queries)`, of the newest keys alone.
+        `keys` and `values` have the shape `(layers, key/value heads, clips, seen, head size)`. `mask` has the shape
+        `(queries, queries)` and applies to the newest keys.
         """
         _, key_heads, clips, seen, size = keys.shape
         num_shared = self.decoder.num_heads // key_heads
         keys, values = keys.flatten(1, 2).mT.unbind(), values.flatten(1, 2).unbind()
-        num_heads, rows, scaling = key_heads * clips, num_shared * num_queries, self.decoder.scaling
-        # As many heads at once as have scores that stay in the caches of the cores, and one for each core at least.
-        num_threads = torch.get_num_threads()
-        at_once = min(num_heads, max(num_threads, _NEAR_SCORES // (rows * seen)))
-        if len(self.scores) < at_once * rows * seen:
-            # Enough for the whole clip at once, as new memory takes the time of its first use.
-            capacity = self.cache.keys.shape[3]
-            self.scores = keys[0].new_empty(max(_NEAR_SCORES, num_threads * rows * capacity, at_once * rows * seen))
-        all_scores = self.scores[: at_once * rows * seen].view(at_once, rows, seen)
+        num_heads, head_queries, scaling = key_heads * clips, num_shared * num_queries, self.decoder.scaling
+        # As many heads at once as have scores that fit into the CPU's caches, and at least one per core.
+        num_threads, head_scores = torch.get_num_threads(), head_queries * seen
+        at_once = min(num_heads, max(num_threads, _MAX_CACHED_SCORES // head_scores))
+        if len(self.scores) < at_once * head_scores:
+            # Enough for the whole clip, as the first use of new memory is slow.
+            capacity = num_threads * head_queries * self.cache.keys.shape[3]
+            self.scores = keys[0].new_empty(max(_MAX_CACHED_SCORES, capacity, at_once * head_scores))
+        all_scores = self.scores[: at_once * head_scores].view(at_once, head_queries, seen)
         all_masked = all_scores.view(-1, num_queries, seen)[:, :, seen - num_queries :]
 
         def attend_to_part(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -201,7 +202,7 @@ class DecodeSteps:
             return torch.bmm(scores, values)
 
         def attend(index: int, query: torch.Tensor) -> torch.Tensor:
-            if num_shared > 1:  # heads that share keys become rows of one product
+            if num_shared > 1:  # query heads that share keys are computed in one product
                 query = query.unflatten(0, (key_heads, num_shared)).transpose(1, 2).flatten(2, 3)
             query = query.flatten(0, 1)
             if at_once == num_heads:
@@ -215,26 +216,26 @@ class DecodeSteps:
         return attend
 
     def _causal_mask(self, num_new: int) -> torch.Tensor:
-        """Lets each new token see the new ones up to itself: `(new, new)`, 0 or -inf."""
+        """Returns the causal mask of the new tokens, `(new, new)`, 0 or -inf."""
         if num_new not in self.causal_masks:
             mask = self.decoder.like.new_full((num_new, num_new), -torch.inf)
             self.causal_masks[num_new] = mask.triu(1)
         return self.causal_masks[num_new]
 
     def _rotations(self, firsts: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives cosines and sines `(groups, size, head size)` of positions that count from `firsts`."""
-        places = [first - self.first_position for first in firsts]
-        if min(places) < 0 or max(places) + size > len(self.cos):
-            # For all that is read in this call, and none of what was read in earlier ones.
+        """Returns cosines and sines `(groups, size, head size)` of the positions from each of `firsts` on."""
+        offsets = [first - self.first_position for first in firsts]
+        if min(offsets) < 0 or max(offsets) + size > len(self.cos):
+            # The tables cover the positions of this call of `generate`, not those of earlier ones.
             self.first_position = min(firsts)
-            places = [first - self.first_position for first in firsts]
-            positions = torch.arange(max(places) + size + self.num_tokens, device=self.decoder.like.device)
+            offsets = [first - self.first_position for first in firsts]
+            positions = torch.arange(max(offsets) + size + self.num_tokens, device=self.decoder.like.device)
             tables = self.decoder.rotations(positions[None] + self.first_position)
             self.cos, self.sin = (table[0] for table in tables)
         tables = (self.cos, self.sin)
-        if len(places) == 1:
-            return tuple(table[None, places[0] : places[0] + size] for table in tables)
-        return tuple(torch.stack([table[place : place + size] for place in places]) for table in tables)
+        if len(offsets) == 1:
+            return tuple(table[None, offsets[0] : offsets[0] + size] for table in tables)
+        return tuple(torch.stack([table[offset : offset + size] for offset in offsets]) for table in tables)
 
 
 def choose_ids(
@@ -243,26 +244,38 @@ def choose_ids(
     temperature: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Picks one id for each row of `(clips, rows, vocabulary)`, none twice; marks them with -inf in `taken`."""
+    """
+    Chooses one id for each of the `k` proposals of a step, none twice.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(clips, k, vocabulary)`): logits of the proposals.
+        taken (`torch.FloatTensor` of shape `(clips, vocabulary)`):
+            Added to the logits: -inf for ids that must not be chosen. The chosen ids are set to -inf in place.
+        temperature (`float`, *optional*): temperature of sampling; without it, the likeliest ids are chosen.
+        generator (`torch.Generator`, *optional*): source of random numbers.
+
+    Returns:
+        `torch.LongTensor` of shape `(clips, k)`.
+    """
     if temperature is None and logits.device.type == "cpu":
-        # The same in numpy, whose calls take a fraction of the time on so few numbers.
+        # NumPy has less overhead per call than torch, which dominates on so few numbers.
         free = logits.float().numpy() + taken.float().numpy()[:, None]
         chosen = free.argmax(-1)
         for scores_of_clip, ids in zip(free, chosen, strict=True):
-            if len(set(ids.tolist())) < len(ids):  # rows that choose alike must make way for those before them
-                for row, scores in enumerate(scores_of_clip):
-                    scores[ids[:row]] = -np.inf
-                    ids[row] = scores.argmax()
+            if len(set(ids.tolist())) < len(ids):  # earlier proposals keep an id that several prefer
+                for proposal, scores in enumerate(scores_of_clip):
+                    scores[ids[:proposal]] = -np.inf
+                    ids[proposal] = scores.argmax()
         chosen = torch.from_numpy(chosen)
         taken.scatter_(1, chosen, -torch.inf)
         return chosen
     chosen = []
-    for row in logits.unbind(1):
-        row = row + taken
+    for scores in logits.unbind(1):
+        scores = scores + taken
         if temperature is None:
-            choice = row.argmax(dim=-1, keepdim=True)
+            choice = scores.argmax(dim=-1, keepdim=True)
         else:
-            choice = torch.multinomial((row.float() / temperature).softmax(-1), 1, generator=generator)
+            choice = torch.multinomial((scores.float() / temperature).softmax(-1), 1, generator=generator)
         taken.scatter_(1, choice, -torch.inf)
         chosen.append(choice)
     return torch.cat(chosen, dim=1)

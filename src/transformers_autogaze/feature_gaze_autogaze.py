@@ -1,8 +1,7 @@
 """
-The selector that was taught by an encoder: keeps the patches whose features differ from what was kept before.
+The selector that is distilled from an encoder: it keeps the patches whose features differ from those kept before.
 
-This module makes a selector of `feature_network_autogaze`'s network and `feature_search_autogaze`'s search: normalised frames in, a
-[`GazeOutput`] out, streaming, and what a distance of vectors means as a loss.
+It combines the network of `feature_network_autogaze` with the search of `feature_search_autogaze`.
 """
 
 import torch
@@ -27,25 +26,26 @@ from .selection_autogaze import GazeGenerationMixin, frames_to_pixels, pixel_sca
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
-_SPREAD = 8.0  # the search takes vectors in -0.5..0.5, so these are a sixteenth of what a vector may be long
-_GROUP_PLACES = 1568  # places of the frames that the network looks at together, one frame at least
+_SPREAD = (
+    8.0  # the RMS length of vectors is 1 / 8, so that clamping to -0.5..0.5, the range of the search, changes few
+)
+_GROUP_PLACES = 1568  # places in a batch of frames of the network; a batch has at least one frame
 
 
 class FeatureGazeCache(CanvasGazeCache):
-    """What a [`FeatureGazeModel`] remembers of a stream: a vector for every place, and the account of a budget over time."""
+    """State of a stream of a [`FeatureGazeModel`]: the feature vector of every place, and the rate control of a budget."""
 
 
 class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel):
     """
-    Keeps the patches whose features an encoder would see change, as foreseen by a small network taught by that encoder.
+    Keeps the patches where an encoder's features change, as predicted by a small network that is distilled from the encoder.
 
-    The network looks at every frame once and gives a vector for each place of the finest scale, seen at each scale. Patches are
-    kept where the squared distance of these vectors to those that stand there from what was kept before is largest. A loss is
-    the share of the encoder's feature variance that a frame loses, 0..1, as the network foresees it: that is what
-    `task_loss_requirement` bounds and `task_loss_prediction` tells.
+    The network computes a vector for each place of the finest scale, as seen at each scale, once per frame. Patches are kept
+    where the squared distance between these vectors and those kept before is largest. A loss, in `task_loss_requirement` and
+    `task_loss_prediction`, is the predicted share of the encoder's feature variance that a frame loses, 0..1.
 
-    It takes any grid whose scales are among `config.scale_factors`, square or not, and any patch size: the network sees a
-    frame with 16 pixels for every patch of the finest scale.
+    It supports any grid whose scales are among `config.scale_factors`, square or not, and any patch size: frames are resized
+    to 16 pixels per patch of the finest scale for the network.
 
     Args:
         config ([`FeatureGazeConfig`], *optional*): the configuration.
@@ -83,16 +83,16 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
     @torch.no_grad()
     def look(self, frames: torch.Tensor, tubelet_size: int = 1) -> torch.Tensor:
         """
-        Looks at frames.
+        Computes the feature vectors of frames.
 
         Args:
             frames (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`): normalised by the processor.
-            tubelet_size (`int`, *optional*, defaults to 1): frames whose vectors are put side by side.
+            tubelet_size (`int`, *optional*, defaults to 1): number of frames whose vectors are concatenated.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, frames / tubelet_size, scales, tubelet_size * feature_size, rows, columns)`:
-            vectors of the places of the finest scale, for each scale of the grid, whose mean squared length is 1/64 for each
-            of the frames side by side where the network foresees all, cut to -0.5..0.5.
+            vectors of the places of the finest scale, for each scale of the grid, clamped to -0.5..0.5. The mean squared
+            length of a frame's vectors is 1/64 if the network predicts all of the variance.
         """
         rows, cols = self.config.grid.grids[-1]
         scales = self.config.known_scales(self.config.grid)
@@ -103,7 +103,7 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
         return vectors.transpose(2, 3).flatten(3, 4)
 
     def _look_at(self, frames: torch.Tensor, places: tuple[int, int], scales: list[int]) -> torch.Tensor:
-        """Looks at some frames `(frames, 3, height, width)`; gives `(frames, scales, feature_size, *places)`."""
+        """Computes the vectors `(frames, scales, feature_size, *places)` of frames `(frames, 3, height, width)`."""
         pixels = frames_to_pixels(frames, *pixel_scale_and_offset(self.config))
         size = tuple(STRIDE * count for count in places)
         if tuple(pixels.shape[-2:]) != size:
@@ -129,7 +129,7 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
 
 
 def _interpolate(values: torch.Tensor, start: tuple[float, ...], stop: tuple[float, ...]) -> torch.Tensor:
-    """Maps values linearly from ascending numbers to others, as many; beyond the ends to the last of these."""
+    """Maps values by linear interpolation between the knots `start` and `stop`, clamped at both ends."""
     start, stop = (torch.tensor(numbers, dtype=values.dtype, device=values.device) for numbers in (start, stop))
     values = values.clamp(start[0], start[-1])
     above = torch.searchsorted(start, values.contiguous()).clamp(min=1)

@@ -1,8 +1,7 @@
 """
-A small convolutional network that foresees what an encoder would make of every place of a frame, and its configuration.
+A small convolutional network that predicts an encoder's features at every place of a frame, and its configuration.
 
-This module owns the network: frames in, a short vector for every place and scale out. What vectors are good for is the
-matter of `feature_gaze_autogaze`.
+`feature_gaze_autogaze` chooses patches by these features.
 """
 
 import math
@@ -21,11 +20,11 @@ from .token_budgets_autogaze import check_clip_ratio
 
 
 STRIDE = 16
-"""Height and width in pixels of what the network makes one place of."""
+"""Stride of the network: height and width in pixels of a place."""
 _STEM = 4  # stride of the first stage
 _KERNEL = 7
-_PART = 1024  # places that a perceptron sees at once on a CPU
-_STRIP_PLACES = 2**14  # that the early stages see at once; more of them go through in strips
+_PART = 1024  # places that an MLP computes at once on a CPU
+_STRIP_PLACES = 2**14  # places that the early stages compute at once; larger frames are computed in strips
 
 
 class FeatureGazeConfig(GazeSelectorConfig):
@@ -34,29 +33,29 @@ class FeatureGazeConfig(GazeSelectorConfig):
 
     Args:
         scales (`Sequence[int | tuple[int, int]]`, *optional*, defaults to `[224]`):
-            Sizes in pixels at which patches are chosen, coarse to fine; each must be one of `scale_factors` of the last.
+            Sizes in pixels at which patches are chosen, coarse to fine; each must be the last one times a scale factor.
         patch_size (`int`, *optional*, defaults to 16):
             Height and width of a patch in pixels, at every scale.
         scale_factors (`Sequence[float]`, *optional*, defaults to `[1]`):
-            Sizes of the scales that the network knows, relative to the finest, coarse to fine; the last is 1.
+            Scales that the network predicts, relative to the finest, coarse to fine; the last is 1.
         hidden_sizes (`Sequence[int]`, *optional*, defaults to `[48, 96, 192]`):
-            Channels of the network at a quarter, an eighth and a sixteenth of the frame's size.
-        depths (`Sequence[int]`, *optional*, defaults to `[1, 2, 6]`): blocks there.
-        feature_size (`int`, *optional*, defaults to 96): numbers in the vector of a place.
+            Channels of the three stages, at a quarter, an eighth and a sixteenth of the frame's size.
+        depths (`Sequence[int]`, *optional*, defaults to `[1, 2, 6]`): number of blocks of the stages.
+        feature_size (`int`, *optional*, defaults to 96): size of the feature vector of a place.
         feature_variance (`float`, *optional*, defaults to 1.0):
-            Mean squared length of the vectors that the finest scale was taught, whose mean is 0.
+            Mean squared length of the target vectors of the finest scale, whose mean is 0.
         loss_knots (`Sequence[tuple[float, float]]`, *optional*, defaults to `[(0, 0), (1, 1)]`):
-            Pairs of predicted and measured loss, both ascending, between which `task_loss_requirement` is read linearly.
+            Pairs of predicted and measured loss, both ascending; losses are interpolated linearly between them.
         clip_ratio (`float`, *optional*, defaults to 0.25):
-            Share of a dense encoder's tokens to keep in a clip where `generate` is given neither a budget nor a threshold;
-            with `None`, the two below decide.
-        gazing_ratio (`float`, *optional*, defaults to 1.0): share of patches to keep of a frame at most then.
+            Share of a dense encoder's tokens to keep in a clip if `generate` is given neither a budget nor a threshold;
+            with `None`, the next two apply.
+        gazing_ratio (`float`, *optional*, defaults to 1.0): maximum share of patches to keep of a frame in that case.
         task_loss_requirement (`float`, *optional*, defaults to 0.1): share of the variance that a frame may lose then.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of new weights.
         kwargs: further arguments of [`GazeSelectorConfig`], such as `image_mean` and `image_std`.
 
     Raises:
-        ValueError: if a number is out of range, or a scale is none of `scale_factors`.
+        ValueError: if a number is out of range, or a scale is not among `scale_factors`.
 
     Example:
 
@@ -124,16 +123,16 @@ class FeatureGazeConfig(GazeSelectorConfig):
 
     def known_scales(self, grid: GazeGrid) -> list[int]:
         """
-        Finds the scales of a grid among those that the network knows.
+        Finds the scales of a grid among `scale_factors`.
 
         Args:
             grid ([`GazeGrid`]): any grid.
 
         Returns:
-            `list[int]`: for each scale of it the index in `scale_factors`.
+            `list[int]`: index in `scale_factors` of each scale of the grid.
 
         Raises:
-            ValueError: if it has another scale.
+            ValueError: if a scale is not among them.
         """
         indices = []
         for size in grid.sizes:
@@ -165,12 +164,12 @@ def _checked_knots(knots: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Tells whether the weights of a projection may be read; adapted, quantised or offloaded ones must be asked."""
+    """Returns whether a layer's weight can be used directly; adapted, quantised or offloaded layers must be called."""
     return type(linear) is nn.Linear and not linear.weight.is_meta
 
 
 class FeatureGazeDepthwise(nn.Conv2d):
-    """A depthwise convolution, which learns three times faster in float32 than in bfloat16 on a CPU."""
+    """A depthwise convolution; under autocast on a CPU it stays in float32, which trains three times faster."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -181,9 +180,9 @@ class FeatureGazeDepthwise(nn.Conv2d):
 
 class FeatureGazeBlock(nn.Module):
     """
-    A depthwise convolution and a perceptron at every place, added to what comes in.
+    A residual block of a depthwise convolution and an MLP, as in ConvNeXt.
 
-    The perceptron has no biases: that of the normalisation before it does for the first, and those that follow for the second.
+    The MLP has no biases, as the layers before and after it have some.
     """
 
     def __init__(self, size: int):
@@ -194,14 +193,14 @@ class FeatureGazeBlock(nn.Module):
         self.down = nn.Linear(4 * size, size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Takes and gives `(frames, channels, rows, columns)`, channels last in memory."""
+        """Maps `(frames, channels, rows, columns)` to the same shape, channels last in memory."""
         update = self.norm(self.depthwise(hidden).permute(0, 2, 3, 1))
         if not (_is_plain(self.up) and _is_plain(self.down)):
-            rows = update.flatten(0, 2)  # what all kinds of projections take
-            return hidden + self.down(F.gelu(self.up(rows))).view_as(update).permute(0, 3, 1, 2)
+            places = update.flatten(0, 2)  # two dimensions, which all kinds of adapted layers support
+            return hidden + self.down(F.gelu(self.up(places))).view_as(update).permute(0, 3, 1, 2)
         if torch.is_grad_enabled() or hidden.is_cuda or torch.is_autocast_enabled("cpu"):
             return hidden + self.down(F.gelu(self.up(update))).permute(0, 3, 1, 2)
-        # In parts that stay in a processor's cache and in the same memory; new memory for all takes longer than the arithmetic.
+        # Computed in parts that fit into the CPU's cache, in reused memory: allocating takes longer than the arithmetic.
         total = hidden.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         count = -(-total[..., 0].numel() // _PART)
         parts = [tensor.view(-1, tensor.shape[-1]).chunk(count) for tensor in (total, update.contiguous())]
@@ -213,14 +212,14 @@ class FeatureGazeBlock(nn.Module):
 
 
 class FeatureGazeNorm(nn.LayerNorm):
-    """Normalises the channels of `(frames, channels, rows, columns)`."""
+    """A layer norm over the channels of `(frames, channels, rows, columns)`."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class FeatureGazeContext(nn.Module):
-    """Tells every place the mean over its frame."""
+    """Adds a projection of the mean over the frame to every place."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -228,19 +227,19 @@ class FeatureGazeContext(nn.Module):
         self.project = nn.Linear(size, size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Takes and gives `(frames, channels, rows, columns)`."""
+        """Maps `(frames, channels, rows, columns)` to the same shape."""
         return hidden + self.project(self.norm(hidden.mean((2, 3))))[:, :, None, None]
 
 
 class FeatureGazeNetwork(PreTrainedModel):
     """
-    Foresees the features that an encoder would give to every place of a frame, seen at every scale.
+    Predicts an encoder's features at every place of a frame, as seen at every scale.
 
-    Stages of ConvNeXt-like blocks at a quarter, an eighth and a sixteenth of the frame's size; half way through the last, the
-    mean over the frame is added to every place. It is fully convolutional, so frames may have any size.
+    It has stages of ConvNeXt blocks at a quarter, an eighth and a sixteenth of the frame's size. In the middle of the last one,
+    the mean over the frame is added to every place. It is fully convolutional, so frames may have any size.
 
     Args:
-        config ([`FeatureGazeConfig`]): sizes of the stages, of the vectors, and the scales.
+        config ([`FeatureGazeConfig`]): the configuration.
 
     Example:
 
@@ -278,7 +277,7 @@ class FeatureGazeNetwork(PreTrainedModel):
         self.late = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(last, eps=1e-6)
         self.head = nn.Linear(last, len(config.scale_factors) * config.feature_size)
-        # Rows of places by which a strip must overlap the next: as far as its blocks see.
+        # Rows of places by which strips overlap: the receptive field of the early stages.
         reach = (_KERNEL // 2) * (_STEM * config.depths[0] + 2 * _STEM * config.depths[1])
         self.overlap = -(-reach // STRIDE)
         self.post_init()
@@ -294,7 +293,7 @@ class FeatureGazeNetwork(PreTrainedModel):
 
     @staticmethod
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
-        """Turns pixels in 0..1, `(.., 3, height, width)`, into what `forward` takes: ImageNet's mean and deviation."""
+        """Normalises pixels in 0..1, `(.., 3, height, width)`, by ImageNet's mean and standard deviation."""
         mean, std = (
             torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
@@ -303,19 +302,19 @@ class FeatureGazeNetwork(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, scales: Sequence[int] | None = None) -> torch.Tensor:
         """
-        Looks at frames.
+        Predicts the features of frames.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(frames, 3, 16 * rows, 16 * columns)`):
-                Frames as `normalize` gives them.
-            scales (`Sequence[int]`, *optional*): indices in `config.scale_factors` of the scales to give; all by default.
+                Frames normalised by `normalize`.
+            scales (`Sequence[int]`, *optional*): indices in `config.scale_factors` of the scales to return; all by default.
 
         Returns:
             `torch.FloatTensor` of shape `(frames, scales, feature_size, rows, columns)`: a vector for every place of the
             finest scale and each of the scales.
 
         Raises:
-            ValueError: if height or width is no multiple of 16.
+            ValueError: if the height or width is not a multiple of 16.
         """
         rows, cols = (side // STRIDE for side in pixel_values.shape[-2:])
         if (
@@ -342,7 +341,7 @@ class FeatureGazeNetwork(PreTrainedModel):
         return vectors.unflatten(-1, (len(weight), -1)).permute(0, 3, 4, 1, 2)
 
     def _look_early(self, pixel_values: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-        """Takes frames to one place each 16 pixels; large ones in strips, as the early stages need much memory."""
+        """Computes the early stages, of large frames in strips, as these stages need much memory."""
         height = max(1, _STRIP_PLACES // cols)
         if rows <= height or torch.is_grad_enabled():
             return self.early(self.stem(pixel_values))

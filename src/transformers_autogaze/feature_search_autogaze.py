@@ -1,8 +1,4 @@
-"""
-The search on a canvas of features: kept patches show vectors instead of pixels.
-
-This module owns how vectors of places are laid on a canvas; where they come from is the caller's matter.
-"""
+"""The search on a canvas of feature vectors instead of pixels; `feature_gaze_autogaze` computes the vectors."""
 
 import torch
 
@@ -12,11 +8,11 @@ from .canvas_search_autogaze import Canvas
 
 class FeatureSearch(MeasuringSearch):
     """
-    Chooses patches by the squared distance of vectors, one for every place.
+    Chooses patches by the squared distance of feature vectors, one for every place.
 
-    Clips are `(batch, frames, scales, channels, rows, columns)`: what a place is worth when it is seen at each scale,
-    coarse to fine, by places of the finest scale or by cells. Vectors are to have their mean removed, which is what the
-    canvas shows at first, and to lie in -0.5..0.5.
+    Clips have the shape `(batch, frames, scales, channels, rows, columns)`: the vectors of every place as seen at each scale,
+    coarse to fine, in rows and columns of the finest scale or of cells. Vectors must be centred, as the canvas is zero at
+    first, and lie in -0.5..0.5.
 
     Args:
         grid ([`GazeGrid`]): scales and patches.
@@ -37,14 +33,14 @@ class FeatureSearch(MeasuringSearch):
     """
 
     def start_canvas(self, frames: torch.Tensor) -> Canvas:
-        """Gives a canvas that shows the mean feature, on which nothing was kept yet."""
+        """Returns the initial canvas, which is zero, the mean of the vectors."""
         return Canvas(
             frames.new_zeros(len(frames), frames.shape[3], *self.cells),
             torch.ones(len(frames), *self.cells, dtype=torch.bool, device=frames.device),
         )
 
     def _render(self, frame: torch.Tensor) -> list[torch.Tensor]:
-        """Spreads vectors `(batch, scales, channels, rows, columns)` over the cells."""
+        """Expands vectors `(batch, scales, channels, rows, columns)` to cells, for each scale."""
         batch, scales, channels, rows, cols = frame.shape
         if (rows, cols) != self.cells:
             frame = frame[:, :, :, :, None, :, None].expand(

@@ -1,8 +1,7 @@
 """
-The gaze decoder's arithmetic, made for many short reads.
+The layers and heads of the gaze decoder with fused weights, for reading few tokens at a time.
 
-This module owns what a layer computes and how its weights are joined; where keys and values are kept, and who attends to
-whom, its callers say.
+Callers provide the attention, and with it the key-value cache and the mask.
 """
 
 import math
@@ -14,24 +13,23 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
-# Attends from query, with key and value of the new tokens, all `(heads, clips, new, head size)`, in a layer of some number;
-# gives `(clips * new, heads * head size)`, in the last layer for one token of each clip.
+# Takes the index of a layer, and query, key and value of the new tokens, all `(heads, clips, new, head size)`. Returns the
+# attention output `(clips * new, heads * head size)`, in the last layer of one token per clip.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FusedDecoder:
     """
-    Runs the layers and heads of a gaze decoder on its own weights.
+    Runs the layers and heads of a gaze decoder with fused weights.
 
-    It does what `LlamaModel` does: projections that share their input are one product, with weights laid out for few rows,
-    and the last layer is computed for the one token whose hidden state is asked for. Weights are joined once, so an
-    instance serves until they change.
+    The result is that of `LlamaModel`. Projections of the same input are one matrix product, and the last layer is computed
+    for the last token of each clip only. Weights are fused once, so a new instance is needed after they change.
 
     Args:
         decoder (`nn.Module`): the model's gaze decoder.
-        implementation (`str`, *optional*): how it attends: `"eager"`, or sdpa for everything else.
+        implementation (`str`, *optional*): attention implementation: `"eager"`; anything else means sdpa.
         like (`torch.Tensor`, *optional*):
-            A tensor on the device and of the dtype that hidden states have; the embeddings of the patch ids if not given.
+            A tensor with the device and dtype of the hidden states; by default the embeddings of the patch ids.
     """
 
     def __init__(self, decoder: nn.Module, implementation: str | None, like: torch.Tensor | None = None):
@@ -41,21 +39,21 @@ class FusedDecoder:
         self.layers = [
             (
                 layer,
-                _parts_of_product(
+                _fused_projections(
                     layer.self_attn.head_dim,
                     layer.input_layernorm,
                     layer.self_attn.q_proj,
                     layer.self_attn.k_proj,
                     layer.self_attn.v_proj,
                 ),
-                _sum_with_product(layer.self_attn.o_proj),
-                _parts_of_product(
+                _fused_residual(layer.self_attn.o_proj),
+                _fused_projections(
                     layer.mlp.intermediate_size,
                     layer.post_attention_layernorm,
                     layer.mlp.gate_proj,
                     layer.mlp.up_proj,
                 ),
-                _sum_with_product(layer.mlp.down_proj),
+                _fused_residual(layer.mlp.down_proj),
             )
             for layer in self.model.layers
         ]
@@ -63,35 +61,35 @@ class FusedDecoder:
         config = self.model.config
         self.num_heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.scaling = self.layers[0][0].self_attn.scaling
-        self._project_rows = self._joined_heads()
+        self._project_heads = self._fused_heads()
 
     @property
     def is_fused(self) -> bool:
-        """Whether all weights could be joined, so that nothing but them is computed with."""
+        """Whether all weights are plain ones, and so are fused."""
         linear = [module for module in self.decoder.modules() if hasattr(module, "weight") and module.weight.ndim == 2]
         return all(type(module) in (nn.Linear, nn.Embedding) and not module.weight.is_meta for module in linear)
 
     def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives logits `(clips, k, vocabulary)` and predicted losses `(clips, k)` of what `read` gives."""
-        if self._project_rows is None:
+        """Returns logits `(clips, k, vocabulary)` and predicted losses `(clips, k)` of the output of `read`."""
+        if self._project_heads is None:
             return self.decoder.heads(self.model.norm(hidden))
-        both = self._project_rows(hidden)
+        both = self._project_heads(hidden)
         both = both.unflatten(-1, (-1, self.model.config.vocab_size + 1)).transpose(0, 1).flatten(1, 2)
         return both[..., :-1], both[..., -1]
 
-    def _joined_heads(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Makes one product of both heads, row by row, in as many parts as cores can share."""
-        heads, num_rows = (self.decoder.lm_head, self.decoder.task_loss_prediction_head), self.decoder.num_rows
+    def _fused_heads(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Fuses both heads into one product, in parts that the CPU cores can share."""
+        heads, step_size = (self.decoder.lm_head, self.decoder.task_loss_prediction_head), self.decoder.step_size
         if not _are_plain(heads):
             return None
-        weight = torch.cat([head.weight.unflatten(0, (num_rows, -1)) for head in heads], dim=1).flatten(0, 1)
-        num_parts = math.gcd(num_rows, torch.get_num_threads())
+        weight = torch.cat([head.weight.unflatten(0, (step_size, -1)) for head in heads], dim=1).flatten(0, 1)
+        num_parts = math.gcd(step_size, torch.get_num_threads())
         return _normed_product(self.model.norm, weight.T, len(weight) // num_parts)
 
     def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives cosines and sines `(clips, new, head size)` of positions `(clips, new)`."""
+        """Returns cosines and sines `(clips, new, head size)` of positions `(clips, new)`."""
         cos, sin = self.model.rotary_emb(self.like, position_ids=positions)
-        # Rotating turns (a, b) into (-b, a); the sign is put into the sines instead.
+        # `rotate_half` maps (a, b) to (-b, a); with the sign in the sines, `read` only has to roll.
         half = sin.shape[-1] // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
@@ -103,10 +101,17 @@ class FusedDecoder:
         take_last: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """
-        Gives the hidden state `(clips, hidden)`, which `heads` normalises, of one of each clip's tokens `(clips, new, hidden)`.
+        Runs the layers on tokens.
 
-        `rotations` are `(clips, new, head size)`, of one clip where all are equal; `take_last` picks that token out of
-        hidden states `(clips, new, hidden)`.
+        Args:
+            tokens (`torch.FloatTensor` of shape `(clips, new, hidden)`): embeddings of the new tokens.
+            rotations (`tuple[torch.FloatTensor, torch.FloatTensor]` of shape `(clips or 1, new, head size)`):
+                Cosines and sines, as `rotations` returns them.
+            attend (`Attend`): the attention.
+            take_last (`Callable`): selects one token of each clip, `(clips, new, hidden)` to `(clips, hidden)`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(clips, hidden)`: its hidden state before the final norm, which `heads` applies.
         """
         cos, sin = rotations
         clips, new, _ = tokens.shape
@@ -129,9 +134,16 @@ class FusedDecoder:
         self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """
-        Attends in a layer from queries `(heads, clips, new, head size)` to keys and values `(heads, clips, seen, head size)`.
+        Computes the attention of a layer.
 
-        `mask` is 0 or -inf, `(clips or 1, 1, new, seen)`. Gives `(clips * new, heads * head size)`.
+        Args:
+            index (`int`): index of the layer.
+            query (`torch.FloatTensor` of shape `(heads, clips, new, head size)`): queries.
+            keys, values (`torch.FloatTensor` of shape `(key/value heads, clips, seen, head size)`): keys and values.
+            mask (`torch.FloatTensor` of shape `(clips or 1, 1, new, seen)`, *optional*): 0 or -inf.
+
+        Returns:
+            `torch.FloatTensor` of shape `(clips * new, heads * head size)`.
         """
         attention = self.layers[index][0].self_attn
         query, keys, values = (heads.transpose(0, 1) for heads in (query, keys, values))
@@ -144,20 +156,20 @@ class FusedDecoder:
         return attended.flatten(2).flatten(0, 1)
 
 
-def _parts_of_product(width: int, norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes one product of projections of rows, normalised first, that gives parts `(parts, rows, width)` of it."""
+def _fused_projections(width: int, norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Fuses a norm and projections into one function of `(tokens, hidden)`, which returns `(parts, tokens, width)`."""
     weight = _fused_weight(*projections)
     if weight is None:
-        return lambda hidden: _in_parts(_each(norm(hidden), projections), width)
+        return lambda hidden: _in_parts(_project_each(norm(hidden), projections), width)
     return _normed_product(norm, weight, width)
 
 
 def _normed_product(norm: nn.Module, weight: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes the product of rows, normalised first, and a weight, in parts `(parts, rows, width)`."""
+    """Fuses a norm and a weight into one function of `(tokens, hidden)`, which returns `(parts, tokens, width)`."""
     if weight.dtype not in (torch.float32, torch.float64):
         return lambda hidden: _in_parts(norm(hidden) @ weight, width)
-    # With n numbers in a row x, x / sqrt(|x|^2 / n + eps) is x / hypot(|x|, sqrt(n * eps)) times sqrt(n). That and the
-    # norm's own weights go into the product's, which leaves three quick operations of the norm.
+    # For x of size n, RMSNorm's x / sqrt(|x|^2 / n + eps) is sqrt(n) * x / hypot(|x|, sqrt(n * eps)). The factor and the
+    # norm's own weight are multiplied into the projection's weight, which leaves three fast operations of the norm.
     size = len(weight)
     floor = weight.new_tensor(math.sqrt(size * norm.variance_epsilon))
     weight = norm.weight[:, None] * weight * math.sqrt(size)
@@ -167,7 +179,7 @@ def _normed_product(norm: nn.Module, weight: torch.Tensor, width: int) -> Callab
 
     if weight.device.type != "cpu":
         return lambda hidden: _in_parts(normalise(hidden) @ weight, width)
-    # As one small product for each part, the cores share the work better and the parts lie as they are needed.
+    # One small product per part is shared better by the CPU cores, and gives contiguous parts.
     weight = weight.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
     return lambda hidden: torch.bmm(normalise(hidden).expand(len(weight), -1, -1), weight)
 
@@ -176,23 +188,23 @@ def _in_parts(product: torch.Tensor, width: int) -> torch.Tensor:
     return product.unflatten(-1, (-1, width)).movedim(-2, 0)
 
 
-def _sum_with_product(projection: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Makes one operation of a projection and of adding it to something."""
+def _fused_residual(projection: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Fuses a projection and the addition to the residual stream into one operation."""
     weight = _fused_weight(projection)
     if weight is None:
         return lambda hidden, inputs: hidden + projection(inputs)
     return lambda hidden, inputs: torch.addmm(hidden, inputs, weight)
 
 
-def _each(inputs: torch.Tensor, projections: Sequence[nn.Module]) -> torch.Tensor:
+def _project_each(inputs: torch.Tensor, projections: Sequence[nn.Module]) -> torch.Tensor:
     return torch.cat([projection(inputs) for projection in projections], dim=-1)
 
 
 def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
-    """Joins the weights of projections of the same input; `None` where adapted, quantised or offloaded ones must be asked."""
+    """Joins the weights of projections; `None` where adapted, quantised or offloaded ones must be called instead."""
     if not _are_plain(projections):
         return None
-    # On a CPU, a product of few rows is up to twice as fast with the weight laid out this way round.
+    # On a CPU, a product of few tokens is up to twice as fast with the transposed weight contiguous.
     return torch.cat([projection.weight for projection in projections]).T.contiguous()
 
 

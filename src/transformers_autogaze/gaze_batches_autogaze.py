@@ -1,8 +1,4 @@
-"""
-Batches of gazes: one clip out of a batch, clips into a batch, and clips that follow each other in time.
-
-This module moves slots and their padding; what a gaze is, `gazing_autogaze` says.
-"""
+"""Selecting, stacking and concatenating gazes; the public methods are those of [`GazeOutput`] in `gazing_autogaze`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +14,7 @@ _OF_FRAMES = ("task_loss_requirement", "clip_num_gazing_each_frame")
 
 
 def select_clip(gaze: "GazeOutput", clip: int) -> "GazeOutput":
-    """Takes one clip out of a batch; see [`GazeOutput.select`]."""
+    """Returns one clip of a batch; see [`GazeOutput.select`]."""
     if not -gaze.batch_size <= clip < gaze.batch_size:
         raise ValueError(f"`clip` must lie in 0..{gaze.batch_size - 1}, got {clip}")
     clip %= gaze.batch_size
@@ -40,23 +36,23 @@ def select_clip(gaze: "GazeOutput", clip: int) -> "GazeOutput":
 
 
 def stack_gazes(gazes: Sequence["GazeOutput"]) -> "GazeOutput":
-    """Makes one batch of clips of equal length; see [`GazeOutput.stack`]."""
+    """Stacks clips of equal length to a batch; see [`GazeOutput.stack`]."""
     first = _check_alike(gazes, ("scales", "patch_size", "frame_sampling_rate", "num_frames"))
     counts = torch.stack([gaze.num_gazing_each_frame for gaze in gazes]).amax(0)
     starts = counts.cumsum(0) - counts
     frame = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    # The padding of a frame holds the id before its first, as where a gaze is made of masks.
+    # The padding of a frame is the id before its first, as in `GazeGrid.ids_from_masks`.
     padding = frame * first.num_vision_tokens_each_frame - 1
 
     def stacked(key: str, empty: torch.Tensor) -> torch.Tensor | None:
         if any(gaze.get(key) is None for gaze in gazes):
             return None
-        rows = []
+        parts = []
         for gaze in gazes:
-            row = empty.to(gaze[key].dtype).expand(gaze.batch_size, -1).clone()
-            row[:, starts[gaze.frame_of_slot] + _place_in_frame(gaze)] = gaze[key]
-            rows.append(row)
-        return torch.cat(rows)
+            part = empty.to(gaze[key].dtype).expand(gaze.batch_size, -1).clone()
+            part[:, starts[gaze.frame_of_slot] + _place_in_frame(gaze)] = gaze[key]
+            parts.append(part)
+        return torch.cat(parts)
 
     def of_frames(key: str) -> torch.Tensor | None:
         return None if any(gaze.get(key) is None for gaze in gazes) else torch.cat([gaze[key] for gaze in gazes])
@@ -75,15 +71,15 @@ def stack_gazes(gazes: Sequence["GazeOutput"]) -> "GazeOutput":
 
 
 def concatenate_gazes(gazes: Sequence["GazeOutput"]) -> "GazeOutput":
-    """Joins gazes of the same clips in time; see [`GazeOutput.concatenate`]."""
+    """Concatenates gazes of the same clips in time; see [`GazeOutput.concatenate`]."""
     first = _check_alike(gazes, ("scales", "patch_size", "frame_sampling_rate", "batch_size"))
     for index, (before, gaze) in enumerate(zip(gazes[:-1], gazes[1:], strict=True), start=1):
         if before.first_frame is not None and gaze.first_frame is not None:
             expected = before.first_frame + before.num_frames
             if gaze.first_frame != expected:
                 raise ValueError(
-                    f"`gazes[{index}]` must go on at frame {expected} of its stream, where the one before ends, got one "
-                    f"that starts at frame {gaze.first_frame}"
+                    f"`gazes[{index}]` must start at frame {expected} of its stream, where the previous one ends, got one that "
+                    f"starts at frame {gaze.first_frame}"
                 )
 
     def joined(key: str) -> torch.Tensor | None:
@@ -103,7 +99,7 @@ def concatenate_gazes(gazes: Sequence["GazeOutput"]) -> "GazeOutput":
 
 
 def _check_alike(gazes: Sequence["GazeOutput"], keys: Sequence[str]) -> "GazeOutput":
-    """Checks that gazes agree in some facts, and gives the first of them."""
+    """Checks that gazes agree in some fields, and returns the first of them."""
     if not gazes:
         raise ValueError("`gazes` must hold at least one gaze, got none")
     first = gazes[0]
@@ -117,7 +113,7 @@ def _check_alike(gazes: Sequence["GazeOutput"], keys: Sequence[str]) -> "GazeOut
 
 
 def _place_in_frame(gaze: "GazeOutput") -> torch.Tensor:
-    """Gives the place of every slot in its frame, `(N,)`."""
+    """Returns the place of every slot in its frame, `(N,)`."""
     counts = gaze.num_gazing_each_frame
     starts = counts.cumsum(0) - counts
     return torch.arange(gaze.gazing_pos.shape[1], device=counts.device) - starts[gaze.frame_of_slot]

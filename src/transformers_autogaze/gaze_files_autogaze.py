@@ -1,8 +1,7 @@
 """
-Gazes on disk: every field of a batch as `.safetensors`, and `gaze.json`, the record of one video.
+Gazes on disk: all fields of a batch as `.safetensors`, and `gaze.json` for one video, which docs/gaze_file.md describes.
 
-This module owns both formats and reads back what it writes; docs/gaze_file.md has the second, field by field. Files are
-written beside their place and renamed when they are whole.
+Files are written under temporary names and renamed when they are complete.
 """
 
 import json
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "autogaze.gaze"
 FORMAT_VERSION = 1
-"""Version of both formats; it grows when a reader of the last one would be wrong about a file."""
+"""Version of both formats; it is incremented when older readers would misread a file."""
 UNITS = {
     "fps": "frames of the video per second",
     "width": "pixels",
@@ -57,7 +56,7 @@ _KINDS = {
     "list of whole numbers": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
     "list of numbers": lambda value: isinstance(value, list) and all(map(_KINDS["number"], value)),
 }
-# Types of the fields, all of which may be missing; with a question mark they may also be `null`.
+# Types of the fields. All fields are optional here; those with a question mark may also be `null`.
 _FIELDS = {
     "package_version": "text?",
     "video": "text?",
@@ -92,20 +91,20 @@ _NUMBERS = ("patch_size", "frame_sampling_rate", "num_vision_tokens_each_frame",
 
 
 def save_gaze(gaze: "GazeOutput", path: str | os.PathLike) -> None:
-    """Writes every field of a gaze but its streaming state; see [`GazeOutput.save`]."""
+    """Writes all fields of a gaze except `cache`; see [`GazeOutput.save`]."""
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"`path` must end in .safetensors, got {str(path)!r}")
     tensors = {key: value for key, value in gaze.items() if isinstance(value, torch.Tensor)}
     tensors |= {f"{_MASK}.{number}": mask for number, mask in enumerate(gaze.gazing_mask)}
     facts = {"version": FORMAT_VERSION, "scales": gaze.scales, **{name: gaze.get(name) for name in _NUMBERS}}
-    # Selected clips are views of a batch, which the format does not take.
+    # Selected clips are views of a batch, which safetensors does not accept.
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    with _written_whole(Path(path)) as beside:
-        save_file(tensors, beside, metadata={"format": "pt", FORMAT: json.dumps(facts)})
+    with _atomic_write(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", FORMAT: json.dumps(facts)})
 
 
 def load_gaze(kind: type["GazeOutput"], path: str | os.PathLike) -> "GazeOutput":
-    """Reads a gaze, of `.safetensors` or a `gaze.json`; see [`GazeOutput.load`]."""
+    """Reads a gaze from `.safetensors` or a `gaze.json`; see [`GazeOutput.load`]."""
     if Path(path).suffix == ".json":
         return GazeFile.read(path, kind).gaze
     if Path(path).suffix != ".safetensors":
@@ -124,13 +123,13 @@ def load_gaze(kind: type["GazeOutput"], path: str | os.PathLike) -> "GazeOutput"
 
 class GazeFileWriter:
     """
-    Writes `gaze.json` of a video that is gazed at chunk by chunk.
+    Writes the `gaze.json` of a video whose patches are chosen chunk by chunk.
 
-    Records wait in a temporary file, as their number grows with the video. docs/gaze_file.md has the format.
+    Records are kept in a temporary file, as their number grows with the video. docs/gaze_file.md describes the format.
 
     Args:
-        frame_indices (`Sequence[int]`): the gazed frames, as the video counts them.
-        frame_times (`Sequence[float]`, *optional*): when each is shown, in seconds; where the video tells.
+        frame_indices (`Sequence[int]`): indices in the video of the gazed frames.
+        frame_times (`Sequence[float]`, *optional*): times of these frames in seconds, if the video has time stamps.
 
     Example:
 
@@ -154,14 +153,14 @@ class GazeFileWriter:
     def __init__(self, frame_indices: Sequence[int], frame_times: Sequence[float] | None = None):
         self.frame_indices = [int(index) for index in frame_indices]
         self.frame_times = None if frame_times is None else [round(float(time), 6) for time in frame_times]
-        self._waiting = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._records_file = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._num_records = 0
 
     def __enter__(self) -> "GazeFileWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._waiting.close()
+        self._records_file.close()
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """
@@ -169,15 +168,16 @@ class GazeFileWriter:
 
         Args:
             records (`Iterable[Mapping]`):
-                As [`~AutoGazeProcessor.post_process_gaze`] gives them, `frame` counted over the whole video's gazed frames.
+                As [`~AutoGazeProcessor.post_process_gaze`] returns them, with `frame` counted over all gazed frames of the
+                video.
         """
         for record in records:
             frame = record["frame"]
             entry = {"frame": frame, "frame_index": self.frame_indices[frame]}
             if self.frame_times is not None:
                 entry["time"] = self.frame_times[frame]
-            self._waiting.write(",\n" if self._num_records else "")
-            self._waiting.write(f"  {json.dumps({**entry, **record}, allow_nan=False)}")
+            self._records_file.write(",\n" if self._num_records else "")
+            self._records_file.write(f"  {json.dumps({**entry, **record}, allow_nan=False)}")
             self._num_records += 1
 
     def write(
@@ -193,11 +193,11 @@ class GazeFileWriter:
         Writes the file.
 
         Args:
-            path (`str` or `os.PathLike`): where; a file that is there is replaced.
+            path (`str` or `os.PathLike`): the file; an existing one is replaced.
             grid ([`GazeGrid`]): the grid that ids belong to.
-            extent (`tuple[int, int]`): height and width in pixels of the video that the grid spans.
-            num_frames (`int`, *optional*): frames that were there; all of `frame_indices` by default.
-            frame_sampling_rate (`int`, *optional*, defaults to 1): frames per frame of gaze.
+            extent (`tuple[int, int]`): height and width of the grid in pixels of the video.
+            num_frames (`int`, *optional*): number of frames that were decoded; all of `frame_indices` by default.
+            frame_sampling_rate (`int`, *optional*, defaults to 1): video frames per frame of gaze.
             facts: further fields, such as `video`, `selector`, `settings`, `fps`, `width`, `height`, `statistics`.
 
         Raises:
@@ -219,12 +219,12 @@ class GazeFileWriter:
             "frame_times": None if self.frame_times is None else self.frame_times[:num_frames],
             "units": UNITS,
         }
-        # Before anything is written: what JSON cannot hold.
+        # Serialised before anything is written, as it may raise.
         text = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
-        with _written_whole(Path(path)) as beside, beside.open("w", encoding="utf-8") as file:
+        with _atomic_write(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(text + ',\n "records": [\n')
-            self._waiting.seek(0)
-            for part in iter(lambda: self._waiting.read(2**20), ""):
+            self._records_file.seek(0)
+            for part in iter(lambda: self._records_file.read(2**20), ""):
                 file.write(part)
             file.write("\n ]\n}\n")
 
@@ -232,12 +232,12 @@ class GazeFileWriter:
 @dataclass(repr=False)
 class GazeFile:
     """
-    What a `gaze.json` says.
+    The content of a `gaze.json`.
 
     Args:
-        gaze ([`GazeOutput`]): what was kept, a batch of one, in the order of choice.
-        records (`list[dict]`): the same patch by patch.
-        facts (`dict`): all other fields of the file: `video`, `fps`, `grid`, `statistics` and so on.
+        gaze ([`GazeOutput`]): kept patches, a batch of one, in the order of choice.
+        records (`list[dict]`): a record per kept patch.
+        facts (`dict`): all other fields of the file, such as `video`, `fps`, `grid` and `statistics`.
     """
 
     gaze: "GazeOutput"
@@ -254,10 +254,10 @@ class GazeFile:
 
         Args:
             path (`str` or `os.PathLike`): the file.
-            kind (`type[GazeOutput]`, *optional*): the class of its gaze.
+            kind (`type[GazeOutput]`, *optional*): class of the gaze.
 
         Raises:
-            ValueError: if it is no such file, of a newer version, or a field is of another type.
+            ValueError: if the file is invalid or of a newer version, or a field has another type.
         """
         if kind is None:
             from .gazing_autogaze import GazeOutput as kind
@@ -275,13 +275,13 @@ class GazeFile:
 
     def frame_at(self, time: float) -> int:
         """
-        Finds the gazed frame that is shown at a time.
+        Finds the gazed frame at a time.
 
         Args:
             time (`float`): seconds from the start of the video.
 
         Returns:
-            `int`: its place in `frame_indices`, from 0; the first one for a time before it.
+            `int`: index in `frame_indices`; 0 for a time before the first frame.
 
         Raises:
             ValueError: if the file has no times of frames.
@@ -289,7 +289,7 @@ class GazeFile:
         times = self.facts["frame_times"]
         if times is None:
             raise ValueError(
-                f"`time` needs the times of frames, got {time} for a video that told no times; use `frame_indices`"
+                f"`time` needs the times of frames, got {time} for a video without time stamps; use `frame_indices`"
             )
         return max(0, bisect_right(times, time + 1e-6) - 1)
 
@@ -312,7 +312,7 @@ def _gaze_of_records(
 
 
 def _check_fields(facts: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Checks the types of the fields that a file has; a missing field is reported where it is needed."""
+    """Checks the types of the fields of a file; a missing field is reported where it is needed."""
 
     def check(holder: Mapping[str, Any], key: str, field: str, kind: str) -> None:
         if key not in holder or (holder[key] is None and kind.endswith("?")) or _KINDS[kind.rstrip("?")](holder[key]):
@@ -362,11 +362,11 @@ def _package_version() -> str | None:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """Gives a name beside a path to write to; renames it when all went well, and leaves nothing behind when not."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, which is renamed on success and removed on failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

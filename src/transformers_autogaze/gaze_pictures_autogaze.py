@@ -1,8 +1,4 @@
-"""
-A gaze as numbers, as text, as an HTML table, and as pictures of its kept patches, coloured by scale.
-
-This module owns colours and layout. It takes frames and a gaze; files and selectors are not its concern.
-"""
+"""Pictures of kept patches, coloured by scale, and summaries of a gaze as numbers, text and HTML."""
 
 import html
 from collections.abc import Sequence
@@ -42,7 +38,7 @@ def paint_gaze(frames: np.ndarray, gaze: "GazeOutput", clip: int = 0) -> np.ndar
     Args:
         frames (`np.ndarray` of shape `(frames, height, width, 3)`, uint8): the frames, of any size.
         gaze ([`GazeOutput`]): a gaze for these frames.
-        clip (`int`, *optional*, defaults to 0): which clip of the gaze's batch.
+        clip (`int`, *optional*, defaults to 0): index of the clip in the gaze's batch.
 
     Returns:
         `np.ndarray` of shape `(frames, height, width, 3)`, uint8.
@@ -98,7 +94,7 @@ def _palette(count: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _layout(grid: GazeGrid, height: int, width: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns, for each scale, the patch that every pixel of a frame lies in, and a mask of the pixels of outlines."""
+    """Returns, for each scale, the patch at every pixel of a frame, and a mask of the pixels of outlines."""
     layout, first = [], 0
     for patch, (rows, cols) in zip(grid.patches_at(height, width).numpy().astype(np.int32), grid.grids, strict=True):
         side = min(height // rows, width // cols)
@@ -120,10 +116,10 @@ def name_scales(grid: GazeGrid, height: float, width: float) -> list[str]:
 
     Args:
         grid ([`GazeGrid`]): the grid.
-        height, width (`float`): size in pixels of the frame that it spans.
+        height, width (`float`): size of the frame in pixels.
 
     Returns:
-        `list[str]`: coarse to fine, each with the size of the block of the frame that one patch covers.
+        `list[str]`: names, coarse to fine, with the size of the block of the frame that a patch covers.
 
     Example:
 
@@ -152,7 +148,7 @@ def text_size(width: int) -> int:
 
 def draw_legend(names: Sequence[str], width: int, heading: str = "") -> Image.Image:
     """
-    Draws a heading and the colours and names of scales, on several lines where one is too short.
+    Draws a heading and the colours and names of scales, on as many lines as needed.
 
     Args:
         names (`Sequence[str]`): names of the scales, coarse to fine; see [`name_scales`].
@@ -185,7 +181,7 @@ def draw_legend(names: Sequence[str], width: int, heading: str = "") -> Image.Im
 
 def draw_text(text: str, width: int, size: int | None = None) -> Image.Image:
     """
-    Draws lines of text; a line that is too long gets smaller letters.
+    Draws lines of text; a line that is too long gets a smaller font.
 
     Args:
         text (`str`): the lines.
@@ -213,7 +209,7 @@ def contact_sheet(
     captions: Sequence[str] = (),
 ) -> Image.Image:
     """
-    Lays out strips of frames below each other, one strip with its name per row, and a legend of the scales' colours.
+    Draws strips of frames below each other, each with its name, and a legend of the scales' colours.
 
     Args:
         rows (`Sequence` of `(str, np.ndarray)`): name of each row and its frames `(frames, height, width, 3)`, uint8.
@@ -247,7 +243,7 @@ def contact_sheet(
 
 def stack_pictures(pictures: Sequence[Image.Image]) -> Image.Image:
     """
-    Puts pictures below each other.
+    Stacks pictures vertically.
 
     Args:
         pictures (`Sequence[PIL.Image.Image]`): pictures in RGB, of one width.
@@ -268,13 +264,13 @@ def plot_gaze(gaze: "GazeOutput", frames: np.ndarray, clip: int = 0, max_frames:
     if max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}")
     painted = paint_gaze(frames, gaze, clip)
-    shown = np.linspace(0, len(painted) - 1, min(max_frames, len(painted))).round().astype(int)
+    chosen = np.linspace(0, len(painted) - 1, min(max_frames, len(painted))).round().astype(int)
     counts = gaze.num_real_each_frame[clip].tolist()
-    kept = [counts[frame // gaze.frame_sampling_rate] for frame in shown]
+    kept = [counts[frame // gaze.frame_sampling_rate] for frame in chosen]
     captions = [
-        f"frame {frame}\n{count} of {gaze.grid.num_patches} patches" for frame, count in zip(shown, kept, strict=True)
+        f"frame {frame}\n{count} of {gaze.grid.num_patches} patches" for frame, count in zip(chosen, kept, strict=True)
     ]
-    rows = [("frames", np.asarray(frames)[shown]), ("kept patches", painted[shown])]
+    rows = [("frames", np.asarray(frames)[chosen]), ("kept patches", painted[chosen])]
     return contact_sheet(rows, name_scales(gaze.grid, *painted.shape[1:3]), captions=captions)
 
 
@@ -315,7 +311,7 @@ def describe_gaze(gaze: "GazeOutput") -> str:
 
 
 def gaze_to_html(gaze: "GazeOutput") -> str:
-    """Makes a table of the clips of a gaze for a notebook, with a bar of kept patches for every frame."""
+    """Returns a table of the clips of a gaze for a notebook, with a bar of kept patches for every frame."""
     head = html.escape(describe_gaze(gaze))
     if gaze.gazing_pos is None or gaze.num_gazing_each_frame is None or gaze.scales is None:
         return f"<code>{head}</code>"

@@ -1,8 +1,7 @@
 """
-Gaze as data: which patches of which frames, at which scales, were kept.
+The output of every selector, [`GazeOutput`]: which patches of which frames were kept, at which scales.
 
-This module owns the output object that every selector returns; geometry it asks of the grid. It knows nothing of models
-or files: selectors make a [`GazeOutput`], encoders, reconstructions and pictures use it.
+Encoders, reconstructions and pictures take it. The geometry of patches is in `grid_autogaze`.
 """
 
 import os
@@ -25,12 +24,12 @@ from .grid_autogaze import GazeGrid
 @dataclass
 class GazeOutput(ModelOutput):
     """
-    The patches that a selector kept of a batch of clips, with the keys of the published code.
+    The patches that a selector kept of a batch of clips; the keys are those of the published code.
 
     See docs/specification.md, section 8.
 
-    Slots are ordered frame by frame and, inside a frame, in the order of choice. In a batch, every frame is padded to
-    its longest count.
+    Slots are ordered by frame and, in a frame, by the order of choice. Every frame is padded to its largest count in the
+    batch.
 
     Args:
         gazing_pos (`torch.LongTensor` of shape `(batch, N)`):
@@ -38,9 +37,9 @@ class GazeOutput(ModelOutput):
         if_padded_gazing (`torch.BoolTensor` of shape `(batch, N)`):
             True where a slot is padding.
         num_gazing_each_frame (`torch.LongTensor` of shape `(frames,)`):
-            Slots of each frame, padding included; their sum is `N`.
+            Number of slots of each frame, padding included; their sum is `N`.
         gazing_mask (`list[torch.BoolTensor]` of shape `(batch, frames, patches)`):
-            Per scale, true where a patch was kept.
+            Masks, one per scale: true where a patch was kept.
         scales (`list[int | tuple[int, int]]`):
             Sizes in pixels of the scales, coarse to fine.
         patch_size (`int`):
@@ -48,19 +47,19 @@ class GazeOutput(ModelOutput):
         frame_sampling_rate (`int`):
             Video frames per frame of gaze.
         num_vision_tokens_each_frame (`int`):
-            Patches of a frame over all scales.
+            Number of patches of a frame over all scales.
         log_action_probs (`torch.FloatTensor` of shape `(batch, N)`, *optional*):
             Log-probability of each choice.
         task_loss_prediction (`torch.FloatTensor` of shape `(batch, N)`, *optional*):
-            Predicted reconstruction loss after each choice. Selectors that measure instead put the measured loss here.
+            Predicted reconstruction loss after each choice; the measured loss of selectors that measure it.
         task_loss_requirement (`torch.FloatTensor` of shape `(batch, frames)`, *optional*):
-            The threshold that ended a frame, if there was one.
+            The threshold of each frame, if there was one.
         clip_num_gazing_each_frame (`torch.LongTensor` of shape `(batch, frames)`, *optional*):
-            Slots that each clip would have taken alone, padding included.
+            Number of slots that each clip takes alone, padding included.
         first_frame (`int`, *optional*):
-            Frames of gaze that the stream had before the first of these; `None` for clips that are no part of a stream.
+            Number of frames of gaze in the stream before the first of these; `None` for clips that are not part of a stream.
         cache (`GazeCache`, *optional*):
-            State to continue the stream with, if asked for; `past_key_values` gives it, too.
+            State to continue the stream with, if requested; also available as `past_key_values`.
 
     Example:
 
@@ -95,7 +94,7 @@ class GazeOutput(ModelOutput):
 
     @property
     def past_key_values(self) -> object | None:
-        """The state to continue with: what `generate` takes by this name. Newer outputs of the library call it `cache`."""
+        """The state to continue with, for the argument of `generate` with this name; the same as `cache`."""
         return self.cache
 
     @classmethod
@@ -109,7 +108,7 @@ class GazeOutput(ModelOutput):
         **extra,
     ) -> "GazeOutput":
         """
-        Builds a gaze from ids; the masks and the sizes follow from the grid.
+        Builds a gaze from ids; masks and sizes are those of the grid.
 
         Args:
             gazing_pos, if_padded_gazing, num_gazing_each_frame: see [`GazeOutput`].
@@ -134,7 +133,7 @@ class GazeOutput(ModelOutput):
         cls, masks: Sequence[torch.Tensor], grid: GazeGrid, frame_sampling_rate: int = 1, **extra
     ) -> "GazeOutput":
         """
-        Builds a gaze from masks, ids ascending inside a frame.
+        Builds a gaze from masks, with ascending ids in a frame.
 
         Args:
             masks (`Sequence[torch.BoolTensor]` of shape `(batch, frames, patches)`): one mask per scale.
@@ -161,10 +160,10 @@ class GazeOutput(ModelOutput):
         cls, grid: GazeGrid, batch_size: int, num_frames: int, scale: int | None = None, frame_sampling_rate: int = 1
     ) -> "GazeOutput":
         """
-        Builds the gaze that keeps everything.
+        Builds a gaze that keeps all patches.
 
         Args:
-            grid (`GazeGrid`): the grid to keep the patches of.
+            grid (`GazeGrid`): the patches to keep.
             batch_size (`int`): number of clips.
             num_frames (`int`): number of gazed frames of a clip.
             scale (`int`, *optional*): index of the only scale to keep, such as -1 for the finest; all by default.
@@ -211,31 +210,31 @@ class GazeOutput(ModelOutput):
 
     @property
     def num_real_each_frame(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(batch, frames)`: kept patches, padding not counted."""
+        """`torch.LongTensor` of shape `(batch, frames)`: number of kept patches, without padding."""
         counts = torch.zeros(self.batch_size, self.num_frames, dtype=torch.long, device=self.gazing_pos.device)
         return counts.index_add_(1, self.frame_of_slot, (~self.if_padded_gazing).long())
 
     @property
     def num_real(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(batch,)`: kept patches of each clip."""
+        """`torch.LongTensor` of shape `(batch,)`: number of kept patches of each clip."""
         return (~self.if_padded_gazing).sum(-1)
 
     @property
     def kept_ratio(self) -> torch.Tensor:
-        """`torch.FloatTensor` of shape `(batch,)`: kept patches over all patches of all scales, as `gazing_ratio` is."""
+        """`torch.FloatTensor` of shape `(batch,)`: share of kept patches among those of all scales, like `gazing_ratio`."""
         return self.num_real / (self.num_frames * self.num_vision_tokens_each_frame)
 
     @property
     def reduction_factor(self) -> torch.Tensor:
-        """`torch.FloatTensor` of shape `(batch,)`: patches of the finest scale, all a dense encoder sees, over kept ones."""
+        """`torch.FloatTensor` of shape `(batch,)`: tokens of a dense encoder (finest scale) divided by kept patches."""
         return self.num_frames * self.grid.num_patches_each_scale[-1] / self.num_real
 
     def statistics(self, clip: int = 0) -> dict[str, Any]:
         """
-        Sums up one clip in plain numbers, ready for JSON.
+        Summarises one clip in plain numbers, for JSON.
 
         Args:
-            clip (`int`, *optional*, defaults to 0): which clip of the batch.
+            clip (`int`, *optional*, defaults to 0): index of the clip in the batch.
 
         Returns:
             `dict` with `num_frames`, `num_patches` (kept), `kept_ratio`, `reduction_factor` (`None` where nothing was kept),
@@ -246,10 +245,10 @@ class GazeOutput(ModelOutput):
 
     def ids_each_frame(self, clip: int = 0) -> list[torch.Tensor]:
         """
-        Gives the kept ids of one clip, frame by frame, in the order of choice and without padding.
+        Returns the kept ids of one clip, frame by frame, in the order of choice and without padding.
 
         Args:
-            clip (`int`, *optional*, defaults to 0): which clip of the batch.
+            clip (`int`, *optional*, defaults to 0): index of the clip in the batch.
 
         Returns:
             `list[torch.LongTensor]`, one per frame: ids counted from the first patch of their frame.
@@ -260,7 +259,7 @@ class GazeOutput(ModelOutput):
 
     def boxes(self, height: int, width: int) -> torch.Tensor:
         """
-        Gives the box of every slot in frames of any size.
+        Returns the box of every slot in frames of any size.
 
         Args:
             height, width (`int`): size of the frames in pixels.
@@ -274,14 +273,14 @@ class GazeOutput(ModelOutput):
 
     def finest_patches(self, height: int, width: int) -> torch.Tensor:
         """
-        Tells for every pixel the finest kept patch that it lies in.
+        Returns the finest kept patch at every pixel, by the centre of the pixel.
 
         Args:
             height, width (`int`): size of the frames in pixels.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, frames, height, width)`: ids counted from their frame, -1 where no kept
-            patch lies; a pixel lies where its centre lies.
+            `torch.LongTensor` of shape `(batch, frames, height, width)`: ids counted from the first patch of their frame, -1
+            where there is no kept patch.
         """
         device = self.gazing_pos.device
         finest = torch.full((self.batch_size, self.num_frames, height, width), -1, device=device)
@@ -292,7 +291,7 @@ class GazeOutput(ModelOutput):
 
     def coverage(self, height: int, width: int) -> torch.Tensor:
         """
-        Marks the pixels that lie in at least one kept patch.
+        Returns a mask of the pixels in kept patches.
 
         Args:
             height, width (`int`): size of the frames in pixels.
@@ -304,14 +303,14 @@ class GazeOutput(ModelOutput):
 
     def covered_cells(self, rows: int, cols: int) -> torch.Tensor:
         """
-        Marks the cells of any regular grid over the frame that a kept patch, of any scale, reaches into.
+        Returns a mask of the cells of any regular grid over the frame that overlap a kept patch of any scale.
 
         Args:
-            rows, cols (`int`): cells of the grid from top to bottom and from left to right.
+            rows, cols (`int`): number of rows and columns of cells.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch, frames, rows, cols)`: true where a cell and a kept patch share an area,
-            however small; edges that only touch do not count.
+            `torch.BoolTensor` of shape `(batch, frames, rows, cols)`: true where the overlap has an area above 0; edges that
+            only touch do not count.
 
         Example:
 
@@ -325,31 +324,31 @@ class GazeOutput(ModelOutput):
         ```
         """
 
-        def shared(cells: int, patches: int) -> torch.Tensor:
-            # Both divide one length, so in units of 1 / (cells * patches) all edges are whole numbers.
+        def overlaps(cells: int, patches: int) -> torch.Tensor:
+            # In units of 1 / (cells * patches) of the frame, all edges are whole numbers.
             cell = torch.arange(cells, device=self.gazing_pos.device)[:, None] * patches
             patch = torch.arange(patches, device=self.gazing_pos.device) * cells
             return ((cell < patch + cells) & (patch < cell + patches)).float()
 
         covered = torch.zeros(self.batch_size, self.num_frames, rows, cols, device=self.gazing_pos.device)
         for mask, (height, width) in zip(self.gazing_mask, self.grid.grids, strict=True):
-            covered += shared(rows, height) @ mask.unflatten(-1, (height, width)).float() @ shared(cols, width).T
+            covered += overlaps(rows, height) @ mask.unflatten(-1, (height, width)).float() @ overlaps(cols, width).T
         return covered > 0
 
     def gather_patches(self, video: torch.Tensor) -> torch.Tensor:
         """
-        Cuts the kept patches out of the frames, resized to every scale (docs/specification.md, section 10).
+        Cuts the kept patches out of frames, resized to each scale (docs/specification.md, section 10).
 
         Args:
             video (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
-                The frames that the gaze is for, of any size and in any range of values.
+                The frames of the gaze, of any size and range of values.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, N, channels, patch_size, patch_size)`: resized bicubically without
             antialiasing; zeros for padding.
 
         Raises:
-            ValueError: if the clips or frames are not as many as the gaze's.
+            ValueError: if the number of clips or frames differs from that of the gaze.
         """
         expected = (self.batch_size, self.num_frames * self.frame_sampling_rate)
         if video.ndim != 5 or tuple(video.shape[:2]) != expected:
@@ -368,10 +367,10 @@ class GazeOutput(ModelOutput):
 
     def select(self, clip: int) -> "GazeOutput":
         """
-        Takes one clip out of the batch, as it would have come out alone.
+        Returns one clip of the batch, as `generate` returns it alone.
 
         Args:
-            clip (`int`): which clip of the batch, `-batch <= clip < batch`.
+            clip (`int`): index of the clip in the batch, `-batch <= clip < batch`.
 
         Returns:
             [`GazeOutput`] with a batch of one; without `cache`.
@@ -381,19 +380,18 @@ class GazeOutput(ModelOutput):
     @classmethod
     def stack(cls, gazes: Sequence["GazeOutput"]) -> "GazeOutput":
         """
-        Makes one batch of clips of equal length; the inverse of [`~GazeOutput.select`].
+        Stacks clips of equal length to a batch; the inverse of [`~GazeOutput.select`].
 
-        A `DataLoader` does it with the gazes of its samples.
+        A `DataLoader` collates gazes this way.
 
         Args:
-            gazes (`Sequence[GazeOutput]`): one clip or several each, with the same scales, patch size, sampling rate and
-                number of frames.
+            gazes (`Sequence[GazeOutput]`): batches with the same scales, patch size, sampling rate and number of frames.
 
         Returns:
-            [`GazeOutput`]; every frame is padded to its longest count. Without `cache`.
+            [`GazeOutput`]; every frame is padded to its largest count. Without `cache`.
 
         Raises:
-            ValueError: if there is no gaze, or they differ in one of these.
+            ValueError: if there is no gaze, or gazes differ in one of these.
 
         Example:
 
@@ -407,77 +405,77 @@ class GazeOutput(ModelOutput):
 
         ```
         """
-        return cls(**stack_gazes(gazes))  # of this class: remote code may be loaded more than once
+        return cls(**stack_gazes(gazes))  # an instance of this class, of which remote code may load several
 
     @classmethod
     def concatenate(cls, gazes: Sequence["GazeOutput"]) -> "GazeOutput":
         """
-        Joins gazes of the same clips in time, such as the frames of a stream or the chunks of a long video.
+        Concatenates gazes of the same clips in time, such as the frames of a stream or the chunks of a long video.
 
         Args:
-            gazes (`Sequence[GazeOutput]`): in order of time, of one batch size, scales and patch size; the ids of each
-                count from its own first frame.
+            gazes (`Sequence[GazeOutput]`): gazes in order of time, with the same batch size, scales and patch size; the ids
+                of each count from its own first frame.
 
         Returns:
-            [`GazeOutput`] whose ids count from the first frame of the first; the state is the last one's.
+            [`GazeOutput`] with ids counted from the first frame of the first gaze, and the `cache` of the last one.
 
         Raises:
-            ValueError: if there is no gaze, they differ in scales, patch size, sampling rate or batch size, or they are parts of
-                a stream that do not follow each other.
+            ValueError: if there is no gaze, gazes differ in scales, patch size, sampling rate or batch size, or they are parts
+                of a stream that are not consecutive.
         """
         return cls(**concatenate_gazes(gazes))
 
     def to(self, device: torch.device | str) -> "GazeOutput":
-        """Moves every tensor to a device; a streaming state stays where it is."""
+        """Moves all tensors to a device, except those of `cache`."""
         moved = {key: value.to(device) for key, value in self.items() if isinstance(value, torch.Tensor)}
         return self.replace(**moved, gazing_mask=[mask.to(device) for mask in self.gazing_mask])
 
     def replace(self, **changes) -> "GazeOutput":
-        """Gives a copy with some fields changed."""
+        """Returns a copy with some fields changed."""
         return type(self)(**{**self, **changes})
 
     def pin_memory(self) -> "GazeOutput":
-        """Copies every tensor to pinned memory, as a `DataLoader` asks for."""
+        """Copies all tensors to pinned memory; a `DataLoader` calls it with `pin_memory=True`."""
         pinned = {key: value.pin_memory() for key, value in self.items() if isinstance(value, torch.Tensor)}
         return self.replace(**pinned, gazing_mask=[mask.pin_memory() for mask in self.gazing_mask])
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Writes every field but the streaming state to a file.
+        Writes all fields except `cache` to a file.
 
         Args:
-            path (`str` or `os.PathLike`): a name that ends in `.safetensors`; a file that is there is replaced.
+            path (`str` or `os.PathLike`): a path that ends in `.safetensors`; an existing file is replaced.
 
         Raises:
-            ValueError: if the name ends in something else.
+            ValueError: if the path has another ending.
         """
         save_gaze(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "GazeOutput":
         """
-        Reads what [`~GazeOutput.save`] wrote, or the gaze in a `gaze.json` of the command line.
+        Reads a file of [`~GazeOutput.save`], or the gaze in a `gaze.json` of the command line.
 
         Args:
-            path (`str` or `os.PathLike`): a name that ends in `.safetensors` or `.json`. [`GazeFile`] gives the other
-                fields of a `gaze.json` as well.
+            path (`str` or `os.PathLike`): a path that ends in `.safetensors` or `.json`. [`GazeFile`] also reads the other
+                fields of a `gaze.json`.
 
         Raises:
-            ValueError: if it is no such file, or of a newer version.
+            ValueError: if the file is invalid, or of a newer version.
         """
         return load_gaze(cls, path)
 
     def plot(self, frames: np.ndarray, clip: int = 0, max_frames: int = 8) -> Image.Image:
         """
-        Draws frames, and below them what was kept of them.
+        Draws frames, and their kept patches below them.
 
         Args:
             frames (`np.ndarray` of shape `(frames, height, width, 3)`, uint8): the frames of the clip, of any size.
-            clip (`int`, *optional*, defaults to 0): which clip of the batch.
-            max_frames (`int`, *optional*, defaults to 8): frames to draw at most, evenly chosen.
+            clip (`int`, *optional*, defaults to 0): index of the clip in the batch.
+            max_frames (`int`, *optional*, defaults to 8): maximum number of frames, evenly spaced.
 
         Returns:
-            `PIL.Image.Image`: a picture, which a notebook shows.
+            `PIL.Image.Image`: the picture.
         """
         return plot_gaze(self, frames, clip, max_frames)
 
@@ -488,5 +486,5 @@ class GazeOutput(ModelOutput):
         return gaze_to_html(self)
 
 
-# What a DataLoader makes of the gazes of its samples.
+# A DataLoader stacks gazes.
 default_collate_fn_map[GazeOutput] = lambda gazes, *, collate_fn_map=None: GazeOutput.stack(gazes)

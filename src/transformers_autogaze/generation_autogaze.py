@@ -1,7 +1,16 @@
 """
-How the model gazes: its decode loop and the state of a stream.
+The decode loop of AutoGaze and the cache of a stream.
 
-This module owns the loop and its cache; it knows the model only through its config, `embed_video` and `gaze_decoder`.
+Two implementations of a decoding step share the arithmetic of the decoder:
+
+    generate -> GazeDecoding._gaze: loop over frames and steps (this module)
+     |
+     +-- GraphedSteps (`graphed_steps_autogaze`): fixed shapes, replayed as CUDA graphs (`cuda_graphs_autogaze`), when
+     |     on CUDA, greedy, in evaluation mode, without autocast, with plain weights, and free (one thread at a time)
+     +-- DecodeSteps (`decode_steps_autogaze`): true lengths, in all other cases (CPU, sampling, training, adapters)
+     |
+     both -> FusedDecoder (`fused_decoder_autogaze`): layers and heads as fused matrix products
+    forward, which scores a given gaze -> LlamaModel (`modeling_autogaze`)
 """
 
 import functools
@@ -16,20 +25,20 @@ from .decode_steps_autogaze import DecodeSteps
 from .fused_decoder_autogaze import FusedDecoder
 from .gazing_autogaze import GazeOutput
 from .graphed_steps_autogaze import GraphedSteps, graphed_steps
-from .measured_stopping_autogaze import FrameMeter
-from .selection_autogaze import GazeSelector, frames_to_pixels, pixel_scale_and_offset, resize_frames
+from .measured_stopping_autogaze import FrameLossTracker
+from .selection_autogaze import GazeSelector, check_cache, frames_to_pixels, pixel_scale_and_offset, resize_frames
 
 
 class GazeCache:
     """
-    What the model remembers of the clips it has gazed at, to go on with their next frames.
+    State of a batch of streams, with which `generate` continues them.
 
     See docs/specification.md, section 6.
 
-    It holds the decoder's keys and values, per clip and without padding, the last frames of every causal convolution,
-    and the chosen patches that the decoder has not read yet. Pass it as `past_key_values`; every call fills it further.
-    In float32 and float64 the stream gets the patches of the whole clip; in bfloat16 and float16 nearly all of them, as a
-    convolution rounds a clip otherwise than single frames.
+    It holds the decoder's keys and values of each clip without padding, the last inputs of every causal convolution, and the
+    chosen patches that the decoder has not read yet. Pass it as `past_key_values`; every call extends it. In float32 and
+    float64, a stream gets exactly the patches of the whole clip. In bfloat16 and float16 it gets nearly all of them, as
+    convolutions round a clip differently from single frames.
 
     Example:
 
@@ -52,48 +61,47 @@ class GazeCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything, to start with new clips."""
+        """Empties the cache, to start with new clips."""
         self.keys: torch.Tensor | None = None
-        """`(layers, key/value heads, batch, capacity, head size)`; the first `lengths[b]` places of clip b count."""
+        """`(layers, key/value heads, batch, capacity, head size)`; clip `b` has `lengths[b]` tokens."""
         self.values: torch.Tensor | None = None
         self.frequencies: torch.Tensor | None = None
-        """`(head size / 2,)`: by what angle one position turns each pair of a key's features."""
+        """`(head size / 2,)`: inverse frequencies of the rotary position embedding."""
         self.lengths: list[int] = []
-        """Tokens held of each clip."""
+        """Cached tokens of each clip."""
         self.next_positions: list[int] = []
         """Position of each clip's next token."""
         self.frame_starts: list[list[int]] = []
-        """Per frame and clip, the place of its first vision token."""
+        """Index of the first vision token, for each frame and clip."""
         self.convolutions: list[torch.Tensor] = []
-        """Per block, the last inputs `(batch, channels, temporal kernel - 1, rows, columns)`."""
+        """Last inputs of each block, `(batch, channels, temporal kernel - 1, rows, columns)`."""
         self.unread_ids: torch.Tensor | None = None
-        """`(batch, k)`: patches chosen last, in order, that the decoder has not read."""
+        """`(batch, k)`: the patches chosen last, in order, which the decoder has not read."""
         self.num_unread: list[int] = []
-        """How many of them are real, for each clip."""
+        """Number of unread patches of each clip."""
         self.reconstruction: torch.Tensor | None = None
-        """`(batch, 3, height, width)`: the last frame, rebuilt from what was kept; where losses are measured."""
+        """`(batch, 3, height, width)`: reconstruction of the last frame, if losses are measured."""
 
     @property
     def num_frames(self) -> int:
-        """Frames held."""
+        """Number of cached frames."""
         return len(self.frame_starts)
 
     @property
     def batch_size(self) -> int | None:
-        """Clips held; `None` while the cache is empty."""
+        """Number of clips; `None` while the cache is empty."""
         return len(self.lengths) or None
 
     @torch.inference_mode()
     def crop(self, num_frames: int) -> None:
         """
-        Forgets the oldest frames, so that an endless stream takes bounded memory and time.
+        Drops the oldest frames, so that memory and time per frame stay bounded in an endless stream.
 
-        The frames that stay are seen at the same distances as before; the next call counts positions from the first of
-        them, so that what it chooses does not depend on how many went before. The convolutions remember their last frames
-        either way.
+        The next call counts positions from the first frame that is kept, so its choice does not depend on the number of
+        dropped frames. The convolutions keep their last inputs.
 
         Args:
-            num_frames (`int`): how many of the latest frames to keep, at least 0.
+            num_frames (`int`): number of latest frames to keep, at least 0.
 
         Raises:
             ValueError: if `num_frames` is negative.
@@ -105,7 +113,7 @@ class GazeCache:
         starts = self.frame_starts[-num_frames] if num_frames else self.lengths
         for layer in (*self.keys, *self.values):
             for clip, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
-                # A copy first: the places overlap.
+                # Cloned first, as source and target overlap.
                 layer[:, clip, : length - start] = layer[:, clip, start:length].clone()
         self.frame_starts = [
             [place - start for place, start in zip(frame, starts, strict=True)]
@@ -116,11 +124,11 @@ class GazeCache:
             self.num_unread = [0] * len(self.lengths)
 
     def begin_frame(self) -> None:
-        """Notes that a frame's vision tokens follow, after the unread patches of the one before."""
+        """Records where the vision tokens of a new frame start: after the unread patches of the previous one."""
         self.frame_starts.append([length + count for length, count in zip(self.lengths, self.num_unread, strict=True)])
 
     def add_tokens(self, clips: list[int], num_new: list[int]) -> None:
-        """Counts tokens that some clips have read; `num_new` has a number for every clip of the batch."""
+        """Counts the tokens that some clips have read; `num_new` has an entry for every clip of the batch."""
         for clip in clips:
             self.lengths[clip] += num_new[clip]
             self.next_positions[clip] += num_new[clip]
@@ -128,23 +136,26 @@ class GazeCache:
     @torch.inference_mode()
     def count_from_first(self) -> None:
         """
-        Turns keys so that positions count from the first token held, as they do until something is forgotten.
+        Rotates the cached keys so that positions count from the first cached token.
 
-        In a stream that is cropped, positions would else grow without end, and their angles lose all precision.
+        Otherwise the positions of a cropped stream would grow without bound, and their angles lose precision.
         """
         for clip, (position, length) in enumerate(zip(self.next_positions, self.lengths, strict=True)):
             if position > length:
                 angles = (position - length) * self.frequencies.cpu().double()
                 for keys in self.keys[:, :, clip, :length]:
-                    keys.copy_(_turned_back(keys, angles))
+                    keys.copy_(_rotate_back(keys, angles))
                 self.next_positions[clip] = length
 
     def reserve(self, num_tokens: int, is_by_feature: bool) -> None:
         """
-        Makes room for further tokens of every clip; grows by half at least, so that copies stay rare.
+        Reserves memory for further tokens of every clip. It grows by at least a half, so that copies stay rare.
 
-        `is_by_feature` says how new memory holds keys, which changes nothing but the speed of what reads them: all places
-        of a feature after each other, or all features of a place.
+        Args:
+            num_tokens (`int`): number of further tokens per clip.
+            is_by_feature (`bool`):
+                Memory layout of new keys: all tokens of a feature are contiguous, or all features of a token. It affects
+                speed only.
         """
         held, capacity = max(self.lengths), self.keys.shape[3]
         if held + num_tokens > capacity:
@@ -158,8 +169,8 @@ class GazeCache:
             self.keys, self.values = keys, values
 
 
-def _turned_back(keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turns keys `(.., head size)` back by angles `(head size / 2,)`; the halves of the features are the pairs."""
+def _rotate_back(keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotates keys `(.., head size)` by negative angles `(head size / 2,)`, in the layout of `rotate_half`."""
     precise = torch.promote_types(keys.dtype, torch.float32)
     cos, sin = (part.to(keys.device, precise) for part in (angles.cos(), angles.sin()))
     first, second = keys.to(precise).chunk(2, dim=-1)
@@ -167,7 +178,7 @@ def _turned_back(keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 class GazeDecoding(GazeSelector):
-    """The decode loop of [`AutoGazeModel`], mixed into it."""
+    """Mixin of [`AutoGazeModel`] with its decode loop."""
 
     def _gaze(
         self,
@@ -184,32 +195,32 @@ class GazeDecoding(GazeSelector):
         if do_sample and not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"`temperature` must be a positive number, got {temperature}")
         if output_scores and past_key_values is not None and past_key_values.num_frames:
-            raise ValueError("`output_scores` must be False when `past_key_values` goes on with a stream")
+            raise ValueError("`output_scores` must be False when `past_key_values` continues a stream")
         grid = self.config.grid
         is_kept = use_cache or past_key_values is not None
         cache = GazeCache() if past_key_values is None else past_key_values
-        self._check_cache(cache, len(frames))
+        check_cache(cache, GazeCache, len(frames))
         vision, convolutions = self.embed_video(frames, cache.convolutions)
-        # Weights may lie elsewhere, and be held in another precision, than what is computed with them.
+        # The cache is like the vision tokens, as weights may be offloaded or have another dtype.
         self._prepare_cache(cache, len(frames), like=vision).convolutions = convolutions
         cache.count_from_first()
-        # Every patch of the budget will be read; with a threshold, frames may end long before.
+        # Without a threshold, all patches of the budget will be read; with one, frames usually end much earlier.
         num_tokens = len(budget) * vision.shape[2]
         num_tokens += self.config.decoder_config.num_multi_token_pred
         num_tokens += int(budget.sum() if threshold is None else budget.max())
-        meter = self._meter(frames, cache) if is_kept or threshold is not None else None
+        tracker = self._loss_tracker(frames, cache) if is_kept or threshold is not None else None
         sampling = {"temperature": temperature if do_sample else None, "generator": generator}
 
         ids, is_real, slots = [], [], []
-        # Thousands of small operations, a tenth quicker without autograd's notes. What leaves is a copy, free of the mode.
+        # Inference mode makes thousands of small operations a tenth faster. Returned tensors are made or copied outside it.
         with torch.inference_mode(), self._decode_steps(cache, num_tokens, is_kept, **sampling) as steps:
             for frame, num_patches in enumerate(budget.tolist()):
                 limit = None if threshold is None else threshold[:, frame]
-                at_frame = self._gaze_at_frame(steps, vision[:, frame], num_patches, limit, cache, meter)
-                ids.append(at_frame[0] + frame * grid.num_patches)
-                is_real.append(at_frame[1])
-                slots.append(at_frame[2])
-            cache.reconstruction = None if meter is None else meter.standing.clone()
+                chosen = self._gaze_at_frame(steps, vision[:, frame], num_patches, limit, cache, tracker)
+                ids.append(chosen[0] + frame * grid.num_patches)
+                is_real.append(chosen[1])
+                slots.append(chosen[2])
+            cache.reconstruction = None if tracker is None else tracker.reconstruction.clone()
         gaze = GazeOutput.from_ids(
             torch.cat(ids, dim=1),
             ~torch.cat(is_real, dim=1),
@@ -219,13 +230,11 @@ class GazeDecoding(GazeSelector):
             clip_num_gazing_each_frame=torch.tensor(slots, device=frames.device).T,
             cache=cache if use_cache else None,
         )
-        if output_scores:
-            given = gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame
-            scores = self(frames, *given, return_dict=True)
-            gaze = gaze.replace(
-                log_action_probs=scores.log_action_probs, task_loss_prediction=scores.task_loss_prediction
-            )
-        return gaze
+        return self._with_scores(gaze, frames) if output_scores else gaze
+
+    def _with_scores(self, gaze: GazeOutput, frames: torch.Tensor) -> GazeOutput:
+        scores = self(frames, gaze.gazing_pos, gaze.if_padded_gazing, gaze.num_gazing_each_frame, return_dict=True)
+        return gaze.replace(log_action_probs=scores.log_action_probs, task_loss_prediction=scores.task_loss_prediction)
 
     @contextmanager
     def _decode_steps(
@@ -236,7 +245,7 @@ class GazeDecoding(GazeSelector):
         temperature: float | None,
         generator: torch.Generator | None,
     ) -> Iterator[DecodeSteps | GraphedSteps]:
-        """Lends what decodes a batch: on CUDA steps that are replayed as graphs, where that can be."""
+        """Yields the decoding steps of a batch: graphed ones where possible, as the figure at the top of this module shows."""
         if temperature is None and self._replays_steps():
             with graphed_steps(self, len(cache.lengths)) as graphed:
                 if graphed is not None:
@@ -250,16 +259,16 @@ class GazeDecoding(GazeSelector):
     def _composite(self) -> CompositeReconstruction:
         return CompositeReconstruction(self.config.grid)
 
-    def _meter(self, frames: torch.Tensor, cache: GazeCache) -> FrameMeter | None:
-        """Gives what measures the frames of clips, where measuring is what ends them."""
+    def _loss_tracker(self, frames: torch.Tensor, cache: GazeCache) -> FrameLossTracker | None:
+        """Returns the tracker of measured losses; `None` if predicted losses end frames."""
         if self.config.stopping == "predicted":
             return None
         frames = resize_frames(frames[:, :: self.config.frame_sampling_rate], self.config.grid.sizes[-1])
         pixels = frames_to_pixels(frames, *pixel_scale_and_offset(self.config))
-        return FrameMeter(self._composite, pixels, cache.reconstruction)
+        return FrameLossTracker(self._composite, pixels, cache.reconstruction)
 
     def _replays_steps(self) -> bool:
-        # In training weights change all the time, and with them the graphs.
+        # In training, weights change with every step, and graphs would have to be captured again.
         device = self.device.type
         return device == "cuda" and not self.training and not torch.is_autocast_enabled(device)
 
@@ -270,13 +279,13 @@ class GazeDecoding(GazeSelector):
         budget: int,
         threshold: torch.Tensor | None,
         cache: GazeCache,
-        meter: FrameMeter | None,
+        tracker: FrameLossTracker | None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """
         Chooses patches of one frame, given its vision tokens `(batch, tokens, hidden)`.
 
-        Returns ids `(batch, slots)` counted from the frame, the end id where a slot is padding; `(batch, slots)` true
-        where a slot is real; and for each clip the slots that it took itself.
+        Returns ids `(batch, slots)`, counted from the first patch of the frame and the end id where a slot is padding; a
+        mask `(batch, slots)` that is true where a slot is real; and the number of slots that each clip took.
         """
         batch_size, end_id = len(vision), self.config.end_id
         step_size = self.config.decoder_config.num_multi_token_pred
@@ -285,52 +294,42 @@ class GazeDecoding(GazeSelector):
         num_slots = [0] * batch_size
 
         steps.begin_frame(vision)
-        if meter is not None:
-            meter.begin_frame()
+        if tracker is not None:
+            tracker.begin_frame()
         active = list(range(batch_size))
         for start in range(0, budget, step_size):
             stop = min(start + step_size, budget)
             chosen, losses = steps.propose(stop - start)
             for clip in active:
                 num_slots[clip] = stop
-            rows = slice(None) if len(active) == batch_size else active
+            clips = slice(None) if len(active) == batch_size else active
             if threshold is None:
-                meets = None
-                going_on = list(range(len(active))) if stop < budget else []
-                ids[rows, start:stop], is_real[rows, start:stop] = chosen, True
+                is_padding = None
+                continuing = list(range(len(active))) if stop < budget else []
+                ids[clips, start:stop], is_real[clips, start:stop] = chosen, True
             else:
-                # Row i predicts the loss that stands before slot i, so a slot that comes after enough is padding.
-                losses = losses if meter is None else meter.losses(active, chosen)
-                meets = losses <= threshold[rows, None]
+                # Entry i is the loss before slot i, so slots from the first loss that meets the threshold on are padding.
+                losses = losses if tracker is None else tracker.add_patches(active, chosen)
+                is_padding = losses <= threshold[clips, None]
                 if start == 0:
-                    meets[:, 0] = False
-                ends = meets.any(dim=1).tolist()  # the only wait for the device in a step
-                going_on = [row for row, end in enumerate(ends) if not end] if stop < budget else []
-                # Measured losses include the one after the last slot, which may end the frame but has no slot.
-                meets = meets[:, : stop - start]
-                ids[rows, start:stop] = chosen.masked_fill(meets, end_id)
-                is_real[rows, start:stop] = ~meets
-            if len(going_on) < len(active):
-                self._keep_unread(cache, chosen, meets, active, set(going_on))
-            if not going_on:
-                if meter is not None:
-                    meter.end_frame(ids)
+                    is_padding[:, 0] = False
+                has_ended = is_padding.any(dim=1).tolist()  # the only synchronisation with the device in a step
+                continuing = [index for index, ended in enumerate(has_ended) if not ended] if stop < budget else []
+                # Measured losses include that after the last slot, which may end the frame but has no slot.
+                is_padding = is_padding[:, : stop - start]
+                ids[clips, start:stop] = chosen.masked_fill(is_padding, end_id)
+                is_real[clips, start:stop] = ~is_padding
+            if len(continuing) < len(active):
+                self._store_unread(cache, chosen, is_padding, active, set(continuing))
+            if not continuing:
+                if tracker is not None:
+                    tracker.end_frame(ids)
                 return ids[:, :stop], is_real[:, :stop], num_slots
-            steps.go_on(going_on)
-            active = [active[row] for row in going_on]
-
-    @staticmethod
-    def _check_cache(cache: GazeCache, batch_size: int) -> None:
-        if not isinstance(cache, GazeCache):
-            raise ValueError(f"`past_key_values` must be a GazeCache, got {type(cache).__name__}")
-        if cache.batch_size not in (None, batch_size):
-            raise ValueError(
-                f"`past_key_values` holds {cache.batch_size} clips, but {batch_size} are given now (tiles count); "
-                "pass the frames of the same clips, or a new GazeCache"
-            )
+            steps.read_chosen(continuing)
+            active = [active[index] for index in continuing]
 
     def _prepare_cache(self, cache: GazeCache | None, batch_size: int, like: torch.Tensor | None = None) -> GazeCache:
-        """Makes a cache ready for clips of which it holds nothing; keys and values have the device and dtype of `like`."""
+        """Allocates an empty cache for a batch; keys and values have the device and dtype of `like`."""
         cache = GazeCache() if cache is None else cache
         if cache.batch_size is None:
             config, decoder = self.config.decoder_config, self.gaze_decoder
@@ -344,20 +343,24 @@ class GazeDecoding(GazeSelector):
         return cache
 
     @staticmethod
-    def _keep_unread(
-        cache: GazeCache, chosen: torch.Tensor, meets: torch.Tensor | None, active: list[int], going_on: set[int]
+    def _store_unread(
+        cache: GazeCache,
+        chosen: torch.Tensor,
+        is_padding: torch.Tensor | None,
+        active: list[int],
+        continuing: set[int],
     ) -> None:
-        """Notes the last chosen patches of the clips whose frame ends: they are read together with the next frame."""
-        ended = [row for row in range(len(active)) if row not in going_on]
-        clips = [active[row] for row in ended]
-        # Slices where all end together, as they do without a threshold: a list of rows would have to wait for a device.
-        rows = slice(None) if len(ended) == len(active) else ended
-        places = slice(None) if len(clips) == len(cache.num_unread) else clips
-        ids, counts = chosen[rows], [chosen.shape[1]] * len(ended)
-        if meets is not None:
-            order = torch.argsort(meets[rows].byte(), dim=1, stable=True)
+        """Stores the last patches of the clips whose frame ends; they are read together with the next frame."""
+        ended = [index for index in range(len(active)) if index not in continuing]
+        clips = [active[index] for index in ended]
+        # Slices where all end together, as without a threshold: indexing by a list would synchronise with the device.
+        source = slice(None) if len(ended) == len(active) else ended
+        target = slice(None) if len(clips) == len(cache.num_unread) else clips
+        ids, counts = chosen[source], [chosen.shape[1]] * len(ended)
+        if is_padding is not None:
+            order = torch.argsort(is_padding[source].byte(), dim=1, stable=True)
             ids = ids.gather(1, order)
-            counts = (~meets[rows]).sum(dim=1).tolist()
-        cache.unread_ids[places, : ids.shape[1]] = ids
+            counts = (~is_padding[source]).sum(dim=1).tolist()
+        cache.unread_ids[target, : ids.shape[1]] = ids
         for clip, count in zip(clips, counts, strict=True):
             cache.num_unread[clip] = count

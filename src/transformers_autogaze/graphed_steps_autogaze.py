@@ -1,9 +1,9 @@
 """
-Decoding in steps of fixed size and place, which CUDA replays as graphs.
+Decoding steps of fixed shapes, which CUDA replays as graphs.
 
-A step of the gaze decoder is a hundred operations of a few microseconds, so launching them one by one takes most of its
-time. This module owns the same steps as `decode_steps_autogaze` on memory that stays where it is: lengths, positions and
-which clips are active are numbers on the device, and all clips attend together, each to its own tokens.
+A decoding step consists of about a hundred operations of a few microseconds, so their launches take most of the time. These
+steps compute the same as those of `decode_steps_autogaze`, on memory at fixed addresses: lengths, positions and active
+clips are tensors on the device, and all clips attend in one batch, each to its own tokens.
 """
 
 import functools
@@ -21,36 +21,35 @@ from .decode_steps_autogaze import choose_ids
 from .fused_decoder_autogaze import FusedDecoder
 
 
-# Tokens by which the part of the cache that is looked at grows; each size is a graph of its own.
+# Steps attend to a multiple of this number of cached tokens; every multiple has its own graph.
 _CAPACITY_STEP = 2048
-_MAX_BATCH_SIZES = 4  # whose memory and graphs a model keeps
+_MAX_BATCH_SIZES = 4  # batch sizes for which a model keeps memory and graphs
 
 
 class GraphedSteps:
     """
-    What [`DecodeSteps`] does, at fixed sizes and places, without sampling.
+    The same as [`DecodeSteps`] with fixed shapes, without sampling.
 
-    It holds memory for keys and values, and graphs, that one call of `generate` after another uses: [`attach`] brings it
-    a cache, [`finish`] fills that cache if somebody will go on with it. Clips whose frame has ended are computed on but
-    change nothing.
+    Its memory for keys and values and its graphs are reused by later calls of `generate`. `attach` copies a cache in, and
+    `finish` copies it out if it is used further. Clips whose frame has ended are still computed, but without effect.
 
     Args:
         decoder ([`FusedDecoder`]): the decoder.
-        batch_size (`int`): clips.
+        batch_size (`int`): number of clips.
         positions (`str`): the config's `decoding_positions`.
     """
 
     def __init__(self, decoder: FusedDecoder, batch_size: int, positions: str):
         self.decoder, self.positions = decoder, positions
         config, weight = decoder.model.config, decoder.like
-        device, step_size = weight.device, decoder.decoder.num_rows
+        device, step_size = weight.device, decoder.decoder.step_size
         self.num_vision = 0
         self.chosen = torch.zeros(batch_size, step_size, dtype=torch.long, device=device)
         self.losses = weight.new_zeros(batch_size, step_size)
         self.taken = weight.new_zeros(batch_size, config.vocab_size)
-        # Of every clip: where its next token goes, that token's position, its unread patches, 1 while it is active.
+        # Of every clip: its cached tokens, the position of its next token, its unread patches, and 1 while it is active.
         self.state = torch.zeros(4, batch_size, dtype=torch.long, device=device)
-        self.places, self.token_positions, self.num_unread, self.is_active = self.state
+        self.lengths, self.next_positions, self.num_unread, self.is_active = self.state
         self.clips = torch.arange(batch_size, device=device)[:, None]
         size = (config.num_key_value_heads, batch_size, 0, config.head_dim)
         self.keys = [weight.new_zeros(size) for _ in decoder.layers]
@@ -59,17 +58,24 @@ class GraphedSteps:
         self.calls: dict[tuple[str, int], ReplayedCall] = {}
 
     def attach(self, cache: Any, num_tokens: int, is_kept: bool) -> "GraphedSteps":
-        """Begins to work on a cache, with room for further tokens of every clip; `is_kept` where it will be gone on with."""
+        """
+        Copies a cache in.
+
+        Args:
+            cache (`GazeCache`): cached keys and values of the clips.
+            num_tokens (`int`): number of further tokens per clip to reserve memory for.
+            is_kept (`bool`): whether `finish` copies keys and values back.
+        """
         self.cache, self.is_kept = cache, is_kept
         held = max(cache.lengths)
         self._reserve(held + num_tokens, 0)
         if held:
-            for own, theirs in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
-                own[:, :, :held] = theirs[:, :, :held]
+            for own, given in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
+                own[:, :, :held] = given[:, :, :held]
         return self
 
     def begin_frame(self, vision: torch.Tensor) -> None:
-        """See [`DecodeSteps.begin_frame`]; proposes at once."""
+        """See [`DecodeSteps.begin_frame`]; also chooses the first patches."""
         cache, batch_size = self.cache, len(vision)
         if vision.shape[1] != self.num_vision:
             self.num_vision, self.calls = vision.shape[1], {}
@@ -84,14 +90,14 @@ class GraphedSteps:
         cache.add_tokens(self.active, [count + self.num_vision for count in cache.num_unread])
 
     def propose(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`DecodeSteps.propose`]; the tensors are written over by the next step."""
-        rows = slice(None) if len(self.active) == len(self.chosen) else self.active
-        return self.chosen[rows, :count], self.losses[rows, :count]
+        """See [`DecodeSteps.propose`]; the next step overwrites the tensors."""
+        clips = slice(None) if len(self.active) == len(self.chosen) else self.active
+        return self.chosen[clips, :count], self.losses[clips, :count]
 
-    def go_on(self, rows: Sequence[int]) -> None:
-        """See [`DecodeSteps.go_on`]."""
-        if len(rows) < len(self.active):
-            self.active = [self.active[row] for row in rows]
+    def read_chosen(self, indices: Sequence[int]) -> None:
+        """See [`DecodeSteps.read_chosen`]; also chooses the next patches."""
+        if len(indices) < len(self.active):
+            self.active = [self.active[index] for index in indices]
             is_active = torch.zeros(len(self.chosen), dtype=torch.long)
             is_active[self.active] = 1
             self.is_active.copy_(is_active)
@@ -100,7 +106,7 @@ class GraphedSteps:
         self.cache.add_tokens(self.active, [size] * len(self.chosen))
 
     def finish(self) -> None:
-        """Copies keys and values into the cache, if it is to be kept."""
+        """Copies keys and values back into the cache if it is used further."""
         if self.is_kept:
             held = max(self.cache.lengths)
             self.cache.keys = torch.stack([states[:, :, :held] for states in self.keys])
@@ -108,7 +114,7 @@ class GraphedSteps:
         self.cache = None
 
     def _call(self, name: str, size: int) -> None:
-        """Runs a step that reads `size` tokens, over as much of the cache as it needs."""
+        """Runs a step that reads `size` tokens, on the part of the cache that it needs."""
         held = max(self.cache.lengths)
         self._reserve(held + size, held)
         capacity = _round_up(held + size)
@@ -118,14 +124,14 @@ class GraphedSteps:
         self.calls[name, capacity]()
 
     def _reserve(self, num_tokens: int, held: int) -> None:
-        """Makes room for tokens of every clip, of which `held` are kept; graphs of the old places are dropped."""
+        """Reserves memory for tokens of every clip and copies the `held` first ones; drops graphs on the old memory."""
         capacity = self.keys[0].shape[2]
         if num_tokens <= capacity:
             return
         self.calls = {}
         for stored in (self.keys, self.values):
             for layer, states in enumerate(stored):
-                # Zeros, since what no clip has written yet is multiplied by its attention of nought.
+                # Zeros, as masked places are multiplied by an attention weight of 0, which NaN would survive.
                 grown = states.new_zeros(
                     *states.shape[:2], _round_up(max(num_tokens, capacity * 3 // 2)), states.shape[3]
                 )
@@ -133,30 +139,30 @@ class GraphedSteps:
                 stored[layer] = grown
 
     def _prompt(self, capacity: int) -> None:
-        """Reads unread patches and vision tokens, and proposes."""
+        """Reads unread patches and vision tokens, and chooses the first patches of the frame."""
         step_size, num_vision, unread = self.chosen.shape[1], self.num_vision, self.num_unread[:, None]
         tokens = torch.cat([self.decoder.model.embed_tokens(self.chosen), self.vision], dim=1)
-        # Each clip's unread patches, its vision tokens, and then the last one again, which is written over later.
+        # Each clip's unread patches, its vision tokens, and then padding with the last one, which is overwritten later.
         order = torch.arange(step_size + num_vision, device=tokens.device)
         order = torch.where(order < unread, order, (order - unread + step_size).clamp(max=len(order) - 1))
         tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
         hidden = self._read(tokens, self.num_unread + (num_vision - 1), capacity)
         num_read = self.num_unread + num_vision
-        self.places.add_(num_read)
-        self.token_positions.add_(num_read - step_size if self.positions == "frame_tail" else num_read)
+        self.lengths.add_(num_read)
+        self.next_positions.add_(num_read - step_size if self.positions == "frame_tail" else num_read)
         self.taken.zero_()
         self.taken[:, -1] = -torch.inf
         self._choose(hidden)
 
     def _step(self, capacity: int) -> None:
-        """Reads what was chosen last, and proposes."""
+        """Reads the patches chosen last, and chooses the next ones."""
         step_size = self.chosen.shape[1]
-        last = torch.full_like(self.places, step_size - 1)
+        last = torch.full_like(self.lengths, step_size - 1)
         hidden = self._read(self.decoder.model.embed_tokens(self.chosen), last, capacity)
-        # A clip that is not active stands still, and what it writes is written over later.
-        self.places.add_(self.is_active, alpha=step_size)
+        # An inactive clip keeps its length, so what it writes is overwritten later.
+        self.lengths.add_(self.is_active, alpha=step_size)
         if self.positions == "sequential":
-            self.token_positions.add_(step_size)
+            self.next_positions.add_(step_size)
         self._choose(hidden)
 
     def _choose(self, hidden: torch.Tensor) -> None:
@@ -165,10 +171,10 @@ class GraphedSteps:
         self.chosen.copy_(choose_ids(logits, self.taken))
 
     def _read(self, tokens: torch.Tensor, last: torch.Tensor, capacity: int) -> torch.Tensor:
-        """Reads tokens `(batch, new, hidden)`; gives the hidden state of the `last` ones, `(batch, hidden)`."""
+        """Reads tokens `(batch, new, hidden)`; returns the hidden states of those at `last`, `(batch, hidden)`."""
         decoder, last = self.decoder, last[:, None, None]
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        places = self.places[:, None] + steps
+        places = self.lengths[:, None] + steps
         is_seen = torch.arange(capacity, device=tokens.device) <= places[..., None]
         mask = torch.zeros_like(is_seen, dtype=tokens.dtype).masked_fill_(~is_seen, -torch.inf)
         mask_of_last = mask.gather(1, last.expand(-1, -1, capacity))
@@ -182,18 +188,18 @@ class GraphedSteps:
             query = query.gather(2, last.expand(len(query), -1, -1, query.shape[3]))
             return decoder.attend(index, query, keys, values, mask_of_last[:, None])
 
-        rotations = decoder.rotations(self.token_positions[:, None] + steps)
+        rotations = decoder.rotations(self.next_positions[:, None] + steps)
         return decoder.read(
             tokens, rotations, attend, lambda hidden: hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))[:, 0]
         )
 
 
 class _Workspace:
-    """The graphed steps that a model keeps, by batch size, for the weights that they were made for."""
+    """The graphed steps that a model keeps, by batch size, and the weights that they belong to."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.made_for: list[Any] = []
+        self.fingerprint: list[Any] = []
         self.steps: dict[int, GraphedSteps] = {}
 
 
@@ -203,9 +209,13 @@ _WORKSPACES: "weakref.WeakKeyDictionary[nn.Module, _Workspace]" = weakref.WeakKe
 @contextmanager
 def graphed_steps(model: nn.Module, batch_size: int):
     """
-    Lends the graphed steps of a model for one call; `None` if another thread has them, or the decoder cannot be graphed.
+    Yields the graphed steps of a model; `None` while another thread uses them, or if the weights cannot be fused.
 
-    They are made anew when weights have changed, so a model in training is better served without.
+    They are created again after weights have changed, so they do not pay off in training.
+
+    Args:
+        model (`AutoGazeModel`): the model.
+        batch_size (`int`): number of clips.
     """
     workspace = _WORKSPACES.setdefault(model, _Workspace())
     if not workspace.lock.acquire(blocking=False):
@@ -216,9 +226,9 @@ def graphed_steps(model: nn.Module, batch_size: int):
             (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
             for weight in model.gaze_decoder.parameters()
         ]
-        made_for = [model.config._attn_implementation, model.config.decoding_positions, *weights]
-        if made_for != workspace.made_for:
-            workspace.made_for, workspace.steps = made_for, {}
+        fingerprint = [model.config._attn_implementation, model.config.decoding_positions, *weights]
+        if fingerprint != workspace.fingerprint:
+            workspace.fingerprint, workspace.steps = fingerprint, {}
         steps = workspace.steps.pop(batch_size, None)
         if steps is None:
             decoder = FusedDecoder(model.gaze_decoder, model.config._attn_implementation)

@@ -1,8 +1,7 @@
 """
-The greedy selector: chooses patches on the measured error of the closed-form reconstruction, without any weights.
+The greedy selector: chooses patches by the measured error of the closed-form reconstruction (`composite_autogaze`).
 
-This module makes a selector of `composite_autogaze`'s search: normalised frames in, a [`GazeOutput`] out, streaming, and
-a checkpoint that is a configuration alone.
+It needs no weights, so its checkpoint consists of a configuration.
 """
 
 import math
@@ -40,11 +39,11 @@ class GreedyGazeConfig(GazeSelectorConfig):
         patch_size (`int`, *optional*, defaults to 16):
             Height and width of a patch in pixels, at every scale.
         gazing_ratio (`float`, *optional*, defaults to 0.75):
-            Share of patches to keep at most, where `generate` is given neither a budget nor a threshold.
+            Maximum share of patches to keep if `generate` is given neither a budget nor a threshold.
         task_loss_requirement (`float`, *optional*, defaults to 0.7):
-            Loss at which a frame is good enough then: `(40 - PSNR) / 20`, so 0.7 is 26 dB.
+            Loss at which a frame is done in that case: `(40 - PSNR) / 20`, so 0.7 is 26 dB.
         clip_ratio (`float`, *optional*):
-            Share of a dense encoder's tokens to keep in a clip then, 0..1, instead of these two.
+            Share of a dense encoder's tokens to keep in a clip in that case, 0..1; it replaces the two above.
         kwargs: further arguments of [`GazeSelectorConfig`], such as `image_mean` and `image_std`.
 
     Raises:
@@ -80,20 +79,20 @@ class GreedyGazeConfig(GazeSelectorConfig):
 
 
 class GreedyGazeCache(CanvasGazeCache):
-    """What the greedy selector remembers of a stream: the canvas in pixels 0..1, and the account of a budget over time."""
+    """State of a stream of the greedy selector: the canvas in pixels 0..1, and the rate control of a budget over time."""
 
     @property
     def reconstruction(self) -> torch.Tensor | None:
-        """`(batch, 3, height, width)`: the last frame as reconstructed; `None` before the first."""
+        """`(batch, 3, height, width)`: reconstruction of the last frame; `None` before the first."""
         return None if self.canvas is None else self.canvas.image
 
 
 class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel):
     """
-    Keeps, one by one, the patch that lowers the reconstruction error of its frame most.
+    Keeps, one by one, the patch that decreases the reconstruction error of its frame most.
 
-    It has the model's interface and needs no weights. Its threshold is measured, not predicted: every frame either
-    meets it or has used its budget. `task_loss_prediction` of its gazes is the measured loss, `(40 - PSNR) / 20` of the
+    It has the interface of [`AutoGazeModel`] and needs no weights. Losses are measured, not predicted, so every frame meets
+    its threshold or uses its whole budget. `task_loss_prediction` of its gazes is the measured loss, `(40 - PSNR) / 20` of the
     closed-form reconstruction.
 
     Args:
@@ -121,7 +120,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
     def __init__(self, config: GreedyGazeConfig | None = None):
         config = GreedyGazeConfig() if config is None else config
         super().__init__(config)
-        # Of no content: it goes where the selector is moved, in the precision that it takes.
+        # Carries the device and dtype of the selector, which has no weights.
         self.register_buffer("place", torch.empty(()), persistent=False)
         self.set_search(config.grid)
         self.post_init()
@@ -133,12 +132,12 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
 
     @property
     def device(self) -> torch.device:
-        """Where the selector works."""
+        """Device of the selector."""
         return self.place.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision it takes; it computes in float32 at least."""
+        """Dtype of its inputs; it computes in float32 at least."""
         return self.place.dtype
 
     @classmethod
@@ -154,11 +153,11 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder or a repository of the Hub; `None` where `config` tells all.
-            config (`GreedyGazeConfig`, *optional*): a configuration to use instead of the one that lies there.
+                A folder or a repository of the Hub; `None` to use `config` alone.
+            config (`GreedyGazeConfig`, *optional*): a configuration that replaces the stored one.
             kwargs:
-                Values of the configuration to use instead of those that lie there, such as `gazing_ratio`, and the arguments
-                of [`~transformers.PreTrainedModel.from_pretrained`].
+                Values that replace those of the configuration, such as `gazing_ratio`, and the arguments of
+                [`~transformers.PreTrainedModel.from_pretrained`].
 
         Returns:
             [`GreedyGazeSelector`] in evaluation mode; with `output_loading_info` also a dictionary.
@@ -176,7 +175,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
 
         ```
         """
-        # That of the selector, which the configuration would take for its own.
+        # The configuration would take the dtype for its own.
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if config is None:
             config, kwargs = cls.config_class.from_pretrained(
@@ -194,7 +193,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
         Writes `config.json` and the code that loads it with `trust_remote_code=True`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): folder to write to; made if it is missing.
+            save_directory (`str` or `os.PathLike`): folder to write to; created if missing.
             kwargs: the arguments of [`~transformers.PreTrainedConfig.save_pretrained`].
         """
         self.config.architectures = [type(self).__name__]
@@ -203,14 +202,14 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
         self.config.save_pretrained(save_directory, **kwargs)
 
     def to_pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1."""
+        """Undoes the processor's normalisation of `(.., 3, height, width)`; returns pixels in 0..1."""
         return frames_to_pixels(frames, *pixel_scale_and_offset(self.config))
 
     def make_search(self, grid: GazeGrid) -> CompositeReconstruction:
         return CompositeReconstruction(grid)
 
     def look(self, frames: torch.Tensor, tubelet_size: int) -> torch.Tensor:
-        # The frames of a tubelet are kept or dropped together, as if they were channels of one.
+        # The frames of a tubelet are kept or dropped together, so they become channels of one frame.
         return self.to_pixels(frames).unflatten(1, (-1, tubelet_size)).flatten(2, 3)
 
     def loss_to_mse(self, loss: torch.Tensor) -> torch.Tensor:
@@ -220,11 +219,11 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
         return mse_to_task_loss(mse)
 
     def _search_frames(
-        self, seen: torch.Tensor, budget: torch.Tensor, max_error: torch.Tensor | None, start: Canvas
+        self, values: torch.Tensor, budget: torch.Tensor, max_error: torch.Tensor | None, start: Canvas
     ) -> FrameSearchOutput:
-        # A frame with a budget of its own starts from mid-grey, where nothing was kept, as from anything else.
+        # Under budgets for each frame, mid-grey is an image like any other, not an empty place.
         start = start._replace(is_empty=torch.zeros_like(start.is_empty))
-        return super()._search_frames(seen, budget, max_error, start)
+        return super()._search_frames(values, budget, max_error, start)
 
 
 GreedyGazeConfig.register_for_auto_class()

@@ -1,8 +1,4 @@
-"""
-The geometry of patches: ids, rows, columns, boxes, masks and tiles of one frame at several scales.
-
-All geometry lives here and nowhere else; this module knows nothing of videos, models or what a selector keeps.
-"""
+"""The geometry of patches: ids, rows, columns, boxes, masks and tiles of a frame at several scales."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +9,10 @@ from torch.nn import functional as F
 
 class GazeGrid:
     """
-    The patches of one frame at several scales, and how their ids, rows, columns, boxes and masks relate.
+    The patches of a frame at several scales, with conversions between ids, rows, columns, boxes and masks.
 
-    The frame is resized to every scale and cut into square patches there. Ids run over the scales in the given order
-    and row by row inside a scale; over a clip they count on from frame to frame, `id + num_patches * frame`.
+    The frame is resized to every scale and cut into square patches. Ids are numbered scale by scale in the given order, and
+    row by row in a scale. In a clip, the ids of frame `t` are offset by `t * num_patches`.
 
     Args:
         scales (`Sequence[int | tuple[int, int]]`):
@@ -26,7 +22,7 @@ class GazeGrid:
             Height and width of a patch in pixels; every scale is a multiple of it.
 
     Raises:
-        ValueError: if there is no scale, a scale is no multiple of `patch_size`, or the scales do not ascend.
+        ValueError: if there is no scale, a scale is not a multiple of `patch_size`, or the scales do not ascend.
 
     Example:
 
@@ -59,16 +55,16 @@ class GazeGrid:
             sizes.append(size)
         self.patch_size = patch_size
         self.sizes: tuple[tuple[int, int], ...] = tuple(sizes)
-        """Height and width in pixels of every scale."""
+        """Height and width in pixels of each scale."""
         self.grids: tuple[tuple[int, int], ...] = tuple((h // patch_size, w // patch_size) for h, w in sizes)
-        """Rows and columns of every scale."""
+        """Rows and columns of each scale."""
         self.num_patches_each_scale: tuple[int, ...] = tuple(rows * cols for rows, cols in self.grids)
         self.num_patches: int = sum(self.num_patches_each_scale)
-        """Patches of one frame over all scales."""
+        """Number of patches of a frame over all scales."""
 
     @property
     def scales(self) -> list[int | tuple[int, int]]:
-        """The scales as they were given: a number for a square, `(height, width)` otherwise."""
+        """The scales: a number for a square, `(height, width)` otherwise."""
         return [height if height == width else (height, width) for height, width in self.sizes]
 
     def __repr__(self) -> str:
@@ -82,7 +78,7 @@ class GazeGrid:
 
     def locate(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Finds the scale, row and column of patches.
+        Returns the scale, row and column of patches.
 
         Args:
             ids (`torch.LongTensor` of any shape):
@@ -103,7 +99,7 @@ class GazeGrid:
 
     def ids(self, scale: torch.Tensor, row: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
         """
-        Gives the ids of the patches at a scale index, row and column; the inverse of [`~GazeGrid.locate`].
+        Returns the ids of the patches at a scale, row and column; the inverse of [`~GazeGrid.locate`].
 
         Args:
             scale, row, col (`torch.LongTensor` of one shape): index of the scale, row and column in its grid.
@@ -124,11 +120,11 @@ class GazeGrid:
 
     def patches_at(self, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
         """
-        Tells which patch of each scale lies over every pixel of a frame, where its centre lies.
+        Returns the patch of each scale at every pixel of a frame, by the centre of the pixel.
 
         Args:
-            height, width (`int`): size of the frame in pixels, or rows and columns of any regular places.
-            device (`torch.device`, *optional*): where to make it.
+            height, width (`int`): size of the frame in pixels, or rows and columns of any regular grid.
+            device (`torch.device`, *optional*): device of the result.
 
         Returns:
             `torch.LongTensor` of shape `(scales, height, width)`: ids counted from the first patch of the frame.
@@ -153,7 +149,7 @@ class GazeGrid:
 
     def boxes(self, ids: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """
-        Gives the boxes that patches cover in a frame of any size.
+        Returns the boxes of patches in a frame of any size.
 
         Args:
             ids (`torch.LongTensor` of any shape): patch ids counted from the first patch of their frame.
@@ -166,7 +162,7 @@ class GazeGrid:
         rows, cols = torch.tensor(self.grids, device=ids.device)[scale].unbind(-1)
 
         def edge(place: torch.Tensor, size: int, count: torch.Tensor) -> torch.Tensor:
-            # Whole pixels by themselves: edges of neighbours are equal so, and the last is the frame's own.
+            # Integer division first, so that edges of neighbours are equal and the last one is that of the frame.
             pixels = place * size // count
             return pixels + (place * size - pixels * count) / count
 
@@ -177,11 +173,11 @@ class GazeGrid:
 
     def cut_patches(self, frames: torch.Tensor, frame: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """
-        Cuts patches out of frames that are resized to every scale (docs/specification.md, section 10).
+        Cuts patches out of frames, resized to each scale (docs/specification.md, section 10).
 
         Args:
             frames (`torch.FloatTensor` of shape `(frames, channels, height, width)`):
-                Frames of any size, in any range of values.
+                Frames of any size and range of values.
             frame (`torch.LongTensor` of shape `(patches,)`): the frame that each patch is cut out of.
             ids (`torch.LongTensor` of shape `(patches,)`): patch ids counted from the first patch of their frame.
 
@@ -195,29 +191,27 @@ class GazeGrid:
             wanted = (scale == index).nonzero().squeeze(1)
             if not len(wanted):
                 continue
-            source, sheet = frames, frame[wanted]
+            source, number = frames, frame[wanted]
             if tuple(frames.shape[-2:]) != size:
-                seen, sheet = sheet.unique(return_inverse=True)
-                source = F.interpolate(frames[seen], size=size, mode="bicubic", align_corners=False)
+                used, number = number.unique(return_inverse=True)
+                source = F.interpolate(frames[used], size=size, mode="bicubic", align_corners=False)
             windows = source.unflatten(3, (cols, self.patch_size)).unflatten(2, (rows, self.patch_size))
-            patches[wanted] = windows[sheet, :, row[wanted], :, col[wanted]]
+            patches[wanted] = windows[number, :, row[wanted], :, col[wanted]]
         return patches
 
     def for_encoder(self, image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> "GazeGrid":
         """
-        Matches this grid, a selector's, to an encoder: the grid to gaze for (docs/specification.md, section 7).
+        Matches this grid of a selector to an encoder (docs/specification.md, section 7).
 
-        A grid of one scale becomes that of the encoder's own patches. With several, the frame becomes the number of this
-        grid's tiles that comes nearest to the encoder's own patches, one at least; whole tiles, so that the patches of all
-        scales lie over each other as they do in this grid.
+        A grid of one scale becomes that of the encoder's patches. A grid of several scales becomes a whole number of tiles of
+        this grid, at least one, that is closest to the encoder's patches; so patches of all scales overlap as in this grid.
 
         Args:
             image_size (`int` or `tuple[int, int]`): size in pixels of the encoder's images, square or `(height, width)`.
             patch_size (`int` or `tuple[int, int]`): size in pixels of its patches, which must be square.
 
         Returns:
-            [`GazeGrid`] with as many scales: its `scales` and `patch_size` are what `generate` takes as
-            `target_scales` and `target_patch_size`.
+            [`GazeGrid`] with the same number of scales, for `target_scales` and `target_patch_size` of `generate`.
 
         Raises:
             ValueError: if the patches are not square or the image is smaller than one.
@@ -248,17 +242,17 @@ class GazeGrid:
         return GazeGrid([(rows * tiles[0] * patch, cols * tiles[1] * patch) for rows, cols in self.grids], patch)
 
     def split_by_scale(self, per_patch: torch.Tensor) -> list[torch.Tensor]:
-        """Cuts the last dimension, one entry per patch of a frame, into one tensor per scale."""
+        """Splits the last dimension, with an entry per patch of a frame, into one tensor per scale."""
         return list(per_patch.split(self.num_patches_each_scale, dim=-1))
 
     def masks_from_ids(self, gazing_pos: torch.Tensor, is_real: torch.Tensor, num_frames: int) -> list[torch.Tensor]:
         """
-        Marks the gazed patches of every frame.
+        Converts ids to masks of the kept patches of every frame.
 
         Args:
             gazing_pos (`torch.LongTensor` of shape `(batch, N)`): ids counted from the first patch of the clip.
             is_real (`torch.BoolTensor` of shape `(batch, N)`): false where `gazing_pos` is padding.
-            num_frames (`int`): frames of the clip.
+            num_frames (`int`): number of frames of the clip.
 
         Returns:
             `list` with a `torch.BoolTensor` of shape `(batch, num_frames, patches)` for every scale.
@@ -273,22 +267,22 @@ class GazeGrid:
                 f"`gazing_pos` must lie in 0..{total - 1} for {num_frames} frames of {self.num_patches} patches, "
                 f"got {int(real.min())}..{int(real.max())}"
             )
-        # Padding is written to one extra place at the end, which is cut off again.
+        # Padding is written to an extra entry at the end, which is dropped.
         mask = torch.zeros(len(gazing_pos), total + 1, dtype=torch.bool, device=gazing_pos.device)
         mask.scatter_(1, torch.where(is_real, gazing_pos, total), True)
         return self.split_by_scale(mask[:, :-1].view(len(gazing_pos), num_frames, self.num_patches))
 
     def ids_from_masks(self, masks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Reads ids off masks, in ascending order inside a frame; a frame is padded to its longest count in the batch.
+        Converts masks to ids, in ascending order in a frame; every frame is padded to its largest count in the batch.
 
         Args:
             masks (`Sequence[torch.BoolTensor]` of shape `(batch, num_frames, patches)`): one mask per scale.
 
         Returns:
             `tuple`: `gazing_pos` and `if_padded_gazing` of shape `(batch, N)`, `num_gazing_each_frame` of shape
-            `(num_frames,)`. Padding of frame `t` holds the id before the first of that frame, as the published code
-            has it (docs/specification.md, section 7).
+            `(num_frames,)`. Padding of frame `t` is the id before the first of that frame, as in the published code
+            (docs/specification.md, section 7).
         """
         mask = torch.cat(list(masks), dim=-1)
         num_each_frame = mask.sum(-1).amax(0)
@@ -301,13 +295,13 @@ class GazeGrid:
 
     def tile_layout(self, tile: "GazeGrid") -> tuple[int, int]:
         """
-        Counts the tiles needed to cover this grid.
+        Computes the number of tiles that cover this grid.
 
         Args:
-            tile (`GazeGrid`): the grid of one tile, with as many scales.
+            tile (`GazeGrid`): the grid of a tile, with the same number of scales.
 
         Returns:
-            `tuple[int, int]`: rows and columns of tiles; those at the right and bottom may reach beyond the frame.
+            `tuple[int, int]`: rows and columns of tiles; those at the right and bottom may extend beyond the frame.
 
         Raises:
             ValueError: if the numbers of scales differ or some scale of this grid is not covered by the tiles that
@@ -331,7 +325,7 @@ class GazeGrid:
         Args:
             video (`torch.Tensor` of shape `(batch, frames, channels, height, width)`): frames, `(height, width)` being
                 the finest scale.
-            tile (`GazeGrid`): the grid of one tile, with as many scales.
+            tile (`GazeGrid`): the grid of a tile, with the same number of scales.
 
         Returns:
             `torch.Tensor` of shape `(batch * tiles, frames, channels, tile height, tile width)`, tiles row by row.
@@ -349,7 +343,7 @@ class GazeGrid:
 
     def stitch_tiles(self, masks: Sequence[torch.Tensor], tile: "GazeGrid") -> list[torch.Tensor]:
         """
-        Joins the masks of tiles to masks of the whole frame; what falls outside the frame is dropped.
+        Joins the masks of tiles to masks of the whole frame; patches outside the frame are dropped.
 
         Args:
             masks (`Sequence[torch.BoolTensor]` of shape `(batch * tiles, num_frames, patches)`): per scale, tiles in
@@ -397,4 +391,4 @@ class GazeGrid:
 
 
 PUBLISHED_GRID = GazeGrid([32, 64, 112, 224], patch_size=16)
-"""The grid that the published selector gazes at."""
+"""The grid of the published AutoGaze model."""

@@ -1,8 +1,7 @@
 """
-Ending a frame by what its patches are worth, measured as they are chosen, instead of predicted.
+The measured reconstruction loss during decoding, for models that end a frame by it instead of a predicted loss.
 
-This module carries the closed-form reconstruction along a decode loop; what a reconstruction is `composite_autogaze` says,
-when to stop the loop in `generation_autogaze`.
+The reconstruction is that of `composite_autogaze`; the decode loop is in `generation_autogaze`.
 """
 
 import torch
@@ -10,52 +9,58 @@ import torch
 from .composite_autogaze import CompositeReconstruction, mse_to_task_loss
 
 
-class FrameMeter:
+class FrameLossTracker:
     """
-    Measures the task losses of a batch of clips, frame by frame, patch by patch.
+    Measures the task loss of each frame of a batch of clips after every chosen patch.
 
     Args:
-        composite ([`CompositeReconstruction`]): the reconstruction whose loss counts.
+        composite ([`CompositeReconstruction`]): the reconstruction.
         pixels (`torch.FloatTensor` of shape `(batch, frames, 3, height, width)`):
             The clips, pixels in 0..1, in the size of the finest scale.
-        standing (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
+        previous (`torch.FloatTensor` of shape `(batch, 3, height, width)`, *optional*):
             Reconstruction of the frame before the first; mid-grey if not given.
     """
 
-    def __init__(self, composite: CompositeReconstruction, pixels: torch.Tensor, standing: torch.Tensor | None = None):
+    def __init__(self, composite: CompositeReconstruction, pixels: torch.Tensor, previous: torch.Tensor | None = None):
         self.composite, self.pixels = composite, pixels
-        self.standing = torch.full_like(pixels[:, 0], 0.5) if standing is None else standing
-        self.layers = composite.layers_of_patches(pixels.device)
+        self.reconstruction = torch.full_like(pixels[:, 0], 0.5) if previous is None else previous
+        self.scale_of_patch = composite.scale_of_patch(pixels.device)
         self.frame = -1
 
     def begin_frame(self) -> None:
-        """Goes on to the next frame, of which nothing is chosen yet."""
+        """Starts the next frame, with no patch chosen."""
         self.frame += 1
-        errors = self.composite.cell_errors(self.pixels[:, self.frame], self.standing)
+        errors = self.composite.cell_errors(self.pixels[:, self.frame], self.reconstruction)
         self.errors = errors.flatten(2) / self.pixels[0, 0].numel()
-        self.shown = self.layers.new_zeros(len(self.pixels), self.layers.shape[1])
+        self.scale_of_cell = self.scale_of_patch.new_zeros(len(self.pixels), self.scale_of_patch.shape[1])
 
-    def losses(self, clips: list[int], ids: torch.Tensor) -> torch.Tensor:
+    def add_patches(self, clips: list[int], ids: torch.Tensor) -> torch.Tensor:
         """
-        Takes the next choices of some clips; tells how good their frame is before, between and after them.
+        Adds chosen patches to the frames of some clips and measures the loss before, between and after them.
 
         Args:
-            clips (`list[int]`): which clips of the batch.
-            ids (`torch.LongTensor` of shape `(len(clips), n)`): patches, counted from their frame.
+            clips (`list[int]`): indices of the clips in the batch.
+            ids (`torch.LongTensor` of shape `(len(clips), n)`): patch ids, counted from the first patch of their frame.
 
         Returns:
             `torch.DoubleTensor` of shape `(len(clips), n + 1)`: task losses, `(40 - PSNR) / 20`.
         """
-        rows = slice(None) if len(clips) == len(self.pixels) else clips
-        # The finest patch laid so far decides what a cell shows, in whatever order they came.
-        shown = torch.cat([self.shown[rows][:, None], self.layers[ids]], dim=1).cummax(1).values
-        self.shown[rows] = shown[:, -1]
-        return mse_to_task_loss(self.errors[rows].gather(1, shown).sum(-1))
+        index = slice(None) if len(clips) == len(self.pixels) else clips
+        # A cell shows the finest patch that covers it, in whatever order patches are chosen.
+        scale_of_cell = torch.cat([self.scale_of_cell[index][:, None], self.scale_of_patch[ids]], dim=1)
+        scale_of_cell = scale_of_cell.cummax(1).values
+        self.scale_of_cell[index] = scale_of_cell[:, -1]
+        return mse_to_task_loss(self.errors[index].gather(1, scale_of_cell).sum(-1))
 
     def end_frame(self, ids: torch.Tensor) -> None:
-        """Lays what was kept of the frame, ids `(batch, slots)`, the id after the last patch where a slot is padding."""
+        """
+        Reconstructs the frame from its kept patches.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(batch, slots)`): kept patches; `grid.num_patches` where a slot is padding.
+        """
         num_patches = self.composite.grid.num_patches
         kept = torch.zeros(len(ids), num_patches + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
         masks = [mask[:, None] for mask in self.composite.grid.split_by_scale(kept[:, :-1])]
         frame = self.pixels[:, self.frame, None]
-        self.standing = self.composite.reconstruct(frame, masks, self.standing)[:, 0]
+        self.reconstruction = self.composite.reconstruct(frame, masks, self.reconstruction)[:, 0]

@@ -1,20 +1,22 @@
 """
 The AutoGaze model: vision stem, connector and gaze decoder (docs/specification.md, section 2).
 
-This module owns the network and scoring a given gaze (`forward`); how patches are chosen is in `generation_autogaze`.
+`forward` scores a given gaze; `generate`, which chooses patches, is in `generation_autogaze`.
 
-Remote code: older versions of transformers fetch only the modules that an entry point imports itself, so the entry points
-(configuration, modeling, feature_network, feature_gaze, greedy, processing, video_processing, pipeline) import all that they
-need, some for that alone.
+Remote code: older versions of transformers fetch only the modules that an entry point imports itself. So the entry points
+(configuration, modeling, feature_network, feature_gaze, greedy, processing, video_processing, pipeline) import every module
+that is needed, some for this reason alone.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
@@ -34,7 +36,7 @@ from .gazing_autogaze import GazeOutput  # noqa: F401
 from .generation_autogaze import GazeDecoding
 from .graphed_steps_autogaze import GraphedSteps  # noqa: F401
 from .grid_autogaze import GazeGrid  # noqa: F401
-from .measured_stopping_autogaze import FrameMeter  # noqa: F401
+from .measured_stopping_autogaze import FrameLossTracker  # noqa: F401
 from .selection_autogaze import GazeGenerationMixin, check_names, check_pixels, draw_settings, resize_frames
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
@@ -46,24 +48,24 @@ class AutoGazeModelOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, returned with labels):
-            Sum of the two losses below, of those whose labels were given.
+            Sum of those of the two losses below whose labels were given.
         next_token_loss (`torch.FloatTensor` of shape `()`, returned with `labels`):
-            Negative log-probability of the labels, averaged over those that are not ignored.
+            Mean negative log-probability of the labels that are not ignored.
         task_loss_error (`torch.FloatTensor` of shape `()`, returned with `task_loss_labels`):
-            Squared error of the predicted reconstruction losses, averaged over those that are not ignored.
+            Mean squared error of the predicted reconstruction losses whose labels are not ignored.
         log_action_probs (`torch.FloatTensor` of shape `(batch, N)`):
             `log(p + 1e-8)` of each slot's patch.
         task_loss_prediction (`torch.FloatTensor` of shape `(batch, N)`):
             Predicted reconstruction loss after each slot.
         logits (`torch.FloatTensor` of shape `(batch, N, vocabulary)`, returned with `output_logits`):
-            What each slot's patch was chosen by: a number for every patch of a frame, and one for the end id.
+            Logits of every patch of a frame and of the end id.
         hidden_states (`tuple[torch.FloatTensor]` of shape `(batch, sequence, hidden)`, returned with
             `output_hidden_states`):
-            The tokens as the decoder reads them, and what each of its layers makes of them, the last normalised.
-            [`~AutoGazeModel.token_places`] tells which is which.
+            Input of the decoder and output of each layer, the last after the final norm.
+            [`~AutoGazeModel.token_places`] returns the places of vision tokens and slots in the sequence.
         attentions (`tuple[torch.FloatTensor]` of shape `(batch, heads, sequence, sequence)`, returned with
             `output_attentions`):
-            For each layer, how much each token of that sequence attends to each other.
+            Attention weights of each layer.
     """
 
     loss: torch.FloatTensor | None = None
@@ -76,8 +78,17 @@ class AutoGazeModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+class _SlotLayout(NamedTuple):
+    """Where the `N` slots of a gaze are in the sequence that the decoder reads."""
+
+    vision_places: torch.Tensor  # (frames, tokens): place of each vision token in the sequence
+    places: torch.Tensor  # (N,): place of each slot in the sequence
+    frames: torch.Tensor  # (N,): frame of each slot
+    offsets: torch.Tensor  # (N,): place of each slot in its decoding step, 0..k - 1
+
+
 class AutoGazeCausalConv3d(nn.Module):
-    """A 3-D convolution and ReLU that sees no later frame."""
+    """A 3-D convolution that is causal in time, and ReLU."""
 
     def __init__(self, config: AutoGazeVisionConfig):
         super().__init__()
@@ -90,7 +101,14 @@ class AutoGazeCausalConv3d(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor, past: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes `(batch, channels, frames, rows, columns)` and the inputs before it, zeros if there are none."""
+        """
+        Args:
+            hidden (`torch.FloatTensor` of shape `(batch, channels, frames, rows, columns)`): hidden states.
+            past (`torch.FloatTensor`, *optional*): last inputs of the previous call; zeros if not given.
+
+        Returns:
+            `tuple`: hidden states of the same shape, and the last inputs.
+        """
         if past is None:
             past = hidden.new_zeros(*hidden.shape[:2], self.num_past, *hidden.shape[3:])
         hidden = torch.cat([past, hidden], dim=2)
@@ -98,7 +116,7 @@ class AutoGazeCausalConv3d(nn.Module):
 
 
 class AutoGazeVisionModel(nn.Module):
-    """Turns frames into vision tokens."""
+    """The vision stem: patch embedding and causal convolutions."""
 
     def __init__(self, config: AutoGazeVisionConfig):
         super().__init__()
@@ -111,7 +129,14 @@ class AutoGazeVisionModel(nn.Module):
     def forward(
         self, frames: torch.Tensor, past: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Takes `(batch, frames, channels, height, width)`; gives `(batch, frames, tokens, output_size)` and a state."""
+        """
+        Args:
+            frames (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): normalised frames.
+            past (`list[torch.FloatTensor]`, *optional*): state returned by the call on the previous frames.
+
+        Returns:
+            `tuple`: vision tokens `(batch, frames, tokens, output_size)`, and the state for the frames that follow.
+        """
         hidden = self.temporal_conv(frames.transpose(1, 2))
         hidden = self.norm(hidden.movedim(1, -1)).movedim(-1, 1)
         state = []
@@ -123,7 +148,7 @@ class AutoGazeVisionModel(nn.Module):
 
 
 class AutoGazeConnector(nn.Module):
-    """Adds one learned embedding per token position, the same for every frame."""
+    """Adds a learned position embedding to the vision tokens, the same for every frame."""
 
     def __init__(self, config: AutoGazeConfig):
         super().__init__()
@@ -134,18 +159,18 @@ class AutoGazeConnector(nn.Module):
 
 
 class AutoGazeDecoder(nn.Module):
-    """A Llama with one row of logits and one predicted loss for each of the `k` patches that a step proposes."""
+    """A Llama that predicts the logits of the next `k` patches and the loss before each of them."""
 
     def __init__(self, config: AutoGazeDecoderConfig):
         super().__init__()
-        self.num_rows = config.num_multi_token_pred
+        self.step_size = config.num_multi_token_pred
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size * self.num_rows, bias=False)
-        self.task_loss_prediction_head = nn.Linear(config.hidden_size, self.num_rows, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size * self.step_size, bias=False)
+        self.task_loss_prediction_head = nn.Linear(config.hidden_size, self.step_size, bias=False)
 
     def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives logits `(.., k, vocabulary)` and predicted losses `(.., k)` of hidden states `(.., hidden)`."""
-        return self.lm_head(hidden).unflatten(-1, (self.num_rows, -1)), self.task_loss_prediction_head(hidden)
+        """Returns logits `(.., k, vocabulary)` and predicted losses `(.., k)` of hidden states `(.., hidden)`."""
+        return self.lm_head(hidden).unflatten(-1, (self.step_size, -1)), self.task_loss_prediction_head(hidden)
 
 
 class AutoGazePreTrainedModel(PreTrainedModel):
@@ -170,14 +195,13 @@ class AutoGazePreTrainedModel(PreTrainedModel):
 
 class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
     """
-    AutoGaze: looks at a video frame by frame and picks the smallest set of patches that still reconstructs it
-    (arXiv 2603.12254).
+    AutoGaze: chooses, frame by frame, the smallest set of patches that still reconstructs a video (arXiv 2603.12254).
 
-    [`~AutoGazeModel.generate`] gazes; calling the model scores a given gaze. Published checkpoints and this package's
-    load alike with `from_pretrained`.
+    [`~AutoGazeModel.generate`] chooses patches; calling the model scores a given gaze. `from_pretrained` loads published
+    checkpoints and those of this package.
 
-    Gazing runs on sdpa attention, or eager if that is asked for; scoring on any implementation that the library offers
-    for Llama, flash and flex attention included.
+    `generate` uses sdpa or eager attention. Scoring uses any implementation that transformers has for Llama, including
+    flash and flex attention.
 
     Args:
         config (`AutoGazeConfig`): the configuration.
@@ -214,7 +238,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         self.gaze_decoder.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:
-        """What patch ids are chosen by; quantisation leaves it as it is."""
+        """The head that predicts patch ids; quantisation does not change it."""
         return self.gaze_decoder.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
@@ -224,13 +248,13 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         self, frames: torch.Tensor, past: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """
-        Gives the vision tokens that the decoder reads.
+        Computes the vision tokens that the decoder reads.
 
         Args:
             frames (`torch.FloatTensor` of shape `(batch, frames, channels, image_size, image_size)`):
-                Normalised frames of the model's own size.
+                Normalised frames of the size `config.image_size`.
             past (`list[torch.FloatTensor]`, *optional*):
-                The state that the call on the frames before returned.
+                State returned by the call on the previous frames.
 
         Returns:
             `tuple`: tokens `(batch, frames of gaze, tokens, hidden_size)`, and the state for the frames that follow.
@@ -253,31 +277,31 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         **kwargs,
     ) -> AutoGazeModelOutput:
         """
-        Scores a given gaze: how likely each of its patches is, and what loss is predicted after it.
+        Scores a given gaze: the probability of each of its patches, and the loss predicted after it.
 
         See docs/specification.md, section 5.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
-                Normalised frames, of any size: they are resized to the model's own.
+                Normalised frames of any size; they are resized to `config.image_size`.
             gazing_pos (`torch.LongTensor` of shape `(batch, N)`):
                 Patch ids in order of choice, counted from the first patch of the first frame.
             if_padded_gazing (`torch.BoolTensor` of shape `(batch, N)`):
-                True where a slot is padding: later tokens do not see it.
+                True where a slot is padding; later tokens do not attend to it.
             num_gazing_each_frame (`torch.LongTensor` of shape `(frames,)`):
-                Slots of each frame, padding included; their sum is `N`.
+                Number of slots of each frame, padding included; their sum is `N`.
             labels (`torch.LongTensor` of shape `(batch, N)`, *optional*):
-                Ids like `gazing_pos` that the next-token loss asks for, -100 where a slot is to be ignored.
+                Target ids of the next-token loss, counted like `gazing_pos`; -100 where a slot is ignored.
             task_loss_labels (`torch.FloatTensor` of shape `(batch, N)`, *optional*):
-                Measured reconstruction losses after each slot, NaN where a slot is to be ignored.
+                Measured reconstruction losses after each slot; NaN where a slot is ignored.
             output_logits (`bool`, *optional*, defaults to `False`):
                 Whether to return the logits of every slot.
             output_hidden_states (`bool`, *optional*, defaults to that of the configuration):
                 Whether to return the hidden states of the decoder.
             output_attentions (`bool`, *optional*, defaults to that of the configuration):
-                Whether to return its attentions, which needs eager attention.
-            kwargs: `return_dict` (`bool`) says whether to return an [`AutoGazeModelOutput`], as the configuration does by
-                default; all others are passed on to the decoder's [`~transformers.LlamaModel`].
+                Whether to return the attention weights of the decoder, which needs eager attention.
+            kwargs: `return_dict` (`bool`), whether to return an [`AutoGazeModelOutput`] or a tuple; other arguments are passed
+                to the decoder's [`~transformers.LlamaModel`].
 
         Returns:
             [`AutoGazeModelOutput`], or a tuple of what is not `None` in it.
@@ -286,11 +310,11 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
             ValueError: if an argument does not fit the others; the message names it.
             TypeError: if there is no such argument.
         """
-        counts, num_slots = num_gazing_each_frame, gazing_pos.shape[-1]
+        num_slots = gazing_pos.shape[-1]
         self._check_video(pixel_values_videos)
         self._check_gaze(
             self._num_gaze_frames(pixel_values_videos),
-            counts,
+            num_gazing_each_frame,
             (len(pixel_values_videos), num_slots),
             gazing_pos=gazing_pos,
             if_padded_gazing=if_padded_gazing,
@@ -298,72 +322,73 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
             task_loss_labels=task_loss_labels,
         )
         attention = self.gaze_decoder.model.config._attn_implementation
-        recorded = outputs_to_record(self.config, attention, output_hidden_states, output_attentions)
+        flags = outputs_to_record(self.config, attention, output_hidden_states, output_attentions)
         frames = resize_frames(pixel_values_videos, self.config.image_size)
         if not torch.compiler.is_compiling():
             name = f"{type(self).__name__}.forward"
             check_names(name, kwargs, [self.forward], TransformersKwargs.__annotations__)
             check_pixels(frames)
 
-        device = gazing_pos.device
-        counts = counts.to(device)
-        vision_places, slot_place, frame = self._token_places(counts, num_slots)
-        ids = self._local_ids("gazing_pos", gazing_pos, ~if_padded_gazing, frame)
-        vision, _ = self.embed_video(frames)
-        tokens = torch.cat([vision.flatten(1, 2), self.gaze_decoder.model.embed_tokens(ids)], dim=1)
-        order = torch.cat([vision_places.flatten(), slot_place]).argsort()
-        attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=device)
-        attention_mask[:, slot_place] = (~if_padded_gazing).long()
-        decoded = self.gaze_decoder.model(
-            inputs_embeds=tokens.index_select(1, order),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            **recorded,
-            **kwargs,
-        )
-        hidden = decoded.last_hidden_state
-        starts = counts.cumsum(0) - counts
-        slot = torch.arange(num_slots, device=device) - starts[frame]
-        row = slot % self.gaze_decoder.num_rows
-        # A step's k slots are all predicted by the token before its first.
-        source = slot_place - row - 1
-        logits = self._logits(hidden, source, row)
+        slots = self._slot_layout(num_gazing_each_frame.to(gazing_pos.device), num_slots)
+        ids = self._local_ids("gazing_pos", gazing_pos, ~if_padded_gazing, slots.frames)
+        decoded = self._decode(frames, ids, if_padded_gazing, slots, **flags, **kwargs)
+        logits, predicted_losses = self._predict(decoded.last_hidden_state, slots)
         log_probs = logits.log_softmax(-1)
-
-        def log_prob_of(labels: torch.Tensor) -> torch.Tensor:
-            return log_probs.gather(-1, labels[..., None]).squeeze(-1)
-
-        next_row = (row + 1) % self.gaze_decoder.num_rows
-        loss_source = torch.where(next_row == 0, slot_place, source)
-        losses = self.gaze_decoder.task_loss_prediction_head(hidden[:, loss_source])
-        predicted = losses.gather(-1, next_row.expand(len(losses), -1)[..., None]).squeeze(-1)
 
         next_token_loss = task_loss_error = None
         if labels is not None:
-            counted = labels != -100
-            target = self._local_ids("labels", labels, counted, frame)
-            next_token_loss = -(log_prob_of(target) * counted).sum() / counted.sum().clamp(min=1)
+            is_counted = labels != -100
+            targets = self._local_ids("labels", labels, is_counted, slots.frames)
+            next_token_loss = -_masked_mean(_select_last(log_probs, targets), is_counted)
         if task_loss_labels is not None:
-            counted = ~task_loss_labels.isnan()
-            error = predicted - task_loss_labels.nan_to_num().to(predicted.dtype)
-            task_loss_error = (error.square() * counted).sum() / counted.sum().clamp(min=1)
+            is_counted = ~task_loss_labels.isnan()
+            errors = predicted_losses - task_loss_labels.nan_to_num().to(predicted_losses.dtype)
+            task_loss_error = _masked_mean(errors.square(), is_counted)
         losses = [loss for loss in (next_token_loss, task_loss_error) if loss is not None]
         return AutoGazeModelOutput(
             loss=sum(losses) if losses else None,
             next_token_loss=next_token_loss,
             task_loss_error=task_loss_error,
-            log_action_probs=(log_prob_of(ids).exp() + 1e-8).log(),
-            task_loss_prediction=predicted,
+            log_action_probs=(_select_last(log_probs, ids).exp() + 1e-8).log(),
+            task_loss_prediction=predicted_losses,
             logits=logits if output_logits else None,
-            hidden_states=decoded.hidden_states if recorded["output_hidden_states"] else None,
-            attentions=decoded.attentions if recorded["output_attentions"] else None,
+            hidden_states=decoded.hidden_states if flags["output_hidden_states"] else None,
+            attentions=decoded.attentions if flags["output_attentions"] else None,
         )
+
+    def _decode(
+        self, frames: torch.Tensor, ids: torch.Tensor, is_padding: torch.Tensor, slots: _SlotLayout, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder on the vision tokens of frames and the patch ids `(batch, N)` of a gaze."""
+        vision, _ = self.embed_video(frames)
+        tokens = torch.cat([vision.flatten(1, 2), self.gaze_decoder.model.embed_tokens(ids)], dim=1)
+        order = torch.cat([slots.vision_places.flatten(), slots.places]).argsort()
+        attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=ids.device)
+        attention_mask[:, slots.places] = (~is_padding).long()
+        return self.gaze_decoder.model(
+            inputs_embeds=tokens.index_select(1, order),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            **kwargs,
+        )
+
+    def _predict(self, hidden: torch.Tensor, slots: _SlotLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the logits `(batch, N, vocabulary)` of slots and the losses `(batch, N)` predicted after them."""
+        step_size = self.gaze_decoder.step_size
+        # The k slots of a step are all predicted by the token before its first slot.
+        source = slots.places - slots.offsets - 1
+        logits = self._logits(hidden, source, slots.offsets)
+        # The loss after a slot is that before the next one, which may belong to the next step.
+        next_offsets = (slots.offsets + 1) % step_size
+        loss_source = torch.where(next_offsets == 0, slots.places, source)
+        losses = self.gaze_decoder.task_loss_prediction_head(hidden[:, loss_source])
+        return logits, _select_last(losses, next_offsets.expand(len(losses), -1))
 
     @staticmethod
     def _check_gaze(num_frames: int, counts: torch.Tensor, expected: tuple[int, int], **named: torch.Tensor) -> None:
-        """Checks how many slots each frame has, and that all that is said of slots has the shape `(batch, slots)`."""
-        if len(counts) != num_frames or not _may_be_so((counts.sum() == expected[1]) & (counts >= 1).all()):
+        """Checks the numbers of slots, and that all other tensors have the expected shape `(batch, slots)`."""
+        if len(counts) != num_frames or not _may_hold((counts.sum() == expected[1]) & (counts >= 1).all()):
             raise ValueError(
                 f"`num_gazing_each_frame` must hold {num_frames} positive counts, one for each frame, that add up to "
                 f"the {expected[1]} slots of `gazing_pos`, got {counts.tolist()}"
@@ -372,41 +397,44 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
             if value is not None and tuple(value.shape) != expected:
                 raise ValueError(f"`{name}` must have the shape {expected}, got {tuple(value.shape)}")
 
-    def _logits(self, hidden: torch.Tensor, source: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Gives the logits `(batch, N, vocabulary)` of rows, `(N,)`, of what tokens at some places propose, `(N,)`."""
-        which = torch.arange(len(source), device=source.device)
-        if not torch.compiler.is_compiling():  # to an exported program, how many are equal is unknown
-            source, which = source.unique(return_inverse=True)
+    def _logits(self, hidden: torch.Tensor, source: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Returns the logits `(batch, N, vocabulary)` at `offsets` of the steps that the tokens at `source` predict."""
+        index = torch.arange(len(source), device=source.device)
+        if not torch.compiler.is_compiling():  # the number of different sources is unknown in an exported program
+            source, index = source.unique(return_inverse=True)
         logits, _ = self.gaze_decoder.heads(hidden[:, source])
-        return logits[:, which, row].to(torch.promote_types(logits.dtype, torch.float32))
+        return logits[:, index, offsets].to(torch.promote_types(logits.dtype, torch.float32))
 
     def token_places(self, num_gazing_each_frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Tells where tokens stand in the sequence that the decoder reads: of each frame the vision tokens, then the slots.
+        Returns the places of tokens in the sequence that the decoder reads: the vision tokens of each frame, then its slots.
 
         Args:
-            num_gazing_each_frame (`torch.LongTensor` of shape `(frames,)`): slots of each frame.
+            num_gazing_each_frame (`torch.LongTensor` of shape `(frames,)`): number of slots of each frame.
 
         Returns:
             `tuple`: the places of vision tokens, `(frames, tokens)`, and those of slots, `(N,)`.
         """
-        return self._token_places(num_gazing_each_frame, int(num_gazing_each_frame.sum()))[:2]
+        slots = self._slot_layout(num_gazing_each_frame, int(num_gazing_each_frame.sum()))
+        return slots.vision_places, slots.places
 
-    def _token_places(self, counts: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `token_places`; also gives the frame of each slot, `(N,)`."""
+    def _slot_layout(self, counts: torch.Tensor, num_slots: int) -> _SlotLayout:
         num_vision, device = self.config.num_vision_tokens, counts.device
-        frames = torch.arange(len(counts), device=device)
-        vision = (frames * num_vision + counts.cumsum(0) - counts)[:, None] + torch.arange(num_vision, device=device)
-        frame = frames.repeat_interleave(counts, output_size=num_slots)
-        # Every frame's vision tokens stand before its gaze, so slot n comes after all vision tokens up to its frame.
-        return vision, torch.arange(num_slots, device=device) + (frame + 1) * num_vision, frame
+        frames, starts = torch.arange(len(counts), device=device), counts.cumsum(0) - counts
+        vision_places = (frames * num_vision + starts)[:, None] + torch.arange(num_vision, device=device)
+        frame_of_slot = frames.repeat_interleave(counts, output_size=num_slots)
+        slots = torch.arange(num_slots, device=device)
+        # A slot comes after the vision tokens of its own frame and of all earlier ones.
+        places = slots + (frame_of_slot + 1) * num_vision
+        offsets = (slots - starts[frame_of_slot]) % self.gaze_decoder.step_size
+        return _SlotLayout(vision_places, places, frame_of_slot, offsets)
 
     def _local_ids(self, name: str, ids: torch.Tensor, is_real: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-        """Counts ids from their own frame, with the end id where they are not real; checks that they lie in it."""
+        """Counts ids from the first patch of their frame and checks them; the end id where they are not real."""
         num_patches = self.config.grid.num_patches
         local = (ids - frame * num_patches).masked_fill(~is_real, self.config.end_id)
         outside = is_real & ((local < 0) | (local >= num_patches))
-        if not _may_be_so(~outside.any()):
+        if not _may_hold(~outside.any()):
             at = int(outside.any(0).nonzero()[0])
             raise ValueError(
                 f"`{name}` must hold ids of frame t in t * {num_patches} .. t * {num_patches} + {num_patches - 1}, got "
@@ -422,32 +450,41 @@ def outputs_to_record(
     config: PreTrainedConfig, attention: str, output_hidden_states: bool | None, output_attentions: bool | None
 ) -> dict[str, bool]:
     """
-    Says what to return of the inside of a model.
+    Fills in the flags for optional outputs of a model.
 
     Args:
-        config (`PreTrainedConfig`): its configuration, which decides what a call leaves open.
-        attention (`str`): the implementation of its attention.
-        output_hidden_states, output_attentions (`bool`, *optional*): what the call asks for.
+        config (`PreTrainedConfig`): configuration of the model, with the defaults.
+        attention (`str`): its attention implementation.
+        output_hidden_states, output_attentions (`bool`, *optional*): arguments of the call.
 
     Returns:
         `dict` with `output_hidden_states` and `output_attentions`.
 
     Raises:
-        ValueError: if attentions are asked for of an implementation that keeps none.
+        ValueError: if attentions are requested of an implementation that does not return them.
     """
     flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
     flags = {name: getattr(config, name) if flag is None else flag for name, flag in flags.items()}
     if flags["output_attentions"] and attention != "eager":
         raise ValueError(
-            f"`output_attentions` must be False with {attention} attention, which keeps none; load the model with "
+            f"`output_attentions` must be False with {attention} attention, which returns none; load the model with "
             "`attn_implementation='eager'`"
         )
     return flags
 
 
-def _may_be_so(condition: torch.Tensor) -> bool:
-    """Tells whether a condition on the content of tensors holds; `True` where they have none, in a program that is exported."""
+def _may_hold(condition: torch.Tensor) -> bool:
+    """Returns whether a condition on tensor values holds; `True` while compiling, where values are unknown."""
     return torch.compiler.is_compiling() or bool(condition)
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _select_last(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Selects one entry of the last dimension, by an index without it."""
+    return values.gather(-1, index[..., None]).squeeze(-1)
 
 
 AutoGazeModel.register_for_auto_class("AutoModel")

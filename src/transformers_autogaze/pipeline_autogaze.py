@@ -1,8 +1,4 @@
-"""
-The pipeline "video-token-pruning": any videos in, their gaze, records and statistics out.
-
-This module joins a processor and a selector; it decodes, chooses and draws nothing itself.
-"""
+"""The pipeline "video-token-pruning", from videos in any form to their gaze, records and statistics."""
 
 import os
 import warnings
@@ -49,23 +45,22 @@ def gaze_clip_by_clip(
     **options,
 ) -> GazeOutput:
     """
-    Gazes at videos of any length, in clips as long as those that the selector was trained on.
+    Chooses patches of videos of any length, in clips of the length that the selector was trained on.
 
     Args:
         selector ([`GazeSelector`]):
-            What chooses. Its `config.max_num_frames` is the length of a clip; `None` takes a video as one.
+            The selector. Its `config.max_num_frames` is the length of a clip; with `None`, a video is one clip.
         pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
             Normalised frames.
         gazing_ratio, task_loss_requirement (`float` or sequence of `float`, *optional*):
-            As in [`~GazeSelector.generate`]; a sequence names one value for each frame of a clip, and every clip takes
-            it from its start.
+            As in [`~GazeSelector.generate`]; a sequence has one value for each frame of a clip and applies to every clip.
         options: further arguments of [`~GazeSelector.generate`].
 
     Returns:
-        [`GazeOutput`] of the whole videos.
+        [`GazeOutput`] of the videos.
 
     Raises:
-        ValueError: if a sequence is not as long as a clip, or an argument of `generate` is out of range.
+        ValueError: if a sequence has not the length of a clip, or an argument of `generate` is out of range.
     """
     total = pixel_values_videos.shape[1]
     length = min(selector.config.max_num_frames or total, total)
@@ -93,18 +88,18 @@ def gaze_clip_by_clip(
 
 class VideoTokenPruningPipeline(Pipeline):
     """
-    Chooses the patches of videos that a vision encoder needs to see: `pipeline("video-token-pruning")`.
+    Chooses the patches of videos that a vision encoder needs: `pipeline("video-token-pruning")`.
 
-    A video longer than the selector's clips (16 frames for the published model) is gazed at clip by clip.
+    A video longer than the selector's clips (16 frames for the published model) is processed clip by clip.
 
     Args:
         model ([`GazeSelector`] and [`~transformers.PreTrainedModel`]):
-            What chooses, such as [`AutoGazeModel`]. Without one, `pipeline` takes the default selector, a
+            The selector, such as [`AutoGazeModel`]. Without one, `pipeline` uses the default selector, a
             [`FeatureGazeModel`] that keeps a quarter of a clip's tokens, on the finest scale.
         processor ([`AutoGazeProcessor`], *optional*):
-            What turns videos into frames; the published preprocessing if there is none.
-        kwargs: the arguments of [`~transformers.Pipeline`], such as `device` and `batch_size`, and defaults for those
-            of calls.
+            Preprocessing of videos; the published one by default.
+        kwargs: the arguments of [`~transformers.Pipeline`], such as `device` and `batch_size`, and default arguments of
+            calls.
 
     Example:
 
@@ -139,31 +134,31 @@ class VideoTokenPruningPipeline(Pipeline):
                 A video as [`AutoGazeProcessor`] takes it: a path, a URL, bytes, a list of PIL images, an array or tensor
                 of frames; or a list, generator or `Dataset` of videos.
             gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip (*optional*):
-                How much to keep; see [`~GazeSelector.generate`]. A sequence names one value per frame of a clip. Without any of
-                them, the selector's configuration decides.
+                How much to keep; see [`~GazeSelector.generate`]. A sequence has one value per frame of a clip. Without any of
+                them, the selector's configuration applies.
             target_scales, target_patch_size (*optional*):
                 Scales and patch size of the encoder that the gaze is for; see [`~GazeSelector.generate`]. The frames
                 are resized to the last scale.
             num_frames, fps (*optional*): which frames to take, as [`AutoGazeProcessor`] does.
-            return_patches (`bool`, *optional*, defaults to `False`): whether to return the kept patches' pixels.
+            return_patches (`bool`, *optional*, defaults to `False`): whether to return the pixels of the kept patches.
             return_reconstruction (`bool`, *optional*, defaults to `False`): whether to return the closed-form
                 reconstruction from the kept patches.
-            batch_size (`int`, *optional*, defaults to 1): how many videos of equal shape to gaze at together.
-            num_workers (`int`, *optional*, defaults to 0): processes that decode ahead.
+            batch_size (`int`, *optional*, defaults to 1): number of videos of equal shape in a batch.
+            num_workers (`int`, *optional*, defaults to 0): number of processes that decode videos.
 
         Returns:
-            `dict` for one video, a list of them for a list, an iterator for a generator or `Dataset`. Of several videos,
-            one that cannot be read gives a warning and `{"error": message}` in its place. Its keys:
+            `dict` for one video, a list of them for a list, an iterator for a generator or `Dataset`. If one of several videos
+            cannot be read, a warning is issued and its result is `{"error": message}`. The keys are:
 
             - `gaze` ([`GazeOutput`]): the gaze, a batch of one;
-            - `records` (`list[dict]`): every kept patch with its frame, scale, box and order, in the frames' own size;
-            - `statistics` (`dict`): see [`~GazeOutput.statistics`]; with the reconstruction also its `psnr`, in dB;
-            - `patches` (`torch.FloatTensor` of shape `(N, 3, patch_size, patch_size)`), if asked for: pixels in 0..1;
-            - `reconstruction` (`torch.FloatTensor` of shape `(frames, 3, height, width)`), if asked for: pixels in 0..1,
+            - `records` (`list[dict]`): frame, scale, box and order of each kept patch, in the size of the original frames;
+            - `statistics` (`dict`): see [`~GazeOutput.statistics`]; with `return_reconstruction` also `psnr`, in dB;
+            - `patches` (`torch.FloatTensor` of shape `(N, 3, patch_size, patch_size)`), if requested: pixels in 0..1;
+            - `reconstruction` (`torch.FloatTensor` of shape `(frames, 3, height, width)`), if requested: pixels in 0..1,
               in the size of the finest scale.
 
         Raises:
-            ValueError: if the one video cannot be read or an argument is out of range.
+            ValueError: if a single video cannot be read, or an argument is out of range.
             TypeError: if there is no such argument.
         """
         if isinstance(videos, Dataset):
@@ -175,8 +170,8 @@ class VideoTokenPruningPipeline(Pipeline):
         is_list = isinstance(videos, (list, tuple)) and listed[0] is not videos
         return results if is_list or getattr(videos, "ndim", 0) == 5 else results[0]
 
-    def _attempt(self, video: Any, **params) -> dict[str, Any]:
-        """Prepares one video, or tells why it cannot be read."""
+    def _try_preprocess(self, video: Any, **params) -> dict[str, Any]:
+        """Preprocesses one video; returns the error if it cannot be read."""
         try:
             return self.preprocess(video, **params)
         except (OSError, ValueError) as error:
@@ -184,10 +179,10 @@ class VideoTokenPruningPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Writes the selector, the processor and their code to one folder, from which `pipeline` loads them again.
+        Saves the selector, the processor and their code to a folder from which `pipeline` loads them.
 
         Args:
-            save_directory (`str` or `os.PathLike`): folder to write to; made if it is missing.
+            save_directory (`str` or `os.PathLike`): folder to write to; created if missing.
             kwargs: the arguments of [`~transformers.PreTrainedModel.save_pretrained`].
         """
         self.model.save_pretrained(save_directory, **kwargs)
@@ -221,19 +216,22 @@ class VideoTokenPruningPipeline(Pipeline):
         check_names(
             'pipeline("video-token-pruning")', unknown, [self._sanitize_parameters], ("batch_size", "num_workers")
         )
-        # Only what is given, or a call's silence would undo the pipeline's own defaults.
+        # Only given arguments, so that others do not override the pipeline's defaults.
         parts = (preprocess, forward, {})
         return tuple({key: value for key, value in part.items() if value is not None} for part in parts)
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, Any]]:
-        """Prunes videos one after the other, neighbours of equal shape together; the base class batches text and images."""
+        """Processes videos in order, in batches of consecutive videos of equal shape."""
         check_sampling(preprocess_params.get("num_frames"), preprocess_params.get("fps"))
         if isinstance(inputs, Iterator):
-            prepared, num_workers = PipelineIterator(inputs, self._attempt, preprocess_params), min(num_workers, 1)
+            prepared, num_workers = (
+                PipelineIterator(inputs, self._try_preprocess, preprocess_params),
+                min(num_workers, 1),
+            )
         else:
-            prepared = PipelineDataset(inputs, self._attempt, preprocess_params)
+            prepared = PipelineDataset(inputs, self._try_preprocess, preprocess_params)
         is_single = hasattr(inputs, "__len__") and len(inputs) == 1
         loader = DataLoader(prepared, num_workers=num_workers, batch_size=1, collate_fn=no_collate_fn)
         for batch in _batches_of_equal_shape(loader, batch_size):
@@ -258,7 +256,7 @@ class VideoTokenPruningPipeline(Pipeline):
         fps: float | None = None,
         target_scales: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Decodes one video and makes its `pixel_values_videos`; keeps the size of its frames."""
+        """Decodes one video and returns its `pixel_values_videos` and the size of its frames."""
         processor = self.processor.video_processor
         clips, metadata = processor.load_clips(video, num_frames=num_frames, fps=fps)
         size = None
@@ -282,7 +280,7 @@ class VideoTokenPruningPipeline(Pipeline):
         return_reconstruction: bool = False,
         **settings,
     ) -> dict[str, Any]:
-        # Resizing keeps its precision; the model rounds to its own only after.
+        # Frames are resized in float32 at least, before the model converts them to its dtype.
         video = model_inputs["pixel_values_videos"].to(torch.promote_types(self.model.dtype, torch.float32))
         gaze = gaze_clip_by_clip(self.model, video, **settings)
         outputs = {"gaze": gaze}
@@ -298,7 +296,7 @@ class VideoTokenPruningPipeline(Pipeline):
         return outputs
 
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
-        """Turns one video's gaze into its records and statistics."""
+        """Converts the gaze of one video to records and statistics."""
         gaze = model_outputs["gaze"]
         result = {
             "gaze": gaze,

@@ -1,8 +1,4 @@
-"""The processor of AutoGaze: one call from a video file to the inputs of the gaze model and of the encoder behind it.
-
-This module joins the video processor with the processor of a downstream encoder and turns gazes into plain records. It
-owns no preprocessing and no geometry, and knows nothing of models.
-"""
+"""The processor of AutoGaze: from a video to the inputs of the selector and of a downstream encoder, and from gazes to records."""
 
 import inspect
 import os
@@ -19,8 +15,7 @@ from transformers.processing_utils import ProcessorMixin, Unpack
 
 from .frame_arrays_autogaze import flatten_videos  # noqa: F401
 
-# Not used here, but before 5.12 transformers takes along only the modules that this file itself names when it loads it
-# from a folder; what those import in turn would be missing.
+# Unused imports: before 5.12, transformers loads only the modules that this file itself imports as remote code.
 from .frame_decoding_autogaze import read_video  # noqa: F401
 from .frame_orientation_autogaze import to_rgb  # noqa: F401
 from .frame_sampling_autogaze import sample_indices  # noqa: F401
@@ -39,20 +34,20 @@ _ENCODER_KEY = "encoder_processor_auto_class"
 
 class AutoGazeProcessor(ProcessorMixin):
     r"""
-    Prepares videos for AutoGaze and, if wanted, the same frames for the encoder that looks at the gazed patches.
+    Preprocesses videos for a selector and, optionally, the same frames for the encoder of the kept patches.
 
-    A video is decoded once, whoever looks at it.
+    A video is decoded only once.
 
     Args:
         video_processor (`AutoGazeVideoProcessor`, *optional*):
-            Makes the gaze model's inputs. The published preprocessing by default.
+            Preprocessing for the selector; the published one by default.
         encoder_processor (image processor, video processor or processor, *optional*):
-            What belongs to the downstream encoder, such as a `SiglipImageProcessor` or a `Qwen2VLVideoProcessor`. Of a
-            processor for several modalities, its video processor is used, or its image processor if it has none. It is
-            saved to and loaded from the folder `encoder_processor`.
+            Processor of the downstream encoder, such as a `SiglipImageProcessor` or a `Qwen2VLVideoProcessor`. Of a processor
+            for several modalities, the video processor is used, or the image processor if there is none. It is saved in the
+            folder `encoder_processor`.
         target_scales (`Sequence[int]`, *optional*), target_patch_size (`int`, *optional*):
-            Scales and patch size of the encoder that the gaze is for; [`~AutoGazeProcessor.match_encoder`] finds and sets
-            them. Both kinds of inputs then show the whole frame, resized to the finest scale.
+            Scales and patch size of the encoder that the gaze is for; [`~AutoGazeProcessor.match_encoder`] sets them. Both
+            inputs then show the whole frame, resized to the finest scale.
 
     Example:
 
@@ -74,7 +69,7 @@ class AutoGazeProcessor(ProcessorMixin):
         target_scales: Sequence[int | tuple[int, int]] | None = None,
         target_patch_size: int | None = None,
     ):
-        # The base class is passed over: it insists that every part is of a class that needs torchvision.
+        # Without `super().__init__`, which requires a video processor of a class that needs torchvision.
         video_processor = AutoGazeVideoProcessor() if video_processor is None else video_processor
         if not hasattr(video_processor, "load_clips"):
             raise TypeError(f"`video_processor` must be an AutoGazeVideoProcessor, got {type(video_processor)}")
@@ -98,13 +93,13 @@ class AutoGazeProcessor(ProcessorMixin):
         Args:
             config (`PreTrainedConfig`): configuration of the vision tower, or of a model that has one.
             selector_grid (`GazeGrid`, *optional*):
-                The selector's own grid, `model.config.grid`; that of the published checkpoint by default.
+                Grid of the selector, `model.config.grid`; that of the published checkpoint by default.
 
         Returns:
-            [`GazeGrid`]: the grid that the gaze will be for.
+            [`GazeGrid`]: the grid of the gaze.
 
         Raises:
-            ValueError: if the configuration names no size of images or patches.
+            ValueError: if the configuration has no `image_size` or `patch_size`.
 
         Example:
 
@@ -136,13 +131,13 @@ class AutoGazeProcessor(ProcessorMixin):
 
     @property
     def gaze_kwargs(self) -> dict[str, Any]:
-        """Arguments for `generate` that make the gaze fit the encoder; none before an encoder was matched."""
+        """Arguments of `generate` for the encoder; empty before an encoder is matched."""
         if self.target_scales is None:
             return {}
         return {"target_scales": self.target_scales, "target_patch_size": self.target_patch_size}
 
     def _whole_frame(self) -> dict[str, Any]:
-        """Gives the arguments of preprocessing that make an input show the whole frame at the finest scale."""
+        """Returns the arguments of preprocessing that resize the whole frame to the finest scale."""
         if self.target_scales is None:
             return {}
         height, width = GazeGrid(self.target_scales, self.target_patch_size).sizes[-1]
@@ -150,18 +145,18 @@ class AutoGazeProcessor(ProcessorMixin):
 
     def __call__(self, videos: Any, **kwargs: Unpack[AutoGazeVideosKwargs]) -> BatchFeature:
         """
-        Loads and samples videos once and preprocesses them for the gaze model and the encoder.
+        Loads and samples videos once and preprocesses them for the selector and the encoder.
 
         Args:
             videos: one video or a list of them; see [`AutoGazeVideoProcessor.preprocess`].
-            kwargs: arguments of [`AutoGazeVideoProcessor.preprocess`]. Those that choose frames and `return_tensors`
-                hold for the encoder as well; how the encoder's pixels are made is a matter of its own processor.
+            kwargs: arguments of [`AutoGazeVideoProcessor.preprocess`]. Those that sample frames and `return_tensors` apply
+                to the encoder as well; the other preprocessing of the encoder is that of its own processor.
 
         Returns:
-            `BatchFeature` with `pixel_values_videos` for the gaze model, of shape `(batch, frames, 3, height, width)`,
-            and every output of the encoder's processor with `encoder_` before its name. An image processor sees every
-            frame as a picture; what it returns per picture is grouped by video, so `encoder_pixel_values` has the
-            shape `(batch, frames, channels, height, width)`.
+            `BatchFeature` with `pixel_values_videos` for the selector, of shape `(batch, frames, 3, height, width)`, and
+            every output of the encoder's processor with the prefix `encoder_`. An image processor takes every frame as an
+            image; its outputs are grouped by video, so `encoder_pixel_values` has the shape `(batch, frames, channels,
+            height, width)`.
 
         Raises:
             ValueError: see [`AutoGazeVideoProcessor.preprocess`].
@@ -183,7 +178,7 @@ class AutoGazeProcessor(ProcessorMixin):
             size.pop("do_center_crop", None)
         if _is_video_processor(processor):
             return processor(clips, return_tensors=return_tensors, **size, **loaded)
-        # Pictures leave no doubt about where the channels are, whatever the image processor is.
+        # PIL images have an unambiguous channel dimension for every image processor.
         pictures = [[Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip] for clip in clips]
         if "videos" in inspect.signature(processor.preprocess).parameters:
             return processor(pictures, return_tensors=return_tensors, **size)
@@ -195,18 +190,18 @@ class AutoGazeProcessor(ProcessorMixin):
         self, gaze: GazeOutput, target_sizes: tuple[int, int] | Sequence[tuple[int, int]]
     ) -> list[list[dict[str, Any]]]:
         """
-        Turns a gaze into plain records, which can be written as JSON.
+        Converts a gaze to plain records, for JSON.
 
         Args:
             gaze ([`GazeOutput`]): the gaze of a batch of clips.
             target_sizes (`tuple[int, int]` or a sequence of them, one per clip):
-                Height and width in pixels of the frames that the boxes are to lie in; one pair serves all clips.
+                Height and width in pixels of the frames of the boxes; one pair for all clips, or one per clip.
 
         Returns:
-            `list`, one entry per clip: a `list[dict]`, one record per kept patch in the order of choice, padding left
-            out, with `frame` (counted from 0), `scale` (the size in pixels that its frame was resized to, a number or
-            `[height, width]`), `id` (counted from the frame's first patch), `box` (`[left, top, right, bottom]` in
-            pixels) and `order` (place of choice in its frame, from 0).
+            `list` with an entry per clip: a `list[dict]` with a record per kept patch in the order of choice, without padding,
+            with `frame` (counted from 0), `scale` (the size in pixels that its frame was resized to, a number or
+            `[height, width]`), `id` (counted from the first patch of the frame), `box` (`[left, top, right, bottom]` in
+            pixels) and `order` (of choice in its frame, from 0).
 
         Raises:
             ValueError: if `target_sizes` are not positive or not one pair or one per clip.
@@ -254,7 +249,7 @@ class AutoGazeProcessor(ProcessorMixin):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives what `processor_config.json` holds; the encoder's processor is only named by its Auto class."""
+        """Returns the content of `processor_config.json`, with the Auto class of the encoder's processor."""
         output = super().to_dict()
         output.pop("encoder_processor", None)
         if self.encoder_processor is not None:
@@ -266,7 +261,7 @@ class AutoGazeProcessor(ProcessorMixin):
         Saves the processor with its code, and the encoder's processor in the folder `encoder_processor`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): folder to write, created if missing.
+            save_directory (`str` or `os.PathLike`): folder to write to; created if missing.
             push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload it as well.
             kwargs: `repo_id` (the folder's name by default) and arguments of `push_to_hub`.
 
@@ -284,7 +279,7 @@ class AutoGazeProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict[str, Any] | None = None, **kwargs
     ) -> list[Any]:
-        # The base class loads every part through an Auto class, and that of videos needs torchvision.
+        # The base class loads all parts by Auto classes, of which `AutoVideoProcessor` needs torchvision.
         video_processor, encoder = kwargs.pop("video_processor", None), kwargs.pop("encoder_processor", None)
         trust_remote_code = kwargs.pop("trust_remote_code", None)
         if video_processor is None:
@@ -307,12 +302,12 @@ class AutoGazeProcessor(ProcessorMixin):
 
 
 def _is_video_processor(processor: Any) -> bool:
-    # Video processors are image processors, too; and their common base has changed its name over time.
+    # Video processors are image processors as well, and the name of their base class depends on the release.
     return hasattr(processor, "get_video_processor_dict")
 
 
 def _auto_class_of(encoder_processor: Any) -> str:
-    """Names the Auto class that loads the encoder's processor."""
+    """Returns the name of the Auto class that loads the encoder's processor."""
     if isinstance(encoder_processor, ProcessorMixin) and any(
         getattr(encoder_processor, part, None) is not None for part in ("video_processor", "image_processor")
     ):
@@ -328,7 +323,7 @@ def _auto_class_of(encoder_processor: Any) -> str:
 
 
 def _group(value: Any, counts: list[int]) -> Any:
-    """Groups what an image processor returned per picture by the videos that the pictures came from."""
+    """Groups outputs per image by video, given the number of images of each video."""
     if not isinstance(value, (torch.Tensor, np.ndarray, list)) or len(value) != sum(counts):
         return value
     if not isinstance(value, list) and len(set(counts)) == 1:

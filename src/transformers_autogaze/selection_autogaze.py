@@ -1,13 +1,10 @@
-"""
-What all selectors share: the interface `generate`, resizing and tiling.
-
-This module owns everything about gazing that does not depend on how patches are chosen; a selector adds that.
-"""
+"""Base class of all selectors: `generate` with its checks, resizing and tiling. A selector adds the choice of patches."""
 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -24,45 +21,45 @@ from .token_budgets_autogaze import (
 )
 
 
-_LARGEST = 1000.0  # Normalised pixels lie within some tens; a float16 network computes up to this without overflowing.
+_MAX_ABS_PIXEL = 1000.0  # far beyond normalised pixels; a float16 network does not overflow below it
 
 
 class GazeGenerationMixin:
     """
-    Says of a model that its `generate` is its own, and not the library's for tokens. It must be a direct base.
+    Marks a model whose `generate` is not that of transformers. It must be a direct base class.
 
-    Of a class of remote code that does not say so by this name, `AutoModel` derives another one, which no module holds and
-    so no pickle finds.
+    For remote code without a direct base of this name, `AutoModel` creates a derived class that is in no module, so it cannot
+    be pickled.
     """
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether it generates tokens: it does not."""
+        """Returns `False`: the model does not generate text tokens."""
         return False
 
 
 class GazeSelector:
     """
-    What every selector has in common: `generate`, which checks its input, resizes, cuts tiles and stitches the result.
+    Base class of all selectors, with `generate`.
 
     A selector has a `config` with `grid`, `image_size`, `num_channels` and `frame_sampling_rate`, and implements `_gaze`,
-    which chooses patches of clips at its own size, and `_draw_settings`.
+    which chooses patches of clips of its own size, and `_draw_settings`.
     """
 
     knows_gains: bool = False
-    """Whether it knows what each patch gains, and so can spend tokens over time; `_gaze` then takes a `token_budget`."""
+    """Whether the gain of each patch is known, which budgets over time need; `_gaze` then takes a `token_budget`."""
     takes_any_grid: bool = False
-    """Whether it can choose the patches of any grid; then it has `for_grid`, and `_gaze` takes a `tubelet_size`."""
+    """Whether patches of any grid can be chosen; `for_grid` then takes any grid, and `_gaze` a `tubelet_size`."""
 
     def for_grid(self, grid: GazeGrid) -> "GazeSelector":
         """
-        Gives the same selector for another grid.
+        Returns the same selector for another grid.
 
         Args:
             grid ([`GazeGrid`]): the patches to choose from; frames are resized to its finest scale.
 
         Raises:
-            ValueError: if this selector was made for one grid.
+            ValueError: if this selector supports only its own grid.
         """
         if grid == self.config.grid:
             return self
@@ -86,53 +83,51 @@ class GazeSelector:
         **options,
     ) -> GazeOutput:
         """
-        Gazes: chooses the patches to keep of every frame.
+        Chooses the patches to keep of every frame.
 
-        How much is kept is said per frame (`gazing_ratio`), per clip (`clip_ratio` or `tokens_per_clip`) or per second of
-        a stream (`tokens_per_second`), by one of them at most. Under a budget over time, tokens go to the frames and places
-        where they gain most: the first frame is kept whole, as far as the budget reaches, and what changes later.
+        At most one budget can be given: per frame (`gazing_ratio`), per clip (`clip_ratio` or `tokens_per_clip`) or per second
+        of a stream (`tokens_per_second`). Under a budget over time, the patches that gain most are kept: the first frame as
+        a whole, as far as the budget allows, and later what changes.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`):
-                Normalised frames, of any size: they are resized to the selector's own (bicubic, no antialiasing).
+                Normalised frames of any size; they are resized to that of the selector (bicubic, no antialiasing).
             gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`, *optional*):
-                Share of patches to keep of a frame, 0..1, as one number or one per frame; at least one patch is kept.
-                Given alone, frames keep exactly that many.
+                Share of patches to keep of a frame, 0..1, one number or one per frame; at least one patch is kept. Without
+                `task_loss_requirement`, exactly that many are kept.
             task_loss_requirement (`float`, sequence of `float` or `torch.Tensor`, *optional*):
-                Loss at which a frame is good enough: one number, one per frame `(frames,)`, one per clip `(batch,)`,
-                or `(batch, frames)`. Given alone, a frame may keep all its patches. With neither, the configuration
-                decides. What a loss is depends on the selector: for [`GreedyGazeSelector`] and [`AutoGazeModel`] it is
-                `(40 - PSNR) / 20` of pixels, for [`FeatureGazeModel`] the share of the encoder's feature variance that the
-                frame loses, 0..1, as foreseen.
+                Loss at which a frame is done: one number, one per frame `(frames,)`, one per clip `(batch,)`, or
+                `(batch, frames)`. Without `gazing_ratio`, a frame may keep all patches. Without both, the configuration
+                applies. For [`GreedyGazeSelector`] and [`AutoGazeModel`] the loss is `(40 - PSNR) / 20` of pixels, for
+                [`FeatureGazeModel`] the predicted share of the encoder's feature variance that the frame loses, 0..1.
             target_scales (`Sequence[int]`, *optional*):
-                Scales of the encoder that the gaze is for; the frames must be of the last one's size. A selector that takes
-                any grid chooses among their patches. Others need as many scales as their own, and cut the frames into
-                tiles that are gazed at one by one.
+                Scales of the encoder that the gaze is for; frames must have the size of the last one. A selector that takes
+                any grid chooses among their patches. Others need as many scales as their own, and choose patches in tiles of
+                the frames.
             target_patch_size (`int`, *optional*):
                 Patch size of that encoder; given with `target_scales`.
             past_key_values (*optional*):
-                State that an earlier call returned, to continue its clips. Ids count from the first frame given now. In
-                float32 and float64, a stream gets the patches of the whole clip, however it is cut, and a clip those that it
-                gets alone. Below, networks round a clip otherwise than single frames, so where two patches are nearly as good,
-                the other one may be taken; [`GreedyGazeSelector`] computes in float32 at least.
+                State returned by an earlier call, to continue its clips. Ids count from the first frame of this call. In
+                float32 and float64, a stream gets the patches of the whole clip, however it is split, and a clip those that
+                it gets alone. In lower precision, networks round a clip differently from single frames, so one of two nearly
+                equal patches may be replaced by the other; [`GreedyGazeSelector`] computes in float32 at least.
             use_cache (`bool`, *optional*, defaults to `False`):
                 Whether to return the state to continue with, as `cache`.
             clip_ratio (`float`, *optional*):
                 Share of the tokens of a dense encoder, all patches of the finest scale in all frames, to keep in the
-                clip, above 0 and up to 1; exactly that many are kept. For selectors that know gains.
+                clip, above 0 and at most 1; exactly that many are kept. For selectors that know gains.
             tokens_per_clip (`int`, *optional*): the same as a number.
             tokens_per_second (`float`, *optional*):
-                Tokens to keep per second of a stream. Every stretch of ten seconds stays within a tenth of its budget;
-                pass `past_key_values` to go on with a stream. For selectors that know gains.
+                Tokens to keep per second of a stream. Every window of ten seconds stays within a tenth of its budget; pass
+                `past_key_values` to continue a stream. For selectors that know gains.
             frame_rate (`float`, *optional*): frames per second of the stream; given with `tokens_per_second`.
             tubelet_size (`int`, *optional*, defaults to 1):
-                Frames that one token of the encoder covers, and that are so kept or dropped together: 2 for Qwen's merge
-                units. The gaze has one frame for each, and this as its `frame_sampling_rate`. For selectors that take
-                any grid.
+                Number of frames that a token of the encoder covers, which are kept or dropped together: 2 for Qwen's merge
+                units. The gaze has one frame for each tubelet, and this as its `frame_sampling_rate`. For selectors that
+                take any grid.
             options: further options of the selector. [`AutoGazeModel`] takes `do_sample` (`bool`), `temperature`
-                (`float`, above 0) and `generator` (`torch.Generator`) to sample instead of taking the likeliest
-                patches, and `output_scores` (`bool`) to score its choice as well: then `log_action_probs` and
-                `task_loss_prediction` are filled.
+                (`float`, above 0) and `generator` (`torch.Generator`) for sampling, and `output_scores` (`bool`) to fill
+                `log_action_probs` and `task_loss_prediction`.
 
         Returns:
             [`GazeOutput`]
@@ -168,7 +163,7 @@ class GazeSelector:
         tiles = whole.cut_tiles(pixel_values_videos, self.config.grid)
         count = len(tiles) // len(pixel_values_videos)
         gaze = self._gaze_at(tiles, settings, past_key_values, use_cache, tubelet_size, options, count)
-        # The order of choice is lost, as in the published code: tiles have no common one.
+        # The order of choice is lost, as in the published code: tiles have no common order.
         stitched = GazeOutput.from_masks(
             whole.stitch_tiles(gaze.gazing_mask, self.config.grid),
             whole,
@@ -189,7 +184,7 @@ class GazeSelector:
         options: dict[str, object],
         tiles: int = 1,
     ) -> GazeOutput:
-        """Gazes at clips on the selector's own grid; `tiles` in a row belong to one clip. See `generate`."""
+        """Chooses patches on the selector's own grid; `tiles` consecutive entries belong to one clip. See `generate`."""
         own, options = self.config.grid, dict(options)
         num_frames = self._num_gaze_frames(video, tubelet_size)
         if tubelet_size != 1:
@@ -227,11 +222,11 @@ class GazeSelector:
         return gaze.replace(task_loss_requirement=threshold)
 
     def _check_options(self, options: dict[str, object]) -> None:
-        """Raises a ValueError where an option of `generate` is none of this selector's."""
+        """Raises a `ValueError` for options of `generate` that this selector does not have."""
         parameters = inspect.signature(self._gaze).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
-        # What comes before are arguments of its own, and these two are those of `generate`.
+        # The first five are set by `generate`, as are these two.
         known = [name for name in list(parameters)[5:] if name not in ("token_budget", "tubelet_size")]
         for name, value in options.items():
             if name not in known:
@@ -243,10 +238,10 @@ class GazeSelector:
 
     def check_token_budget(self, token_budget: ClipBudget | StreamBudget | None) -> None:
         """
-        Checks that this selector can follow a budget over time.
+        Checks that this selector supports a budget over time.
 
         Raises:
-            ValueError: if there is one and the selector does not know what patches gain.
+            ValueError: if there is one and the selector does not know gains.
         """
         if token_budget is not None and not self.knows_gains:
             raise ValueError(
@@ -256,7 +251,7 @@ class GazeSelector:
 
     def check_task_loss_requirement(self, threshold: torch.Tensor) -> None:
         """
-        Checks thresholds of any shape against the range of this selector's losses; by default, any number is one.
+        Checks thresholds of any shape against the range of this selector's losses; by default, any number is allowed.
 
         Raises:
             ValueError: if one is out of range.
@@ -277,7 +272,7 @@ class GazeSelector:
     def _draw_settings(
         self, num_frames: int, generator: torch.Generator | None
     ) -> tuple[Number | torch.Tensor, Number | None]:
-        """Gives the ratio and threshold to use when the caller names neither."""
+        """Returns the ratio and threshold to use if the caller gives neither."""
         raise NotImplementedError
 
     def _target_grid(
@@ -334,13 +329,13 @@ def check_names(
     owner: str, given: Iterable[str], functions: Iterable[Callable[..., object]], others: Iterable[str] = ()
 ) -> None:
     """
-    Checks names of keyword arguments, for a function with `**kwargs`, where Python does not.
+    Checks the names of keyword arguments of a function with `**kwargs`.
 
     Args:
         owner (`str`): name of the function or class, for the message.
         given (`Iterable[str]`): names of the given arguments.
         functions (`Iterable[Callable]`): functions whose named parameters are allowed.
-        others (`Iterable[str]`, *optional*): further names that are allowed.
+        others (`Iterable[str]`, *optional*): further allowed names.
 
     Raises:
         TypeError: if a name is not allowed.
@@ -356,34 +351,56 @@ def check_names(
         raise TypeError(f"{owner} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}")
 
 
+def check_cache(cache: Any, cache_class: type, batch_size: int) -> None:
+    """
+    Checks the state of a stream.
+
+    Args:
+        cache: the argument `past_key_values`.
+        cache_class (`type`): class of the selector's states, with `batch_size`.
+        batch_size (`int`): number of clips of the call.
+
+    Raises:
+        ValueError: if it has another class or another number of clips.
+    """
+    name = cache_class.__name__
+    if not isinstance(cache, cache_class):
+        raise ValueError(f"`past_key_values` must be a {name}, got {type(cache).__name__}")
+    if cache.batch_size not in (None, batch_size):
+        raise ValueError(
+            f"`past_key_values` holds {cache.batch_size} clips, but {batch_size} are given now (tiles count); pass the frames "
+            f"of the same clips, or a new {name}"
+        )
+
+
 def check_pixels(frames: torch.Tensor) -> None:
     """
-    Checks that normalised frames are what a selector can look at, in one pass over them.
+    Checks the range of normalised frames, in one pass over them.
 
     Args:
         frames (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): normalised frames.
 
     Raises:
-        ValueError: if a pixel is NaN, infinite or beyond -1000..1000; of such frames any choice is as good as another.
+        ValueError: if a pixel is NaN, infinite or beyond -1000..1000.
     """
     lowest, highest = torch.stack(frames.detach().aminmax()).tolist()
-    if not (lowest >= -_LARGEST and highest <= _LARGEST):
-        bad = ~(frames.detach().abs() <= _LARGEST)
+    if not (lowest >= -_MAX_ABS_PIXEL and highest <= _MAX_ABS_PIXEL):
+        bad = ~(frames.detach().abs() <= _MAX_ABS_PIXEL)
         frame = int(bad.flatten(2).any(2).any(0).nonzero()[0])
         raise ValueError(
-            f"`pixel_values_videos` must not hold NaN or numbers beyond -{_LARGEST:g}..{_LARGEST:g}, got {lowest:g}.."
-            f"{highest:g}, first in frame {frame}; normalise frames as the processor does, by no deviation of zero"
+            f"`pixel_values_videos` must not hold NaN or numbers beyond -{_MAX_ABS_PIXEL:g}..{_MAX_ABS_PIXEL:g}, got "
+            f"{lowest:g}..{highest:g}, first in frame {frame}; normalise frames as the processor does, by a standard deviation "
+            "above 0"
         )
 
 
 def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
     """
-    Resizes every frame, whatever its aspect ratio was (docs/specification.md, section 2.1).
+    Resizes frames without keeping their aspect ratio, bicubic without antialiasing (docs/specification.md, section 2.1).
 
     Args:
         video (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): frames.
-        size (`int` or `tuple[int, int]`): height and width in pixels to resize to, bicubic without antialiasing; one
-            number for a square.
+        size (`int` or `tuple[int, int]`): height and width in pixels; one number for a square.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, frames, channels, *size)`.
@@ -396,17 +413,17 @@ def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Ten
 
 
 def pixel_scale_and_offset(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives what [`frames_to_pixels`] needs of a `GazeSelectorConfig`, both `(3, 1, 1)`."""
+    """Returns scale and offset of [`frames_to_pixels`] for a `GazeSelectorConfig`, both of shape `(3, 1, 1)`."""
     mean, std = torch.tensor(config.image_mean)[:, None, None], torch.tensor(config.image_std)[:, None, None]
     scale = 1 / (config.rescale_factor * 255)
     return std * scale, (mean + config.offset) * scale
 
 
 def frames_to_pixels(frames: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Undoes the processor's normalisation of `(.., 3, height, width)`; gives pixels in 0..1, in float32 at least."""
+    """Undoes the processor's normalisation of `(.., 3, height, width)`; returns pixels in 0..1, in float32 at least."""
     precise = torch.promote_types(frames.dtype, torch.float32)
     scale, offset = scale.to(frames.device, precise), offset.to(frames.device, precise)
-    # In place, as new memory of a whole clip takes longer than the arithmetic.
+    # In place, as allocating memory for a whole clip takes longer than the arithmetic.
     return (frames.to(precise) * scale).add_(offset).clamp_(0, 1)
 
 
@@ -414,13 +431,13 @@ def draw_settings(
     config, num_frames: int, is_training: bool, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, float | None]:
     """
-    Draws a ratio for every frame, and a threshold, as the configuration says (docs/specification.md, section 4.2).
+    Draws a ratio for every frame, and a threshold, by the configured strategies (docs/specification.md, section 4.2).
 
     Args:
-        config (`AutoGazeConfig`): names the strategies and their numbers.
-        num_frames (`int`): frames of the clip.
-        is_training (`bool`): whether the strategies for training count, or those for inference.
-        generator (`torch.Generator`, *optional*): where random numbers come from.
+        config (`AutoGazeConfig`): the strategies and their parameters.
+        num_frames (`int`): number of frames of the clip.
+        is_training (`bool`): whether to use the strategies for training or those for inference.
+        generator (`torch.Generator`, *optional*): source of random numbers.
 
     Returns:
         `tuple`: ratios, a `torch.FloatTensor` of shape `(frames,)`, and a threshold or `None`.
@@ -442,7 +459,7 @@ def draw_settings(
         if name == "uniform":
             mean = uniform(low, high)
         else:
-            # An exponential law cut to low..high, by the inverse of its distribution function.
+            # An exponential distribution truncated to low..high, by inverse transform sampling.
             rate = numbers["lambda"]
             share = uniform(0, -math.expm1(-rate * (high - low)))
             mean = low - math.log1p(-share) / rate

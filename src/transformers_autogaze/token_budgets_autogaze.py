@@ -1,9 +1,4 @@
-"""
-Budgets: how many tokens each frame, a whole clip or a second of a stream may take, and the loss at which a frame is done.
-
-This module turns what a caller asks for into numbers, and follows such a number along a stream. Which patches are worth
-the tokens is a matter of the search.
-"""
+"""Token budgets of frames, clips and streams, and loss thresholds: checking them, and rate control along a stream."""
 
 import copy
 import math
@@ -19,10 +14,10 @@ from .grid_autogaze import GazeGrid
 Number = float | int
 
 WINDOW_SECONDS = 10.0
-"""Length of the stretches of a stream that each hold to the budget."""
-_TOLERANCE = 0.08  # of the budget of such a stretch; the promise is a tenth
-_MEMORY = 3  # stretches over which a stream learns what gain its budget buys
-_LEAST_GAIN = 2.0**-60  # stands for no gain at all, whose logarithm is none
+"""Length of the window of a stream that keeps to the budget, wherever it starts."""
+_TOLERANCE = 0.08  # share of the budget of a window; the documented tolerance is 0.1
+_MEMORY = 3  # windows over which the marginal gain is averaged
+_LEAST_GAIN = 2.0**-60  # replaces a gain of 0, which has no logarithm
 
 
 class ClipBudget(NamedTuple):
@@ -42,7 +37,7 @@ class StreamBudget(NamedTuple):
 
     Args:
         tokens_per_frame (`float`): patches to keep per frame of gaze, on average.
-        window (`int`): frames of gaze that each stretch holding to the budget has.
+        window (`int`): frames of gaze in a window that keeps to the budget.
     """
 
     tokens_per_frame: float
@@ -60,19 +55,19 @@ def read_token_budget(
     tubelet_size: int = 1,
 ) -> ClipBudget | StreamBudget | None:
     """
-    Checks what was asked for and turns it into a budget over time.
+    Checks the budget arguments of `generate` and converts them to a budget over time.
 
     Args:
         grid ([`GazeGrid`]): the patches of a frame.
         num_frames (`int`): frames of gaze of the clip.
-        gazing_ratio (*optional*): a budget per frame, which excludes every budget over time.
+        gazing_ratio (*optional*): a budget per frame, which excludes budgets over time.
         clip_ratio (`float`, *optional*):
             Share of the tokens that a dense encoder makes of the clip, all patches of the finest scale, above 0 and up
             to 1.
-        tokens_per_clip (`int`, *optional*): the same as a number, 1 to all patches of all frames.
+        tokens_per_clip (`int`, *optional*): the same as a number, from 1 to the number of patches of all frames.
         tokens_per_second (`float`, *optional*): tokens per second of a stream, above 0.
-        frame_rate (`float`, *optional*): frames per second of it; given with `tokens_per_second`.
-        tubelet_size (`int`, *optional*, defaults to 1): frames that one frame of gaze is made for.
+        frame_rate (`float`, *optional*): frames per second of the stream; given with `tokens_per_second`.
+        tubelet_size (`int`, *optional*, defaults to 1): video frames per frame of gaze.
 
     Returns:
         [`ClipBudget`], [`StreamBudget`], or `None` if no budget over time was given.
@@ -134,7 +129,7 @@ def check_clip_ratio(clip_ratio: object) -> None:
     Checks a share of a clip's tokens.
 
     Raises:
-        ValueError: if it is neither `None` nor a number above 0 and up to 1.
+        ValueError: if it is neither `None` nor a number above 0 and at most 1.
     """
     if clip_ratio is not None and (not _is_number(clip_ratio) or not 0 < clip_ratio <= 1):
         raise ValueError(
@@ -147,7 +142,7 @@ def check_rate(name: str, value: object) -> None:
     Checks a number of frames or tokens per second.
 
     Raises:
-        ValueError: if it is no finite number above 0.
+        ValueError: if it is not a finite number above 0.
     """
     if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a number above 0, got {value!r}")
@@ -155,7 +150,7 @@ def check_rate(name: str, value: object) -> None:
 
 def read_number(name: str, value: object) -> float:
     """
-    Takes one finite number, also out of a tensor or array without dimensions.
+    Reads a finite number, also from a tensor or array without dimensions.
 
     Args:
         name (`str`): name of the argument, for the message.
@@ -165,7 +160,7 @@ def read_number(name: str, value: object) -> float:
         `float`
 
     Raises:
-        ValueError: if it is no finite number.
+        ValueError: if it is not a finite number.
 
     Example:
 
@@ -189,23 +184,22 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Takes a number out of a tensor or array that holds nothing else."""
+    """Returns the number in a tensor or array without dimensions; other values as they are."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 class RateControl:
     """
-    Follows a budget along a stream, frame by frame.
+    Distributes the budget of a stream over its frames.
 
-    A frame keeps the patches that gain at least what the budget has bought lately: the gain of the last patch that each
-    of the frames before could afford, averaged over half a minute. Frames in which much changes so take more, still ones
-    less, as long as every stretch of ten seconds stays within a tenth of its budget. Patches on places where nothing was
-    ever kept come first.
+    A frame keeps the patches that gain at least the marginal gain: that of the last patch within the budget of each earlier
+    frame, averaged over half a minute. So frames in which much changes keep more patches and static ones fewer, while every
+    window of ten seconds stays within a tenth of its budget. Patches where nothing was ever kept come first.
 
     Args:
-        budget ([`StreamBudget`]): tokens per frame, and the frames of a stretch.
-        batch_size (`int`): streams that are followed together; each has its own account.
-        device (`torch.device`): where gains lie.
+        budget ([`StreamBudget`]): tokens per frame, and the length of a window.
+        batch_size (`int`): number of streams; each has its own state.
+        device (`torch.device`): device of the gains.
 
     Example:
 
@@ -217,7 +211,7 @@ class RateControl:
     >>> gains = torch.tensor([[8.0, 4.0, 2.0, 1.0]])
     >>> for _ in range(3):
     ...     count = control.count(gains, torch.tensor([0]))
-    ...     control.book(count)
+    ...     control.update(count)
     ...     print(int(count))
     2
     2
@@ -229,73 +223,73 @@ class RateControl:
     def __init__(self, budget: StreamBudget, batch_size: int, device: torch.device | str):
         self.budget = budget
         self.recent = torch.zeros(batch_size, budget.window, dtype=torch.float64, device=device)
-        """Tokens of the latest frames, `(batch, window)`, used as a ring."""
+        """Tokens of the latest frames, `(batch, window)`, a ring buffer."""
         self.total = torch.zeros_like(self.recent[:, 0])
         """Tokens of all frames, `(batch,)`."""
         self.num_frames = 0
-        """Frames followed so far."""
+        """Number of frames so far."""
         self.log_gain = torch.full_like(self.total, math.nan)
-        """Logarithm of the gain that a patch must have, `(batch,)`; NaN before the first frame that could tell."""
+        """Binary logarithm of the marginal gain, `(batch,)`; NaN before the first estimate."""
 
     def copy(self) -> "RateControl":
-        """Gives an account that goes on from here by itself."""
+        """Returns an independent copy."""
         other = copy.copy(self)
         other.recent = self.recent.clone()
         return other
 
     def limits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Tells what the next frame may take.
+        Computes the limits for the next frame.
 
         Returns:
-            `tuple` of three `torch.LongTensor` of shape `(batch,)`: tokens at least, tokens at most, also where nothing was
-            ever kept, and those that the budget foresees.
+            `tuple` of three `torch.LongTensor` of shape `(batch,)`: the minimum and the maximum number of tokens, and the
+            target within the budget.
         """
         rate, window = self.budget
         spent, seen = self._spent(), min(self.num_frames + 1, window)
         most = ((1 + _TOLERANCE) * rate * window - spent).floor().clamp(min=0)
         least = ((1 - _TOLERANCE) * rate * seen - spent).ceil().clamp(min=0)
-        # What was spent too much comes off again over half a stretch.
-        foreseen = rate - (spent - rate * (seen - 1)) / (0.5 * window)
-        foreseen = foreseen.clamp(0.5 * rate, 2 * rate).ceil().clamp(min=1)
-        return torch.minimum(least, most).long(), most.long(), foreseen.long()
+        # A deviation from the budget is corrected over half a window.
+        target = rate - (spent - rate * (seen - 1)) / (0.5 * window)
+        target = target.clamp(0.5 * rate, 2 * rate).ceil().clamp(min=1)
+        return torch.minimum(least, most).long(), most.long(), target.long()
 
     def _spent(self) -> torch.Tensor:
-        """Sums the tokens of the stretch that ends with the next frame, `(batch,)`; the oldest frame leaves it."""
+        """Sums the tokens of the window that ends with the next frame, `(batch,)`, without that frame."""
         return self.recent.sum(1) - self.recent[:, self.num_frames % self.budget.window]
 
     def count(self, gains: torch.Tensor, num_needed: torch.Tensor) -> torch.Tensor:
         """
-        Decides how many patches the next frame may keep; `book` what it keeps.
+        Computes the number of patches that the next frame keeps; call `update` with the number that it did keep.
 
         Args:
-            gains (`torch.DoubleTensor` of shape `(batch, K)`): gains of the frame's best patches, falling.
-            num_needed (`torch.LongTensor` of shape `(batch,)`): how many of them lie where nothing was ever kept.
+            gains (`torch.DoubleTensor` of shape `(batch, K)`): gains of the frame's best patches, in decreasing order.
+            num_needed (`torch.LongTensor` of shape `(batch,)`): number of these where nothing was ever kept.
 
         Returns:
-            `torch.LongTensor` of shape `(batch,)`: how many of them to keep.
+            `torch.LongTensor` of shape `(batch,)`: number of patches to keep.
         """
         rate, window = self.budget
-        least, most, foreseen = self.limits()
+        least, most, target = self.limits()
         logs = gains.double().clamp(min=_LEAST_GAIN).log2()
-        # Where nothing was kept yet, a gain says nothing about change. A clip looks no further than it could spend, so
-        # that what others of its batch can changes nothing.
-        last = torch.minimum(num_needed + foreseen, most).clamp(1, gains.shape[1]) - 1
+        # Gains where nothing was kept yet do not measure change, so they are left out. The index is limited by the stream's
+        # own budget, so that the result does not depend on the batch.
+        last = torch.minimum(num_needed + target, most).clamp(1, gains.shape[1]) - 1
         marginal = logs.gather(1, last[:, None])[:, 0]
         is_new, needs = self.log_gain.isnan(), num_needed > 0
-        counts = torch.where(is_new, foreseen.where(~needs, num_needed), (logs >= self.log_gain[:, None]).sum(1))
+        counts = torch.where(is_new, target.where(~needs, num_needed), (logs >= self.log_gain[:, None]).sum(1))
         learned = torch.where(is_new, marginal, self.log_gain.lerp(marginal, 1 / (_MEMORY * window)))
         self.log_gain = self.log_gain.where(needs, learned)
-        # What was not spent can be later, and a little more once the stream is longer than a stretch; a first frame is kept
-        # whole all the same.
+        # Tokens that were not spent can be spent later, and some more once the stream is longer than a window. The first frame
+        # is kept whole nevertheless.
         number = self.num_frames + 1
         ahead = _TOLERANCE * rate * window * (1 - min(1, window / number))
         earned = (rate * number + ahead - self.total).floor().clamp(min=0).long()
         counts = torch.maximum(torch.minimum(counts, earned), num_needed)
         return torch.minimum(torch.maximum(counts, least), most).clamp(max=gains.shape[1])
 
-    def book(self, counts: torch.Tensor) -> None:
-        """Puts down how many patches the next frame kept, a `torch.LongTensor` of shape `(batch,)`."""
+    def update(self, counts: torch.Tensor) -> None:
+        """Adds a frame that kept `counts` patches, a `torch.LongTensor` of shape `(batch,)`."""
         self.recent[:, self.num_frames % self.budget.window] = counts.double()
         self.total = self.total + counts
         self.num_frames += 1
@@ -305,11 +299,11 @@ def budget_each_frame(
     gazing_ratio: Number | Sequence[Number] | torch.Tensor, num_frames: int, num_patches: int
 ) -> torch.Tensor:
     """
-    Turns a share of patches into a number of patches for every frame (docs/specification.md, section 4.1).
+    Converts a share of patches to a number of patches for every frame (docs/specification.md, section 4.1).
 
     Args:
         gazing_ratio (`float`, sequence of `float` or `torch.Tensor` of shape `(frames,)`):
-            Share of all patches of a frame, 0..1; every frame gets one patch at least.
+            Share of all patches of a frame, 0..1; every frame keeps at least one patch.
         num_frames (`int`): frames of the clip.
         num_patches (`int`): patches of one frame over all scales.
 
@@ -318,7 +312,7 @@ def budget_each_frame(
         product within 1e-6 of the next whole number counts as that number, so that `26 / 265` means 26 patches.
 
     Raises:
-        ValueError: if a ratio is not in 0..1, or there is not one number or one per frame.
+        ValueError: if a ratio is not in 0..1, or there are not one or `frames` of them.
     """
     ratio = _read_numbers("gazing_ratio", gazing_ratio).cpu()
     if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != num_frames):
@@ -335,14 +329,14 @@ def threshold_each_frame(
     task_loss_requirement: Number | Sequence[Number] | torch.Tensor, batch_size: int, num_frames: int
 ) -> torch.Tensor:
     """
-    Brings a threshold to one number for every frame of every clip.
+    Expands a threshold to every frame of every clip.
 
     Args:
         task_loss_requirement (`float`, sequence of `float` or `torch.Tensor`):
             One number; one per frame, shape `(frames,)`; one per clip, shape `(batch,)` or `(batch, 1)`; or one for
-            each, shape `(batch, frames)`. Where batch and frames are equal, one dimension means frames.
-        batch_size (`int`): clips.
-        num_frames (`int`): frames of a clip.
+            each, shape `(batch, frames)`. If batch and frames are equal, one dimension means frames.
+        batch_size (`int`): number of clips.
+        num_frames (`int`): number of frames of a clip.
 
     Returns:
         `torch.DoubleTensor` of shape `(batch, frames)`.
