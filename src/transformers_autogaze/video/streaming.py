@@ -218,7 +218,7 @@ def stream_gaze(
     _check_settings(selector, settings, chunk_frames)
 
     def chunks() -> Iterator[GazeChunk]:
-        start = start_frame
+        start = int(start_frame)
         with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
             parts = _chunks_of(frames, chunk_frames, start)
             # A device and this machine work at the same time; a CPU has no time left over.
@@ -262,8 +262,8 @@ def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_
     for name in ("gazing_ratio", "task_loss_requirement"):
         if settings[name] is not None and np.ndim(settings[name]) and np.shape(settings[name]) != (num_frames,):
             raise ValueError(
-                f"`{name}` must be one number or one for each of the {num_frames} frames of a chunk, got "
-                f"the shape {np.shape(settings[name])}"
+                f"`{name}` must be one number or {num_frames} of them, one for each frame of a chunk (every chunk takes the "
+                f"same numbers), got the shape {np.shape(settings[name])}"
             )
     budgets = {name: setting for name, setting in settings.items() if name != "task_loss_requirement"}
     rate = None if settings["tokens_per_second"] is None else FRAME_RATE
