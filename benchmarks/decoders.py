@@ -1,9 +1,9 @@
 """
 Compares PyAV and torchcodec as decoders: CPU time of this process for each frame of a video, and whether the frames are equal.
 
-PyAV's figures are those of `read_video` and `stream_video`. torchcodec's include what these do before decoding, and the first frame
-by PyAV: the number of frames, their times, the orientation and damage must be known either way, so that both give the same frames.
-Each video is decoded by both in turn, five times; the figures are medians.
+PyAV's figures are those of `read_video` and `stream_video`, which count packets, read their time stamps and look for damage before they
+decode. torchcodec's are those of its decoder alone, and, as "checked", with these packets read and the first frame decoded by PyAV: without
+that nothing tells whether both give the same frames. Each video is decoded in each way in turn, five times; the figures are medians.
 
     python benchmarks/decoders.py ../shared/videos/val -o decoders.json
 """
@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from measurement import machine
@@ -25,6 +26,7 @@ from transformers_autogaze.training.videos import find_videos
 
 
 ROUTES = {"read": "into one array", "stream": "frame by frame"}
+WAYS = ("PyAV", "torchcodec", "checked")
 REPEATS = 5
 
 
@@ -38,69 +40,71 @@ def main() -> None:
     rows = []
     for path in find_videos(options.videos):
         for fps in options.fps:
-            rows += [measure(path, fps or None, route) for route in ROUTES]
-            for row in rows[-len(ROUTES) :]:
-                print("{video}, fps {fps}, {route}: PyAV {pyav:.2f} ms, torchcodec {torchcodec:.2f} ms, equal {equal}".format(**row),
-                      flush=True)  # fmt: skip
+            for route in ROUTES:
+                rows.append(measure(path, fps or None, route))
+                print(
+                    *(f"{name} {value:.2f}" if name in WAYS else value for name, value in rows[-1].items()), flush=True
+                )
     for fps in options.fps:
         for route, meaning in ROUTES.items():
-            ratios = [
-                row["torchcodec"] / row["pyav"] for row in rows if (row["fps"], row["route"]) == (fps or None, route)
-            ]
-            print(f"fps {fps:g}, {meaning}: torchcodec takes {statistics.median(ratios):.2f} of PyAV's time "
-                  f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+            own = [row for row in rows if (row["fps"], row["route"]) == (fps or None, route)]
+            for name in WAYS[1:]:
+                ratios = [row[name] / row["PyAV"] for row in own]
+                text = f"{statistics.median(ratios):.2f} of PyAV's time ({min(ratios):.2f} to {max(ratios):.2f})"
+                print(f"fps {fps:g}, {meaning}, {name}: {text}")
     about = machine(1) | {"torchcodec": torchcodec_version}
     options.output.write_text(json.dumps({"machine": about, "ms_per_frame_of_video": rows}, indent=1) + "\n")
 
 
 def measure(path: str, fps: float | None, route: str) -> dict[str, float | str | bool | None]:
     """Gives milliseconds of CPU time per frame of the video, decoded or taken."""
-    ways = {"pyav": {"read": read_by_pyav, "stream": stream_by_pyav}[route],
-            "torchcodec": {"read": read_by_torchcodec, "stream": stream_by_torchcodec}[route]}  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPEATS):
-        for name, decode in ways.items():
-            start = time.process_time()
-            decode(path, fps)
-            seconds[name].append(time.process_time() - start)
+    by_pyav, by_torchcodec = {"read": (read_pyav, read_torchcodec), "stream": (stream_pyav, stream_torchcodec)}[route]
     frames, metadata = read_video(path, fps=fps)
-    found = VideoDecoder(path, dimension_order="NHWC").get_frames_at(metadata.frames_indices)
+    indices, seconds = metadata.frames_indices, {name: [] for name in WAYS}
+    for _ in range(REPEATS):
+        for name in WAYS:
+            start = time.process_time()
+            if name == "checked":
+                check(path)
+            if name == "PyAV":
+                by_pyav(path, fps)
+            else:
+                by_torchcodec(path, indices)
+            seconds[name].append(time.process_time() - start)
+    found = VideoDecoder(path, dimension_order="NHWC").get_frames_at(indices)
     times = found.pts_seconds.numpy()
     is_equal = np.array_equal(frames, found.data.numpy()) and np.allclose(times - times[0], metadata.timestamps)
-    total = metadata.total_num_frames
-    return {
-        "video": Path(path).name,
-        "fps": fps,
-        "route": route,
-        "equal": is_equal,
-        **{name: 1000 * statistics.median(values) / total for name, values in seconds.items()},
-    }
+    medians = {name: 1000 * statistics.median(values) / metadata.total_num_frames for name, values in seconds.items()}
+    return {"video": Path(path).name, "fps": fps, "route": route, "equal": is_equal, **medians}
 
 
-def read_by_pyav(path: str, fps: float | None) -> None:
+def read_pyav(path: str, fps: float | None) -> None:
     read_video(path, fps=fps)
 
 
-def stream_by_pyav(path: str, fps: float | None) -> None:
+def stream_pyav(path: str, fps: float | None) -> None:
     for _ in stream_video(path, fps=fps)[1]:
         pass
 
 
-def _open(path: str, fps: float | None) -> tuple[VideoDecoder, list[int]]:
-    indices = stream_video(path, fps=fps)[0].frames_indices
-    # FFmpeg's own number of threads, as with PyAV. The packets need not be counted again.
-    return VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=0, seek_mode="approximate"), indices
+def read_torchcodec(path: str, indices: list[int]) -> None:
+    # 0 is FFmpeg's own number of threads, as with PyAV.
+    VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=0).get_frames_at(indices).data.numpy()
 
 
-def read_by_torchcodec(path: str, fps: float | None) -> None:
-    decoder, indices = _open(path, fps)
-    decoder.get_frames_at(indices).data.numpy()
-
-
-def stream_by_torchcodec(path: str, fps: float | None) -> None:
-    decoder, indices = _open(path, fps)
+def stream_torchcodec(path: str, indices: list[int]) -> None:
+    decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=0)
     for index in indices:
         decoder.get_frame_at(index).data.numpy()
+
+
+def check(path: str) -> None:
+    """Reads all packets of a video, and decodes its first frame."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        sorted(packet.pts for packet in container.demux(stream) if packet.size)
+        container.seek(0)
+        next(container.decode(stream)).to_ndarray(format="rgb24")
 
 
 if __name__ == "__main__":
