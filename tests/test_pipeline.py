@@ -164,10 +164,14 @@ def test_long_videos_are_gazed_at_clip_by_clip(tiny_model):
     second = tiny_model.generate(video[:, 16:32], gazing_ratio=schedule)
     ids = gaze.gazing_pos[:, 70:140] - 16 * 21
     assert torch.equal(ids, second.gazing_pos)
-    with pytest.raises(
-        ValueError, match="`gazing_ratio` must be one number or one for each of the 16 frames of a clip, got 37"
-    ):
+    message = (
+        r"`gazing_ratio` must be one number or 16 of them, one for each frame of a clip \(the video of 37 frames is gazed at "
+        r"in clips of 16, and every clip takes the same numbers\), got 37"
+    )
+    with pytest.raises(ValueError, match=message):
         gaze_clip_by_clip(tiny_model, video, gazing_ratio=[0.5] * 37)
+    with pytest.raises(ValueError, match="or 8 of them, one for each frame of the video, got 37"):
+        gaze_clip_by_clip(tiny_model, video[:, :8], gazing_ratio=[0.5] * 37)
 
 
 def test_the_greedy_selector_takes_a_long_video_as_one():
@@ -186,7 +190,11 @@ def test_the_greedy_selector_takes_a_long_video_as_one():
         (np.zeros((0, 8, 8, 3), np.uint8), {}, "at least one frame"),
         (np.zeros((2, 8, 8, 5), np.uint8), {}, "channels"),
         (np.zeros((2, 8, 8, 3), np.uint8), {"gazing_ratio": 1.5}, "`gazing_ratio` must lie in 0..1"),
-        (np.zeros((2, 8, 8, 3), np.uint8), {"gazing_ratio": [0.5] * 3}, "`gazing_ratio` must be one number or one"),
+        (
+            np.zeros((2, 8, 8, 3), np.uint8),
+            {"gazing_ratio": [0.5] * 3},
+            "`gazing_ratio` must be one number or 2 of them",
+        ),
         (np.zeros((2, 8, 8, 3), np.uint8), {"num_frames": 3}, "`num_frames` must be at most 2"),
         (np.zeros((2, 8, 8, 3), np.uint8), {"target_scales": [32, 64, 112, 224]}, "must be given together"),
     ],

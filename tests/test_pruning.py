@@ -16,6 +16,7 @@ from transformers_autogaze import (
     gaze_video,
     prune_video,
     read_video,
+    stream_gaze,
     write_video,
 )
 from transformers_autogaze.video.demo import render_demo_clip
@@ -159,6 +160,22 @@ def test_a_source_that_is_read_once_is_pruned_and_drawn(selector, path):
 def test_wrong_arguments_are_reported_at_once(selector, source, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prune_video(source, selector, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_frames": np.int64(4)}, {"frame_rate": np.float32(5)}, {"tiles": "grid", "max_tiles": np.int64(2)}],
+)
+def test_numbers_of_numpy_give_what_plain_numbers_give(selector, path, tmp_path, options):
+    given = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    for folder, values in {"numpy": options, "plain": given}.items():
+        pruning = prune_video(path, selector, title="clip", **values, **SETTINGS)
+        pruning.save(tmp_path / folder)
+        assert {type(index) for index in pruning.frame_indices} == {int}
+    texts = [(tmp_path / folder / "gaze.json").read_text() for folder in ("numpy", "plain")]
+    assert texts[0] == texts[1]
+    (chunk,) = stream_gaze(selector, path, start_frame=np.int64(20), **SETTINGS)
+    assert (type(chunk.start), type(chunk.stop)) == (int, int)
 
 
 def test_an_overlay_of_frames_has_the_given_rate(selector, frames, tmp_path):

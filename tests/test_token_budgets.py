@@ -335,5 +335,5 @@ def test_a_threshold_for_every_frame_goes_with_a_share_of_the_clip():
     frames, thresholds = moving_frames(20), [0.5] * 10 + [-2.0] * 10
     gaze = gaze_video(selector, frames, clip_ratio=0.9, task_loss_requirement=thresholds)
     assert gaze.num_frames == 20 and int(gaze.num_real) <= 0.9 * 20 * 4
-    with pytest.raises(ValueError, match="one for each of the 20 frames of a chunk"):
+    with pytest.raises(ValueError, match="or 20 of them, one for each frame of a chunk"):
         stream_gaze(selector, frames, clip_ratio=0.9, task_loss_requirement=thresholds[:16])

@@ -284,6 +284,12 @@ def test_file_cut_off_after_its_index_gives_what_is_there_and_one_warning(tmp_pa
     with pytest.warns(UserWarning):
         frames, metadata = read_video(part, num_frames=3)
     assert metadata.frames_indices == [0, count // 3, 2 * count // 3] and len(frames) == 3
+    for read in (read_video, stream_video):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            message = r"at most \d+, .*, got 40; the file is damaged or cut off: \d+ of its 40 frames can be decoded"
+            with pytest.raises(ValueError, match=message):
+                read(part, num_frames=40)
 
 
 def test_a_cut_fragment_gives_what_ffmpeg_gives():

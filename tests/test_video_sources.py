@@ -253,18 +253,51 @@ def test_decoders_and_loaded_videos_are_sampled_by_their_rate(kind):
     assert chunk.frame_indices == [0, 5, 10, 15] and np.array_equal(chunk.frames, frames[::5])
 
 
-def test_frames_of_torchcodec_equal_those_of_pyav(tmp_path):
+@pytest.fixture
+def torchcodec():
     try:
-        from torchcodec.decoders import VideoDecoder
+        import torchcodec.decoders
     except (ImportError, OSError, RuntimeError) as error:  # the package, or the FFmpeg or CUDA that it is built for
         pytest.skip(f"torchcodec cannot be loaded: {error}")
+    return torchcodec.decoders
+
+
+def test_frames_of_torchcodec_equal_those_of_pyav(torchcodec, tmp_path):
     path = write_video(tmp_path / "clip.mp4", render_demo_clip(20, 48, 64), fps=10)
     expected, _ = read_video(path, fps=2)
-    (chunk,) = stream_gaze(GreedyGazeSelector(), VideoDecoder(str(path)), fps=2)
+    (chunk,) = stream_gaze(GreedyGazeSelector(), torchcodec.VideoDecoder(str(path)), fps=2)
     assert chunk.frame_indices == [0, 5, 10, 15] and np.array_equal(chunk.frames, expected)
-    pruning = prune_video(VideoDecoder(str(path)), GreedyGazeSelector(), fps=2, task_loss_requirement=0.7)
+    pruning = prune_video(torchcodec.VideoDecoder(str(path)), GreedyGazeSelector(), fps=2, task_loss_requirement=0.7)
     records = list(prune_video(path, GreedyGazeSelector(), fps=2, task_loss_requirement=0.7).records())
     assert list(pruning.records()) == records and pruning.frame_times == [0, 0.5, 1, 1.5]
+
+
+@pytest.mark.parametrize("codec, ending", [("libx264", "mp4"), ("libvpx-vp9", "webm"), ("libx264", "mkv")])
+@pytest.mark.parametrize("kind", ["even", "uneven", "rotated"])
+def test_frames_and_times_of_torchcodec_equal_those_of_pyav(torchcodec, tmp_path, codec, ending, kind):
+    path = tmp_path / f"clip.{ending}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+        if kind == "rotated":
+            stream.set_display_rotation(90)
+        for number, pixels in enumerate(render_demo_clip(12, 48, 80)):
+            frame = av.VideoFrame.from_ndarray(pixels)
+            frame.pts = number * (number + 1) // 2 if kind == "uneven" else number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames, metadata = read_video(path)
+    found = torchcodec.VideoDecoder(path, dimension_order="NHWC").get_frames_in_range(0, 12)
+    assert np.array_equal(found.data.numpy(), frames)
+    times = found.pts_seconds.numpy()
+    assert times - times[0] == pytest.approx(metadata.timestamps, abs=1e-3)
+
+
+def test_a_file_that_is_cut_off_is_refused_by_torchcodec_and_read_by_pyav(torchcodec):
+    with pytest.raises(ValueError, match="`source` VideoDecoder cannot decode all of the frames .*; give the path"):
+        prune_video(torchcodec.VideoDecoder(CASES / "ftrunc_25.mp4"), GreedyGazeSelector()).gaze  # noqa: B018
+    with pytest.warns(UserWarning, match="12 of its 50 frames could be decoded"):
+        assert len(read_video(CASES / "ftrunc_25.mp4")[0]) == 12
 
 
 def test_pictures_are_one_video(tmp_path):

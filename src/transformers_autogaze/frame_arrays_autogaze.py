@@ -38,9 +38,15 @@ def with_metadata(value: Any) -> tuple[Any, Any] | None:
 
 
 def frames_of_decoder(decoder: Any, indices: Sequence[int]) -> Any:
-    """Takes frames of a decoder of torchcodec or decord, as an array or a tensor."""
-    frames = decoder.get_frames_at(list(indices)).data if hasattr(decoder, "get_frames_at") else None
-    frames = decoder.get_batch(list(indices)) if frames is None else frames
+    """Takes frames of a decoder of torchcodec or decord, as an array or a tensor; raises a ValueError where it cannot."""
+    try:
+        frames = decoder.get_frames_at(list(indices)).data if hasattr(decoder, "get_frames_at") else None
+        frames = decoder.get_batch(list(indices)) if frames is None else frames
+    except RuntimeError as error:  # as both report damage
+        raise ValueError(
+            f"`source` {type(decoder).__name__} cannot decode all of the frames {indices[0]} to {indices[-1]}; give the path of "
+            f"the video, of which PyAV reads what is whole: {error}"
+        ) from error
     return frames.asnumpy() if hasattr(frames, "asnumpy") else frames
 
 

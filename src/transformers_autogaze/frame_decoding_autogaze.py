@@ -101,7 +101,7 @@ def read_video(
         return frames, timeline.metadata(frames[0], indices)
     source = resolve_source(source)
     track = _probe(source)
-    indices = _indices_of(source, track.timeline, num_frames, fps)
+    indices = _indices_of(source, track.timeline, num_frames, fps, track.promised)
     if track.is_whole and _pays_to_jump(indices, track.marks) and _ends_decode(source, track):
         try:
             frames = _gather(_jump(source, indices, track.marks), len(indices))
@@ -112,7 +112,7 @@ def read_video(
     while len(stamps) != track.timeline.count:
         # Not every packet became one frame, so the choice was made out of a wrong number.
         track = track.counted(stamps)
-        indices = _indices_of(source, track.timeline, num_frames, fps)
+        indices = _indices_of(source, track.timeline, num_frames, fps, track.promised)
         frames, stamps = _decode(source, indices, track.threads)
     if frames is None:
         raise _no_frame(source)
@@ -154,7 +154,7 @@ def stream_video(
         is_checked = is_sampled or not start_frame
         track = _checked_probe(source, is_sampled) if is_checked else _probe(source)._replace(threads="SLICE")
         timeline = track.timeline
-        indices = _indices_of(source, timeline, num_frames, fps)
+        indices = _indices_of(source, timeline, num_frames, fps, track.promised)
         check_start_frame(start_frame, len(indices))
         frames = _stream(source, indices[start_frame:], track)
     first = next(frames, None)
@@ -166,6 +166,8 @@ def stream_video(
 def _stream(source: VideoSource, wanted: list[int], track: "_Track") -> Iterator[np.ndarray]:
     """Yields chosen frames as they are asked for, as far as they can be decoded."""
     reformatter, taken, count = VideoReformatter(), 0, 0
+    if not wanted:
+        return
     if track.is_whole and _pays_to_jump(wanted, track.marks):
         try:
             for frame in _jump(source, wanted, track.marks):
@@ -174,7 +176,7 @@ def _stream(source: VideoSource, wanted: list[int], track: "_Track") -> Iterator
             return
         except _LostError:
             pass  # What is missing is counted off from the beginning.
-    for frame in _frames(source, track.threads) if wanted else ():
+    for frame in _frames(source, track.threads):
         if count == wanted[taken]:
             yield _to_rgb(frame, reformatter)
             taken += 1
@@ -195,11 +197,16 @@ def _no_frame(source: VideoSource) -> ValueError:
     return ValueError(f"`source` {source.name} holds no frame that can be decoded; give a complete video file")
 
 
-def _indices_of(source: VideoSource, timeline: Timeline, num_frames: int | None, fps: float | None) -> list[int]:
+def _indices_of(
+    source: VideoSource, timeline: Timeline, num_frames: int | None, fps: float | None, promised: int = 0
+) -> list[int]:
     try:
         return timeline.choose(num_frames, fps) if timeline.count else []
     except ValueError as error:
-        raise ValueError(f"`source` {source.name}: {error}") from error
+        note = ""
+        if num_frames is not None and timeline.count < promised:
+            note = f"; the file is damaged or cut off: {timeline.count} of its {promised} frames can be decoded"
+        raise ValueError(f"`source` {source.name}: {error}{note}") from error
 
 
 class _Marks(NamedTuple):
@@ -296,7 +303,7 @@ def _checked_probe(source: VideoSource, is_sampled: bool) -> _Track:
         track = track.counted(stamps)
         stamps = [frame.pts for frame in _frames(source, track.threads)]
     _warn_of_damage(source, track)
-    return track._replace(promised=track.timeline.count)
+    return track
 
 
 def _ends_decode(source: VideoSource, track: _Track) -> bool:

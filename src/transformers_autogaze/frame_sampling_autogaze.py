@@ -69,6 +69,8 @@ def sample_indices(
         num_frames = min(max(1, int(total_num_frames / video_fps * fps + 1e-6)), total_num_frames)
     if num_frames is None:
         return list(range(total_num_frames))
+    # Indices must be Python's own numbers, whatever kind of whole number is given.
+    total_num_frames, num_frames = int(total_num_frames), int(num_frames)
     if num_frames > total_num_frames:
         raise ValueError(f"`num_frames` must be at most {total_num_frames}, the video's frames, got {num_frames}")
     return [index * total_num_frames // num_frames for index in range(num_frames)]

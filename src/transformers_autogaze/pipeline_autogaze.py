@@ -66,9 +66,13 @@ def gaze_clip_by_clip(
     length = min(selector.config.max_num_frames or total, total)
     for name, setting in {"gazing_ratio": gazing_ratio, "task_loss_requirement": task_loss_requirement}.items():
         if setting is not None and np.ndim(setting) and len(setting) != length:
-            raise ValueError(
-                f"`{name}` must be one number or one for each of the {length} frames of a clip, got {len(setting)}"
-            )
+            expected = f"{length} of them, one for each frame of the video"
+            if length < total:
+                expected = (
+                    f"{length} of them, one for each frame of a clip (the video of {total} frames is gazed at in clips of "
+                    f"{length}, and every clip takes the same numbers)"
+                )
+            raise ValueError(f"`{name}` must be one number or {expected}, got {len(setting)}")
 
     def of_clip(setting: Setting, frames: int) -> Setting:
         return setting if setting is None or not np.ndim(setting) else setting[:frames]

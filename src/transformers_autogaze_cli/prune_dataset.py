@@ -1,9 +1,11 @@
 """The arguments of `autogaze prune-dataset`, which `transformers_autogaze.dataset_pruning` implements."""
 
 import argparse
+import signal
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
+from . import print_error
 from .arguments import add_command, finite_number, nonempty_path, nonempty_string, positive_integer
 from .prune import SELECTORS, add_budgets, add_frames, add_selector, check_frames
 
@@ -95,15 +97,30 @@ def _run(options: argparse.Namespace) -> int:
         "keeps_patches": options.patches,
     }
     settings = PruneSettings(**{field.name: values[field.name] for field in fields(PruneSettings)})
-    summary = prune_dataset(
-        options.source,
-        options.output,
-        settings,
-        video_column=options.video_column,
-        id_column=options.id_column,
-        workers=options.workers,
-        gpus_per_worker=options.gpus_per_worker,
-        rows_per_shard=options.rows_per_shard,
-    )
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        summary = prune_dataset(
+            options.source,
+            options.output,
+            settings,
+            video_column=options.video_column,
+            id_column=options.id_column,
+            workers=options.workers,
+            gpus_per_worker=options.gpus_per_worker,
+            rows_per_shard=options.rows_per_shard,
+        )
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print_error(
+            f"stopped by {signal.Signals(number).name}; rows that were written are kept, and running the same command again resumes"
+        )
+        return 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(summary)
     return 0
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    """Handles SIGTERM as Python handles SIGINT, so that everything that is open is closed."""
+    raise KeyboardInterrupt(number)

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from transformers_autogaze import prune_video, write_video
 from transformers_autogaze.dataset_pruning import PruneSettings, gaze_of_row, prune_dataset, read_rows
+from transformers_autogaze_cli import main
 
 
 pytest.importorskip("ray.data")  # As "ray" alone, this folder would be found.
@@ -107,6 +111,51 @@ def test_contents_in_a_table_are_read_ahead(clips, pruned, tmp_path, format):
     found, expected = read_rows(tmp_path / "out"), read_rows(pruned[0])
     assert found.drop_columns("error") == expected.drop_columns("error")
     assert found["error"].is_null() == expected["error"].is_null()
+
+
+def test_the_command_prunes_contents_in_a_parquet_table(clips, pruned, tmp_path, capsys):
+    paths = sorted(clips.iterdir())
+    table = pa.table({"clip": [path.read_bytes() for path in paths], "name": [path.name for path in paths]})
+    pq.write_table(table, tmp_path / "table.parquet", row_group_size=5)
+    arguments = "--video-column clip --id-column name --selector finest --clip-ratio 0.2 --patches --rows-per-shard 5"
+    assert main(["prune-dataset", f"{tmp_path}/table.parquet", f"{tmp_path}/out", *arguments.split()]) == 0
+    assert "12, 2 of them with an error; 12 done in this run" in capsys.readouterr().out
+    found, expected = read_rows(tmp_path / "out"), read_rows(pruned[0])
+    assert found.drop_columns("error") == expected.drop_columns("error")
+    assert all("of 0 bytes" in row["error"] or "of 500 bytes" in row["error"] for row in found.to_pylist()[10:])
+    for number in range(2):
+        name = f"shard-0000{number}.tar"
+        assert (tmp_path / "out" / name).read_bytes() == (pruned[0] / name).read_bytes()
+
+
+def test_sigterm_ends_the_command_with_one_line_and_keeps_rows(clips, tmp_path):
+    (tmp_path / "clips").mkdir()
+    for number in range(40):
+        (tmp_path / "clips" / f"{number}.mp4").write_bytes((clips / "03.mp4").read_bytes())
+    arguments = [
+        f"{tmp_path}/clips",
+        f"{tmp_path}/out",
+        "--selector",
+        "finest",
+        "--clip-ratio",
+        "0.2",
+        "--workers",
+        "1",
+    ]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "transformers_autogaze_cli", "prune-dataset", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+    )
+    while command.poll() is None and not list((tmp_path / "out").glob("unfinished/*.parquet")):
+        time.sleep(0.01)
+    command.terminate()
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 128 + signal.SIGTERM
+    assert "autogaze: error: stopped by SIGTERM; rows that were written are kept" in error.rstrip().splitlines()[-1]
+    assert "Traceback" not in error and "received at time" not in error
+    assert 1 <= len(list((tmp_path / "out").glob("unfinished/*.parquet"))) < 40
 
 
 def test_a_worker_that_is_killed_costs_no_row(clips, pruned, tmp_path):

@@ -7,6 +7,8 @@ nor rows pass through the driver, the process that calls [`prune_dataset`].
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -214,6 +216,7 @@ def _start_ray(workers: int | None) -> None:
 
     # It would warn that its progress bars are off and that workers start slowly.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not os.environ.get("RAY_ADDRESS"):
         # One core more than workers, for the tasks that read.
@@ -226,6 +229,8 @@ def _start_ray(workers: int | None) -> None:
         raise OSError(
             f"Ray cannot be started or reached: {' '.join(str(error).split())[:_MAX_ERROR_CHARS]}"
         ) from error
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaced it by a handler that dumps its stack.
 
 
 def _cores() -> int:

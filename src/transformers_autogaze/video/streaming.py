@@ -210,8 +210,8 @@ def stream_gaze(
         chunk_frames = max(total, config.frame_sampling_rate)
     chunk_frames = chunk_frames or config.max_num_frames or _CHUNK_FRAMES
     _check_settings(selector, settings, chunk_frames)
-    chunks = _chunks_of(frames, chunk_frames, start_frame)
-    return _gaze_chunks(gazer, chunks, start_frame, total, indices, progress)
+    start = int(start_frame)
+    return _gaze_chunks(gazer, _chunks_of(frames, chunk_frames, start), start, total, indices, progress)
 
 
 def _gaze_chunks(
@@ -272,8 +272,8 @@ def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_
     for name in ("gazing_ratio", "task_loss_requirement"):
         if settings[name] is not None and np.ndim(settings[name]) and np.shape(settings[name]) != (num_frames,):
             raise ValueError(
-                f"`{name}` must be one number or one for each of the {num_frames} frames of a chunk, got "
-                f"the shape {np.shape(settings[name])}"
+                f"`{name}` must be one number or {num_frames} of them, one for each frame of a chunk (every chunk takes the "
+                f"same numbers), got the shape {np.shape(settings[name])}"
             )
     budgets = {name: setting for name, setting in settings.items() if name != "task_loss_requirement"}
     rate = None if settings["tokens_per_second"] is None else FRAME_RATE

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import chain
-from numbers import Real
+from numbers import Rational, Real
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def write_video(
             ) from error
         with container:
             height, width = first.shape[:2]
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
+            # `Fraction` does not take the floats of numpy.
+            rate = Fraction(fps if isinstance(fps, Rational) else float(fps)).limit_denominator(65535)
+            stream = container.add_stream("libx264", rate=rate)
             stream.height, stream.width = height + height % 2, width + width % 2
             stream.pix_fmt = "yuv420p"
             # The colour space of the conversion to YUV (BT.601); players would otherwise guess it from the frame's size.
