@@ -6,7 +6,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from local_benchmark import find_videos, write_benchmark
-from multiple_choice_mllms import save_tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +33,8 @@ def tasks(tmp_path_factory, offline, videos) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def mllms(tmp_path_factory) -> Callable[[str], Path]:
     """Gives the folder of a tiny MLLM of a family."""
+    from multiple_choice_mllms import save_tiny  # needs torchvision, as lmms-eval does
+
     folder, made = tmp_path_factory.mktemp("mllms"), {}
 
     def get(family: str) -> Path:

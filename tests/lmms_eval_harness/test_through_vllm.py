@@ -1,5 +1,6 @@
 """lmms-eval asks vLLM with the plug-in, and gets the answers that the gazed models in transformers give it."""
 
+import json
 import os
 
 import pytest
@@ -17,6 +18,7 @@ from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.models import get_model  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm_server import run_server  # noqa: E402
 
 
 ENGINE = (
@@ -26,7 +28,9 @@ PIXELS = {
     "qwen2_5_vl": "min_image_pixels=784,max_pixels=12544",
     "qwen3_vl": "min_image_pixels=1024,max_pixels=16384",
 }
-KEPT = 'mm_processor_kwargs={"gaze_model": "features", "gazing_ratio": 0.25}'
+QUARTER = {"gaze_model": "features", "gazing_ratio": 0.25}
+KEPT = f"mm_processor_kwargs={json.dumps(QUARTER)}"
+IN_TRANSFORMERS = "device_map=cpu,max_num_frames=8,min_pixels=784,max_pixels=12544"
 
 
 def evaluate(tasks, model, arguments: str = "") -> list[tuple[str, dict]]:
@@ -54,8 +58,7 @@ def test_answers_and_tokens_are_those_in_transformers(tasks, mllms, is_gazed):
     folder = mllms("qwen2_5_vl")
     found = evaluate_in_vllm(tasks, "gaze_vllm", folder, "qwen2_5_vl", KEPT if is_gazed else "")
     settings = "selector=features,gazing_ratio=0.25" if is_gazed else "selector=none"
-    given = f"pretrained={folder},device_map=cpu,max_num_frames=8,min_pixels=784,max_pixels=12544,{settings}"
-    expected = evaluate(tasks, "gaze_qwen2_5_vl", given)
+    expected = evaluate(tasks, "gaze_qwen2_5_vl", f"pretrained={folder},{IN_TRANSFORMERS},{settings}")
     assert [answer for answer, _ in found] == [answer for answer, _ in expected]
     for name in ("input_tokens", "output_tokens"):
         assert [cost[name] for _, cost in found] == [cost[name] for _, cost in expected]
@@ -74,3 +77,17 @@ def test_lmms_evals_own_model_gazes_at_the_videos_of_qwen3_vl(tasks, mllms):
     assert answers[0] == answers[1] != answers[2]
     tokens = [[cost["input_tokens"] for _, cost in results] for results in (gazed, whole)]
     assert all(left < before for left, before in zip(*tokens, strict=True))
+
+
+def test_through_the_server_as_many_tokens_are_read(tasks, mllms, videos, tmp_path):
+    """The server samples frames in its own way, so answers can differ."""
+    folder = mllms("qwen2_5_vl")
+    options = ["--allowed-local-media-path", str(videos[0].parent), "--mm-processor-kwargs", json.dumps(QUARTER)]
+    # lmms-eval sends the number of frames, which a server takes from clients that it trusts.
+    with run_server(folder, tmp_path / "server.log", *options, "--trust-request-mm-kwargs") as address:
+        given = f"model_version={folder},base_url={address}/v1,api_key=EMPTY,timeout=600,num_concurrent=1"
+        found = evaluate(tasks, "openai", f"{given},pass_video_url=True,max_frames_num=8")
+    settings = "selector=features,gazing_ratio=0.25"
+    expected = evaluate(tasks, "gaze_qwen2_5_vl", f"pretrained={folder},{IN_TRANSFORMERS},{settings}")
+    assert all(answer in tuple("ABCD") for answer, _ in found)
+    assert [cost["input_tokens"] for _, cost in found] == [cost["input_tokens"] for _, cost in expected]
