@@ -71,9 +71,10 @@ $(LMMS_VENV)/installed: pyproject.toml
 	$(LMMS_VENV)/bin/python -m pip install --quiet --editable ".[lmms-eval]" pytest
 	touch $@
 
-# The plug-in for vLLM, in an environment of its own, for vLLM wants versions of torch and transformers that it was built with.
+# The plug-in for vLLM, also below lmms-eval, in an environment of its own: vLLM needs the versions of torch and transformers that it
+# was built with.
 vllm-test: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest tests/serving
+	$(VLLM_VENV)/bin/python -m pytest tests/serving tests/lmms_eval_harness/test_through_vllm.py
 
 $(VLLM_VENV)/installed: pyproject.toml tests/serving/environment.sh
 	PYTHON=$(PYTHON) bash tests/serving/environment.sh $(VLLM_VENV)

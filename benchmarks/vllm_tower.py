@@ -1,25 +1,27 @@
 """
 Measures the time of vLLM's vision towers of Qwen2.5-VL and Qwen3-VL for different shares of kept merge units.
 
-It compares vLLM's tower on all merge units, the plug-in's tower on the units that a selector keeps, and vLLM's pruning (EVS), which
-drops as many tokens after the tower has encoded all units. Towers have the sizes of Qwen2.5-VL-7B and Qwen3-VL-8B, with random
-weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All cases run alternately, after a
-warm-up. It prints a table and writes JSON. It needs vLLM.
+It compares vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which
+runs the whole tower and then drops tokens, so that as many are left. Towers have the sizes of those of Qwen2.5-VL-7B and
+Qwen3-VL-8B, with random weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All
+cases run in turn; the first run of each is a warm-up. EVS drops tokens of the whole tower's run before it, and its time is that
+of both. The script prints a table, and writes JSON after every measurement, so that a run can be interrupted. It needs vLLM.
 
-    python benchmarks/vllm_tower.py video.mp4 --threads 2 --runs 5 -o vllm_tower.json
+    python benchmarks/vllm_tower.py video.mp4 --towers qwen2_5_vl --dtype bfloat16 --runs 5 -o vllm_tower.json
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measurement import DTYPES, machine, now, run_in_turn
+from measurement import DTYPES, machine, now
 from transformers import AutoModel, Qwen2_5_VLConfig, Qwen3VLConfig
 from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -31,6 +33,7 @@ from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeVideoProcessor, read
 from transformers_autogaze.integrations.qwen_vl_gazing import UnitGazer, UnitSizes
 from transformers_autogaze.integrations.qwen_vl_units import fold_units, kept_units
 from transformers_autogaze.serving.vllm_tower import encode_kept_units
+from transformers_autogaze.utils.output_files import replacing
 from transformers_autogaze.video.demo import render_demo_clip
 
 
@@ -64,34 +67,34 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     frames = render_demo_clip(options.num_frames) if options.video is None else None
     frames = read_video(options.video, options.num_frames)[0] if frames is None else frames
-    rows = []
-    print(f"{device}, {options.dtype}, {options.threads} threads, torch {torch.__version__}, median of {options.runs}")
-    print(f"{'':<34} {'units':>15} {'tower s':>9} {'of whole':>9} {'gazing s':>9}")
-    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
-    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
-        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "nccl" if device == "cuda" else "gloo")
-        initialize_model_parallel()
-        for name in options.towers:
-            tower = make_tower(name, options.layers).to(device, DTYPES[options.dtype]).eval()
-            for row in measure(tower, frames, options.side, options.ratios, options.runs, device):
-                rows.append({"tower": name, **row})
-                print(
-                    f"{name + ', ' + row['case']:<34} {row['units']:>6} of {row['all_units']:<5} {row['seconds']:>9.2f} "
-                    f"{row['of_whole']:>9.2f} {row['gazing_seconds']:>9.2f}"
-                )
     result = {
         "machine": machine(options.threads, device, options.dtype),
         "num_frames": len(frames),
         "side": options.side,
         "layers": options.layers,
         "runs": options.runs,
-        "rows": rows,
+        "rows": [],
     }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "nccl" if device == "cuda" else "gloo")
+        initialize_model_parallel()
+        for name in options.towers:
+            done, cells = result["rows"], []
+            tower = make_tower(name, options.layers, device, DTYPES[options.dtype])
+            for cell in measure(tower, frames, options.side, options.ratios, options.runs, device):
+                print(f"{name}, {cell['case']}, run {cell['run']}: {cell['seconds']:.2f} s", flush=True)
+                if cell["run"]:
+                    cells.append(cell)
+                    result["rows"] = [*done, *({"tower": name, **row} for row in summarize(cells))]
+                    with replacing(options.output) as unfinished:
+                        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
+    sys.stdout.flush()
     os._exit(0)  # The exit of vLLM's process groups would block.
 
 
-def make_tower(name: str, layers: int | None) -> torch.nn.Module:
+def make_tower(name: str, layers: int | None, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Makes a tower of vLLM with random weights."""
     build, config, sizes = TOWERS[name]
     depth = layers or DEPTHS[name]
@@ -99,11 +102,11 @@ def make_tower(name: str, layers: int | None) -> torch.nn.Module:
     if "deepstack_visual_indexes" in sizes:
         sizes["deepstack_visual_indexes"] = [layer for layer in sizes["deepstack_visual_indexes"] if layer < depth]
     torch.manual_seed(0)
-    tower = build(config(vision_config=sizes).vision_config)
+    tower = build(config(vision_config=sizes).vision_config).to(device, dtype).eval()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for module in tower.modules():
-        # Layers of vLLM on a CPU convert their weights after loading.
+        # Layers of vLLM on a CPU convert their weights after loading, for the dtype that they have then.
         method = getattr(module, "quant_method", None)
         if method is not None:
             method.process_weights_after_loading(module)
@@ -111,8 +114,8 @@ def make_tower(name: str, layers: int | None) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> list[dict]:
-    """Runs all cases alternately; returns a row for each."""
+def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> Iterator[dict]:
+    """Runs all cases in turn; yields the measurements of one run of one case at a time. Run 0 is the warm-up."""
     merge, patch = tower.spatial_merge_size, tower.patch_size
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     size = (side // (merge * patch) * merge * patch,) * 2
@@ -123,46 +126,73 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
     gazer = UnitGazer(AutoModel.from_pretrained(DEFAULT_SELECTOR).eval(), processor, None, UnitSizes(merge, patch, 2))
     on_device = pixels.to(device, tower.dtype)
 
-    def encode_all() -> torch.Tensor:
-        return tower(on_device, grid.tolist())
+    for run in range(runs + 1):
 
-    cases = {WHOLE: encode_all}
-    gazing = {}
-    gazer.gaze(pixels, grid, gazing_ratio=ratios[0])  # a warm-up
-    for ratio in ratios:
-        start = now()
-        gaze = gazer.gaze(pixels, grid, gazing_ratio=ratio)[0]
-        case = f"gazing_ratio {ratio:g}"
-        gazing[case] = now() - start
-        kept = kept_units(gaze, units)[0].flatten()
-        patches = pixels.unflatten(0, (-1, merge**2))[kept].flatten(0, 1).to(device, tower.dtype)
-        cases[case] = partial(encode_kept_units, tower, patches, grid, kept)
-        if ratio < 1:
-            cases[f"EVS, {ratio:g} of tokens"] = partial(prune, encode_all, grid, merge, ratio)
-    counts = {case: len(call()) for case, call in cases.items()}
-    seconds = run_in_turn(cases, runs, device)
-    whole_seconds = statistics.median(seconds[WHOLE])
-    rows = []
-    for case, times in seconds.items():
-        rows.append(
-            {
-                "case": case,
-                "units": counts[case],
-                "all_units": units[0] * units[1] * units[2],
-                "seconds": statistics.median(times),
-                "of_whole": statistics.median(times) / whole_seconds,
-                "gazing_seconds": gazing.get(case, 0.0),
-                "all_seconds": times,
-            }
-        )
-    return rows
+        def cell(case: str, features: torch.Tensor, seconds: float, gazing_seconds: float = 0.0, run=run) -> dict:
+            counts = {"units": len(features), "all_units": math.prod(units)}
+            return {"case": case, "run": run, **counts, "seconds": seconds, "gazing_seconds": gazing_seconds}
+
+        start = now(device)
+        features = tower(on_device, grid.tolist())
+        whole_seconds = now(device) - start
+        yield cell(WHOLE, features, whole_seconds)
+        for ratio in ratios:
+            start = now()
+            gaze = gazer.gaze(pixels, grid, gazing_ratio=ratio)[0]
+            gazing_seconds = now() - start
+            is_kept = kept_units(gaze, units)[0].flatten()
+            patches = pixels.unflatten(0, (-1, merge**2))[is_kept].flatten(0, 1).to(device, tower.dtype)
+            start = now(device)
+            encoded = encode_kept_units(tower, patches, grid, is_kept)
+            yield cell(f"gazing_ratio {ratio:g}", encoded, now(device) - start, gazing_seconds)
+            if ratio < 1:
+                start = now(device)
+                left = prune(features, grid, merge, len(encoded))
+                yield cell(f"EVS, tokens of {ratio:g}", left, whole_seconds + now(device) - start)
 
 
-def prune(encode: Callable[[], torch.Tensor], grid: torch.Tensor, merge: int, ratio: float) -> torch.Tensor:
-    """Encodes all units and drops tokens like EVS, which keeps at least those of the first pair of frames."""
-    features = encode()
-    is_kept = compute_retention_mask(features, grid[0].tolist(), spatial_merge_size=merge, q=1 - ratio)
+def prune(features: torch.Tensor, grid: torch.Tensor, merge: int, count: int) -> torch.Tensor:
+    """Drops tokens as EVS does until so many are left, but not fewer than those of one pair of frames."""
+    rate = 1 - (count + 0.5) / len(features)  # EVS rounds the number of tokens down
+    is_kept = compute_retention_mask(features, grid[0].tolist(), spatial_merge_size=merge, q=rate)
     return features[is_kept]
+
+
+def summarize(cells: list[dict]) -> list[dict]:
+    """Gives one row per case, with medians over the runs so far."""
+    by_case: dict[str, list[dict]] = {}
+    for cell in cells:
+        by_case.setdefault(cell["case"], []).append(cell)
+
+    def median(case: str, name: str = "seconds") -> float:
+        return statistics.median(cell[name] for cell in by_case[case])
+
+    return [
+        {
+            "case": case,
+            "units": runs[0]["units"],
+            "all_units": runs[0]["all_units"],
+            "seconds": median(case),
+            "of_whole": median(case) / median(WHOLE),
+            "gazing_seconds": median(case, "gazing_seconds"),
+            "all_seconds": [cell["seconds"] for cell in runs],
+        }
+        for case, runs in by_case.items()
+    ]
+
+
+def print_table(result: dict) -> None:
+    """Prints the rows of a result."""
+    made = result["machine"]
+    print(
+        f"{made['device']}, {made['dtype']}, {made['threads']} threads, torch {made['torch']}, median of {result['runs']}"
+    )
+    print(f"{'':<34} {'units':>15} {'tower s':>9} {'of whole':>9} {'gazing s':>9}")
+    for row in result["rows"]:
+        print(
+            f"{row['tower'] + ', ' + row['case']:<34} {row['units']:>6} of {row['all_units']:<5} {row['seconds']:>9.2f} "
+            f"{row['of_whole']:>9.2f} {row['gazing_seconds']:>9.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ evaluate() { # arguments: model of lmms-eval, its model_args, further options
 }
 
 serve_and_evaluate() { # arguments: options of `vllm serve`
-    "$VLLM" serve "$name" --port "$PORT" --max-model-len 65536 --allowed-local-media-path / "$@" &
+    # lmms-eval sends the number of frames with each request, which vLLM accepts if it trusts the clients.
+    "$VLLM" serve "$name" --port "$PORT" --max-model-len 65536 --allowed-local-media-path / --trust-request-mm-kwargs "$@" &
     local server=$!
     trap "kill $server" EXIT
     until curl --silent --fail "http://localhost:$PORT/health"; do

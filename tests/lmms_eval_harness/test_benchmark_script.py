@@ -78,3 +78,9 @@ def test_what_there_is_not_is_refused(tmp_path, arguments):
 def test_a_server_that_does_not_start_ends_the_run(tmp_path):
     code, commands, errors = run(tmp_path, "qwen3_vl", "vllm-evs", PORT="1")
     assert code == 1 and "vllm serve has ended" in errors and not commands
+
+
+def test_the_server_takes_what_lmms_eval_sends_with_requests(tmp_path):
+    code, [command], _ = run(tmp_path, "qwen3_vl", "vllm-gaze", PORT="1", VLLM=str(tmp_path / "stand_in"))
+    assert code == 1 and command[0] == "serve"
+    assert "--trust-request-mm-kwargs" in command and options(command)["--allowed-local-media-path"] == "/"

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import huggingface_hub
 import pytest
-from local_benchmark import FIELDS, INSTRUCTION, ask_about, find_videos, write_benchmark
+from local_benchmark import FIELDS, INSTRUCTION, ask_about
 
 from transformers_autogaze.lmms_harness import TASKS
 from transformers_autogaze.lmms_harness.results_table import read_rows, write_table
@@ -20,7 +19,6 @@ from lmms_eval.__main__ import cli_evaluate  # noqa: E402
 from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.models import get_model  # noqa: E402
 from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
-from multiple_choice_mllms import save_tiny  # noqa: E402
 
 
 FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "llava_onevision": "llava_hf"}
@@ -31,41 +29,6 @@ SMALL = {
     "qwen3_vl": "device_map=cpu,max_num_frames=8,min_pixels=1024,max_pixels=16384",
     "llava_onevision": "device_map=cpu,max_frames_num=8",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory) -> Iterator[None]:
-    """Keeps lmms-eval off the network and out of the caches of this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> list[Path]:
-    return find_videos(tmp_path_factory.mktemp("videos"), count=3)
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory, offline, videos) -> Iterator[Path]:
-    """Folder of the task `hlvid_local`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HLVID_VIDEOS", str(videos[0].parent))
-        yield write_benchmark(tmp_path_factory.mktemp("benchmark"), videos)
-
-
-@pytest.fixture(scope="module")
-def mllms(tmp_path_factory) -> Callable[[str], Path]:
-    """Gives the folder of a tiny MLLM of a family."""
-    folder, made = tmp_path_factory.mktemp("mllms"), {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save_tiny(family, folder / family)
-        return made[family]
-
-    return get
 
 
 @pytest.fixture

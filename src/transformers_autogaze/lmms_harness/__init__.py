@@ -24,10 +24,11 @@ def model_manifests() -> list["ModelManifest"]:
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    models, nvila_hd = f"{__name__}.models", f"{__name__}.nvila_hd"
+    models, nvila_hd, vllm = (f"{__name__}.{module}" for module in ("models", "nvila_hd", "through_vllm"))
     return [
         ModelManifest("gaze_qwen2_5_vl", chat_class_path=f"{models}.GazeQwen2_5_VL"),
         ModelManifest("gaze_qwen3_vl", chat_class_path=f"{models}.GazeQwen3_VL"),
         ModelManifest("gaze_nvila_hd", chat_class_path=f"{nvila_hd}.GazeNvilaHD"),
+        ModelManifest("gaze_vllm", chat_class_path=f"{vllm}.GazeVLLM"),
         ModelManifest("gaze_llava_onevision", simple_class_path=f"{models}.GazeLlavaOnevision"),
     ]
