@@ -31,11 +31,12 @@ test: lint
 
 # The documentation site, in outputs/site; a warning is an error.
 docs: $(DOCS_VENV)/installed
+	$(DOCS_VENV)/bin/python -m pytest tests/test_site.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 $(DOCS_VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]" pytest
 	touch $@
 
 # The web page in an environment of its own. Its tests in a browser need Chromium (on Debian: apt-get install chromium).

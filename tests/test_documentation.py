@@ -34,7 +34,8 @@ from transformers_autogaze_cli import _parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+HLVID = ROOT / "src" / "transformers_autogaze" / "lmms_harness" / "tasks" / "hlvid" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", HLVID, *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 ENGINES = {"serving.md"}  # pages whose blocks need vLLM; tests/serving runs them
 FIGURES = runpy.run_path(str(DOCS / "mkdocs" / "figures.py"))

@@ -14,7 +14,7 @@ import griffe
 
 
 DOCS = Path(__file__).parents[1]
-SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Examples?):$")
+SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Examples?):(?: (.+))?$")
 ENTRY = re.compile(r"    ([\w*][\w*, .]*?)(?: \((.*?)\))?:(?: (.*))?$")
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?!\(|\[)")
 DOCUMENT = re.compile(r"`?docs/([\w/]+)\.md`?(?:,\s+section\s+(\d[\d.]*\d|\d))?")
@@ -72,7 +72,7 @@ def to_markdown(text: str, documented: dict[str, str]) -> str:
         if found := SECTION.match(line):
             section = found[1]
             title = {"Args": "Parameters"}.get(section, section)
-            lines += ["", f"**{title}**", ""]
+            lines += ["", f"**{title}**", ""] if found[2] is None else ["", f"**{title}**: {found[2]}"]
         elif line and not line.startswith(" "):
             section = None
             lines.append(line)
