@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 APP_VENV ?= .venv-app
+DOCS_VENV ?= .venv-docs
 RAY_VENV ?= .venv-ray
 VLLM_VENV ?= .venv-vllm
 LMMS_VENV ?= .venv-lmms-eval
@@ -20,13 +21,23 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 2500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
+.PHONY: demo test docs common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The documentation site, in outputs/site; a warning is an error.
+docs: $(DOCS_VENV)/installed
+	$(DOCS_VENV)/bin/python -m pytest tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+$(DOCS_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]" pytest
+	touch $@
 
 # The web page in an environment of its own. Its tests in a browser need Chromium (on Debian: apt-get install chromium).
 app-test: $(APP_VENV)/installed
@@ -127,4 +138,4 @@ autogaze-weights: $(INSTALLED)
 		--clips-per-video 100 --per-device-train-batch-size 1 --max-steps $(STEPS) --logging-steps 20 --report-to none
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(APP_VENV) $(RAY_VENV) outputs
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(APP_VENV) $(DOCS_VENV) $(RAY_VENV) outputs

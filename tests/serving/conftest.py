@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,6 +158,17 @@ def engine(qwen_folder, plain_logprobs) -> Iterator:
     """The tiny MLLM in vLLM, with the plug-in; after `plain_logprobs`, as a process can have one engine at a time."""
     with run_engine(qwen_folder) as engine:
         yield engine
+
+
+def run_documented_block(number: int, replaced: dict[str, str] | None = None, **names) -> dict:
+    """Runs a Python block of docs/serving.md, with other words in the place of some, and gives its names."""
+    document = Path(__file__).parents[2] / "docs" / "serving.md"
+    code = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)[number]
+    for word, other in (replaced or {}).items():
+        assert word in code
+        code = code.replace(word, other)
+    exec(compile(code, str(document), "exec"), names)
+    return names
 
 
 def has_plugin(engine) -> bool:

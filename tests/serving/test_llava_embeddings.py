@@ -10,7 +10,7 @@ from transformers_autogaze import GreedyGazeSelector
 from transformers_autogaze.integrations import GazeVideoLM
 from transformers_autogaze.serving.llava_embeddings import embed_for_vllm
 
-from .conftest import TOKENS, make_video, run_engine
+from .conftest import TOKENS, make_video, run_documented_block, run_engine
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -108,3 +108,9 @@ def test_other_mllms_and_a_gaze_beside_settings_are_refused(model):
     gaze = model.gaze(pixels, gazing_ratio=0.5)
     with pytest.raises(ValueError, match="`gaze` and settings must not be given together"):
         embed_for_vllm(model, pixels, gaze, gazing_ratio=0.5)
+
+
+def test_the_documented_call_runs(engine, model):
+    names = {"mllm": model.mllm, "selector": GreedyGazeSelector(), "processor": model.processor}
+    names |= {"pixel_values_videos": make_pixels(model), "LLM": lambda name, **settings: engine}
+    run_documented_block(2, **names)

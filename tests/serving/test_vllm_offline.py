@@ -7,7 +7,17 @@ import pytest
 from PIL import Image
 from vllm import SamplingParams
 
-from .conftest import IMAGE, TOKENS, VIDEO, dense_request, find_logprobs, has_plugin, make_prompt, make_video
+from .conftest import (
+    IMAGE,
+    TOKENS,
+    VIDEO,
+    dense_request,
+    find_logprobs,
+    has_plugin,
+    make_prompt,
+    make_video,
+    run_documented_block,
+)
 
 
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -110,3 +120,9 @@ def test_a_video_without_frames_is_refused(engine):
     with pytest.raises(ValueError):
         answer(engine, make_request([VIDEO, "What?"], [(np.zeros((0, 112, 112, 3), np.uint8), metadata)], **QUARTER))
     assert len(answer(engine, make_request([VIDEO, "What?"], [(video, metadata)], **QUARTER))) == 1
+
+
+def test_the_documented_call_runs(engine):
+    frames, metadata = make_video()
+    names = {"LLM": lambda name: engine, "prompt": make_prompt(VIDEO, "What?"), "frames": frames, "metadata": metadata}
+    run_documented_block(1, {"from vllm import LLM\n": ""}, **names)

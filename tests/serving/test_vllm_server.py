@@ -9,7 +9,7 @@ from vllm_server import run_server
 
 from transformers_autogaze.video import write_video
 
-from .conftest import TOKENS, VIDEO, make_prompt, make_video
+from .conftest import TOKENS, VIDEO, make_prompt, make_video, run_documented_block
 
 
 DEFAULT = {"gazing_ratio": 0.5, "gaze_model": "greedy"}  # of the server, for requests without arguments
@@ -84,3 +84,13 @@ def test_a_video_without_frames_is_refused_and_the_server_lives_on(client, media
         ask(client, media / "broken.mp4", **QUARTER)
     assert error.value.status_code == 400
     assert ask(client, media / "clip.mp4", **QUARTER)
+
+
+def test_the_documented_request_is_answered(client, media, capsys):
+    replaced = {
+        "http://localhost:8000/v1": str(client.base_url),
+        "Qwen/Qwen2.5-VL-7B-Instruct": client.models.list().data[0].id,
+        "/videos/clip.mp4": str(media / "clip.mp4"),
+    }
+    usage = run_documented_block(0, replaced)["answer"].usage
+    assert str(usage.prompt_tokens) in capsys.readouterr().out
