@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
+from published import FIXTURES
 
 from transformers_autogaze import __version__, read_video, write_video
 from transformers_autogaze.hub.checkpoints import SHIPPED_SELECTORS

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES
+from published import FIXTURES
 from transformers import set_seed
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from published import FIXTURES
 from transformers import AutoConfig
 
 import transformers_autogaze

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FIXTURES
+from published import FIXTURES
 from test_nvila import StandInProcessor
 from transformers import AutoModel, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import is_torchvision_available

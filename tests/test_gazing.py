@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED
+from published import SHARED
 from safetensors.torch import load_file
 
 from transformers_autogaze import GazeGrid, GazeOutput

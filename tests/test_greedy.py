@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import SHARED
+from published import SHARED
 from transformers import AutoModel
 
 from transformers_autogaze import (

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from conftest import FIXTURES
+from published import FIXTURES
 from safetensors.torch import load_file
 from transformers import AutoModel
 

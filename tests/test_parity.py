@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Checkpoint, checkpoint_folder
+from published import Checkpoint, checkpoint_folder
 
 from transformers_autogaze.selection_autogaze import resize_frames
 

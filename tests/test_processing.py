@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SHARED
 from PIL import Image
+from published import SHARED
 from safetensors.torch import load_file
 from transformers import SiglipConfig, SiglipVisionConfig, SiglipVisionModel, VJEPA2Config
 from transformers.utils import is_torchvision_available

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from published import FIXTURES
 from test_modeling import small_config
 
 import transformers_autogaze

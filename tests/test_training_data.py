@@ -5,8 +5,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
+from published import FIXTURES
 from torch.utils.data import DataLoader
 
 from transformers_autogaze import AutoGazeConfig, AutoGazeModel, AutoGazeVideoProcessor

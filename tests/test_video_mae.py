@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from conftest import checkpoint_folder
+from published import checkpoint_folder
 from safetensors.torch import load_file, save_file
 
 from transformers_autogaze import GazeGrid, GazeOutput

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import checkpoint_folder
+from published import checkpoint_folder
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
