@@ -130,7 +130,7 @@ def test_some_rows_of_a_table_are_read(clips, tmp_path):
         (
             "{empty}/table.parquet",
             {"video_column": "name", "id_column": "twice"},
-            "no two videos alike, but 'twice' has '1'",
+            "a different value for each video, but 'twice' has '1'",
         ),
         ("{empty}/table.parquet", {"video_column": "name", "id_column": "gap"}, "has rows without a value"),
         ("{empty}/bad.parquet", {}, "must be a Parquet table"),

@@ -267,7 +267,7 @@ def _read_choices(
     selector: str, second: str, budget: str, ratio: float, threshold: str | None, num_frames: int, *others: Any
 ) -> Choices:
     selectors = (selector,) if second == NO_SECOND else (selector, second)
-    # Gradio sends `None` for a field that was never shown.
+    # Gradio sends `None` for a field that was never visible.
     threshold = (threshold or "").strip()
     try:
         loss = float(threshold) if threshold else None

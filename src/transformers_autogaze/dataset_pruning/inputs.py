@@ -272,7 +272,7 @@ def _check_unique(identities: pa.ChunkedArray, id_column: str | None) -> None:
     twice = [pair["values"] for pair in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist()]
     if twice:
         raise ValueError(
-            f"`--id-column` must name no two videos alike, but {id_column!r} has {', '.join(map(repr, twice[:_MAX_NAMES]))} more than "
+            f"`--id-column` must have a different value for each video, but {id_column!r} has {', '.join(map(repr, twice[:_MAX_NAMES]))} more than "
             "once"
         )
 

@@ -167,6 +167,6 @@ def warn_of_fixed_scales(selector: GazeSelector, gazes: list[GazeOutput], units:
     warnings.warn(
         f"{type(selector).__name__} has fixed scales: it kept {share:.1%} of its patches, which lie on {kept} of {total} "
         f"merge units ({kept / total:.1%}), and the language model reads all of these; a selector that takes any grid, such "
-        "as GreedyGazeSelector, keeps the share of units it is asked for",
+        "as GreedyGazeSelector, keeps the requested share of units",
         stacklevel=3,
     )
