@@ -33,7 +33,7 @@ class MeasuringSearch(CanvasSearch):
         """
         errors_left = []
         with torch.autocast(frames.device.type, enabled=False):
-            for _, errors, scale_of_cell in self._frames_of(frames, gaze, canvas):
+            for _, errors, scale_of_cell in self._iterate_frames(frames, gaze, canvas):
                 errors_left.append(errors.gather(1, scale_of_cell).sum(-1) * ERROR_UNIT)
         return torch.cat(errors_left, dim=1)
 
@@ -59,7 +59,7 @@ class MeasuringSearch(CanvasSearch):
             raise ValueError(f"`step_size` must be at least 1, got {step_size}")
         last, chosen = self.grid.num_patches, []
         with torch.autocast(frames.device.type, enabled=False):
-            for ids, errors, scale_of_cell in self._frames_of(frames, gaze, canvas):
+            for ids, errors, scale_of_cell in self._iterate_frames(frames, gaze, canvas):
                 # Only finer patches can improve a cell that already shows a patch, so at all coarser scales it has the error
                 # of that patch. Index 0 is the canvas here.
                 scale_of_cell = F.pad(scale_of_cell, (0, 0, 1, 0))[:, :-1:step_size]
@@ -78,7 +78,7 @@ class MeasuringSearch(CanvasSearch):
                 chosen.append(best.view(len(frames), -1)[:, : ids.shape[1]])
         return torch.cat(chosen, dim=1)
 
-    def _frames_of(
+    def _iterate_frames(
         self, frames: torch.Tensor, gaze: GazeOutput, canvas: Canvas | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """

@@ -151,7 +151,7 @@ class CanvasGazeSelector(GazeSelector):
         self._check_cache(cache, len(frames))
         tubelet_size = int(tubelet_size)
         values = self.look(frames, tubelet_size)
-        start = self._start(cache, values)
+        start = self._initial_canvas(cache, values)
         num_values = start.image[0].numel()
         max_error = None if threshold is None else self.loss_to_mse(threshold).double() * num_values
         losses = None
@@ -209,7 +209,7 @@ class CanvasGazeSelector(GazeSelector):
                 f"its grid and its `tubelet_size`, or begins with a new {self.cache_class.__name__}"
             )
 
-    def _start(self, cache: CanvasGazeCache, values: torch.Tensor) -> Canvas:
+    def _initial_canvas(self, cache: CanvasGazeCache, values: torch.Tensor) -> Canvas:
         """Returns the canvas of the stream, or the initial one."""
         start = self.search.start_canvas(values)
         if cache.canvas is None:

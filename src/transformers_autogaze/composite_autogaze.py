@@ -168,7 +168,7 @@ class CompositeReconstruction(MeasuringSearch):
 
     def start_canvas(self, frames: torch.Tensor) -> Canvas:
         """Checks clips `(batch, frames, 3, height, width)` and returns a mid-grey canvas."""
-        image = self._start(frames, None)
+        image = self._initial_image(frames, None)
         return Canvas(image, torch.ones(len(frames), *self.cells, dtype=torch.bool, device=frames.device))
 
     def __call__(
@@ -221,7 +221,7 @@ class CompositeReconstruction(MeasuringSearch):
         Raises:
             ValueError: if a shape, a dtype or the range of the pixels is not as above, or the gaze has another grid.
         """
-        current = self._start(pixels, previous)
+        current = self._initial_image(pixels, previous)
         if isinstance(gaze, GazeOutput):
             if gaze.grid != self.grid:
                 raise ValueError(f"`gaze` must be one of {self.grid}, got one of {gaze.grid}")
@@ -269,7 +269,7 @@ class CompositeReconstruction(MeasuringSearch):
         Raises:
             ValueError: if a shape, a dtype, the range of the pixels or a budget is not as above, or `max_error` is NaN.
         """
-        current = self._start(pixels, previous)
+        current = self._initial_image(pixels, previous)
         batch, num_frames = pixels.shape[:2]
         budgets = torch.as_tensor(budgets)
         if budgets.shape != (num_frames,) or budgets.is_floating_point():
@@ -282,7 +282,7 @@ class CompositeReconstruction(MeasuringSearch):
             raise ValueError(f"`max_error` must be numbers, `-inf` for no threshold, got {max_error.tolist()}")
 
         limit = None if max_error is None else max_error.double() * pixels[0, 0].numel()
-        found = self.search_frames(pixels, budgets, limit, self._canvas_of(current))
+        found = self.search_frames(pixels, budgets, limit, self._full_canvas(current))
         mse = (found.errors / pixels[0, 0].numel()).to(pixels.dtype)
         return GreedySearchOutput(found.ids, mse, found.counts, found.canvas.image)
 
@@ -306,7 +306,7 @@ class CompositeReconstruction(MeasuringSearch):
             ValueError: if pixels or gaze are not as above.
         """
         check_reconstruction_inputs(pixels, gaze, None, self.grid)
-        errors = self.measure_choices(pixels, gaze, self._canvas_of(self._start(pixels, previous)))
+        errors = self.measure_choices(pixels, gaze, self._full_canvas(self._initial_image(pixels, previous)))
         return (errors / pixels[0, 0].numel()).to(pixels)
 
     @torch.no_grad()
@@ -323,7 +323,7 @@ class CompositeReconstruction(MeasuringSearch):
             `torch.DoubleTensor` of shape `(batch, 1 + scales, *cells)`: squared errors, summed over the pixels and
             channels of a cell; first of `previous`, then of the scales, coarse to fine (0 for the finest).
         """
-        self._start(frames[:, None], previous)
+        self._initial_image(frames[:, None], previous)
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.contiguous()
             return self._squared_errors(frames, (previous.to(frames), *self._render(frames))) * ERROR_UNIT
@@ -350,7 +350,7 @@ class CompositeReconstruction(MeasuringSearch):
         covered = torch.maximum(scale_of_cell, scale_of_patch)
         return (errors.gather(1, scale_of_cell) - errors.gather(1, covered)).sum(-1)
 
-    def _start(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    def _initial_image(self, pixels: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
         """Checks clips and the state of their stream; returns the image `(batch, 3, height, width)` before them."""
         height, width = self.grid.sizes[-1]
         if pixels.ndim != 5 or 0 in pixels.shape or pixels.shape[2] % 3 or tuple(pixels.shape[3:]) != (height, width):
@@ -372,7 +372,7 @@ class CompositeReconstruction(MeasuringSearch):
             raise ValueError(f"`previous` must be of shape {shape}, got {tuple(previous.shape)}")
         return previous.to(pixels)
 
-    def _canvas_of(self, image: torch.Tensor) -> Canvas:
+    def _full_canvas(self, image: torch.Tensor) -> Canvas:
         """Makes a canvas that is nowhere empty, as budgets for each frame need it."""
         return Canvas(image, torch.zeros(len(image), *self.cells, dtype=torch.bool, device=image.device))
 

@@ -1,15 +1,13 @@
 """
 The decode loop of AutoGaze and the cache of a stream.
 
-Two implementations of a decoding step share the arithmetic of the decoder:
+A decoding step has two implementations, which share the arithmetic of the decoder:
 
     generate -> GazeDecoding._gaze: loop over frames and steps (this module)
-     |
-     +-- GraphedSteps (`graphed_steps_autogaze`): fixed shapes, replayed as CUDA graphs (`cuda_graphs_autogaze`), when
-     |     on CUDA, greedy, in evaluation mode, without autocast, with plain weights, and free (one thread at a time)
-     +-- DecodeSteps (`decode_steps_autogaze`): true lengths, in all other cases (CPU, sampling, training, adapters)
-     |
-     both -> FusedDecoder (`fused_decoder_autogaze`): layers and heads as fused matrix products
+     +-- GraphedSteps (`graphed_steps_autogaze`): fixed shapes, replayed as CUDA graphs (`cuda_graphs_autogaze`);
+     |     on CUDA, greedy, in evaluation mode, without autocast or adapters, and one thread at a time
+     +-- DecodeSteps (`decode_steps_autogaze`): the true lengths of clips; in all other cases
+    both -> FusedDecoder (`fused_decoder_autogaze`): layers and heads as fused matrix products
     forward, which scores a given gaze -> LlamaModel (`modeling_autogaze`)
 """
 
@@ -212,7 +210,7 @@ class GazeDecoding(GazeSelector):
         sampling = {"temperature": temperature if do_sample else None, "generator": generator}
 
         ids, is_real, slots = [], [], []
-        # Inference mode makes thousands of small operations a tenth faster. Returned tensors are made or copied outside it.
+        # Inference mode makes thousands of small operations a tenth faster. The tensors of the gaze are created outside it.
         with torch.inference_mode(), self._decode_steps(cache, num_tokens, is_kept, **sampling) as steps:
             for frame, num_patches in enumerate(budget.tolist()):
                 limit = None if threshold is None else threshold[:, frame]
@@ -308,7 +306,7 @@ class GazeDecoding(GazeSelector):
                 continuing = list(range(len(active))) if stop < budget else []
                 ids[clips, start:stop], is_real[clips, start:stop] = chosen, True
             else:
-                # Entry i is the loss before slot i, so slots from the first loss that meets the threshold on are padding.
+                # Entry i is the loss before slot i, which is padding if that loss meets the threshold already.
                 losses = losses if tracker is None else tracker.add_patches(active, chosen)
                 is_padding = losses <= threshold[clips, None]
                 if start == 0:
