@@ -4,7 +4,7 @@ Measures the time of vLLM's vision towers of Qwen2.5-VL and Qwen3-VL for differe
 It compares vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which
 runs the whole tower and then drops tokens, so that as many are left. Towers have the sizes of those of Qwen2.5-VL-7B and
 Qwen3-VL-8B, with random weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All
-cases run in turn; the first run of each is a warm-up. EVS drops tokens of the whole tower's run before it, and its time is that
+cases run in turn, after a warm-up with eight frames. EVS drops tokens of the whole tower's run before it, and its time is that
 of both. The script prints a table, and writes JSON after every measurement, so that a run can be interrupted. It needs vLLM.
 
     python benchmarks/vllm_tower.py video.mp4 --towers qwen2_5_vl --dtype bfloat16 --runs 5 -o vllm_tower.json
@@ -82,13 +82,14 @@ def main() -> None:
         for name in options.towers:
             done, cells = result["rows"], []
             tower = make_tower(name, options.layers, device, DTYPES[options.dtype])
+            for _ in measure(tower, frames[:8], options.side, options.ratios, 1, device):
+                pass
             for cell in measure(tower, frames, options.side, options.ratios, options.runs, device):
                 print(f"{name}, {cell['case']}, run {cell['run']}: {cell['seconds']:.2f} s", flush=True)
-                if cell["run"]:
-                    cells.append(cell)
-                    result["rows"] = [*done, *({"tower": name, **row} for row in summarize(cells))]
-                    with replacing(options.output) as unfinished:
-                        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+                cells.append(cell)
+                result["rows"] = [*done, *({"tower": name, **row} for row in summarize(cells))]
+                with replacing(options.output) as unfinished:
+                    unfinished.write_text(json.dumps(result, indent=1) + "\n")
     print_table(result)
     sys.stdout.flush()
     os._exit(0)  # The exit of vLLM's process groups would block.
@@ -115,7 +116,7 @@ def make_tower(name: str, layers: int | None, device: str, dtype: torch.dtype) -
 
 @torch.no_grad()
 def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> Iterator[dict]:
-    """Runs all cases in turn; yields the measurements of one run of one case at a time. Run 0 is the warm-up."""
+    """Runs all cases in turn; yields the measurements of one run of one case at a time."""
     merge, patch = tower.spatial_merge_size, tower.patch_size
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     size = (side // (merge * patch) * merge * patch,) * 2
@@ -126,7 +127,7 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
     gazer = UnitGazer(AutoModel.from_pretrained(DEFAULT_SELECTOR).eval(), processor, None, UnitSizes(merge, patch, 2))
     on_device = pixels.to(device, tower.dtype)
 
-    for run in range(runs + 1):
+    for run in range(1, runs + 1):
 
         def cell(case: str, features: torch.Tensor, seconds: float, gazing_seconds: float = 0.0, run=run) -> dict:
             counts = {"units": len(features), "all_units": math.prod(units)}
