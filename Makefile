@@ -18,7 +18,7 @@ PICTURES ?= outputs/pictures
 WEIGHTS ?= outputs/weights
 PACKED = src/transformers_autogaze/pretrained/features
 AUTOGAZE ?= outputs/autogaze
-STEPS ?= 2500
+STEPS ?= 4500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
 .PHONY: demo test docs common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
@@ -114,7 +114,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The default weights, put into the package with their card; pictures are packages of Debian. A run that broke off goes on with RESUME=outputs/weights/checkpoint-500.
 weights: $(INSTALLED) $(PICTURES)/unpacked
 	$(VENV)/bin/autogaze distill $(SHARED)/encoders/dinov2-small $(SHARED)/videos/train $(PICTURES)/*/usr -o $(WEIGHTS) \
-		--crops-per-video 160 --crops-per-picture 40 --max-steps $(STEPS) --bf16 --logging-steps 20 --report-to none \
+		--crops-per-video 240 --crops-per-picture 8 --max-steps $(STEPS) --bf16 --logging-steps 20 --report-to none \
 		--cache-dir $(WEIGHTS)/cache --credits docs/weights_credits.md $(if $(RESUME),--resume-from-checkpoint $(RESUME))
 	cp $(WEIGHTS)/model.safetensors $(PACKED)
 	$(VENV)/bin/python -c "import json; config = json.load(open('$(WEIGHTS)/config.json')); del config['auto_map']; \

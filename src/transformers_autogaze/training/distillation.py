@@ -38,7 +38,7 @@ class DistillationArguments(TrainingArguments):
             `[1, 2, 6]`): size of the network; see [`FeatureGazeConfig`].
         coarse_loss_weight (`float`, *optional*, defaults to 0.25):
             Weight of the error of each scale but the finest, at least 0; that of the finest is 1.
-        change_loss_weight (`float`, *optional*, defaults to 0.5):
+        change_loss_weight (`float`, *optional*, defaults to 3):
             Weight of the error of the difference between the crops of a pair, at least 0.
         crops_per_video (`int`, *optional*, defaults to 96), crops_per_picture (`int`, *optional*, defaults to 16):
             Crops of each file, even numbers of at least 2.
@@ -86,7 +86,7 @@ class DistillationArguments(TrainingArguments):
         default=0.25, metadata={"help": "Weight of the error of each scale but the finest."}
     )
     change_loss_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the error of the difference between the two crops of a pair."}
+        default=3.0, metadata={"help": "Weight of the error of the difference between the two crops of a pair."}
     )
     crops_per_video: int = field(default=96, metadata={"help": "Crops of each video."})
     crops_per_picture: int = field(default=16, metadata={"help": "Crops of each picture."})
