@@ -101,7 +101,7 @@ def test_picture_files_of_sixteen_bits_keep_their_brightness(tmp_path):
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "numbers.tiff")
     frames, _ = read_video([tmp_path / "deep.tiff"])
     assert np.array_equal(frames[0], grey[..., None].repeat(3, -1))
-    with pytest.raises(ValueError, match="numbers.tiff' holds float32 numbers, whose range nobody tells"):
+    with pytest.raises(ValueError, match="numbers.tiff' holds float32 numbers, whose range is unknown"):
         read_video([tmp_path / "numbers.tiff"])
 
 

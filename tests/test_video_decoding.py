@@ -240,14 +240,14 @@ def test_seeking_gives_the_frames_that_scanning_gives(tmp_path, monkeypatch, end
             yield frame
 
     monkeypatch.setattr(frame_decoding_autogaze, "_decoded", counting)
-    monkeypatch.setattr(frame_decoding_autogaze, "_LEAST_JUMP", 4)
+    monkeypatch.setattr(frame_decoding_autogaze, "_MIN_SKIPPED", 4)
     for count in (1, 2, 3, 7, 11, 60):
         frames, metadata = read_video(path, num_frames=count)
         sought = len(decoded)
         streamed = np.stack(list(stream_video(path, num_frames=count)[1]))
         resumed = np.stack(list(stream_video(path, num_frames=count, start_frame=count // 2)[1]))
         with monkeypatch.context() as scanning:
-            scanning.setattr(frame_decoding_autogaze, "_pays_to_jump", lambda *args: False)
+            scanning.setattr(frame_decoding_autogaze, "_is_seeking_faster", lambda *args: False)
             expected = read_video(path, num_frames=count)
         assert np.array_equal(frames, expected[0]) and metadata == expected[1]
         assert np.array_equal(streamed, frames) and np.array_equal(resumed, frames[count // 2 :])

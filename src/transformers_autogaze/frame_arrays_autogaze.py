@@ -1,8 +1,7 @@
 """
-Videos handed over as they are: the many forms in which frames come, brought to one.
+Conversion of frames to uint8 tensors, from arrays, tensors, pictures and decoders of other libraries.
 
-This module owns arrays, tensors, pictures and others' decoders, and where channels lie; what comes out are whole levels
-0..255. Files are `frame_decoding_autogaze`'s matter.
+Files are decoded in `frame_decoding_autogaze`.
 """
 
 import os
@@ -20,25 +19,25 @@ from .video_sources_autogaze import encoded_video, is_picture_list, pixels_of
 
 
 def is_video_source(value: Any) -> bool:
-    """Tells whether `value` is something that [`read_video`] opens, rather than frames."""
+    """Returns whether `value` is a source of [`read_video`], rather than frames."""
     if isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read"):
         return True
     return is_picture_list(value) or encoded_video(value) is not None
 
 
 def with_metadata(value: Any) -> tuple[Any, Any] | None:
-    """Gives frames and what is known of them, as `load_video` of transformers returns them; `None` of anything else."""
+    """Returns a pair of frames and metadata, as returned by `load_video` of transformers; `None` for anything else."""
     if not isinstance(value, (list, tuple)) or len(value) != 2 or getattr(value[0], "ndim", 0) != 4:
         return None
-    frames, known = value
-    if isinstance(known, (VideoMetadata, dict)) or known is None:
-        return frames, known
-    # So `load_video` answers frames that it was given.
-    return (frames, None) if isinstance(known, list) and all(item is None for item in known) else None
+    frames, metadata = value
+    if isinstance(metadata, (VideoMetadata, dict)) or metadata is None:
+        return frames, metadata
+    # `load_video` returns a list of `None` for frames.
+    return (frames, None) if isinstance(metadata, list) and all(item is None for item in metadata) else None
 
 
 def frames_of_decoder(decoder: Any, indices: Sequence[int]) -> Any:
-    """Takes frames of a decoder of torchcodec or decord, as an array or a tensor; raises a ValueError where it cannot."""
+    """Decodes frames with torchcodec or decord to an array or a tensor; raises a `ValueError` if that fails."""
     try:
         frames = decoder.get_frames_at(list(indices)).data if hasattr(decoder, "get_frames_at") else None
         frames = decoder.get_batch(list(indices)) if frames is None else frames
@@ -51,18 +50,18 @@ def frames_of_decoder(decoder: Any, indices: Sequence[int]) -> Any:
 
 
 def rate_of_decoder(decoder: Any) -> float | None:
-    """Gives the frames per second that a decoder of torchcodec or decord tells."""
-    known = getattr(decoder, "metadata", None)
-    return decoder.get_avg_fps() if hasattr(decoder, "get_avg_fps") else getattr(known, "average_fps", None)
+    """Returns the frame rate of a decoder of torchcodec or decord, if known."""
+    metadata = getattr(decoder, "metadata", None)
+    return decoder.get_avg_fps() if hasattr(decoder, "get_avg_fps") else getattr(metadata, "average_fps", None)
 
 
 def is_decoder(value: Any) -> bool:
-    """Tells whether `value` is a decoder of torchcodec or decord."""
+    """Returns whether `value` is a decoder of torchcodec or decord."""
     return hasattr(value, "__len__") and (hasattr(value, "get_frames_at") or hasattr(value, "get_batch"))
 
 
 class _DecoderFrames:
-    """Frames `(height, width, 3)` of a decoder, each decoded when it is asked for."""
+    """Frames `(height, width, 3)` of a decoder, each decoded on access."""
 
     def __init__(self, decoder: Any):
         self.decoder = decoder
@@ -78,10 +77,10 @@ class _DecoderFrames:
 
 
 def unwrap_frames(source: Any) -> tuple[Any, float | None]:
-    """Takes frames `(height, width, 3)` out of a decoder, or of what `load_video` returns, and their rate."""
+    """Returns the frames `(height, width, 3)` of a decoder or of the output of `load_video`, and their rate."""
     if (pair := with_metadata(source)) is not None:
-        frames, known = _channels_last(pair[0]), dict(pair[1] or {})
-        rate, total = known.get("fps"), known.get("total_num_frames") or len(frames)
+        frames, metadata = _channels_last(pair[0]), dict(pair[1] or {})
+        rate, total = metadata.get("fps"), metadata.get("total_num_frames") or len(frames)
         return frames, rate * len(frames) / total if rate else None
     return (_DecoderFrames(source), rate_of_decoder(source)) if is_decoder(source) else (source, None)
 
@@ -110,13 +109,13 @@ def flatten_videos(videos: Any) -> list[Any]:
         raise ValueError("`videos` must hold at least one video of at least one frame, got an empty list")
     shape = getattr(videos, "shape", None)
     raise ValueError(
-        "`videos` must be a path, an http(s) URL, bytes, a list of frames or of pictures' paths, an array or tensor of 3 to 5 dimensions, "
-        f"or a list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
+        "`videos` must be a path, an http(s) URL, bytes, a list of frames or of pictures' paths, an array or tensor of 3 to 5 "
+        f"dimensions, or a list of these, got {type(videos)}{'' if shape is None else f' of shape {tuple(shape)}'}"
     )
 
 
 def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, name: str) -> torch.Tensor:
-    """Takes frames of a video and makes them a uint8 tensor of shape `(frames, 3, height, width)`."""
+    """Converts frames of a video to a uint8 tensor of shape `(frames, 3, height, width)`."""
     if len(video) == 0:
         raise ValueError(f"{name} must have at least one frame, got none")
     if isinstance(video, (list, tuple)):
@@ -127,7 +126,7 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
             raise ValueError(f"{name} must hold frames of one kind, got {sorted(kinds)}")
         numbers = range(len(video))
         if isinstance(video[0], Image.Image):
-            # Converting a picture costs something, so only those asked for are.
+            # Converting pictures is slow, so only the requested ones are converted.
             video, numbers = [pixels_of(video[index]) for index in indices], indices
             indices, input_data_format = range(len(video)), "channels_last"
         for number, frame in zip(numbers, video, strict=True):
@@ -144,7 +143,7 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
     prefers_last = isinstance(video, np.ndarray)
     if prefers_last:
-        # Torch takes neither read-only nor flipped arrays.
+        # Torch accepts neither read-only arrays nor negative strides.
         video = torch.from_numpy(np.require(video, requirements=("C", "W")))
     if video.ndim == 3:
         video, input_data_format = video[:, None], "channels_first"
@@ -190,7 +189,7 @@ def _channels_are_last(video: torch.Tensor, input_data_format: str | None, prefe
 
 
 def _to_levels(video: torch.Tensor, name: str) -> torch.Tensor:
-    """Converts pixels of any type to levels 0..255 in uint8."""
+    """Converts pixels of any dtype to uint8."""
     if video.dtype == torch.uint8:
         return video
     if video.dtype == torch.bool or video.is_complex():
@@ -201,7 +200,7 @@ def _to_levels(video: torch.Tensor, name: str) -> torch.Tensor:
     if is_float and low >= -1e-3 and high <= 1 + 1e-3:
         video = video * 255
     elif not (low >= 0 and high <= 255) or (is_float and high <= 2):
-        # Floats barely above 1 are more likely pixels that overshot in a resize than an almost black video.
+        # Floats slightly above 1 are more likely to result from a resize than from an almost black video.
         raise ValueError(
             f"{name} must hold integers in 0..255, or floats in 0..1 or 0..255, got {kind} in {low:g}..{high:g}; "
             "clamp it or undo a normalisation"

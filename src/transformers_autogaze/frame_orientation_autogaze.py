@@ -1,4 +1,4 @@
-"""How a video's frames are to be shown: decoded pictures to RGB, turned and mirrored as the file says."""
+"""Conversion of decoded frames to RGB, rotated and mirrored by the display matrix of the file."""
 
 import math
 from typing import Any
@@ -9,35 +9,35 @@ from av.video.reformatter import VideoReformatter
 
 def to_rgb(frame: Any, reformatter: VideoReformatter) -> np.ndarray:
     """
-    Converts a decoded picture to RGB, as FFmpeg shows it.
+    Converts a decoded frame to RGB, as FFmpeg displays it.
 
     Args:
-        frame (`av.VideoFrame`): the picture.
-        reformatter (`VideoReformatter`): what converts; one for all frames of a video.
+        frame (`av.VideoFrame`): the frame.
+        reformatter (`VideoReformatter`): the converter; one for all frames of a video.
 
     Returns:
-        `np.ndarray` of shape `(height, width, 3)` and type uint8: a view of FFmpeg's own memory.
+        `np.ndarray` of shape `(height, width, 3)` and type uint8: a view of FFmpeg's memory.
     """
     matrix, turns = _display_matrix(frame), round(getattr(frame, "rotation", 0) / 90)
     frame, shape = reformatter.reformat(frame, format="rgb24"), (frame.height, frame.width, 3)
-    # A view of FFmpeg's picture, whose rows may have spare bytes at their ends; copying it costs as much as resizing.
+    # A view of FFmpeg's memory, whose rows may be padded; copying it takes as long as resizing.
     plane = frame.planes[0]
     pixels = np.ndarray(shape, np.uint8, buffer=plane, strides=(plane.line_size, 3, 1))
     return np.rot90(pixels, turns) if matrix is None else _orient(pixels, matrix, turns)
 
 
-def shown_size(frame: Any) -> tuple[int, int]:
-    """Gives the width and height in pixels at which a decoded picture is shown."""
+def display_size(frame: Any) -> tuple[int, int]:
+    """Returns the width and height in pixels of a displayed frame."""
     matrix = _display_matrix(frame)
     is_turned = round(getattr(frame, "rotation", 0) / 90) % 2 if matrix is None else _is_turned(matrix)
     return (frame.height, frame.width) if is_turned else (frame.width, frame.height)
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """Gives what turns a frame's coordinates into those on the screen, without the shift; `None` if nothing says it."""
+    """Returns the matrix from frame to display coordinates, without translation; `None` if there is none."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except (AttributeError, ValueError):  # PyAV of before, or with data of a kind that it does not know
+    except (AttributeError, ValueError):  # an older PyAV, or side data of an unknown type
         return None
     if data is None:
         return None
@@ -46,12 +46,12 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
 
 
 def _angle(matrix: tuple[int, int, int, int]) -> float:
-    """Gives FFmpeg's clockwise angle of a matrix in degrees, 0 to 360; NaN if it leaves nothing of a frame."""
+    """Returns FFmpeg's clockwise angle of a matrix in degrees, 0 to 360; NaN if the matrix is singular."""
     a, b, c, d = matrix
     widths = math.hypot(a, c), math.hypot(b, d)
     if 0 in widths:
         return math.nan
-    # By whole degrees, and a hair below 360 is 0, as FFmpeg has it.
+    # Rounded to whole degrees, and to 0 just below 360, as in FFmpeg.
     theta = round(math.degrees(math.atan2(b / widths[1], a / widths[0])))
     return theta - 360 * math.floor(theta / 360 + 0.9 / 360)
 
@@ -62,7 +62,7 @@ def _is_turned(matrix: tuple[int, int, int, int]) -> bool:
 
 
 def _orient(pixels: np.ndarray, matrix: tuple[int, int, int, int], turns: int) -> np.ndarray:
-    """Turns and mirrors a frame `(height, width, 3)` by the same rules as FFmpeg's command line; gives a view."""
+    """Rotates and mirrors a frame `(height, width, 3)` by the rules of FFmpeg's command line; returns a view."""
     theta = _angle(matrix)
     if math.isnan(theta):
         return pixels
@@ -74,4 +74,4 @@ def _orient(pixels: np.ndarray, matrix: tuple[int, int, int, int], turns: int) -
         return pixels.transpose(1, 0, 2)[::-1, ::-1] if matrix[2] < 0 else np.rot90(pixels)
     if abs(theta) < 1:
         return pixels[::-1] if matrix[3] < 0 else pixels
-    return np.rot90(pixels, turns)  # An odd angle: the nearest quarter of a turn.
+    return np.rot90(pixels, turns)  # any other angle: the nearest quarter turn

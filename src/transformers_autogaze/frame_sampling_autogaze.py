@@ -1,8 +1,4 @@
-"""
-Which frames of a video to take, by their number or by the stream's own time stamps.
-
-This module knows what the time stamps of a stream mean and nothing of how it is opened or decoded.
-"""
+"""Sampling of video frames, by number or by time stamps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,23 +20,23 @@ def sample_indices(
     fps: float | None = None,
 ) -> list[int]:
     """
-    Chooses frames evenly over a video, as the video processors of transformers do.
+    Samples frames evenly, as the video processors of transformers do.
 
     Frame `i` of `n` is `floor(i * total_num_frames / n)`; with `fps`, `n = max(1, floor(seconds * fps))`.
 
     Args:
-        total_num_frames (`int`): frames of the video, at least 1.
+        total_num_frames (`int`): number of frames of the video, at least 1.
         video_fps (`float`, *optional*): frames per second of the video; needed with `fps`.
-        num_frames (`int`, *optional*): how many frames to choose. Excludes `fps`.
+        num_frames (`int`, *optional*): number of frames to sample. Excludes `fps`.
         fps (`float`, *optional*):
-            How many frames to choose per second of video, at most the video's own rate (one percent of slack lets 30
-            stand for 29.97). Excludes `num_frames`. With neither, all frames are chosen.
+            Number of frames to sample per second, at most the video's own rate (plus one percent, so that 30 is allowed for
+            29.97). Excludes `num_frames`. With neither, all frames are sampled.
 
     Returns:
-        `list[int]`: indices in ascending order, none of them twice.
+        `list[int]`: different indices in ascending order.
 
     Raises:
-        ValueError: if both are given, or if one asks for more than the video has.
+        ValueError: if both are given, or if there are not enough frames.
 
     Example:
 
@@ -65,11 +61,11 @@ def sample_indices(
             )
         if fps > 1.01 * video_fps:
             raise ValueError(f"`fps` must be at most {video_fps:g}, the video's own frames per second, got {fps}")
-        # The small term keeps 2 s at 4.1 fps from becoming 8 frames where the product falls just below a whole number.
+        # The small term compensates for rounding errors just below a whole number.
         num_frames = min(max(1, int(total_num_frames / video_fps * fps + 1e-6)), total_num_frames)
     if num_frames is None:
         return list(range(total_num_frames))
-    # Indices must be Python's own numbers, whatever kind of whole number is given.
+    # Indices must be Python integers, whatever integer type is given.
     total_num_frames, num_frames = int(total_num_frames), int(num_frames)
     if num_frames > total_num_frames:
         raise ValueError(f"`num_frames` must be at most {total_num_frames}, the video's frames, got {num_frames}")
@@ -77,7 +73,7 @@ def sample_indices(
 
 
 def check_start_frame(start_frame: int, count: int | None = None):
-    """Checks that a stream of `count` frames (`None` if nobody knows) can begin at `start_frame`."""
+    """Checks that a stream of `count` frames (`None` if unknown) can start at `start_frame`."""
     if isinstance(start_frame, bool) or not isinstance(start_frame, Integral) or start_frame < 0:
         raise ValueError(f"`start_frame` must be a whole number of at least 0, got {start_frame!r}")
     if start_frame and count is not None and start_frame >= count:
@@ -85,7 +81,7 @@ def check_start_frame(start_frame: int, count: int | None = None):
 
 
 def check_sampling(num_frames: int | None, fps: float | None):
-    """Checks that frames can be chosen by one of these."""
+    """Checks that at most one of the arguments is given, and its range."""
     if num_frames is not None and fps is not None:
         raise ValueError(f"give one of `num_frames` and `fps`, not both; got {num_frames} and {fps}")
     if num_frames is not None and (
@@ -99,30 +95,30 @@ def check_sampling(num_frames: int | None, fps: float | None):
 @dataclass
 class TimedVideoMetadata(VideoMetadata):
     """
-    What is known of a video whose frames come at uneven times; its `fps` is their mean rate.
+    Metadata of a video with uneven frame times; its `fps` is the mean rate.
 
     Args:
-        frame_times (`list[float]`, *optional*): seconds from the first frame of the video to each of those chosen.
+        frame_times (`list[float]`, *optional*): times in seconds of the sampled frames, from the first frame of the video.
     """
 
     frame_times: list[float] | None = None
 
     @property
     def timestamps(self) -> list[float]:
-        """Seconds from the first frame of the video to each of those chosen."""
+        """Times in seconds of the sampled frames, from the first frame of the video."""
         return list(self.frame_times or [])
 
 
 class Timeline(NamedTuple):
     """
-    When the frames of a video are shown.
+    Display times of the frames of a video.
 
     Args:
-        count (`int`): frames of the video.
-        fps (`float`, *optional*): frames per second, their mean rate where they are uneven; `None` if nobody knows.
+        count (`int`): number of frames.
+        fps (`float`, *optional*): frames per second, the mean rate if times are uneven; `None` if unknown.
         times (`np.ndarray` of shape `(count,)`, *optional*):
-            Seconds from the first frame to each, where the rate alone does not tell.
-        duration (`float`, *optional*): seconds that the frames take, the last one included.
+            Times in seconds from the first frame, if they are uneven.
+        duration (`float`, *optional*): duration in seconds, including that of the last frame.
     """
 
     count: int
@@ -132,10 +128,10 @@ class Timeline(NamedTuple):
 
     def choose(self, num_frames: int | None, fps: float | None) -> list[int]:
         """
-        Chooses frames as [`sample_indices`] does.
+        Samples frames like [`sample_indices`].
 
-        Where their times are uneven, `fps` takes the frames on show at each `i / fps` seconds, for as many as FFmpeg gives
-        (`seconds * fps`, rounded), and one that is on show at several of them once.
+        With uneven times, `fps` takes the frames displayed at each `i / fps` seconds, as many as FFmpeg (`seconds * fps`,
+        rounded), and a frame that is displayed at several of them once.
         """
         check_sampling(num_frames, fps)
         if self.times is None or fps is None:
@@ -144,8 +140,8 @@ class Timeline(NamedTuple):
         return np.unique(np.searchsorted(self.times, moments + _ROUNDING, side="right") - 1).tolist()
 
     def metadata(self, frame: np.ndarray, indices: list[int]) -> VideoMetadata:
-        """Describes the video, of which `frame` is one and those at `indices` were chosen."""
-        known = {
+        """Returns the metadata of the video, given one of its frames and the sampled indices."""
+        fields = {
             "total_num_frames": self.count,
             "fps": self.fps,
             "width": frame.shape[1],
@@ -155,29 +151,29 @@ class Timeline(NamedTuple):
             "frames_indices": indices,
         }
         if self.times is None:
-            return VideoMetadata(**known)
-        return TimedVideoMetadata(**known, frame_times=self.times[indices].tolist())
+            return VideoMetadata(**fields)
+        return TimedVideoMetadata(**fields, frame_times=self.times[indices].tolist())
 
 
 def measure_timeline(
     stamps: Sequence[int | None], tick: Fraction | None, rates: Sequence[Fraction | None], last: int | None = None
 ) -> Timeline:
     """
-    Finds out when frames are shown, by their time stamps rather than by what the header says.
+    Computes the display times of frames from their time stamps.
 
     Args:
         stamps (`Sequence[int | None]`): time stamp of each frame, in any order; `None` where there is none.
-        tick (`Fraction`, *optional*): seconds of one unit of the stamps.
-        rates (`Sequence[Fraction | None]`): frames per second that the header tells, the most trustworthy first.
-        last (`int`, *optional*): how long the last frame is shown, in the same units.
+        tick (`Fraction`, *optional*): unit of the time stamps in seconds.
+        rates (`Sequence[Fraction | None]`): frame rates in the header, the most reliable first.
+        last (`int`, *optional*): duration of the last frame, in the same unit.
 
     Returns:
-        [`Timeline`]: at a rate that the header tells, where no frame is further than half a frame from it; else at the
-        one that the stamps tell, if they keep to it as well; else with each frame's own time.
+        [`Timeline`]: with the first rate of the header, or else the mean rate of the time stamps, from which no frame deviates
+        by more than half a frame; if there is none, with the time of each frame.
     """
     count, rates = len(stamps), [rate for rate in rates if rate]
-    known = count > 1 and tick is not None and None not in stamps
-    ordered = np.sort(np.asarray(stamps, dtype=np.int64)) if known else np.zeros(0, np.int64)
+    has_times = count > 1 and tick is not None and None not in stamps
+    ordered = np.sort(np.asarray(stamps, dtype=np.int64)) if has_times else np.zeros(0, np.int64)
     if len(ordered) < 2 or (np.diff(ordered) <= 0).any():
         rate = float(rates[0]) if rates else None
         return Timeline(count, rate, None, count / rate if rate else None)
@@ -185,13 +181,13 @@ def measure_timeline(
     for rate in [*rates, _rate_of(count, int(ordered[-1] - ordered[0]), tick)]:
         if np.abs(times * float(rate) - np.arange(count)).max() <= 0.5:
             return Timeline(count, float(rate), None, count / float(rate))
-    shown = last * float(tick) if last else times[-1] / (count - 1)
-    duration = float(times[-1] + shown)
+    last_duration = last * float(tick) if last else times[-1] / (count - 1)
+    duration = float(times[-1] + last_duration)
     return Timeline(count, count / duration, times, duration)
 
 
 def _rate_of(count: int, span: int, tick: Fraction) -> Fraction:
-    """Gives the simplest rate at which frames take a span of units of time, up to their rounding."""
+    """Returns the simplest frame rate that matches a span of time stamps up to their rounding."""
     exact = (count - 1) / (span * tick)
     for limit in (1, 2, 5, 1001):
         rate = exact.limit_denominator(limit)

@@ -1,8 +1,4 @@
-"""The video processor of AutoGaze: any kind of video in, `pixel_values_videos` out.
-
-This module owns the preprocessing of pixels (resize, crop, normalisation) and its inverse. How videos are read is
-`frame_decoding_autogaze`'s matter; it knows nothing of patches, gazes or models. It needs no torchvision.
-"""
+"""The video processor of AutoGaze: resizing, cropping and normalisation, and its inverse, without torchvision."""
 
 import math
 from numbers import Integral
@@ -31,18 +27,16 @@ from .frame_sampling_autogaze import sample_indices
 from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
 
-# PIL's numbers for the filters that torch has with antialiasing, too.
+# PIL's numbers of the filters that torch also has with antialiasing.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 _FORMATS = (ChannelDimension.FIRST, ChannelDimension.LAST)
-_FRAMES_AT_ONCE = 8  # resized together where that is done in floats
-_LONGEST = (
-    16  # times the shorter side that the longer one becomes at most, or frames of few rows would fill the memory
-)
+_RESIZE_BATCH = 8  # frames that are resized at once in float32
+_MAX_ASPECT_RATIO = 16  # of frames resized by their shorter side, so that very narrow ones do not exhaust the memory
 
 
 class AutoGazeVideosKwargs(VideosKwargs, total=False):
     """
-    Arguments of [`AutoGazeVideoProcessor`] beside those of every video processor.
+    Arguments of [`AutoGazeVideoProcessor`] in addition to those of every video processor.
 
     offset (`bool`): whether rescaling also subtracts 1, which gives -1..1.
     """
@@ -52,16 +46,14 @@ class AutoGazeVideosKwargs(VideosKwargs, total=False):
 
 class AutoGazeVideoProcessor(BaseVideoProcessor):
     r"""
-    Turns videos into the pixel values that AutoGaze was trained on (docs/specification.md, section 9).
+    Preprocesses videos for AutoGaze as in its training (docs/specification.md, section 9).
 
-    Per frame: resize, optionally crop, multiply by `rescale_factor` and subtract 1 (`offset`), then normalise with
-    `image_mean` and `image_std` **as well**. The defaults are those of the published checkpoint, so a folder with its
-    `preprocessor_config.json` loads with `from_pretrained`. Every argument can also be given in a call, for that call
-    only.
+    Frames are resized, optionally cropped, multiplied by `rescale_factor`, reduced by 1 (`offset`), and **then** normalised
+    with `image_mean` and `image_std`. The defaults are those of the published checkpoint, so a folder with its
+    `preprocessor_config.json` loads with `from_pretrained`. Every argument can also be given in a call, for that call only.
 
-    The resize is antialiased and rounds to whole levels, as PIL does, but runs batched in torch. It stays within 1/255
-    of a pixel level of PIL's result (before rescaling); most pixels are equal. Frames that already have the size
-    asked for are not touched.
+    Resizing is antialiased and rounds to integers, as in PIL, but runs batched in torch. The result is within 1 of PIL's
+    values 0..255; most pixels are equal. Frames that already have the requested size are not changed.
 
     Works with and without torchvision.
 
@@ -69,22 +61,22 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         do_resize (`bool`, *optional*, defaults to `True`): whether to resize.
         size (`int | dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
             Size in pixels to resize to: `{"height": .., "width": ..}`, or `{"shortest_edge": ..}` (or just a number)
-            for the shorter side, the longer one following in proportion, rounded down, up to 16 times the shorter one.
-        default_to_square (`bool`, *optional*, defaults to `False`): whether just a number means both sides.
+            for the shorter side; the longer one is in proportion, rounded down, and at most 16 times the shorter one.
+        default_to_square (`bool`, *optional*, defaults to `False`): whether a single number means both sides.
         resample (`int`, *optional*, defaults to 2): PIL's number of the filter: 2 is bilinear, 3 bicubic.
-        do_center_crop (`bool`, *optional*, defaults to `False`): whether to cut out the middle after resizing.
+        do_center_crop (`bool`, *optional*, defaults to `False`): whether to crop the centre after resizing.
         crop_size (`int | dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
-            Size in pixels of the cut; a smaller frame is padded with black.
-        do_rescale (`bool`, *optional*, defaults to `True`): whether to rescale the levels 0..255.
-        rescale_factor (`float`, *optional*, defaults to 1/127.5): what to multiply levels with.
+            Size in pixels of the crop; a smaller frame is padded with black.
+        do_rescale (`bool`, *optional*, defaults to `True`): whether to rescale the values 0..255.
+        rescale_factor (`float`, *optional*, defaults to 1/127.5): factor of the values 0..255.
         offset (`bool`, *optional*, defaults to `True`): whether to subtract 1 after rescaling.
-        do_normalize (`bool`, *optional*, defaults to `True`): whether to normalise with mean and deviation.
-        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's): mean and deviation per channel.
-        num_frames (`int`, *optional*): how many frames to take, evenly over the video. All by default.
-        fps (`float`, *optional*): how many frames to take per second of video. Excludes `num_frames`.
-        do_sample_frames (`bool`, *optional*, defaults to `True`): `False` takes all frames whatever the two above say.
+        do_normalize (`bool`, *optional*, defaults to `True`): whether to normalise with mean and standard deviation.
+        image_mean, image_std (`list[float]`, *optional*, default to ImageNet's): mean and standard deviation per channel.
+        num_frames (`int`, *optional*): number of frames to sample evenly; all by default.
+        fps (`float`, *optional*): number of frames to sample per second. Excludes `num_frames`.
+        do_sample_frames (`bool`, *optional*, defaults to `True`): `False` takes all frames, whatever the two above are.
         data_format (`str`, *optional*, defaults to `"channels_first"`):
-            `"channels_first"` or `"channels_last"`, which puts the channels last in what is returned.
+            Channel dimension of the output, `"channels_first"` or `"channels_last"`.
 
     Frames are RGB and are not padded: `do_convert_rgb=False` and `do_pad=True` are refused.
 
@@ -122,7 +114,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
     do_sample_frames = True
 
     def __init__(self, **kwargs: Unpack[AutoGazeVideosKwargs]):
-        # The published file names the class of the published code, which would be written into ours.
+        # The published file has the class of the published code here, which must not be saved again.
         kwargs.pop("image_processor_type", None)
         super().__init__(**kwargs)
 
@@ -132,24 +124,24 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
 
         Args:
             videos:
-                One video or a list of them, nested as may be. A video is a path, an http(s) URL, bytes or a file
-                object, a row of a `datasets` Video column or a list of pictures' paths (see
-                [`~frame_decoding_autogaze.read_video`]); a decoder of torchcodec or decord; frames and their metadata
-                as `load_video` returns them; a list of PIL images or of arrays or tensors of one frame each; or an array or tensor of shape `(frames, height, width, channels)` or `(frames,
-                channels, height, width)`, five-dimensional for a batch. Channels are 3 for RGB, 1 for grey or 4 for
-                RGBA, whose transparency is dropped. Integers are levels 0..255. Floats are 0..1 if no value of the
-                video exceeds 1 and levels 0..255 if some exceed 2; they are rounded to whole levels.
-            num_frames, fps, do_sample_frames (*optional*): frames to take; see [`AutoGazeVideoProcessor`].
+                One video or a list of them, nested in any way. A video is a path, an http(s) URL, bytes or a file object, a
+                row of a `datasets` Video column or a list of paths of pictures (see
+                [`~frame_decoding_autogaze.read_video`]); a decoder of torchcodec or decord; a pair of frames and metadata as
+                returned by `load_video`; a list of PIL images or of arrays or tensors of one frame each; or an array or
+                tensor of shape `(frames, height, width, channels)` or `(frames, channels, height, width)`, five-dimensional
+                for a batch. Channels are 3 for RGB, 1 for grey or 4 for RGBA, of which alpha is dropped. Integers are 0..255.
+                Floats are 0..1 if no value of the video exceeds 1 and 0..255 if some exceed 2; they are rounded to integers
+                0..255.
+            num_frames, fps, do_sample_frames (*optional*): frames to sample; see [`AutoGazeVideoProcessor`].
             video_metadata (`VideoMetadata | dict | list`, *optional*):
-                For arrays, one per video, nested as may be: its `fps`, so that frames can be taken by `fps`, and what else
-                is known.
+                Metadata of arrays, one per video, nested in any way, such as `fps`, which sampling by `fps` needs.
             input_data_format (`str`, *optional*):
-                `"channels_first"` or `"channels_last"`. Inferred when left out; needed only if the frames are 3
-                pixels wide or high (else arrays are taken as channels last and tensors as channels first then).
-            device (`str | torch.device`, *optional*): where to preprocess. The input's own by default.
+                `"channels_first"` or `"channels_last"`, inferred by default. It is needed only for frames of 3 pixels in
+                width or height; otherwise such arrays are read as channels last and tensors as channels first.
+            device (`str | torch.device`, *optional*): device of the preprocessing; that of the input by default.
             return_metadata (`bool`, *optional*): whether to return `video_metadata`, a list of `VideoMetadata`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"` to stack the videos; a list of tensors otherwise.
-            kwargs: every other argument of [`AutoGazeVideoProcessor`], for this call.
+            kwargs: all other arguments of [`AutoGazeVideoProcessor`], for this call.
 
         Returns:
             `BatchFeature` with `pixel_values_videos`, floats of shape `(batch, frames, 3, height, width)`, or a list
@@ -157,9 +149,8 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
             `data_format="channels_last"`.
 
         Raises:
-            ValueError: if a video is empty or no video, has other channels or values outside the range, if frames
-                differ in size, if more frames are asked for than there are, or if videos are to be stacked that differ
-                in shape.
+            ValueError: if a video is empty or not a video, has other channels or values out of range, if frames differ in
+                size, if more frames are requested than there are, or if videos of different shapes cannot be stacked.
         """
         options = self._options(kwargs)
         clips, metadata = self.load_clips(videos, **kwargs)
@@ -184,7 +175,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         """
         Decodes videos and samples their frames, without preprocessing them.
 
-        Args: as in [`~AutoGazeVideoProcessor.preprocess`]; those that don't concern loading are only checked.
+        Args: as in [`~AutoGazeVideoProcessor.preprocess`]; those of preprocessing are only checked.
 
         Returns:
             `tuple` of two lists, one entry per video: the frames, a `torch.Tensor` of shape `(frames, 3, height,
@@ -201,23 +192,23 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         if len(given) != len(videos):
             raise ValueError(f"`video_metadata` must have one entry per video, {len(videos)}, got {len(given)}")
         clips, metadata = [], []
-        for index, (video, known) in enumerate(zip(videos, given, strict=True)):
+        for index, (video, info) in enumerate(zip(videos, given, strict=True)):
             if is_video_source(video):
-                frames, known = read_video(video, num_frames, fps)
+                frames, info = read_video(video, num_frames, fps)
                 clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
             else:
                 name = f"`videos[{index}]`"
-                clip, known = _load_frames(video, known, num_frames, fps, kwargs.get("input_data_format"), name)
+                clip, info = _load_frames(video, info, num_frames, fps, kwargs.get("input_data_format"), name)
             clips.append(clip)
-            metadata.append(known)
+            metadata.append(info)
         return clips, metadata
 
     def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Undoes rescaling, offset and normalisation; what is left is a picture. Gradients pass through.
+        Undoes rescaling, offset and normalisation; differentiable.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(.., 3, height, width)`): what this processor returned, by its own
+            pixel_values (`torch.Tensor` of shape `(.., 3, height, width)`): output of this processor with its own
                 configuration.
 
         Returns:
@@ -231,23 +222,22 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         Rescales and normalises frames that need no resizing; the inverse of [`~AutoGazeVideoProcessor.to_pixels`].
 
         Args:
-            levels (`torch.Tensor` of shape `(.., 3, height, width)`): levels 0..255, of any type.
+            levels (`torch.Tensor` of shape `(.., 3, height, width)`): values 0..255 of any dtype.
 
         Returns:
-            `torch.FloatTensor` of the same shape: what this processor makes of them, by its own configuration.
+            `torch.FloatTensor` of the same shape, with the configuration of this processor.
         """
         return _normalise(levels, self._options({}))
 
     def resize_levels(self, levels: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """
-        Resizes frames to a height and width as this processor does, antialiased, and leaves them in whole levels.
+        Resizes uint8 frames as this processor does, antialiased.
 
-        On the CPU, frames whose channels lie last in memory are resized several times faster than others.
+        On the CPU, frames with channels last in memory are resized several times faster than others.
 
         Args:
-            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): levels 0..255.
-            size (`tuple[int, int]`, *optional*): height and width in pixels; those of the processor's own `size` if not
-                given.
+            levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): values 0..255.
+            size (`tuple[int, int]`, *optional*): height and width in pixels; by default those of the processor's `size`.
 
         Returns:
             `torch.ByteTensor` of shape `(frames, 3, *size)`, on the same device.
@@ -257,7 +247,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         return _resize(levels, tuple(size), self.resample)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Completes a call's arguments by the configuration, and checks them before anything is decoded."""
+        """Fills in a call's arguments from the configuration, and checks them before anything is decoded."""
         known = self.valid_kwargs.__annotations__
         if unknown := sorted(kwargs.keys() - known):
             raise TypeError(
@@ -307,38 +297,38 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
 
 
 def _load_frames(
-    video: Any, known: Any, num_frames: int | None, fps: float | None, input_data_format: str | None, name: str
+    video: Any, metadata: Any, num_frames: int | None, fps: float | None, input_data_format: str | None, name: str
 ) -> tuple[torch.Tensor, VideoMetadata]:
-    """Samples a video that came as frames, with what is known of it."""
+    """Samples a video that is given as frames, with its metadata."""
     if (pair := with_metadata(video)) is not None:
-        video, known = pair[0], known or pair[1]
+        video, metadata = pair[0], metadata or pair[1]
     if is_decoder(video):
-        known = {"fps": rate_of_decoder(video), **dict(known or {})}
+        metadata = {"fps": rate_of_decoder(video), **dict(metadata or {})}
     count, chosen = len(video), list(range(len(video)))
-    known = {key: value for key, value in dict(known or {}).items() if value is not None}
-    known = VideoMetadata(**{"total_num_frames": count, "frames_indices": chosen, **known})
+    metadata = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+    metadata = VideoMetadata(**{"total_num_frames": count, "frames_indices": chosen, **metadata})
     if num_frames is not None or fps is not None:
-        if known.total_num_frames != count:
+        if metadata.total_num_frames != count:
             raise ValueError(
-                f"`video_metadata` says {known.total_num_frames} frames, but {name} has {count}; give all frames to "
+                f"`video_metadata` says {metadata.total_num_frames} frames, but {name} has {count}; give all frames to "
                 "sample from, or `do_sample_frames=False`"
             )
-        known.frames_indices = chosen = sample_indices(count, known.fps, num_frames, fps)
+        metadata.frames_indices = chosen = sample_indices(count, metadata.fps, num_frames, fps)
     if is_decoder(video):
         video = frames_of_decoder(video, chosen)
         chosen = range(len(video))
     clip = to_clip(video, chosen, input_data_format, name)
-    known.height, known.width = known.height or clip.shape[-2], known.width or clip.shape[-1]
-    return clip, known
+    metadata.height, metadata.width = metadata.height or clip.shape[-2], metadata.width or clip.shape[-1]
+    return clip, metadata
 
 
 def _flatten(items: Any) -> list[Any]:
-    """Lists what lies in lists of any nesting."""
+    """Flattens nested lists."""
     return [part for item in items for part in (_flatten(item) if isinstance(item, (list, tuple)) else [item])]
 
 
 def _target_size(size: Any, height: int, width: int, name: str, is_square: bool | None = False) -> tuple[int, int]:
-    """Works out which height and width a `size` or `crop_size` asks for of a frame; whether a number means both."""
+    """Computes height and width of a frame by a `size` or `crop_size`; with `is_square`, a number means both."""
     if isinstance(size, Integral):
         is_square = is_square or name == "crop_size"
         size = {"height": size, "width": size} if is_square else {"shortest_edge": size}
@@ -352,7 +342,7 @@ def _target_size(size: Any, height: int, width: int, name: str, is_square: bool 
         edge, shorter = wanted["shortest_edge"], min(height, width)
         target = (None,)
         if isinstance(edge, Integral):
-            target = tuple(min(edge * side // shorter, _LONGEST * edge) for side in (height, width))
+            target = tuple(min(edge * side // shorter, _MAX_ASPECT_RATIO * edge) for side in (height, width))
     else:
         target = (None,)
     if any(not isinstance(side, Integral) or side < 1 for side in target):
@@ -362,18 +352,18 @@ def _target_size(size: Any, height: int, width: int, name: str, is_square: bool 
 
 
 def _resize(clip: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-    """Resizes frames of whole levels, rounding to whole levels."""
+    """Resizes uint8 frames."""
     if tuple(clip.shape[-2:]) == size:
         return clip
     if clip.device.type == "cpu":
         return F.interpolate(clip, size, mode=_FILTERS[resample], antialias=True)
-    # Floats take four times the memory, so a long clip is not turned into them at once.
-    return torch.cat([_resize_in_floats(part, size, resample).to(clip.dtype) for part in clip.split(_FRAMES_AT_ONCE)])
+    # Floats take four times the memory, so a long clip is converted in parts.
+    return torch.cat([_resize_in_floats(part, size, resample).to(clip.dtype) for part in clip.split(_RESIZE_BATCH)])
 
 
 def _resize_in_floats(clip: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-    # Only the CPU resizes whole levels by itself. This goes PIL's way: first the width, then the height, each time
-    # rounding halves up.
+    # Torch resizes uint8 only on the CPU. Like PIL, this resizes first the width, then the height, and rounds half up each
+    # time.
     for step in ((clip.shape[-2], size[1]), size):
         clip = F.interpolate(clip.float(), step, mode=_FILTERS[resample], antialias=True)
         clip = (clip + 0.5).floor().clamp(0, 255)
@@ -381,7 +371,7 @@ def _resize_in_floats(clip: torch.Tensor, size: tuple[int, int], resample: int) 
 
 
 def _center_crop(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Cuts the middle out of frames; what lies outside is black."""
+    """Crops the centre of frames, padded with black."""
     (height, width), (high, wide) = clip.shape[-2:], size
     top, left = (height - high) // 2, (width - wide) // 2
     return F.pad(clip, (-left, wide - width + left, -top, high - height + top))
@@ -389,12 +379,12 @@ def _center_crop(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _normalise(levels: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     scale, shift = _scale_and_shift(options, levels.device)
-    # Channels that lie last are put first on the way to floats; doing so afterwards takes longer.
+    # Channels are moved first together with the conversion to floats, which is faster than afterwards.
     return torch.addcmul(shift, levels.to(scale.dtype, memory_format=torch.contiguous_format), scale)
 
 
 def _scale_and_shift(options: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Folds rescaling, offset and normalisation of levels 0..255 into one product and one sum per channel."""
+    """Combines rescaling, offset and normalisation of values 0..255 into one scale and one shift per channel."""
     scale = torch.tensor(options["rescale_factor"] if options["do_rescale"] else 1.0, dtype=torch.float64)
     shift = torch.tensor(-1.0 if options["do_rescale"] and options["offset"] else 0.0, dtype=torch.float64)
     if options["do_normalize"]:

@@ -1,8 +1,7 @@
 """
-Where videos come from: a path, a URL, contents, a file object, a row of a dataset or a list of pictures.
+Sources of videos: a path, a URL, bytes, a file object, a row of a dataset or a list of pictures.
 
-This module finds a video's bytes and opens them with PyAV, and nothing else than these: formats that name further files
-are not followed. It knows nothing of frames to choose or how they are shown.
+Videos are opened with PyAV; formats that refer to other files are refused.
 """
 
 import errno
@@ -28,16 +27,16 @@ from PIL import Image, ImageOps
 
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings of files that are pictures: a list of such is one video."""
+"""Suffixes of picture files; a list of such files is a video."""
 
-# FFmpeg's flags of a stream that is a still picture, such as the cover of a song, and of the one to show by default.
+# FFmpeg's flags of a still picture, such as the cover of a song, and of the default stream.
 _COVER_PICTURE, _DEFAULT = 0x400, 0x1
-# Texts in a file that are no UTF-8 are no reason to refuse it. PyAV 19 reads them and has no option for it any more.
+# Metadata that are not UTF-8 are no reason to refuse a file. PyAV 19 accepts them and has no such option.
 _METADATA_OPTIONS = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
-# What FFmpeg's command line grants the default stream over others, in pixels.
+# Pixels that FFmpeg's command line adds to the size of the default stream when it compares streams.
 _DEFAULT_BONUS = 5_000_000
-# Formats that hold what they show. Left out are those that name other files or addresses (concat, hls, dash, imf, sdp,
-# rtsp, mlv, vobsub, image2 ..), run scripts or read devices; a list of those would miss the next one.
+# Self-contained formats. Those that refer to other files or addresses (concat, hls, dash, imf, sdp, rtsp, mlv, vobsub,
+# image2 ..), run scripts or read devices are left out; a list of those would miss new ones.
 _FORMATS = ",".join(
     """
     mov matroska avi flv live_flv kux mpegts mpeg mpegvideo ogg asf asf_o mxf mxg nut nuv ivf gxf wtv rm ivr dv nsv pva
@@ -53,18 +52,18 @@ _FORMATS = ",".join(
     """.split()
 )
 _DOWNLOAD_LIMIT, _DOWNLOAD_VARIABLE = 2**30, "AUTOGAZE_MAX_DOWNLOAD_BYTES"
-_DOWNLOAD_SECONDS = 3600  # in all; an answer that drips on for longer is given up
-_HELD = 2**26  # bytes of an answer that are kept in memory; more lie in a temporary file
-_SHOWN = 200  # characters of a source's name in messages
+_DOWNLOAD_SECONDS = 3600  # maximum duration of a download
+_MAX_MEMORY = 2**26  # bytes of a download that are kept in memory; larger ones are written to a temporary file
+_MAX_NAME_LENGTH = 200  # characters of a source's name in messages
 
 
 class VideoSource(NamedTuple):
     """
-    A video that can be opened as often as needed.
+    A video that can be opened repeatedly.
 
     Args:
         target (`str` or `BinaryIO`): its path, or a binary file object that can be rewound.
-        name (`str`): what to call it in messages.
+        name (`str`): its name in messages.
     """
 
     target: str | BinaryIO
@@ -72,7 +71,7 @@ class VideoSource(NamedTuple):
 
 
 def is_picture_list(value: Any) -> bool:
-    """Tells whether `value` is a list of paths of picture files, which together are one video."""
+    """Returns whether `value` is a list of paths of picture files, which together are one video."""
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
@@ -81,7 +80,7 @@ def is_picture_list(value: Any) -> bool:
 
 
 def encoded_video(value: Any) -> Mapping | None:
-    """Gives the `{"path", "bytes"}` of a row of a `datasets` Video column, decoded or not; `None` of anything else."""
+    """Returns the `{"path", "bytes"}` of a row of a `datasets` Video column, decoded or not; `None` for anything else."""
     value = getattr(value, "_hf_encoded", value)
     is_row = isinstance(value, Mapping) and 0 < len(value.keys() & {"path", "bytes"}) == len(value)
     return value if is_row else None
@@ -89,17 +88,17 @@ def encoded_video(value: Any) -> Mapping | None:
 
 def resolve_source(source: Any) -> VideoSource:
     """
-    Turns a source into something that can be opened more than once.
+    Converts a source to one that can be opened repeatedly.
 
     Args:
-        source: as [`~frame_decoding_autogaze.read_video`] takes it, other than a list of pictures; or what this gave before.
+        source: a source of [`~frame_decoding_autogaze.read_video`], except a list of pictures; or a [`VideoSource`].
 
     Returns:
         [`VideoSource`].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no source, or a URL cannot be read.
+        ValueError: if it is not a source, or a URL cannot be read.
     """
     if isinstance(source, VideoSource):
         return source
@@ -120,13 +119,13 @@ def resolve_source(source: Any) -> VideoSource:
 
 
 def _resolve_address(address: str) -> VideoSource:
-    """Finds what a path or a URL stands for. A file of that name goes before any scheme but http."""
+    """Resolves a path or a URL. An existing file has priority over all schemes except http."""
     name = _short(repr(address))
     scheme = match[1].lower() if (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", address)) else ""
     if scheme in ("http", "https") and address[len(scheme) + 1 :].startswith("//"):
         return VideoSource(_download(address, name), name)
     path = address
-    # Not by `Path`, which fails at names that are too long for any file.
+    # `Path.exists` raises an error for names that are too long.
     if not os.path.exists(path):
         if scheme == "data":
             return VideoSource(BytesIO(_decode_data_url(address)), f"data URL of {len(address)} characters")
@@ -161,7 +160,11 @@ def _resolve_file_object(source: Any) -> VideoSource:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 4 :]}"
+    return (
+        text
+        if len(text) <= _MAX_NAME_LENGTH
+        else f"{text[: _MAX_NAME_LENGTH // 2]}...{text[-_MAX_NAME_LENGTH // 4 :]}"
+    )
 
 
 def _decode_data_url(url: str) -> bytes:
@@ -178,7 +181,7 @@ def _decode_data_url(url: str) -> bytes:
 
 
 class _HttpOnly(HTTPRedirectHandler):
-    """Follows redirections to http(s) alone, not to ftp."""
+    """Follows redirections only to http(s)."""
 
     def redirect_request(self, request, response, code, message, headers, url):
         if not re.match(r"https?://", url, re.IGNORECASE):
@@ -187,49 +190,49 @@ class _HttpOnly(HTTPRedirectHandler):
 
 
 def _download(url: str, name: str) -> BinaryIO:
-    # Not left to FFmpeg, which does not check certificates by default.
+    # FFmpeg does not check certificates by default.
     try:
         request = Request(_quote_url(url), headers={"User-Agent": "transformers-autogaze"})
         with build_opener(_HttpOnly).open(request, timeout=60) as response:
             length = response.headers.get("Content-Length")
-            promised = int(length) if length and length.isdecimal() else None
-            return _spool(response.read1, promised)
+            expected = int(length) if length and length.isdecimal() else None
+            return _spool(response.read1, expected)
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"`source` {name} could not be downloaded: {error}") from error
 
 
 def _quote_url(url: str) -> str:
-    """Writes a URL as it goes over the wire: without spaces and letters other than ASCII."""
+    """Encodes spaces and non-ASCII characters of a URL."""
     parts = urlsplit(url)
     netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path, query = (quote(part, safe="/%:@!$&'()*+,;=~?[]") for part in (parts.path, parts.query))
     return urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
-def _spool(read: Callable[[int], bytes], promised: int | None = None) -> BinaryIO:
-    """Reads what cannot be rewound into a temporary file, up to a bound."""
+def _spool(read: Callable[[int], bytes], expected: int | None = None) -> BinaryIO:
+    """Reads a stream that cannot be rewound into a temporary file, up to a limit."""
     setting = os.environ.get(_DOWNLOAD_VARIABLE) or str(_DOWNLOAD_LIMIT)
     if not setting.isdecimal():
         raise ValueError(f"the environment variable {_DOWNLOAD_VARIABLE} must be a number of bytes, got {setting!r}")
     limit, size, end = int(setting), 0, time.monotonic() + _DOWNLOAD_SECONDS
-    file = SpooledTemporaryFile(max_size=_HELD)
-    while size <= limit and (promised or 0) <= limit and (part := read(2**20)):
+    file = SpooledTemporaryFile(max_size=_MAX_MEMORY)
+    while size <= limit and (expected or 0) <= limit and (part := read(2**20)):
         if time.monotonic() > end:
             raise ValueError(f"it has not ended after {_DOWNLOAD_SECONDS} seconds")
         size += len(part)
         file.write(part)
-    if max(size, promised or 0) > limit:
+    if max(size, expected or 0) > limit:
         raise ValueError(
             f"it is larger than {limit} bytes; set the environment variable {_DOWNLOAD_VARIABLE} to allow more, or give "
             "a file"
         )
-    if size < (promised or 0):
-        raise ValueError(f"it ended after {size} of {promised} bytes")
+    if size < (expected or 0):
+        raise ValueError(f"it ended after {size} of {expected} bytes")
     return file
 
 
-class _Rewound:
-    """A binary file object as PyAV needs it, without its name, by which FFmpeg would look for other files."""
+class _RewoundFile:
+    """A binary file object for PyAV, without its name, which FFmpeg would use to open other files."""
 
     def __init__(self, file: BinaryIO, suffix: str):
         self.file, self.name = file, f"video{suffix}"
@@ -240,8 +243,8 @@ class _Rewound:
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if whence not in (0, 1, 2):
-            return -1  # FFmpeg asks for the size in a way that files don't know, and goes to the end then.
-        # Files of Python 3.10 that spool don't tell where they are after that.
+            return -1  # FFmpeg asks for the size this way, and otherwise seeks to the end
+        # `seek` of spooled files returns nothing in Python 3.10.
         self.file.seek(offset, whence)
         return self.file.tell()
 
@@ -252,28 +255,30 @@ class _Rewound:
 @contextmanager
 def open_video(source: VideoSource, threads: str = "AUTO") -> Iterator[tuple[Any, Any]]:
     """
-    Opens a video and finds the stream that FFmpeg's command line would show.
+    Opens a video and selects the stream that FFmpeg's command line selects.
 
     Args:
         source ([`VideoSource`]): the video.
         threads (`str`, *optional*, defaults to `"AUTO"`):
-            How to decode. `"SLICE"` decodes one frame after the other, so that damage costs no frame beside it.
+            Thread type of the decoder. `"SLICE"` decodes one frame at a time, so that damage affects no other frame.
 
     Yields:
         `tuple` of PyAV's container and its video stream.
 
     Raises:
-        ValueError: if it is no video, or has no video stream.
+        ValueError: if it is not a video, or has no video stream.
     """
     target, file = source.target, None
     if not isinstance(target, str):
         suffix = os.path.splitext(str(getattr(target, "name", "") or ""))[1].lower()
-        target = _Rewound(target, suffix if re.fullmatch(r"\.\w+", suffix) and suffix not in PICTURE_SUFFIXES else "")
+        target = _RewoundFile(
+            target, suffix if re.fullmatch(r"\.\w+", suffix) and suffix not in PICTURE_SUFFIXES else ""
+        )
     elif target.lower().endswith(PICTURE_SUFFIXES):
-        file = open(target, "rb")  # noqa: SIM115 - FFmpeg takes the name of a picture for a pattern of many.
-        target = _Rewound(file, "")
+        file = open(target, "rb")  # noqa: SIM115 - FFmpeg reads the name of a picture as a pattern
+        target = _RewoundFile(file, "")
     else:
-        target = f"file:{target}"  # Or a colon in a name would be the end of a protocol's.
+        target = f"file:{target}"  # otherwise, a name with a colon would be read as a URL
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if isinstance(target, str) else "none"}
     try:
         with _open_container(target, options, source.name) as container:
@@ -287,10 +292,10 @@ def open_video(source: VideoSource, threads: str = "AUTO") -> Iterator[tuple[Any
 
 def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
     try:
-        # Not as `options`, which older PyAV hands on to streams, too, past the end of those that are known so far.
+        # Older PyAV also passes `options` to streams, beyond the number of known ones.
         return av.open(target, container_options=options, **_METADATA_OPTIONS)
     except FFmpegError as error:
-        # So FFmpeg calls a format that is not among those to open.
+        # FFmpeg's error for a format that is not allowed.
         is_refused = error.errno == errno.EINVAL
         note = "; playlists and other lists of files are not followed" if is_refused else ""
         raise ValueError(
@@ -300,8 +305,8 @@ def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
 
 
 def _disposition(stream: Any) -> int:
-    """Gives what a file says of the part that a stream plays, as FFmpeg's flags; 0 where PyAV does not tell."""
-    # Releases of PyAV before 16 give flags that are no numbers.
+    """Returns FFmpeg's disposition flags of a stream; 0 where PyAV does not have them."""
+    # The flags are not numbers before PyAV 16.
     flags = getattr(stream, "disposition", 0)
     return int(getattr(flags, "value", flags))
 
@@ -313,7 +318,7 @@ def _best_stream(container: Any, name: str) -> Any:
         return context.width * context.height + _DEFAULT_BONUS * bool(is_default)
 
     streams = [s for s in container.streams.video if not _disposition(s) & _COVER_PICTURE]
-    # FFmpeg draws text files as a terminal would.
+    # FFmpeg opens text files as the video of a terminal.
     is_text = container.format.name == "tty"
     known = [stream for stream in streams if stream.codec_context is not None]
     if known and not is_text:
@@ -332,15 +337,15 @@ def _best_stream(container: Any, name: str) -> Any:
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
     """
-    Gives the pixels of a picture in RGB.
+    Returns the pixels of a picture in RGB.
 
     Args:
         picture (`PIL.Image.Image`): a picture of any mode.
 
     Returns:
-        `np.ndarray` of shape `(height, width, 3)`: levels 0..255 in uint8, or, of the modes I and F, the numbers as they are.
+        `np.ndarray` of shape `(height, width, 3)`: uint8, or the unchanged numbers of the modes I and F.
     """
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # which PIL would cut off at 255
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # PIL would clip these at 255
         pixels = np.asarray(picture)
         if picture.mode.startswith("I;16"):
             pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -350,18 +355,18 @@ def pixels_of(picture: Image.Image) -> np.ndarray:
 
 def read_pictures(paths: Sequence[str | os.PathLike], indices: Sequence[int]) -> Iterator[np.ndarray]:
     """
-    Reads pictures of one size, upright as their cameras were held.
+    Reads pictures of one size, rotated by their EXIF orientation.
 
     Args:
-        paths (`Sequence` of `str` or `os.PathLike`): files of pictures.
-        indices (`Sequence[int]`): which of them to read.
+        paths (`Sequence` of `str` or `os.PathLike`): picture files.
+        indices (`Sequence[int]`): indices of the files to read.
 
     Yields:
         `np.ndarray` of shape `(height, width, 3)` and type uint8 (RGB).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if one is no picture, or they differ in size.
+        ValueError: if a file is not a picture, or pictures differ in size.
     """
     size = None
     for index in indices:
@@ -375,7 +380,7 @@ def read_pictures(paths: Sequence[str | os.PathLike], indices: Sequence[int]) ->
             raise ValueError(f"`source`: {_short(repr(str(path)))} is no picture that can be read: {error}") from error
         if pixels.dtype != np.uint8:
             raise ValueError(
-                f"`source`: {_short(repr(str(path)))} holds {pixels.dtype} numbers, whose range nobody tells; give pictures of 8 "
+                f"`source`: {_short(repr(str(path)))} holds {pixels.dtype} numbers, whose range is unknown; give pictures of 8 "
                 "or 16 bits"
             )
         if size not in (None, pixels.shape[:2]):
