@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from transformers.video_utils import VideoMetadata
@@ -456,7 +457,8 @@ def _gather(frames: Iterator[Any], count: int) -> np.ndarray | None:
     for taken, frame in enumerate(frames, 1):
         rgb = _to_rgb(frame, reformatter)
         if pixels is None:
-            pixels = np.empty((count, *rgb.shape), dtype=np.uint8)
+            # Not by numpy, which asks for huge pages: clearing them can take as long as decoding.
+            pixels = torch.empty((count, *rgb.shape), dtype=torch.uint8).numpy()
         pixels[taken - 1] = rgb
     return pixels if pixels is None else pixels[:taken]
 

@@ -394,7 +394,8 @@ def next_frames(frames: Iterator[Any], count: int, size: tuple[int, int] | None,
                 f"{frame.dtype} of shape {frame.shape}"
             )
         if chunk is None:
-            chunk = np.empty((count, *frame.shape), np.uint8)
+            # As in `read_video`, without the huge pages of numpy.
+            chunk = torch.empty((count, *frame.shape), dtype=torch.uint8).numpy()
         chunk[taken] = frame
         taken += 1
     return None if chunk is None else chunk[:taken]
