@@ -127,7 +127,7 @@ $(PICTURES)/unpacked:
 	find $(PICTURES) -name 'screenshot.*' -delete
 	touch $@
 
-# A new AutoGaze by the published recipe: random crops, labelled on the way by the features that the default weights foresee,
+# A new AutoGaze by the published recipe: random crops, labelled during training by the features that the default weights predict,
 # a tenth of the patches; then its own gazes, rewarded by the same features. Each stage takes STEPS steps.
 autogaze-weights: $(INSTALLED)
 	$(VENV)/bin/autogaze train $(SHARED)/videos/train --task features -o $(AUTOGAZE)/stage1 \

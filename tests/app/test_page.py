@@ -148,11 +148,11 @@ def test_what_is_wrong_with_a_video_is_said_before_any_work(visit, clips, server
     with visit() as visitor:
         visitor.upload(clips[clip])
         visitor.wait_for(reason)
-        told = visitor.page.locator("#status").inner_text()
+        status_text = visitor.page.locator("#status").inner_text()
         visitor.button("Prune").click()
         visitor.page.wait_for_timeout(500)
         visitor.wait_for(reason)
-        assert str(server.temporary) not in told and "Traceback" not in told
+        assert str(server.temporary) not in status_text and "Traceback" not in status_text
         visitor.errors = [error for error in visitor.errors if "MEDIA" not in error.upper()]
 
 

@@ -42,7 +42,7 @@ def internal():
 
     class Noting(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(SECRET)
@@ -52,10 +52,10 @@ def internal():
         def log_message(self, *_):
             pass
 
-    asked: list[str] = []
+    requested: list[str] = []
     server = HTTPServer(("127.0.0.1", 0), Noting)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
 
 
@@ -96,27 +96,27 @@ def file_data(path: object, **others: object) -> dict:
 
 
 def prune(server, video: object, visitor: str) -> tuple[int, str]:
-    """Calls the page's own function; gives the status, or what it told in the end."""
+    """Calls the page's own function; gives the status, or its last output."""
     config = json.loads(get(server, "/config")[1])
     function = next(known["id"] for known in config["dependencies"] if len(known["inputs"]) > 5)
     call = {"data": [video, *CHOICES, MLLM], "fn_index": function, "session_hash": visitor, "trigger_id": None}
     status, answer = post(server, "/gradio_api/queue/join", call)
     if status != 200:
         return status, answer.decode()
-    told = ""
+    output = ""
     with urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash={visitor}", timeout=240) as events:
         for line in events:
             if line.startswith(b"data:"):
-                told += line.decode()
+                output += line.decode()
                 if json.loads(line[5:])["msg"] == "process_completed":
-                    return 200, told
-    return 200, told
+                    return 200, output
+    return 200, output
 
 
 def test_an_upload_can_be_pruned_by_a_call(server, clips):
     path = upload(server, "good.mp4", clips["good"].read_bytes())
-    status, told = prune(server, file_data(path), "caller")
-    assert status == 200 and "Done in" in told
+    status, output = prune(server, file_data(path), "caller")
+    assert status == 200 and "Done in" in output
 
 
 def test_no_file_of_the_server_can_be_pruned(server, secret):
@@ -134,15 +134,15 @@ def test_no_file_of_the_server_can_be_pruned(server, secret):
     ]
     for name in names:
         for others in ({}, {"url": f"{server.url}/gradio_api/file={secret}"}, {"is_stream": True}):
-            status, told = prune(server, file_data(name, **others), "thief")
-            assert status == 403 and "uploaded here" in told
+            status, output = prune(server, file_data(name, **others), "thief")
+            assert status == 403 and "uploaded here" in output
     for video in (str(secret), [file_data(str(secret))], {"video": file_data(str(secret))}, {"orig_name": "x"}):
-        status, told = prune(server, video, "thief")
-        assert SECRET.decode() not in told and "Done in" not in told
+        status, output = prune(server, video, "thief")
+        assert SECRET.decode() not in output and "Done in" not in output
 
 
 def test_no_address_is_fetched(server, internal, clips):
-    url, asked = internal
+    url, requested = internal
     for name in (
         f"{url}/video.mp4",
         f"{url.upper()}/video.mp4",
@@ -157,20 +157,20 @@ def test_no_address_is_fetched(server, internal, clips):
     # With a good upload, the address beside it is of no matter.
     path = upload(server, "good.mp4", clips["good"].read_bytes())
     assert "Done in" in prune(server, file_data(path, url=f"{url}/video.mp4"), "fetcher")[1]
-    assert asked == []
+    assert requested == []
 
 
 @pytest.mark.parametrize("name", ["list.mp4", "list.m3u8"])
 def test_uploaded_playlists_are_not_followed(server, internal, secret, name):
-    url, asked = internal
+    url, requested = internal
     playlist = f"#EXTM3U\n#EXTINF:1,\n{url}/part.ts\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n"
     concat = f"ffconcat version 1.0\nfile '{secret}'\n"
     for number, text in enumerate((playlist, concat)):
         path = upload(server, name, text.encode())
-        status, told = prune(server, file_data(path), f"lister{number}")
-        assert status == 200 and "no video that FFmpeg can open" in told and SECRET.decode() not in told
-        assert str(server.temporary) not in told.split("status", 1)[-1]
-    assert asked == []
+        status, output = prune(server, file_data(path), f"lister{number}")
+        assert status == 200 and "no video that FFmpeg can open" in output and SECRET.decode() not in output
+        assert str(server.temporary) not in output.split("status", 1)[-1]
+    assert requested == []
 
 
 def test_no_file_of_the_server_is_served(server, secret):

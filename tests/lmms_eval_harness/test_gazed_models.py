@@ -170,7 +170,7 @@ def test_the_task_reads_the_published_fields(tasks, videos):
     docs = task.test_docs()
     assert set(docs.column_names) == set(FIELDS) and len(docs) == 2 * len(videos)
     [message] = task.doc_to_messages(docs[0])
-    shown, asked = message["content"]
-    assert (shown["type"], Path(shown["url"])) == ("video", videos[0])
-    assert asked["text"].startswith("What is the shape") and asked["text"].endswith(INSTRUCTION)
+    video, question = message["content"]
+    assert (video["type"], Path(video["url"])) == ("video", videos[0])
+    assert question["text"].startswith("What is the shape") and question["text"].endswith(INSTRUCTION)
     assert task.config.dataset_path != "bfshi/HLVid" and task.config.test_split == "test"

@@ -43,10 +43,10 @@ def test_the_first_letter_that_stands_alone_is_the_answer(hlvid, response, lette
 
 
 def test_accuracy_counts_questions_and_videos(hlvid):
-    asked = [("one.mp4", "B"), ("one.mp4", "B"), ("one.mp4", "C"), ("two.mp4", "C")]
+    answers = [("one.mp4", "B"), ("one.mp4", "B"), ("one.mp4", "C"), ("two.mp4", "C")]
     items = [
         hlvid.process_results(make_doc(number, path), [response])["accuracy"]
-        for number, (path, response) in enumerate(asked)
+        for number, (path, response) in enumerate(answers)
     ]
     assert hlvid.accuracy(items) == 50
     assert hlvid.accuracy_of_videos(items) == pytest.approx(100 * (2 / 3 + 0) / 2)

@@ -23,7 +23,7 @@ class Processor:
     """Takes as many tokens for a video as are gazed at, after the published settings unless others are given."""
 
     def __init__(self, **settings):
-        self._autogaze_model, self.asked = None, []
+        self._autogaze_model, self.calls = None, []
         self.gazing_ratio_tile, self.task_loss_requirement_tile = [0.2] + [0.06] * 15, 0.6
         self.gazing_ratio_thumbnail, self.task_loss_requirement_thumbnail = 1, None
         self.tokenizer = SimpleNamespace(video_token=VIDEO)
@@ -33,7 +33,7 @@ class Processor:
         return {"gazing_pos_tiles": [torch.zeros(2, 7)]}
 
     def __call__(self, text, videos, return_tensors):
-        self.asked.append((text, videos))
+        self.calls.append((text, videos))
         frames = torch.rand(1, 4, 3, 392, 392, generator=torch.Generator().manual_seed(0))
         info = self._get_gazing_info_from_videos(
             {"pixel_values_videos_tiles_autogaze": [frames], "pixel_values_videos_thumbnails_autogaze": [frames[:1]]}
@@ -79,7 +79,7 @@ def test_it_is_asked_as_its_card_says_and_says_what_that_took(load):
     model = load()
     assert model.processor.task_loss_requirement_tile == 0.6
     [result] = ask(model, VIDEO_PART, TEXT_PART)
-    assert model.processor.asked == [(f"{VIDEO}\n\nWhat?", "clip.mp4")] and result.text == "B"
+    assert model.processor.calls == [(f"{VIDEO}\n\nWhat?", "clip.mp4")] and result.text == "B"
     costs = result.token_counts.to_dict()
     assert (costs["input_tokens"], costs["output_tokens"]) == (7, 3)
     assert costs["choosing_seconds"] > 0 and costs["answering_seconds"] > 0 and "encoding_seconds" not in costs

@@ -15,12 +15,12 @@ from lmms_eval.tasks import TaskManager  # noqa: E402
 
 @pytest.fixture
 def server():
-    """Answers every chat with B, and keeps what it was asked."""
-    asked = []
+    """Answers every chat with B, and keeps the requests."""
+    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             choice = {"index": 0, "message": {"role": "assistant", "content": "B"}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 123, "completion_tokens": 1, "total_tokens": 124}
             body = {
@@ -41,12 +41,12 @@ def server():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_address[1]}/v1", asked
+        yield f"http://127.0.0.1:{running.server_address[1]}/v1", requests
         running.shutdown()
 
 
 def test_videos_go_as_videos_and_tokens_come_back(server, tmp_path, monkeypatch):
-    address, asked = server
+    address, requests = server
     [video] = find_videos(tmp_path, count=1)
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HLVID_VIDEOS": str(video.parent)}.items():
         monkeypatch.setenv(name, value)
@@ -57,11 +57,11 @@ def test_videos_go_as_videos_and_tokens_come_back(server, tmp_path, monkeypatch)
     results = simple_evaluate(
         "openai", given, tasks=["hlvid_local"], batch_size=1, bootstrap_iters=0, task_manager=manager
     )
-    assert len(asked) == 2
-    for request in asked:
+    assert len(requests) == 2
+    for request in requests:
         [message] = request["messages"]
-        shown, question = message["content"]
-        assert shown == {"type": "video_url", "video_url": {"url": f"file://{video}"}}
+        video_part, question = message["content"]
+        assert video_part == {"type": "video_url", "video_url": {"url": f"file://{video}"}}
         assert question["text"].endswith(INSTRUCTION)
         assert request["media_io_kwargs"] == {"video": {"num_frames": 64}} and request["model"] == "a/b"
     costs = [cost for sample in results["samples"]["hlvid_local"] for cost in sample["token_counts"]]
