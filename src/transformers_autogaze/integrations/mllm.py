@@ -80,7 +80,7 @@ class GazeVideoLM(ModelWrapper):
             them for the selector. Not needed if every call is given a `gaze`.
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             Normalises the selector's frames; by default with the published settings.
-        scales (`Sequence[int]`, *optional*):
+        scales (`Sequence[int | tuple[int, int]]`, *optional*):
             As in [`GazeVisionModel`]: by default the tower's own scale, pooled as the MLLM does, or, with a gaze model of
             fixed scales, these, matched to the tower.
         attention (`str`, *optional*):
@@ -141,7 +141,7 @@ class GazeVideoLM(ModelWrapper):
         gaze_model: GazeSelector | None = None,
         processor: Any = None,
         gaze_processor: AutoGazeVideoProcessor | None = None,
-        scales: Sequence[int] | None = None,
+        scales: Sequence[int | tuple[int, int]] | None = None,
         attention: str | None = None,
         chunk_frames: int | None = None,
         max_batch_size: int = 16,
