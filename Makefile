@@ -21,13 +21,18 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 4500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test docs common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
+.PHONY: demo test types docs common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The types of the files that pyproject.toml lists. mypy is not needed for the tests, so it is installed here.
+types: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet "mypy>=2.4,<3"
+	$(VENV)/bin/mypy
 
 # The documentation site, in outputs/site; a warning is an error.
 docs: $(DOCS_VENV)/installed

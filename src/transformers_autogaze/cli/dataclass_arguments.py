@@ -3,14 +3,17 @@
 import argparse
 import dataclasses
 from collections.abc import Collection
-from typing import TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..utils.output_files import check_folder, check_not_inputs
 
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
@@ -27,7 +30,7 @@ def dataclass_arguments(*types: type) -> argparse.ArgumentParser:
         inherited_names = names & inherited if issubclass(settings, TrainingArguments) else set()
         own_groups.append(_select_fields(settings, names - inherited_names, f"{settings.__name__}, of this package"))
         inherited_groups.append(_select_fields(settings, inherited_names, "TrainingArguments, of transformers"))
-    groups = [group for group in (*own_groups, *inherited_groups) if dataclasses.fields(group)]
+    groups: Any = [group for group in (*own_groups, *inherited_groups) if dataclasses.fields(group)]
     return HfArgumentParser(groups, add_help=False)
 
 
@@ -37,7 +40,11 @@ def _select_fields(settings: type, names: Collection[str], title: str) -> type:
     fields = []
     for field in dataclasses.fields(settings):
         if field.name in names:
-            default = {"default": field.default, "default_factory": field.default_factory, "metadata": field.metadata}
+            default: dict[str, Any] = {
+                "default": field.default,
+                "default_factory": field.default_factory,
+                "metadata": field.metadata,
+            }
             default = {key: value for key, value in default.items() if value is not dataclasses.MISSING}
             if field.name == "output_dir":
                 default["metadata"] = {**field.metadata, "aliases": ["-o", "--output"]}

@@ -99,7 +99,7 @@ def _measure_clips(
             results.add(rows)
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
+def _fingerprint(model: Any) -> str:
     """Returns a hash of the weights, so that results of different weights are not mixed."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -140,8 +140,8 @@ def _model_clip_selectors(folder: str, size: int, patch_size: int, device: torch
     `"model"` has the scales of the model. For a model that takes any grid, `"model"` has the finest scale only and
     `"model-scales"` the published scales. Selectors that the size or the model does not support are left out.
     """
-    model, processor = load_selector(folder, argument="MODEL")
-    model, own_grid = model.to(device), model.config.grid
+    model, processor = load_selector(folder, argument="MODEL", device=device)
+    own_grid = model.config.grid
     grids = {"model": scales_of_encoder(size, patch_size, own_grid)}
     if model.takes_any_grid:
         grids = {"model": GazeGrid([size], patch_size), "model-scales": scales_of_encoder(size, patch_size)}

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.comparison import GazeSetting, evaluate_selectors, load_clips
 from ..evaluation.report import markdown_tables, write_report
@@ -23,7 +24,7 @@ def evaluate_on_pixels(options: argparse.Namespace) -> None:
     processor = processor.video_processor
     grid = model.config.grid
     clips = load_clips(videos, processor, grid.sizes[-1], options.num_frames, options.max_clips)
-    selectors = {"model": model, **baseline_selectors(grid, processor)}
+    selectors: dict[str, Any] = {"model": model, **baseline_selectors(grid, processor)}
     selectors = {name: selector.to(options.device) for name, selector in selectors.items()}
     scores = evaluate_selectors(selectors, clips, settings, processor, options.batch_size, progress=True)
     about = {

@@ -61,7 +61,7 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
         check_not_inputs([folder / name for name in FILES], videos)
     device = check_device(options.device)
     # Errors of a single video are reported before the selector is loaded.
-    opened = _open(*videos, options) if is_single else None
+    opened = _open(next(iter(videos)), options) if is_single else None
     name = options.model or options.selector or SELECTORS[0]
     loaded = load_selector(name, device=device)
     status = 0

@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from transformers_autogaze_cli.arguments import add_command, nonempty_path
 
@@ -12,7 +12,7 @@ from ..configuration_autogaze import AutoGazeConfig
 from ..hub.checkpoints import load_selector
 from ..hub.model_cards import make_card
 from ..training.augmentation import ClipAugmentation
-from ..training.data import BudgetSchedule
+from ..training.data import BudgetSchedule, GazeClipDataset
 from ..training.grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
 from ..training.label_files import read_labels
 from ..training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
@@ -73,12 +73,12 @@ def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        args = trainer.args
+        args, clips = trainer.args, cast(GazeClipDataset, trainer.train_dataset)
         made = {
             "command": f"`autogaze {command}`",
             "started from": "a new model" if options.model is None else Path(options.model).name,
             "task": options.task,
-            "videos": len(trainer.train_dataset.videos),
+            "videos": len(clips.videos),
             "frames of a clip": options.num_frames,
             "steps": trainer.state.global_step,
             "clips of a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -86,9 +86,8 @@ def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None
             "seed": args.seed,
         }
         is_on_hub = options.model is not None and not Path(options.model).is_dir()
-        card = make_card(
-            trainer.model, Path(options.output_dir).name, made, base_model=options.model if is_on_hub else None
-        )
+        model = cast(PreTrainedModel, trainer.model)
+        card = make_card(model, Path(options.output_dir).name, made, base_model=options.model if is_on_hub else None)
         with replacing(Path(options.output_dir) / "README.md") as unfinished:
             unfinished.write_text(card, encoding="utf-8")
         print(f"written: {options.output_dir}")
@@ -97,7 +96,7 @@ def _finish(trainer: Trainer, options: argparse.Namespace, command: str) -> None
 def _train(options: argparse.Namespace) -> None:
     args = from_arguments(AutoGazeTrainingArguments, options)
     _check_start(options)
-    schedule, augmentation = (from_arguments(settings, options) for settings in (BudgetSchedule, ClipAugmentation))
+    schedule, augmentation = from_arguments(BudgetSchedule, options), from_arguments(ClipAugmentation, options)
     set_seed(args.seed)
     model, processor = load_model(options, decoder_config={"num_multi_token_pred": options.num_multi_token_pred})
     task, labels = load_task(options, model.config.grid), None
@@ -113,7 +112,7 @@ def _train(options: argparse.Namespace) -> None:
 def _train_grpo(options: argparse.Namespace) -> None:
     if options.model is None:
         raise ValueError("`--model` must name a checkpoint to train further, got none")
-    args, augmentation = (from_arguments(settings, options) for settings in (AutoGazeGRPOConfig, ClipAugmentation))
+    args, augmentation = from_arguments(AutoGazeGRPOConfig, options), from_arguments(ClipAugmentation, options)
     _check_start(options)
     model, processor = load_model(options)
     clips = load_clips(options, model, processor, augmentation)

@@ -1,12 +1,13 @@
 """The inputs of the training commands: arguments and loading of the model, the task and the clips."""
 
 import argparse
-from typing import Any
+from typing import Any, cast
 
 from transformers_autogaze_cli.arguments import nonempty_path, nonempty_string, positive_integer
 
 from .. import FEATURES_SELECTOR
 from ..configuration_autogaze import AutoGazeConfig
+from ..feature_gaze_autogaze import FeatureGazeModel
 from ..feature_network_autogaze import FeatureGazeConfig
 from ..grid_autogaze import GazeGrid
 from ..hub.checkpoints import load_selector
@@ -63,7 +64,8 @@ def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
             raise ValueError(f"`--feature-model` needs `--task features`, got {options.feature_model!r}")
         return GazeTask(grid)
     folder = FEATURES_SELECTOR if options.feature_model is None else options.feature_model
-    return GazeTask(grid, load_selector(folder, [FeatureGazeConfig], "--feature-model")[0])
+    model, _ = load_selector(folder, [FeatureGazeConfig], "--feature-model")
+    return GazeTask(grid, cast(FeatureGazeModel, model))
 
 
 def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeModel, AutoGazeVideoProcessor]:
@@ -71,7 +73,7 @@ def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeMode
     if options.model is None:
         return AutoGazeModel(AutoGazeConfig(**config)), AutoGazeVideoProcessor()
     model, processor = load_selector(options.model, [AutoGazeConfig])
-    return model, processor.video_processor
+    return cast(AutoGazeModel, model), processor.video_processor
 
 
 def load_clips(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -114,7 +114,8 @@ class _Shards:
         self.videos = {next(numbers): identities[start : start + size] for start in range(0, len(identities), size)}
         self.number_of = {identity: number for number, own in self.videos.items() for identity in own}
         self.missing = {number: len(own) for number, own in self.videos.items()}
-        self.pool, self.writing = ThreadPoolExecutor(max_workers=1), deque()
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.writing: deque[Future] = deque()
 
     def __enter__(self) -> "_Shards":
         return self

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import groupby
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.error import HTTPError
 
 import fsspec
@@ -186,7 +186,7 @@ def _prefetch(row: dict[str, Any]) -> Video:
 def _read_remote(address: str) -> bytes | None:
     """Reads the file at a URL; returns `None` if it has more than `MAX_PREFETCHED_BYTES`."""
     if _is_web(address):
-        target = resolve_source(address).target
+        target = cast(BinaryIO, resolve_source(address).target)
         size = target.seek(0, os.SEEK_END)
         target.seek(0)
         return target.read() if size <= MAX_PREFETCHED_BYTES else None
@@ -231,8 +231,8 @@ def _values(rows: list[dict[str, Any]], column: str) -> Iterator[Any]:
             count = file.metadata.row_group(number).num_rows
             if number in groups:
                 batches = file.iter_batches(batch_size=1, row_groups=[number], columns=[column])
-                for row, batch in enumerate(batches, place):
-                    if row in wanted:
+                for index, batch in enumerate(batches, place):
+                    if index in wanted:
                         yield batch.column(0)[0].as_py()
             place += count
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
 
 from ..feature_network_autogaze import FeatureGazeConfig
 from ..greedy_autogaze import GreedyGazeConfig
-from ..selection_autogaze import GazeSelector
 
 
 TASK = "other"
@@ -84,7 +84,7 @@ def card_metadata(
 
 
 def make_card(
-    model: GazeSelector,
+    model: PreTrainedModel,
     title: str = "A selector of patches",
     made: Mapping[str, Any] | None = None,
     base_model: str | None = None,

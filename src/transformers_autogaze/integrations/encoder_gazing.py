@@ -109,7 +109,7 @@ class EncoderFrameGazer:
                 )
             if len(video) % rate:
                 raise ValueError(f"video {index} must have a multiple of {rate} frames, got {len(video)}")
-        settings = {
+        settings: dict[str, Any] = {
             "gazing_ratio": gazing_ratio,
             "task_loss_requirement": task_loss_requirement,
             "clip_ratio": clip_ratio,
@@ -174,12 +174,13 @@ class EncoderFrameGazer:
             chunk = torch.stack([view[start : start + chunk_frames] for view in views])
             chunk = self.to_gaze_values(chunk.to(getattr(selector, "device", "cpu")))
             length = chunk.shape[1] // config.frame_sampling_rate
+            chunk_options: dict[str, Any] = {
+                name: slice_setting(value, 0, length) if name in PER_FRAME_SETTINGS else value
+                for name, value in options.items()
+            }
             gaze = selector.generate(
                 resize_frames(chunk, grid.sizes[-1]),
-                **{
-                    name: slice_setting(value, 0, length) if name in PER_FRAME_SETTINGS else value
-                    for name, value in options.items()
-                },
+                **chunk_options,
                 past_key_values=state,
                 # A selector without a maximum of frames streams; for others every chunk is a clip of its own.
                 use_cache=config.max_num_frames is None,

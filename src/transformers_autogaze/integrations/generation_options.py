@@ -13,7 +13,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -66,7 +65,7 @@ def check_generation_options(
 
 
 def generate_on_pruned_prompts(
-    mllm: PreTrainedModel, inputs: Mapping[str, torch.Tensor], options: dict[str, Any], prompts: torch.Tensor
+    mllm: Any, inputs: Mapping[str, torch.Tensor], options: dict[str, Any], prompts: torch.Tensor
 ) -> Any:
     """
     Calls an MLLM's `generate` on pruned prompts.

@@ -80,7 +80,7 @@ class GazeVideoLM(ModelWrapper):
             them for the selector. Not needed if every call is given a `gaze`.
         gaze_processor ([`AutoGazeVideoProcessor`], *optional*):
             Normalises the selector's frames; by default with the published settings.
-        scales (`Sequence[int]`, *optional*):
+        scales (`Sequence[int | tuple[int, int]]`, *optional*):
             As in [`GazeVisionModel`]: by default the tower's own scale, pooled as the MLLM does, or, with a gaze model of
             fixed scales, these, matched to the tower.
         attention (`str`, *optional*):
@@ -133,6 +133,7 @@ class GazeVideoLM(ModelWrapper):
     """
 
     wrapped_name = "mllm"
+    mllm: Any  # an MLLM with `generate`, or its `PeftModel`
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class GazeVideoLM(ModelWrapper):
         gaze_model: GazeSelector | None = None,
         processor: Any = None,
         gaze_processor: AutoGazeVideoProcessor | None = None,
-        scales: Sequence[int] | None = None,
+        scales: Sequence[int | tuple[int, int]] | None = None,
         attention: str | None = None,
         chunk_frames: int | None = None,
         max_batch_size: int = 16,
@@ -485,11 +486,11 @@ class GazeVideoLM(ModelWrapper):
         pieces: list[list[torch.Tensor]] = [[] for _ in videos]
         if encoded:
             places = TokenPlaces(*(torch.cat(keys) for keys in zip(*(places for _, places in encoded), strict=True)))
-            order, parts = order_tokens(places, self.layout.order)
+            order, counts = order_tokens(places, self.layout.order)
             tokens = torch.cat([tokens for tokens, _ in encoded])[order]
             separator = embed_separator(self.separator, self.adapter, self.mllm.get_input_embeddings())
-            for (video, _), part in zip(parts, tokens.split([count for _, count in parts]), strict=True):
-                pieces[video] += [separator.to(part), part] if pieces[video] and separator is not None else [part]
+            for (index, _), part in zip(counts, tokens.split([count for _, count in counts]), strict=True):
+                pieces[index] += [separator.to(part), part] if pieces[index] and separator is not None else [part]
         if self.adapter.ends_with_newline:
             for parts in pieces:
                 parts.append(self.adapter.newline[None])

@@ -30,7 +30,7 @@ class MLLMAdapter:
         self.config = mllm.config
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> PreTrainedModel:
         """The vision tower for the frames of a video."""
         return self.mllm.model.vision_tower
 
@@ -132,7 +132,7 @@ class VideoLlavaAdapter(MLLMAdapter):
         return None
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> PreTrainedModel:
         return self.mllm.model.video_tower
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
@@ -78,19 +77,19 @@ class VideoLayout:
         num_prefix = sum(token.numel() // vision.hidden_size for token in vision.adapter.prefix_tokens)
         num_prefix = max(num_prefix - (not adapter.keeps_cls), 0)
         rows, cols = adapter.pool_grid(*vision.adapter.native_grid)
-        separator = [separator] if isinstance(separator, str) else separator or []
+        separator_length = 1 if isinstance(separator, str) else len(separator or [])
         cut = grid, self.chunk_frames, self.thumbnail_interval
         counts = []
         for gaze in gazes:
             parts = count_tokens(gaze, *cut, order=self.order, num_prefix=num_prefix)
-            kept = sum(parts) + max(len(parts) - 1, 0) * len(separator)
+            kept = sum(parts) + max(len(parts) - 1, 0) * separator_length
             total = gaze.num_frames * gaze.frame_sampling_rate * (rows * cols + num_prefix)
             counts.append((kept + adapter.ends_with_newline, total + adapter.ends_with_newline))
         return counts
 
 
 def check_separator(
-    separator: int | Sequence[int] | str | None, adapter: MLLMAdapter, embeddings: nn.Module
+    separator: int | Sequence[int] | str | None, adapter: MLLMAdapter, embeddings: Any
 ) -> list[int] | str | None:
     """
     Checks the separator between chunks, and returns it as ids or `"image_newline"`.
@@ -104,15 +103,14 @@ def check_separator(
         if adapter.newline is None:
             raise ValueError(f"`separator` cannot be {_NEWLINE!r}: a {type(adapter.mllm).__name__} has none")
         return separator
-    ids, size = [separator] if isinstance(separator, int) else separator, embeddings.num_embeddings
+    ids: Sequence[Any] = [separator] if isinstance(separator, int) else separator
+    size = embeddings.num_embeddings
     if not ids or any(not isinstance(token, int) or not 0 <= token < size for token in ids):
         raise ValueError(f"`separator` must be ids of tokens in 0..{size - 1} or {_NEWLINE!r}, got {separator!r}")
     return list(ids)
 
 
-def embed_separator(
-    separator: list[int] | str | None, adapter: MLLMAdapter, embeddings: nn.Module
-) -> torch.Tensor | None:
+def embed_separator(separator: list[int] | str | None, adapter: MLLMAdapter, embeddings: Any) -> torch.Tensor | None:
     """Returns the embeddings of the separator between chunks, `(tokens, hidden_size)`."""
     if separator is None:
         return None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,7 +115,8 @@ class PackedAttention:
         A large segment is a call of its own without a mask; small consecutive segments share a call. So no mask has more
         than a few hundred queries, and frames with few kept patches do not take one call each.
         """
-        chunks, pending = [], []
+        chunks: list[tuple[slice, slice, bool]] = []
+        pending: list[tuple[int, int, int, int]] = []  # start and end of queries, first and end of keys
 
         def add_pending() -> None:
             if pending:
@@ -182,9 +184,9 @@ class PackedAttention:
             len(segments), end - first if isinstance(keys, slice) else len(keys), device=segments.device
         )
         is_visible = is_visible.bool().index_put_((segment, key), torch.tensor(True, device=segments.device))
-        if int(queries[-1]) - int(queries[0]) + 1 == len(queries):
-            queries = slice(int(queries[0]), int(queries[-1]) + 1)
-        return _SharedCall(queries, keys, None if is_visible.all() else is_visible, num_queries)
+        whole = slice(int(queries[0]), int(queries[-1]) + 1)
+        is_whole = whole.stop - whole.start == len(queries)
+        return _SharedCall(whole if is_whole else queries, keys, None if is_visible.all() else is_visible, num_queries)
 
     def mask(self, queries: slice, keys: slice) -> torch.Tensor:
         """Returns a `torch.BoolTensor` of shape `(1, 1, queries, keys)`, true where a query attends to a key."""
@@ -206,7 +208,7 @@ class PackedAttention:
         return create_block_mask(is_visible, None, None, len(first), num_keys, device=first.device)
 
     @cached_property
-    def flash_arguments(self) -> tuple[torch.Tensor | None, dict[str, object]]:
+    def flash_arguments(self) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """
         The plan for flash attention: the keys to gather, segment by segment, and the function's arguments.
 
@@ -231,7 +233,8 @@ class PackedAttention:
         if self.num_queries.device == device:
             return self
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{key: part.to(device) for key, part in parts.items() if isinstance(part, torch.Tensor)})
+        moved: dict[str, Any] = {key: part.to(device) for key, part in parts.items() if isinstance(part, torch.Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(eq=False)
@@ -270,7 +273,7 @@ def packed_attention(module: nn.Module, plan: PackedAttention, extend: Extend | 
         plan ([`PackedAttention`]): the plan.
         extend (*optional*): prepends cached keys and values to those of the layer; the plan's keys include these.
     """
-    configs = {id(part.config): part.config for part in module.modules() if _has_config(part)}
+    configs = {id(config): config for part in module.modules() if (config := _config_of(part)) is not None}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
     token = _active_plan.set((plan, next(iter(implementations.values()), None) or "eager", extend))
     try:
@@ -284,7 +287,7 @@ def packed_attention(module: nn.Module, plan: PackedAttention, extend: Extend | 
 
 
 def run_checkpointed(
-    layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+    layer: Any, run: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
 ) -> torch.Tensor:
     """
     Calls a layer inside [`packed_attention`], with the layer's own gradient checkpointing if it is on.
@@ -310,8 +313,9 @@ def run_checkpointed(
     return layer._gradient_checkpointing_func(run_again, hidden_states)
 
 
-def _has_config(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+def _config_of(module: nn.Module) -> PreTrainedConfig | None:
+    config = getattr(module, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None
 
 
 def _packed_attention_forward(
@@ -332,7 +336,7 @@ def _packed_attention_forward(
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -356,7 +360,7 @@ def attend(
     Returns:
         `torch.FloatTensor` of shape `(1, tokens, heads, head_dim)`
     """
-    options = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "dropout": dropout}
+    options: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "dropout": dropout}
     if implementation == "flex_attention":
         attend_piece = ALL_ATTENTION_FUNCTIONS[implementation]
         if plan.key_index is not None:

@@ -113,6 +113,7 @@ class GazeQwenVL(ModelWrapper):
     """
 
     wrapped_name = "mllm"
+    mllm: Any  # an MLLM with `generate`, or its `PeftModel`
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class GazeQwenVL(ModelWrapper):
             ValueError: as [`~GazeQwenVL.prepare_inputs`].
         """
         self._check_names(kwargs)
-        processed = {
+        processed: dict[str, Any] = {
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
             "pixel_values": pixel_values,
@@ -395,8 +396,8 @@ class GazeQwenVL(ModelWrapper):
         """Encodes the kept units of images and then videos; see [`encode_units`]."""
         if not is_kept.any():
             raise ValueError("`gaze` must keep at least one patch of some video, got none")
-        pixels, grids = (torch.cat([part for part in parts if part is not None]) for parts in (pixels, grids))
-        return encode_units(self._base.model.visual, pixels, grids, is_kept, self.attention)
+        pixel_values, grid_thw = (torch.cat([part for part in parts if part is not None]) for parts in (pixels, grids))
+        return encode_units(self._base.model.visual, pixel_values, grid_thw, is_kept, self.attention)
 
     def gaze(
         self,

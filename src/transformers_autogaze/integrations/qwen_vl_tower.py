@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class UnitPlan(NamedTuple):
 
     def to(self, device: torch.device) -> "UnitPlan":
         """Moves the plan to a device."""
-        return UnitPlan(*(part.to(device) for part in self))
+        return UnitPlan._make(part.to(device) for part in self)
 
     def sort(self, patches: torch.Tensor) -> torch.Tensor:
         """Sorts the patches `(patches, ..)` of the kept units from the order of tokens to that of the sequence."""
@@ -54,7 +54,7 @@ class UnitPlan(NamedTuple):
         return self.frames if layer in getattr(tower, "fullatt_block_indexes", (layer,)) else self.windows
 
 
-def plan_units(tower: nn.Module, grid_thw: torch.Tensor, is_kept: torch.Tensor, attention: str) -> UnitPlan:
+def plan_units(tower: Any, grid_thw: torch.Tensor, is_kept: torch.Tensor, attention: str) -> UnitPlan:
     """
     Plans the computation of a tower on the kept merge units.
 
@@ -85,7 +85,7 @@ def plan_units(tower: nn.Module, grid_thw: torch.Tensor, is_kept: torch.Tensor, 
 
 
 def encode_units(
-    tower: nn.Module,
+    tower: Any,
     pixel_values: torch.Tensor,
     grid_thw: torch.Tensor,
     is_kept: torch.Tensor,
@@ -139,7 +139,7 @@ def encode_units(
     return plan.restore(tower.merger(hidden_states)), deepstack
 
 
-def _sort_by_window(tower: nn.Module, places: UnitPlaces) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _sort_by_window(tower: Any, places: UnitPlaces) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns the order of units sorted by window, and the rows and columns of their windows, if there are any."""
     order = torch.arange(len(places.video), device=places.video.device)
     if not hasattr(tower, "window_size"):

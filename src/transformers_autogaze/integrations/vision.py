@@ -59,15 +59,15 @@ class GazeVisionOutput(ModelOutput):
             With `output_hidden_states`: the prefix tokens of `hidden_states`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    lengths: torch.LongTensor | None = None
-    frame: torch.LongTensor | None = None
-    scale: torch.LongTensor | None = None
-    ids: torch.LongTensor | None = None
-    boxes: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    prefix_hidden_state: torch.FloatTensor | None = None
-    prefix_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    frame: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    prefix_hidden_state: torch.Tensor | None = None
+    prefix_hidden_states: tuple[torch.Tensor, ...] | None = None
 
     def split(self, packed: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Splits a packed tensor, by default `last_hidden_state`, into one tensor per clip."""
@@ -206,7 +206,7 @@ class GazeVisionModel(ModelWrapper):
     @property
     def adapter(self) -> VisionAdapter:
         """The adapter that finds the tower's modules."""
-        tower = self.vision_model.get_submodule(self._tower_name)
+        tower: Any = self.vision_model.get_submodule(self._tower_name)
         return ADAPTERS[tower.config.model_type](tower)
 
     @property
@@ -330,11 +330,12 @@ class GazeVisionModel(ModelWrapper):
             return KeptTokens(clip, frame, ids, gaze.num_real_each_frame)
         mask = torch.cat(gaze.gazing_mask, dim=-1).repeat_interleave(gaze.frame_sampling_rate, dim=1)
         mask = mask.unflatten(1, (-1, tubelet)).any(2)
-        return KeptTokens(*mask.nonzero(as_tuple=True), mask.sum(-1))
+        clip, frame, ids = mask.nonzero(as_tuple=True)
+        return KeptTokens(clip, frame, ids, mask.sum(-1))
 
     def _rotary(
         self, tokens: KeptTokens, sequence: PackedSequence, hidden_states: torch.Tensor, first_time: int
-    ) -> object | None:
+    ) -> Any:
         """Computes the rotary positions, with frames counted from `first_time`; see [`VisionAdapter.rotary`]."""
         ids = torch.full((hidden_states.shape[1],), -1, device=tokens.ids.device)
         time = torch.zeros_like(ids)
@@ -416,7 +417,7 @@ class GazeVisionModel(ModelWrapper):
         layer: nn.Module,
         hidden_states: torch.Tensor,
         plan: PackedAttention,
-        rotary: object | None,
+        rotary: Any,
         extend: Extend | None,
     ) -> torch.Tensor:
         adapter = self.adapter

@@ -8,6 +8,7 @@ weights and changes nothing.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import pi
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class VisionAdapter:
     """Number of prefix tokens with positions, which are the first in the position table."""
 
     def __init__(self, tower: nn.Module):
-        self.tower = tower
+        self.tower: Any = tower  # `Any`, as the submodules are those of its own class
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -55,8 +56,8 @@ class VisionAdapter:
         return None
 
     @property
-    def embeddings(self) -> nn.Module:
-        """The module with patch embedding, positions and prefix tokens."""
+    def embeddings(self) -> Any:
+        """The `nn.Module` with patch embedding, positions and prefix tokens."""
         return self.tower.embeddings
 
     @property
@@ -65,9 +66,9 @@ class VisionAdapter:
         return self.embeddings.patch_embeddings.projection
 
     @property
-    def patch_convolution(self) -> nn.Module:
+    def patch_convolution(self) -> nn.Conv2d | nn.Conv3d:
         """The convolution without the adapters of PEFT around it."""
-        module = self.patch_embedding
+        module: Any = self.patch_embedding
         while hasattr(module, "base_layer"):
             module = module.base_layer
         return module
@@ -138,7 +139,7 @@ class VisionAdapter:
         """Applies the operations between positions and the first layer, such as dropout, to `(1, tokens, hidden)`."""
         return self.embeddings.dropout(hidden_states)
 
-    def rotary(self, grid: GazeGrid, ids: torch.Tensor, time: torch.Tensor, dtype: torch.dtype) -> object | None:
+    def rotary(self, grid: GazeGrid, ids: torch.Tensor, time: torch.Tensor, dtype: torch.dtype) -> Any:
         """
         Computes the rotary positions for the layers.
 
@@ -153,7 +154,7 @@ class VisionAdapter:
         """
         return None
 
-    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: object | None) -> torch.Tensor:
+    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: Any) -> torch.Tensor:
         """Runs one layer on `(1, tokens, hidden)`."""
         return layer(hidden_states)
 
@@ -196,7 +197,10 @@ class SiglipAdapter(VisionAdapter):
 
     model_type = "siglip_vision_model"
     num_positions_prefix = 0
-    prefix_tokens = []
+
+    @property
+    def prefix_tokens(self) -> list[torch.Tensor]:
+        return []
 
     @property
     def patch_embedding(self) -> nn.Module:
@@ -221,7 +225,7 @@ class SiglipAdapter(VisionAdapter):
     def finish_embedding(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
 
-    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: object | None) -> torch.Tensor:
+    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: Any) -> torch.Tensor:
         return layer(hidden_states, None)
 
 
@@ -282,7 +286,7 @@ class DINOv3ViTAdapter(VisionAdapter):
         angles = angles.masked_fill((ids < 0)[:, None], 0)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: object | None) -> torch.Tensor:
+    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: Any) -> torch.Tensor:
         return layer(hidden_states, position_embeddings=rotary)
 
 
@@ -332,13 +336,13 @@ class VJEPA2Adapter(VisionAdapter):
         col = (col + 0.5) * (cols / grids[:, 1]) - 0.5
         return [place.to(dtype) for place in (time, row, col)]
 
-    def run_layer(self, layer: nn.Module, hidden_states: torch.Tensor, rotary: object | None) -> torch.Tensor:
+    def run_layer(self, layer: Any, hidden_states: torch.Tensor, rotary: Any) -> torch.Tensor:
         with _position_ids(layer.attention, rotary):
             return layer(hidden_states)[0]
 
 
 @contextmanager
-def _position_ids(attention: nn.Module, position_ids: list[torch.Tensor]) -> Iterator[None]:
+def _position_ids(attention: Any, position_ids: list[torch.Tensor]) -> Iterator[None]:
     """Sets the position ids of V-JEPA 2's attention, which has no argument for ids that are no whole numbers."""
     attention.get_position_ids = lambda x, masks=None: [ids.to(x.device) for ids in position_ids]
     try:

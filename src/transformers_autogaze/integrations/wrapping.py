@@ -58,7 +58,7 @@ def hub_arguments(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {key: kwargs[key] for key in (*_HUB, *more) if key in kwargs}
 
 
-def without_peft(model: nn.Module) -> nn.Module:
+def without_peft(model: Any) -> Any:
     """Returns the model inside a `PeftModel`, which PEFT has modified in place, or any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -89,8 +89,8 @@ class ModelWrapper(PushToHubMixin, nn.Module):
         return getattr(self.wrapped, name)
 
     @property
-    def wrapped(self) -> nn.Module:
-        """The wrapped model."""
+    def wrapped(self) -> Any:
+        """The wrapped model, or its `PeftModel`."""
         return super().__getattr__(self.wrapped_name)
 
     @property
@@ -126,7 +126,7 @@ class ModelWrapper(PushToHubMixin, nn.Module):
         others = (*TransformersKwargs.__annotations__, *_ALWAYS_ACCEPTED)
         check_names(f"{type(self).__name__}.forward", given, functions, others)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one for two overloads
         """Returns the weights, as `nn.Module.state_dict` does, but each tied weight once, under its first name."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -168,7 +168,7 @@ class ModelWrapper(PushToHubMixin, nn.Module):
     @classmethod
     def _load_wrapped(
         cls, name: str | os.PathLike, wrapper_config: Mapping[str, Any] | None, kwargs: dict[str, Any]
-    ) -> nn.Module:
+    ) -> Any:
         """Loads the wrapped model from a folder or repository, with its PEFT adapter if it has one."""
         if wrapper_config is None or not hasattr(transformers, wrapper_config["model"]):
             config = transformers.AutoConfig.from_pretrained(name, **hub_arguments(kwargs))

@@ -28,7 +28,7 @@ class KeptIds:
             chunk.gaze.frame_sampling_rate,
             chunk.extent,
         )
-        self.level_size = tuple(chunk.levels.shape[-2:])
+        self.level_size = chunk.levels.shape[-2], chunk.levels.shape[-1]
         self.num_frames = 0
         """Number of frames of all chunks that were added."""
         self._lengths: list[int] = []

@@ -50,7 +50,7 @@ class OpenedVideo:
 
     def __init__(self, source: Any, num_frames: int | None = None, fps: float | None = None):
         self._is_file = is_video_source(source)
-        self._source = resolve_source(source) if self._is_file and not is_picture_list(source) else source
+        self._source: Any = resolve_source(source) if self._is_file and not is_picture_list(source) else source
         self._sampling = num_frames, fps
         self.metadata, self._frames = self._open()
         # Reading the metadata has opened the frames: the first iteration uses these, so that nothing is opened twice.

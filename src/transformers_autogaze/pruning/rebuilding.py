@@ -92,4 +92,4 @@ def psnr_of(squared_errors: list[float]) -> float:
     Returns:
         `float`: in dB, at most 100.
     """
-    return float(-10 * np.log10(max(np.mean(squared_errors), 1e-10)))
+    return float(-10 * np.log10(max(float(np.mean(squared_errors)), 1e-10)))

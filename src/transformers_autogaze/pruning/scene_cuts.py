@@ -32,7 +32,7 @@ class SceneCuts:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last: torch.Tensor | None = None
         self._changes: list[float] = []
 

@@ -68,7 +68,7 @@ def prune_video(
     tokens_per_second: float | None = None,
     frame_rate: float | None = None,
     measures_quality: bool = True,
-    title: str | None = None,
+    title: str | os.PathLike | None = None,
     selector_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "VideoPruning":

@@ -6,6 +6,7 @@ See docs/specification.md, section 12.1.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -136,10 +137,10 @@ class GazeVideoMAEOutput(ModelOutput):
             Attention weights of each layer of the encoder.
     """
 
-    reconstruction: torch.FloatTensor | None = None
-    loss: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    reconstruction: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class GazeVideoMAELayer(GradientCheckpointingLayer):
@@ -165,7 +166,9 @@ class GazeVideoMAELayer(GradientCheckpointingLayer):
         Takes hidden states `(batch, tokens, hidden)` and an additive mask `(batch, 1, tokens, tokens)`; returns hidden states, and
         attentions `(batch, heads, tokens, tokens)` if the implementation returns them.
         """
-        normed, heads = self.layernorm_before(hidden_states), self.attention["attention"]
+        normed = self.layernorm_before(hidden_states)
+        heads: Any = self.attention["attention"]
+        joined: Any = self.attention["output"]
         query, key, value = (
             heads[name](normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
@@ -173,7 +176,7 @@ class GazeVideoMAELayer(GradientCheckpointingLayer):
         name = self.config._attn_implementation
         attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         attended, attention = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
-        hidden_states = hidden_states + self.attention["output"]["dense"](attended.flatten(2))
+        hidden_states = hidden_states + joined["dense"](attended.flatten(2))
         intermediate = self.activation(self.intermediate["dense"](self.layernorm_after(hidden_states)))
         return hidden_states + self.output["dense"](intermediate), attention
 
@@ -235,7 +238,8 @@ class GazeVideoMAEEncoder(nn.Module):
         hidden_states = self.embeddings(values, gaze)
         attention_mask = _block_causal_mask(gaze.frame_of_slot, gaze.if_padded_gazing, hidden_states.dtype)
         all_hidden_states, attentions = [], []
-        for layer in self.encoder["layer"]:
+        layers: Any = self.encoder["layer"]
+        for layer in layers:
             all_hidden_states += [hidden_states] if output_hidden_states else []
             hidden_states, attention = layer(hidden_states, attention_mask)
             attentions += [attention] if output_attentions else []
@@ -338,7 +342,7 @@ class GazeVideoMAE(PreTrainedModel):
 
     config_class = GazeVideoMAEConfig
     main_input_name = "pixels"
-    input_modalities = ("video",)
+    input_modalities = ("video",)  # type: ignore[assignment]  # as the library's own models have it
     supports_gradient_checkpointing = True
     _no_split_modules = ["GazeVideoMAELayer", "GazeVideoMAEEmbeddings"]
     _supports_sdpa = True

@@ -108,7 +108,7 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
         ValueError: if the folder, or one that would contain it, is a file.
     """
     folder = Path(folder)
-    missing = []
+    missing: list[Path] = []
     for path in (folder, *folder.parents):
         if path.is_dir():
             return missing

@@ -266,7 +266,7 @@ def _check_layout(
         raise ValueError(f"`chunk_frames` must be a multiple of {rate}, the selector's rate, got {chunk_frames}")
 
 
-def _check_settings(selector: GazeSelector, settings: dict[str, Setting], chunk_frames: int) -> None:
+def _check_settings(selector: GazeSelector, settings: dict[str, Any], chunk_frames: int) -> None:
     """Checks budgets and thresholds before the first chunk is decoded."""
     num_frames, grid = chunk_frames // selector.config.frame_sampling_rate, selector.config.grid
     for name in ("gazing_ratio", "task_loss_requirement"):
@@ -331,8 +331,7 @@ def open_source(
             f"`num_frames` needs a source whose length is known, got {num_frames} with {type(source).__name__}"
         )
     check_start_frame(start_frame)
-    indices = range(len(source)) if hasattr(source, "__len__") else None
-    return indices, _skip(iter(source), start_frame), None
+    return range(len(source)) if hasattr(source, "__len__") else None, _skip(iter(source), start_frame), None
 
 
 def _skip(frames: Iterator[Any], count: int) -> Iterator[Any]:

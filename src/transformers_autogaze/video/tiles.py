@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ _MAX_PIXELS = 2**22  # of frames that are searched together without tiles; at le
 
 def slice_setting(setting: Setting, start: int, stop: int) -> Setting:
     """Returns the values of frames `start` to `stop` of a setting with one value for each frame; a number is unchanged."""
-    return setting[start:stop] if np.ndim(setting) else setting
+    return cast(Sequence[float], setting)[start:stop] if np.ndim(setting) else setting
 
 
 def choose_tile_grid(height: int, width: int, max_tiles: int) -> tuple[int, int]:
@@ -91,7 +92,7 @@ class TileGazer:
 
     Args:
         selector, processor, tiles, max_tiles, max_batch_size: as in [`stream_gaze`].
-        settings (`dict[str, Setting]`): budgets and thresholds.
+        settings (`dict[str, Any]`): budgets and thresholds.
         frame_rate (`float`): frames per second.
     """
 
@@ -102,7 +103,7 @@ class TileGazer:
         tiles: str,
         max_tiles: int,
         max_batch_size: int,
-        settings: dict[str, Setting],
+        settings: dict[str, Any],
         frame_rate: float,
     ):
         self.selector, self.processor, self.settings, self.frame_rate = selector, processor, settings, frame_rate
@@ -133,7 +134,7 @@ class TileGazer:
         size = self.rows * self.tile_size[0], self.cols * self.tile_size[1]
         levels = to_levels(frames, self.processor, self.tiles, size, self.device)
         if self.tiles == "whole":
-            self.tile_size = tuple(levels.shape[-2:])
+            self.tile_size = levels.shape[-2], levels.shape[-1]
         settings, step = self._settings(levels, is_whole)
         if self.rows * self.cols == 1:
             steps = range(0, len(levels), step)
@@ -142,7 +143,7 @@ class TileGazer:
             return self._drop_outside(gaze.replace(cache=None)), levels, self.extent
         return self._gaze_grid(levels, settings), levels, self.extent
 
-    def _gaze_grid(self, levels: torch.Tensor, settings: dict[str, Setting]) -> GazeOutput:
+    def _gaze_grid(self, levels: torch.Tensor, settings: dict[str, Any]) -> GazeOutput:
         """Gazes at all tiles of frames and joins their gazes."""
         count = self.rows * self.cols
         parts = [
@@ -162,7 +163,7 @@ class TileGazer:
             first_frame=parts[0].first_frame,
         )
 
-    def _settings(self, levels: torch.Tensor, is_whole: bool) -> tuple[dict[str, Setting], int]:
+    def _settings(self, levels: torch.Tensor, is_whole: bool) -> tuple[dict[str, Any], int]:
         """Returns the settings for the next frames, and the number of frames that are gazed at together."""
         settings = dict(self.settings)
         pixels = levels[0, 0].numel()
@@ -181,7 +182,7 @@ class TileGazer:
 
     def _plan(self, size: tuple[int, int]) -> None:
         """Chooses the tiles for frames of a height and width."""
-        self.size, own = tuple(size), self.selector.config.grid
+        self.size, own = size, self.selector.config.grid
         self.rows = self.cols = 1
         self.extent, self.inside = self.size, None
         if self.tiles == "grid":
@@ -190,7 +191,7 @@ class TileGazer:
         if self.needs_no_tiles:
             patch, wanted = own.patch_size, (self.rows * self.tile_size[0], self.cols * self.tile_size[1])
             if self.tiles == "native":
-                wanted = self.extent = tuple(-(-side // patch) * patch for side in size)
+                wanted = self.extent = -(-size[0] // patch) * patch, -(-size[1] // patch) * patch
             self.rows, self.cols, self.tile_size = 1, 1, wanted
             self.grid = GazeGrid([wanted], patch)
             self.selector = self.selector.for_grid(self.grid)
@@ -206,7 +207,7 @@ class TileGazer:
             self.inside = self.grid.split_by_scale(inside)
 
     def _gaze_tiles(
-        self, levels: torch.Tensor, numbers: range, settings: dict[str, Setting], first_frame: int = 0
+        self, levels: torch.Tensor, numbers: range, settings: dict[str, Any], first_frame: int = 0
     ) -> GazeOutput:
         """
         Gazes at some tiles of frames.
@@ -214,7 +215,7 @@ class TileGazer:
         Args:
             levels (`torch.ByteTensor` of shape `(frames, 3, height, width)`): the frames.
             numbers (`range`): which tiles, numbered row by row.
-            settings (`dict[str, Setting]`): budgets and thresholds, for the frames of the whole chunk.
+            settings (`dict[str, Any]`): budgets and thresholds, for the frames of the whole chunk.
             first_frame (`int`, *optional*, defaults to 0): index of the first of these frames in the chunk.
         """
         height, width = self.tile_size

@@ -57,7 +57,7 @@ class FrameView(NamedTuple):
     """
 
     frame: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides the unneeded method of tuples
     time: float | None
     kept: int
     total: int
