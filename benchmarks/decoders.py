@@ -1,12 +1,12 @@
 """
-Compares PyAV and torchcodec as decoders: CPU time of this process for each frame of a video, and whether the frames are equal.
+Compares PyAV and torchcodec as decoders: CPU time of this process per frame of a video, and whether the frames are equal.
 
-PyAV's figures are those of `read_video` and `stream_video`, which count packets, read their time stamps and look for damage before they
-decode. torchcodec's are those of its decoder alone, and, as "checked", with what it takes to know that both give the same frames: the
-packets are read and the first frame is decoded by PyAV, and torchcodec decodes up to the last frame. Each video is decoded in each way in
-turn, five times; the figures are medians.
+PyAV is measured in `read_video` and `stream_video`, which count packets, read their time stamps and check for damage before they
+decode. torchcodec is measured without these checks, and as "checked" with the work that ensures equal frames: PyAV reads the packets
+and decodes the first frame, and torchcodec decodes up to the last frame. Each video is decoded five times with each method,
+alternately; the figures are medians.
 
-    python benchmarks/decoders.py ../shared/videos/val -o decoders.json
+    python benchmarks/decoders.py videos/ -o decoders.json
 """
 
 import argparse
@@ -27,14 +27,14 @@ from transformers_autogaze.training.videos import find_videos
 
 
 ROUTES = {"read": "into one array", "stream": "frame by frame"}
-WAYS = ("PyAV", "torchcodec", "checked")
+METHODS = ("PyAV", "torchcodec", "checked")
 REPEATS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=Path, help="folder of videos")
-    parser.add_argument("--fps", nargs="+", type=float, default=[0, 2], help="frames taken per second; 0 for all")
+    parser.add_argument("--fps", nargs="+", type=float, default=[0, 2], help="frames per second to sample; 0 for all")
     parser.add_argument("-o", "--output", type=Path, default=Path("decoders.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -44,13 +44,14 @@ def main() -> None:
             for route in ROUTES:
                 rows.append(measure(path, fps or None, route))
                 print(
-                    *(f"{name} {value:.2f}" if name in WAYS else value for name, value in rows[-1].items()), flush=True
+                    *(f"{name} {value:.2f}" if name in METHODS else value for name, value in rows[-1].items()),
+                    flush=True,
                 )
     for fps in options.fps:
         for route, meaning in ROUTES.items():
-            own = [row for row in rows if (row["fps"], row["route"]) == (fps or None, route)]
-            for name in WAYS[1:]:
-                ratios = [row[name] / row["PyAV"] for row in own]
+            matching = [row for row in rows if (row["fps"], row["route"]) == (fps or None, route)]
+            for name in METHODS[1:]:
+                ratios = [row[name] / row["PyAV"] for row in matching]
                 text = f"{statistics.median(ratios):.2f} of PyAV's time ({min(ratios):.2f} to {max(ratios):.2f})"
                 print(f"fps {fps:g}, {meaning}, {name}: {text}")
     about = machine(1) | {"torchcodec": torchcodec_version}
@@ -58,25 +59,28 @@ def main() -> None:
 
 
 def measure(path: str, fps: float | None, route: str) -> dict[str, float | str | bool | None]:
-    """Gives milliseconds of CPU time per frame of the video, decoded or taken."""
-    by_pyav, by_torchcodec = {"read": (read_pyav, read_torchcodec), "stream": (stream_pyav, stream_torchcodec)}[route]
+    """Returns milliseconds of CPU time per frame of the whole video."""
+    decode_pyav, decode_torchcodec = {
+        "read": (read_pyav, read_torchcodec),
+        "stream": (stream_pyav, stream_torchcodec),
+    }[route]
     frames, metadata = read_video(path, fps=fps)
-    indices, seconds = metadata.frames_indices, {name: [] for name in WAYS}
+    indices, seconds = metadata.frames_indices, {name: [] for name in METHODS}
     for _ in range(REPEATS):
-        for name in WAYS:
+        for name in METHODS:
             start = time.process_time()
             if name == "PyAV":
-                by_pyav(path, fps)
+                decode_pyav(path, fps)
             else:
-                decoder = by_torchcodec(path, indices)
+                decoder = decode_torchcodec(path, indices)
             if name == "checked":
                 check(path)
                 if indices[-1] < len(decoder) - 1:
                     decoder.get_frame_at(len(decoder) - 1)
             seconds[name].append(time.process_time() - start)
-    found = VideoDecoder(path, dimension_order="NHWC").get_frames_at(indices)
-    times = found.pts_seconds.numpy()
-    is_equal = np.array_equal(frames, found.data.numpy()) and np.allclose(times - times[0], metadata.timestamps)
+    decoded = VideoDecoder(path, dimension_order="NHWC").get_frames_at(indices)
+    times = decoded.pts_seconds.numpy()
+    is_equal = np.array_equal(frames, decoded.data.numpy()) and np.allclose(times - times[0], metadata.timestamps)
     medians = {name: 1000 * statistics.median(values) / metadata.total_num_frames for name, values in seconds.items()}
     return {"video": Path(path).name, "fps": fps, "route": route, "equal": is_equal, **medians}
 
@@ -91,7 +95,7 @@ def stream_pyav(path: str, fps: float | None) -> None:
 
 
 def read_torchcodec(path: str, indices: list[int]) -> VideoDecoder:
-    # 0 is FFmpeg's own number of threads, as with PyAV.
+    # 0 is FFmpeg's default number of threads, as in PyAV.
     decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=0)
     decoder.get_frames_at(indices).data.numpy()
     return decoder

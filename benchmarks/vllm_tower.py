@@ -1,11 +1,11 @@
 """
 Measures the time of vLLM's vision towers of Qwen2.5-VL and Qwen3-VL for different shares of kept merge units.
 
-It compares vLLM's own tower on all merge units, the plug-in's on those that a selector keeps, and vLLM's own pruning (EVS), which
-runs the whole tower and then drops tokens, so that as many are left. Towers have the sizes of those of Qwen2.5-VL-7B and
-Qwen3-VL-8B, with random weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All
-cases run in turn, after a warm-up with eight frames. EVS drops tokens of the whole tower's run before it, and its time is that
-of both. The script prints a table, and writes JSON after every measurement, so that a run can be interrupted. It needs vLLM.
+It compares vLLM's tower on all merge units, the plug-in's tower on the units that a selector keeps, and vLLM's pruning (EVS), which
+drops tokens after the tower has encoded all units, so that as many are left. Towers have the sizes of Qwen2.5-VL-7B and Qwen3-VL-8B,
+with random weights. The time of the selector, which runs on the CPU of the API server, is measured as well. All cases run
+alternately, after a warm-up with eight frames. EVS uses the preceding run of vLLM's tower, whose time is included. The script prints a table, and
+writes JSON after every measurement, so that a run can be interrupted. It needs vLLM.
 
     python benchmarks/vllm_tower.py video.mp4 --towers qwen2_5_vl --dtype bfloat16 --runs 5 -o vllm_tower.json
 """
@@ -107,7 +107,7 @@ def make_tower(name: str, layers: int | None, device: str, dtype: torch.dtype) -
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for module in tower.modules():
-        # Layers of vLLM on a CPU convert their weights after loading, for the dtype that they have then.
+        # On a CPU, layers of vLLM convert their weights after loading, depending on their dtype.
         method = getattr(module, "quant_method", None)
         if method is not None:
             method.process_weights_after_loading(module)
@@ -116,7 +116,7 @@ def make_tower(name: str, layers: int | None, device: str, dtype: torch.dtype) -
 
 @torch.no_grad()
 def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs: int, device: str) -> Iterator[dict]:
-    """Runs all cases in turn; yields the measurements of one run of one case at a time."""
+    """Runs all cases alternately, and yields the measurements of one run of one case at a time."""
     merge, patch = tower.spatial_merge_size, tower.patch_size
     processor = AutoGazeVideoProcessor(rescale_factor=1 / 255, offset=False)
     size = (side // (merge * patch) * merge * patch,) * 2
@@ -148,19 +148,19 @@ def measure(tower: torch.nn.Module, frames, side: int, ratios: list[float], runs
             yield cell(f"gazing_ratio {ratio:g}", encoded, now(device) - start, gazing_seconds)
             if ratio < 1:
                 start = now(device)
-                left = prune(features, grid, merge, len(encoded))
-                yield cell(f"EVS, tokens of {ratio:g}", left, whole_seconds + now(device) - start)
+                pruned = prune(features, grid, merge, len(encoded))
+                yield cell(f"EVS, tokens of {ratio:g}", pruned, whole_seconds + now(device) - start)
 
 
 def prune(features: torch.Tensor, grid: torch.Tensor, merge: int, count: int) -> torch.Tensor:
-    """Drops tokens as EVS does until so many are left, but not fewer than those of one pair of frames."""
+    """Keeps `count` tokens like EVS, but at least those of the first pair of frames."""
     rate = 1 - (count + 0.5) / len(features)  # EVS rounds the number of tokens down
     is_kept = compute_retention_mask(features, grid[0].tolist(), spatial_merge_size=merge, q=rate)
     return features[is_kept]
 
 
 def summarize(cells: list[dict]) -> list[dict]:
-    """Gives one row per case, with medians over the runs so far."""
+    """Returns one row per case, with medians over the runs."""
     by_case: dict[str, list[dict]] = {}
     for cell in cells:
         by_case.setdefault(cell["case"], []).append(cell)
@@ -184,10 +184,8 @@ def summarize(cells: list[dict]) -> list[dict]:
 
 def print_table(result: dict) -> None:
     """Prints the rows of a result."""
-    made = result["machine"]
-    print(
-        f"{made['device']}, {made['dtype']}, {made['threads']} threads, torch {made['torch']}, median of {result['runs']}"
-    )
+    print("{device}, {dtype}, {threads} threads, torch {torch}".format(**result["machine"]), end="")
+    print(f", median of {result['runs']}")
     print(f"{'':<34} {'units':>15} {'tower s':>9} {'of whole':>9} {'gazing s':>9}")
     for row in result["rows"]:
         print(

@@ -82,7 +82,7 @@ def assert_weights_equal(model, expected, **tolerance):
 
 
 def feature_task(config):
-    """A task by features that random weights foresee."""
+    """A task of features that are predicted with random weights."""
     set_seed(5)
     settings = {"hidden_sizes": [8, 8, 8], "depths": [1, 1, 1], "scale_factors": [0.5, 1], "feature_size": 4}
     return GazeTask(config.grid, FeatureGazeModel(FeatureGazeConfig(**settings, initializer_range=0.5)))

@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
         "keeps_patches": options.patches,
     }
     settings = PruneSettings(**{field.name: values[field.name] for field in fields(PruneSettings)})
-    before = signal.signal(signal.SIGTERM, _stop)
+    previous_handler = signal.signal(signal.SIGTERM, _stop)
     try:
         summary = prune_dataset(
             options.source,
@@ -112,15 +112,15 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         print_error(
-            f"stopped by {signal.Signals(number).name}; rows that were written are kept, and running the same command again resumes"
+            f"stopped by {signal.Signals(number).name}; written rows are kept, and the same command resumes the run"
         )
         return 128 + number
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
     print(summary)
     return 0
 
 
 def _stop(number: int, _: Any) -> NoReturn:
-    """Handles SIGTERM as Python handles SIGINT, so that everything that is open is closed."""
+    """Handles SIGTERM like SIGINT, so that open files and workers are closed."""
     raise KeyboardInterrupt(number)

@@ -153,7 +153,7 @@ def test_sigterm_ends_the_command_with_one_line_and_keeps_rows(clips, tmp_path):
     command.terminate()
     _, error = command.communicate(timeout=60)
     assert command.returncode == 128 + signal.SIGTERM
-    assert "autogaze: error: stopped by SIGTERM; rows that were written are kept" in error.rstrip().splitlines()[-1]
+    assert "autogaze: error: stopped by SIGTERM; written rows are kept" in error.rstrip().splitlines()[-1]
     assert "Traceback" not in error and "received at time" not in error
     assert 1 <= len(list((tmp_path / "out").glob("unfinished/*.parquet"))) < 40
 
