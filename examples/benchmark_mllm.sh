@@ -51,8 +51,9 @@ evaluate() { # arguments: model of lmms-eval, its model_args, further options
 }
 
 serve_and_evaluate() { # arguments: options of `vllm serve`
-    # lmms-eval sends the number of frames with each request, which vLLM accepts if it trusts the clients.
-    "$VLLM" serve "$name" --port "$PORT" --max-model-len 65536 --allowed-local-media-path / --trust-request-mm-kwargs "$@" &
+    # vLLM takes the number of frames that lmms-eval sends with a request from clients that it trusts, and with this loader.
+    "$VLLM" serve "$name" --port "$PORT" --max-model-len 65536 --allowed-local-media-path / --trust-request-mm-kwargs \
+        --media-io-kwargs '{"video": {"video_backend": "opencv"}}' "$@" &
     local server=$!
     trap "kill $server" EXIT
     until curl --silent --fail "http://localhost:$PORT/health"; do

@@ -84,3 +84,4 @@ def test_the_server_takes_what_lmms_eval_sends_with_requests(tmp_path):
     code, [command], _ = run(tmp_path, "qwen3_vl", "vllm-gaze", PORT="1", VLLM=str(tmp_path / "stand_in"))
     assert code == 1 and command[0] == "serve"
     assert "--trust-request-mm-kwargs" in command and options(command)["--allowed-local-media-path"] == "/"
+    assert '"opencv"}}' in command[command.index("--media-io-kwargs") :]
