@@ -3,8 +3,8 @@ Measures the speed of a vision tower that encodes only gazed patches, with and w
 
 Runs a `SiglipVisionModel` of the base size (12 layers, 768 channels, patch 16) on 16 frames of 224x224, all cases alternately:
 dense; on 213 patches (198 of the 265 patches of the first frame and one of each later frame) and on other shares of the patches;
-the same together with a selector; and on a twelfth of the finest patches, chosen over time by the selectors of one scale, with
-attention to the canvas. Weights and frames are random, which does not change the times for a given number of patches; patches are
+the same together with a selector; and on a twelfth, an eighth and a quarter of the finest patches, chosen over time by the
+selectors of one scale, with attention to the canvas. Weights and frames are random, which does not change the times for a given number of patches; patches are
 chosen over time on the rendered demo clip. It then compares attention to the canvas with attention to all earlier frames on clips
 of several lengths (`--lengths`), with a twelfth of the finest patches: those of the first frame, and random ones of the later
 frames. Prints tables and writes JSON.
@@ -106,18 +106,20 @@ def four_scale_cases(tower: SiglipVisionModel, place: dict) -> dict[str, Case]:
 
 def over_time_cases(tower: SiglipVisionModel, place: dict) -> dict[str, Case]:
     """Returns the cases on patches of one scale that are chosen over time, on the demo clip."""
-    model, count = GazeVisionModel(tower), FRAMES * 196 // 12
+    model = GazeVisionModel(tower)
     frames = list(render_demo_clip(FRAMES, 224, 224))
     clip = AutoGazeVideoProcessor()(frames, return_tensors="pt")["pixel_values_videos"].to(**place)
     cases: dict[str, Case] = {}
     for name, folder in {"features": FEATURES_SELECTOR, "pixels": FINEST_SELECTOR}.items():
         selector = AutoModel.from_pretrained(folder).eval().to(place["device"])
-        gaze = selector.generate(clip, tokens_per_clip=count)
-        cases[f"canvas, 1/12 over time by {name}"] = (lambda gaze=gaze: model(clip, gaze), count)
-        cases[f"{name} over time and canvas, 1/12"] = (
-            lambda selector=selector: model(clip, selector.generate(clip, tokens_per_clip=count)),
-            count,
-        )
+        for divisor in (12, 8, 4):
+            count = FRAMES * 196 // divisor
+            gaze = selector.generate(clip, tokens_per_clip=count)
+            cases[f"canvas, 1/{divisor} over time by {name}"] = (lambda gaze=gaze: model(clip, gaze), count)
+            cases[f"{name} over time and canvas, 1/{divisor}"] = (
+                lambda selector=selector, count=count: model(clip, selector.generate(clip, tokens_per_clip=count)),
+                count,
+            )
     return cases
 
 

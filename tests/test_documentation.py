@@ -200,7 +200,7 @@ def test_a_name_of_the_api_reference_exists(name):
         pytest.skip(f"{error.name} is not installed")
 
 
-@pytest.mark.parametrize("name", FIGURES["COSINES"])
+@pytest.mark.parametrize("name", FIGURES["TABLES"])
 def test_tables_have_the_figures_of_the_results(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert FIGURES["update_tables"](name, text, FIGURES["read_rows"]()) == text

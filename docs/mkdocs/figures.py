@@ -27,32 +27,53 @@ EVS, DEFAULT, FINEST, RANDOM = (
 EVENLY: list[Selector] = [(name, "evenly", "canvas") for name in ("features-scales", "greedy-finest", "greedy")]
 AUTOGAZE: list[Selector] = [("model", "over time", "block_causal"), ("model", "evenly", "canvas")]
 
-COSINES: dict[str, tuple[list[Selector], list[tuple[str, float]]]] = {
-    "README.md": (
-        [DEFAULT, FINEST, RANDOM, EVS],
-        [(SPREAD, 1 / 4), (SPREAD, 1 / 8), (CONSECUTIVE, 1 / 12)],
-    ),
-    "docs/results/README.md": (
-        [EVS, DEFAULT, FINEST, RANDOM, *EVENLY, *AUTOGAZE],
-        [
-            *[(SPREAD, ratio) for ratio in (1 / 8, 1 / 4, 1 / 3)],
-            *[(CONSECUTIVE, ratio) for ratio in (1 / 12, 1 / 8, 1 / 4)],
+Cell = tuple[str, Selector, str, float]
+"""A figure: the field, the selector, the kind of clips and the budget or threshold."""
+
+
+def _both(selector: Selector, budget: float, fields: Sequence[str]) -> list[Cell]:
+    """Lists the fields of spread clips, then those of consecutive frames."""
+    return [(field, selector, sampling, budget) for sampling in (SPREAD, CONSECUTIVE) for field in fields]
+
+
+_UP_TO_A_LOSS = (DEFAULT[0], "up to a loss", DEFAULT[2])
+_COLUMNS = [(SPREAD, ratio) for ratio in (1 / 8, 1 / 4, 1 / 3)] + [
+    (CONSECUTIVE, ratio) for ratio in (1 / 12, 1 / 8, 1 / 4)
+]
+TABLES: dict[str, dict[str, list[list[Cell]]]] = {
+    "README.md": {
+        "features": [
+            _both(selector, budget, ("tokens", "cosine", "agreement"))
+            for selector, budget in [
+                *[(DEFAULT, ratio) for ratio in (1 / 4, 1 / 8, 1 / 12)],
+                *[(_UP_TO_A_LOSS, threshold) for threshold in (0.1, 0.2, 0.3)],
+                *[(FINEST, ratio) for ratio in (1 / 4, 1 / 8, 1 / 12)],
+                (RANDOM, 1 / 4),
+                *[(EVS, ratio) for ratio in (1 / 4, 1 / 8, 1 / 12)],
+            ]
+        ]
+    },
+    "docs/results/README.md": {
+        "features": [
+            [("cosine", selector, *column) for column in _COLUMNS]
+            for selector in (EVS, DEFAULT, FINEST, RANDOM, *EVENLY, *AUTOGAZE)
         ],
-    ),
+        "thresholds": [
+            _both(_UP_TO_A_LOSS, threshold, ("loss", "cosine", "agreement", "tokens")) for threshold in (0.1, 0.2, 0.3)
+        ],
+    },
 }
-"""The tables named "features": for each document the selectors of the rows, and clips and budgets of the columns."""
-THRESHOLDS = "docs/results/README.md", (0.1, 0.2, 0.3)
-"""The document with the table named "thresholds", and the thresholds of its rows."""
+"""The figures of each row of each table of the documents."""
 
 
 def mean(rows: Sequence[dict], field: str, selector: Selector, sampling: str, budget: float) -> float:
-    """Gives the mean of a field over the clips of a kind."""
+    """Gives the mean of a field over the clips of a kind; tokens as a share of those of a dense encoder."""
     wanted = (*selector, sampling, round(budget, 4))
     keys = ("selector", "spending", "attention", "sampling")
     found = [row[field] for row in rows if (*(row[key] for key in keys), round(row["budget"], 4)) == wanted]
     if not found:
         raise ValueError(f"{RESULTS.name} must have rows of {wanted}, got none")
-    return sum(found) / len(found)
+    return sum(found) / len(found) / (TOKENS if field == "tokens" else 1)
 
 
 def update_tables(name: str, text: str, rows: Sequence[dict]) -> str:
@@ -67,20 +88,8 @@ def update_tables(name: str, text: str, rows: Sequence[dict]) -> str:
     Returns:
         `str`: the text, of which only figures differ.
     """
-    selectors, columns = COSINES[name]
-    cosines = [[mean(rows, "cosine", selector, *column) for column in columns] for selector in selectors]
-    text = _fill(text, "features", cosines)
-    if name == THRESHOLDS[0]:
-        selector = (DEFAULT[0], "up to a loss", "canvas")
-        measured = [
-            [
-                mean(rows, field, selector, sampling, threshold) / (TOKENS if field == "tokens" else 1)
-                for sampling in (SPREAD, CONSECUTIVE)
-                for field in ("loss", "cosine", "agreement", "tokens")
-            ]
-            for threshold in THRESHOLDS[1]
-        ]
-        text = _fill(text, "thresholds", measured)
+    for table, cells in TABLES[name].items():
+        text = _fill(text, table, [[mean(rows, *cell) for cell in row] for row in cells])
     return text
 
 
@@ -109,7 +118,7 @@ def read_rows() -> list[dict]:
 
 def main() -> None:
     rows = read_rows()
-    for name in COSINES:
+    for name in TABLES:
         text = (ROOT / name).read_text("utf-8")
         (ROOT / name).write_text(update_tables(name, text, rows), "utf-8")
 
