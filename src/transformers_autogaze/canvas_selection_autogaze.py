@@ -5,6 +5,7 @@ A subclass defines what the search compares and how squared errors relate to los
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.generic import can_return_tuple
@@ -52,8 +53,14 @@ class CanvasGazeSelector(GazeSelector):
 
     knows_gains = True
     takes_any_grid = True
-    cache_class = CanvasGazeCache
+    cache_class: type[CanvasGazeCache] = CanvasGazeCache
     """Class of the state of a stream."""
+    search: CanvasSearch
+
+    if TYPE_CHECKING:  # see [`GazeSelector`]
+
+        @property
+        def dtype(self) -> torch.dtype: ...
 
     def make_search(self, grid: GazeGrid) -> CanvasSearch:
         """Creates the search on a grid."""

@@ -64,6 +64,7 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
     ```
     """
 
+    config: FeatureGazeConfig
     config_class = FeatureGazeConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values_videos"

@@ -15,12 +15,14 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .composite_autogaze import CompositeReconstruction
+from .configuration_autogaze import AutoGazeConfig
 from .decode_steps_autogaze import DecodeSteps
-from .fused_decoder_autogaze import FusedDecoder
+from .fused_decoder_autogaze import AutoGazeDecoder, FusedDecoder
 from .gazing_autogaze import GazeOutput
 from .graphed_steps_autogaze import GraphedSteps, graphed_steps
 from .measured_stopping_autogaze import FrameLossTracker
@@ -177,6 +179,21 @@ def _rotate_back(keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 class GazeDecoding(GazeSelector):
     """Mixin of [`AutoGazeModel`] with its decode loop."""
+
+    config: AutoGazeConfig
+    gaze_decoder: AutoGazeDecoder
+    training: bool
+
+    if TYPE_CHECKING:  # defined by [`AutoGazeModel`]
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+
+        def embed_video(
+            self, frames: torch.Tensor, past: list[torch.Tensor] | None = None
+        ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _gaze(
         self,

@@ -112,6 +112,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
     ```
     """
 
+    config: GreedyGazeConfig
     config_class = GreedyGazeConfig
     main_input_name = "pixel_values_videos"
     input_modalities = ("video",)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -25,10 +25,10 @@ from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction  # noqa: F401
-from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
+from .configuration_autogaze import AutoGazeConfig, AutoGazeVisionConfig
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .decode_steps_autogaze import DecodeSteps  # noqa: F401
-from .fused_decoder_autogaze import FusedDecoder  # noqa: F401
+from .fused_decoder_autogaze import AutoGazeDecoder
 from .gaze_batches_autogaze import stack_gazes  # noqa: F401
 from .gaze_files_autogaze import save_gaze  # noqa: F401
 from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
@@ -158,22 +158,8 @@ class AutoGazeConnector(nn.Module):
         return vision + self.pos_embed
 
 
-class AutoGazeDecoder(nn.Module):
-    """A Llama that predicts the logits of the next `k` patches and the loss before each of them."""
-
-    def __init__(self, config: AutoGazeDecoderConfig):
-        super().__init__()
-        self.step_size = config.num_multi_token_pred
-        self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size * self.step_size, bias=False)
-        self.task_loss_prediction_head = nn.Linear(config.hidden_size, self.step_size, bias=False)
-
-    def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns logits `(.., k, vocabulary)` and predicted losses `(.., k)` of hidden states `(.., hidden)`."""
-        return self.lm_head(hidden).unflatten(-1, (self.step_size, -1)), self.task_loss_prediction_head(hidden)
-
-
 class AutoGazePreTrainedModel(PreTrainedModel):
+    config: AutoGazeConfig
     config_class = AutoGazeConfig
     # The published checkpoint keeps all weights under this name; loading strips it.
     base_model_prefix = "gazing_model"
@@ -222,6 +208,8 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
 
     ```
     """
+
+    config: AutoGazeConfig
 
     def __init__(self, config: AutoGazeConfig):
         super().__init__(config)

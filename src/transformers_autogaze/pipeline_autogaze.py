@@ -17,6 +17,7 @@ from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
+from .configuration_autogaze import GazeSelectorConfig  # noqa: F401
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .frame_arrays_autogaze import flatten_videos
 from .frame_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)

@@ -4,11 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from .configuration_autogaze import GazeSelectorConfig
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .token_budgets_autogaze import (
@@ -46,10 +47,16 @@ class GazeSelector:
     which chooses patches of clips of its own size, and `_draw_settings`.
     """
 
+    config: GazeSelectorConfig
     knows_gains: bool = False
     """Whether the gain of each patch is known, which budgets over time need; `_gaze` then takes a `token_budget`."""
     takes_any_grid: bool = False
     """Whether patches of any grid can be chosen; `for_grid` then takes any grid, and `_gaze` a `tubelet_size`."""
+
+    if TYPE_CHECKING:  # defined by the selectors, most of which are a `PreTrainedModel`
+
+        @property
+        def device(self) -> torch.device: ...
 
     def for_grid(self, grid: GazeGrid) -> "GazeSelector":
         """
