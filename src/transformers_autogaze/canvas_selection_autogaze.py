@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils.generic import can_return_tuple
 
-from .canvas_search_autogaze import Canvas, CanvasSearch, FrameSearchOutput
+from .canvas_search_autogaze import Canvas, CanvasSearch, CanvasSearchOutput, FrameSearchOutput
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeSelector, check_cache
@@ -161,6 +161,7 @@ class CanvasGazeSelector(GazeSelector):
         start = self._initial_canvas(cache, values)
         num_values = start.image[0].numel()
         max_error = None if threshold is None else self.loss_to_mse(threshold).double() * num_values
+        found: FrameSearchOutput | CanvasSearchOutput
         losses = None
         if token_budget is None:
             found = self._search_frames(values, budget, max_error, start)

@@ -5,13 +5,14 @@ Callers of the fused decoder provide the attention, and with it the key-value ca
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, eager_attention_forward
 
 from .configuration_autogaze import AutoGazeDecoderConfig
 
@@ -73,7 +74,7 @@ class FusedDecoder:
                 ),
                 _fused_residual(layer.mlp.down_proj),
             )
-            for layer in self.model.layers
+            for layer in cast(Iterable[LlamaDecoderLayer], self.model.layers)
         ]
         self.last = len(self.layers) - 1
         config = self.model.config
@@ -174,7 +175,9 @@ class FusedDecoder:
         return attended.flatten(2).flatten(0, 1)
 
 
-def _fused_projections(width: int, norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _fused_projections(
+    width: int, norm: LlamaRMSNorm, *projections: nn.Module
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fuses a norm and projections into one function of `(tokens, hidden)`, which returns `(parts, tokens, width)`."""
     weight = _fused_weight(*projections)
     if weight is None:
@@ -182,7 +185,7 @@ def _fused_projections(width: int, norm: nn.Module, *projections: nn.Module) -> 
     return _normed_product(norm, weight, width)
 
 
-def _normed_product(norm: nn.Module, weight: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _normed_product(norm: LlamaRMSNorm, weight: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fuses a norm and a weight into one function of `(tokens, hidden)`, which returns `(parts, tokens, width)`."""
     if weight.dtype not in (torch.float32, torch.float64):
         return lambda hidden: _in_parts(norm(hidden) @ weight, width)
@@ -226,7 +229,7 @@ def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
     return torch.cat([projection.weight for projection in projections]).T.contiguous()
 
 
-def _are_plain(projections: Sequence[nn.Module]) -> bool:
+def _are_plain(projections: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
     return all(
         type(projection) is nn.Linear and projection.bias is None and not projection.weight.is_meta
         for projection in projections

@@ -224,7 +224,7 @@ class GazeDecoding(GazeSelector):
         num_tokens += self.config.decoder_config.num_multi_token_pred
         num_tokens += int(budget.sum() if threshold is None else budget.max())
         tracker = self._loss_tracker(frames, cache) if is_kept or threshold is not None else None
-        sampling = {"temperature": temperature if do_sample else None, "generator": generator}
+        sampling: dict[str, Any] = {"temperature": temperature if do_sample else None, "generator": generator}
 
         ids, is_real, slots = [], [], []
         # Inference mode makes thousands of small operations a tenth faster. The tensors of the gaze are created outside it.
@@ -311,8 +311,8 @@ class GazeDecoding(GazeSelector):
         steps.begin_frame(vision)
         if tracker is not None:
             tracker.begin_frame()
-        active = list(range(batch_size))
-        for start in range(0, budget, step_size):
+        active, start = list(range(batch_size)), 0
+        while True:
             stop = min(start + step_size, budget)
             chosen, losses = steps.propose(stop - start)
             for clip in active:
@@ -342,6 +342,7 @@ class GazeDecoding(GazeSelector):
                 return ids[:, :stop], is_real[:, :stop], num_slots
             steps.read_chosen(continuing)
             active = [active[index] for index in continuing]
+            start = stop
 
     def _prepare_cache(self, cache: GazeCache | None, batch_size: int, like: torch.Tensor | None = None) -> GazeCache:
         """Allocates an empty cache for a batch; keys and values have the device and dtype of `like`."""

@@ -68,14 +68,14 @@ class AutoGazeModelOutput(ModelOutput):
             Attention weights of each layer.
     """
 
-    loss: torch.FloatTensor | None = None
-    next_token_loss: torch.FloatTensor | None = None
-    task_loss_error: torch.FloatTensor | None = None
-    log_action_probs: torch.FloatTensor | None = None
-    task_loss_prediction: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    next_token_loss: torch.Tensor | None = None
+    task_loss_error: torch.Tensor | None = None
+    log_action_probs: torch.Tensor | None = None
+    task_loss_prediction: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class _SlotLayout(NamedTuple):
@@ -164,7 +164,7 @@ class AutoGazePreTrainedModel(PreTrainedModel):
     # The published checkpoint keeps all weights under this name; loading strips it.
     base_model_prefix = "gazing_model"
     main_input_name = "pixel_values_videos"
-    input_modalities = ("video",)
+    input_modalities = ["video"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "AutoGazeVisionModel"]
     _supports_sdpa = True
@@ -222,7 +222,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         """The embeddings of the patch ids."""
         return self.gaze_decoder.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # the library's takes any module
         self.gaze_decoder.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -334,7 +334,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
             task_loss_error = _masked_mean(errors.square(), is_counted)
         losses = [loss for loss in (next_token_loss, task_loss_error) if loss is not None]
         return AutoGazeModelOutput(
-            loss=sum(losses) if losses else None,
+            loss=sum(losses[1:], losses[0]) if losses else None,
             next_token_loss=next_token_loss,
             task_loss_error=task_loss_error,
             log_action_probs=(_select_last(log_probs, ids).exp() + 1e-8).log(),

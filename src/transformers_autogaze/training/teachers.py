@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,8 +51,8 @@ class FeatureTeacher(ABC):
         self.name = Path(encoder).name if os.path.isdir(encoder) else str(encoder)
         """`str`: the encoder's name."""
         self.grid, self.hidden_size, self.device, self.dtype = grid, hidden_size, device, dtype
-        self.processor = encoder_normalization(encoder, tower.config.model_type)
-        self._tower = tower.eval().requires_grad_(False).to(device)
+        self._tower: Any = tower.eval().requires_grad_(False).to(device)  # a module with a `config`
+        self.processor = encoder_normalization(encoder, self._tower.config.model_type)
 
     @abstractmethod
     def _encode(self, frames: torch.Tensor, scale: int) -> torch.Tensor:
