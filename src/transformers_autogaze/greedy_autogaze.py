@@ -203,7 +203,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
         """
         self.config.architectures = [type(self).__name__]
         os.makedirs(save_directory, exist_ok=True)
-        custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]  # it takes configurations too
+        custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]  # or a configuration
         self.config.save_pretrained(save_directory, **kwargs)
 
     def to_pixels(self, frames: torch.Tensor) -> torch.Tensor:

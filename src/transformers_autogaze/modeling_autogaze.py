@@ -222,7 +222,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         """The embeddings of the patch ids."""
         return self.gaze_decoder.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # the library's takes any module
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # no other module
         self.gaze_decoder.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -70,7 +70,9 @@ class DistillationArguments(TrainingArguments):
     ```
     """
 
-    output_dir: str | None = HfArg(aliases=["-o", "--output"], default=None, help="Folder to write to.")  # type: ignore[assignment]  # a field
+    output_dir: str | None = HfArg(  # type: ignore[assignment]  # declared to return a `Field`, as `field` is not
+        aliases=["-o", "--output"], default=None, help="Folder to write to."
+    )
     scales: list[int] = field(
         default_factory=lambda: [2, 4, 7, 14], metadata={"help": "Rows of patches of each scale, coarse to fine."}
     )

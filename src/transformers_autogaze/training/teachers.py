@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
@@ -32,7 +31,7 @@ class FeatureTeacher(ABC):
 
     Args:
         encoder (`str` or `os.PathLike`): folder or Hub repository that it was loaded from.
-        tower (`nn.Module`): its tower.
+        tower (`nn.Module`): its tower, with a `config`.
         grid ([`GazeGrid`]): scales and patches, each of which has one feature.
         hidden_size (`int`): channels of a feature.
         device (`torch.device`): device of the tower.
@@ -42,7 +41,7 @@ class FeatureTeacher(ABC):
     def __init__(
         self,
         encoder: str | os.PathLike,
-        tower: nn.Module,
+        tower: Any,
         grid: GazeGrid,
         hidden_size: int,
         device: torch.device,
@@ -51,8 +50,8 @@ class FeatureTeacher(ABC):
         self.name = Path(encoder).name if os.path.isdir(encoder) else str(encoder)
         """`str`: the encoder's name."""
         self.grid, self.hidden_size, self.device, self.dtype = grid, hidden_size, device, dtype
-        self._tower: Any = tower.eval().requires_grad_(False).to(device)  # a module with a `config`
-        self.processor = encoder_normalization(encoder, self._tower.config.model_type)
+        self.processor = encoder_normalization(encoder, tower.config.model_type)
+        self._tower = tower.eval().requires_grad_(False).to(device)
 
     @abstractmethod
     def _encode(self, frames: torch.Tensor, scale: int) -> torch.Tensor:
