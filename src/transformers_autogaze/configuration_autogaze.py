@@ -101,20 +101,12 @@ class GazeSelectorConfig(PreTrainedConfig):
         ValueError: if a scale, the factor or a standard deviation is out of range.
     """
 
-    if TYPE_CHECKING:  # subclasses may compute these; at run time, an annotation would add an argument
-
-        @property
-        def num_channels(self) -> int: ...
-
-        @property
-        def frame_sampling_rate(self) -> int: ...
-
+    if TYPE_CHECKING:  # at run time, the annotation would make this a field of a dataclass
         max_num_frames: int | None
-    else:
-        # Defaults: RGB frames, one frame of gaze per video frame, and clips of any length.
-        num_channels = 3
-        frame_sampling_rate = 1
-        max_num_frames = None
+    # Defaults: RGB frames, one frame of gaze per video frame, and clips of any length.
+    num_channels = 3
+    frame_sampling_rate = 1
+    max_num_frames = None
     __eq__ = have_equal_content
 
     def __init__(
@@ -423,12 +415,12 @@ class AutoGazeConfig(GazeSelectorConfig):
         return self.grid.num_patches
 
     @property
-    def num_channels(self) -> int:
+    def num_channels(self) -> int:  # type: ignore[override]  # a constant in the base class
         """Colour channels of the frames."""
         return self.vision_config.num_channels
 
     @property
-    def frame_sampling_rate(self) -> int:
+    def frame_sampling_rate(self) -> int:  # type: ignore[override]  # a constant in the base class
         """Video frames per frame of gaze."""
         return self.vision_config.temporal_patch_size
 
