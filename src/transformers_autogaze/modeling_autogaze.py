@@ -334,7 +334,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
             task_loss_error = _masked_mean(errors.square(), is_counted)
         losses = [loss for loss in (next_token_loss, task_loss_error) if loss is not None]
         return AutoGazeModelOutput(
-            loss=sum(losses[1:], losses[0]) if losses else None,
+            loss=sum(losses) if losses else None,  # type: ignore[arg-type]  # never the 0 of an empty sum
             next_token_loss=next_token_loss,
             task_loss_error=task_loss_error,
             log_action_probs=(_select_last(log_probs, ids).exp() + 1e-8).log(),
