@@ -381,13 +381,13 @@ def test_a_step_of_no_patches_is_refused():
         composite.continuations(clip, gaze, 0)
 
 
-def test_cell_errors_are_those_of_the_standing_picture_and_of_each_scale():
+def test_cell_errors_are_those_of_the_previous_frame_and_of_each_scale():
     composite = CompositeReconstruction(CROSSING)
     clips = make_clips(CROSSING, num_frames=2)
-    frame, standing = clips[:, 1], clips[:, 0]
-    errors = composite.cell_errors(frame, standing)
+    frame, previous = clips[:, 1], clips[:, 0]
+    errors = composite.cell_errors(frame, previous)
     assert errors.shape == (2, 4, 6, 6)
-    pictures = [standing]
+    pictures = [previous]
     for scale in range(3):
         masks = [torch.full((2, 1, n), s == scale) for s, n in enumerate(CROSSING.num_patches_each_scale)]
         pictures.append(composite.reconstruct(frame[:, None], masks)[:, 0])

@@ -1,4 +1,4 @@
-"""The selector that compares vectors which a network foresees: any grid, streams, thresholds, files and bad input."""
+"""The selector that compares vectors which a network predicts: any grid, streams, thresholds, files and bad input."""
 
 import numpy as np
 import pytest
@@ -143,17 +143,17 @@ def test_the_first_frame_and_a_cut_get_what_they_need_and_stillness_nothing(mode
     assert gaze.num_real_each_frame[1, 0] == 16 and (gaze.num_real_each_frame[1] > 0).sum() > 3
 
 
-def test_one_scale_keeps_the_places_whose_vectors_are_farthest_from_what_stands_there(model, small):
+def test_one_scale_keeps_the_places_whose_vectors_are_farthest_from_those_kept_before(model, small):
     """By hand: the distance of a place's vector to the one that was kept last; to the mean, 0, at first."""
     gaze = model.generate(small, gazing_ratio=[0.5, 0.25, 0.25, 0.5, 0.25, 0.25])
     vectors = model.look(small)[:, :, 0].flatten(3)
     for clip in range(2):
-        standing = torch.zeros_like(vectors[0, 0])
+        kept_vectors = torch.zeros_like(vectors[0, 0])
         for t, count in enumerate([8, 4, 4, 8, 4, 4]):
             kept = gaze.gazing_mask[0][clip, t]
-            distances = (vectors[clip, t] - standing).square().sum(0)
+            distances = (vectors[clip, t] - kept_vectors).square().sum(0)
             assert kept.sum() == count and distances[kept].min() >= distances[~kept].max() - 1e-7
-            standing[:, kept] = vectors[clip, t][:, kept]
+            kept_vectors[:, kept] = vectors[clip, t][:, kept]
 
 
 def test_coarse_patches_are_kept_where_their_vectors_are_near_enough():

@@ -56,8 +56,8 @@ class CanvasSearchOutput(NamedTuple):
         canvas ([`Canvas`]): canvas after the last frame, to continue with the next frames.
     """
 
-    ids: torch.LongTensor
-    counts: torch.LongTensor
+    ids: torch.Tensor
+    counts: torch.Tensor
     canvas: Canvas
 
 
@@ -71,9 +71,9 @@ class FrameSearchOutput(NamedTuple):
             Squared error of the frame after each choice, summed over all values; constant after the last choice.
     """
 
-    ids: torch.LongTensor
+    ids: torch.Tensor
     errors: torch.Tensor
-    counts: torch.LongTensor
+    counts: torch.Tensor
     canvas: Canvas
 
 
@@ -83,7 +83,7 @@ class _Choices(NamedTuple):
     gains: torch.Tensor  # decreasing in the order of choice; `-inf` where a patch was not chosen
     order: torch.Tensor  # order of choice in the frame
 
-    def count(self) -> torch.Tensor:
+    def num_chosen(self) -> torch.Tensor:
         """Counts the chosen patches of each clip, `(batch,)`."""
         return (self.gains > -math.inf).sum((1, 2))
 
@@ -109,7 +109,8 @@ class CanvasSearch:
 
     def __init__(self, grid: GazeGrid):
         self.grid = grid
-        self.cells: tuple[int, int] = tuple(math.lcm(*patches) for patches in zip(*grid.grids, strict=True))
+        num_rows, num_cols = zip(*grid.grids, strict=True)
+        self.cells: tuple[int, int] = (math.lcm(*num_rows), math.lcm(*num_cols))
         """Rows and columns of cells."""
         self._cached_tables: dict[tuple[torch.device, torch.dtype], CellTables] = {}
         self._cached_scales: torch.Tensor | None = None
@@ -225,7 +226,7 @@ class CanvasSearch:
             [`CanvasSearchOutput`]
         """
         canvas = self.start_canvas(frames) if canvas is None else canvas
-        chosen_ids, counts = [], []
+        chosen_ids, chosen_counts = [], []
         with torch.autocast(frames.device.type, enabled=False), torch.inference_mode():
             for t in range(frames.shape[1]):
                 images = self._render(frames[:, t].contiguous())
@@ -234,8 +235,8 @@ class CanvasSearch:
                 needed = int(torch.maximum(least, target).max()) + int(canvas.is_empty.sum((1, 2)).max())
                 limit = None if max_error is None else max_error[:, t].to(errors) / ERROR_UNIT
                 gain = control.log_gain.exp2()
-                most = max(1, min(self.grid.num_patches, int(most.max())))
-                ids, gains, totals = self._choose(errors, self._search_tables(images[-1]), most, gain, needed)
+                budget = max(1, min(self.grid.num_patches, int(most.max())))
+                ids, gains, totals = self._choose(errors, self._search_tables(images[-1]), budget, gain, needed)
                 num_needed = (gains >= self._empty_cell_error(images[-1])).sum(1)
                 count = control.count(gains, num_needed)
                 if limit is not None:
@@ -245,8 +246,8 @@ class CanvasSearch:
                 chosen = ids.where(torch.arange(ids.shape[1], device=ids.device) < count[:, None], -1)
                 canvas = self._update_canvas(canvas, images, chosen)
                 chosen_ids.append(chosen)
-                counts.append(count)
-        counts = torch.stack(counts, dim=1)
+                chosen_counts.append(count)
+        counts = torch.stack(chosen_counts, dim=1)
         longest = max(1, int(counts.max()))
         ids = torch.stack(
             [F.pad(ids, (0, max(0, longest - ids.shape[1])), value=-1)[:, :longest] for ids in chosen_ids], 1
@@ -273,7 +274,7 @@ class CanvasSearch:
             else:
                 gains = schedule.gains(min_gain)
                 choices = _Choices(gains, gains.argsort(dim=2, descending=True, stable=True).argsort(dim=2))
-            count = choices.count().double().cpu()
+            count = choices.num_chosen().double().cpu()
             enough = (count >= wanted) | (number == _MAX_PASSES)
             # The choices for a clip that is done do not change, so they do not depend on other clips of the batch.
             better = enough & (guess >= low) & ~is_done
@@ -308,12 +309,12 @@ class CanvasSearch:
         """Guesses the marginal gain from the changes between frames at the finest scale; `(batch,)`, in error units."""
         if frames.shape[1] == 1:
             return torch.full((len(frames),), 1e-3 / ERROR_UNIT, dtype=torch.float64, device=frames.device)
-        changes, before = [], self._render(frames[:, 0])[-1]
+        errors, before = [], self._render(frames[:, 0])[-1]
         for t in range(1, frames.shape[1]):
             frame = self._render(frames[:, t])[-1]
-            changes.append(self._squared_errors(frame, (before,)).flatten(1))
+            errors.append(self._squared_errors(frame, (before,)).flatten(1))
             before = frame
-        changes = torch.cat(changes, dim=1)
+        changes = torch.cat(errors, dim=1)
         cells = math.prod(self.cells) // self.grid.num_patches_each_scale[-1]
         rank = (num_tokens * cells).clamp(max=changes.shape[1])
         return cells * changes.sort(dim=1, descending=True).values.gather(1, rank[:, None] - 1)[:, 0].clamp(min=1)

@@ -5,11 +5,12 @@ A subclass defines what the search compares and how squared errors relate to los
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.generic import can_return_tuple
 
-from .canvas_search_autogaze import Canvas, CanvasSearch, FrameSearchOutput
+from .canvas_search_autogaze import Canvas, CanvasSearch, CanvasSearchOutput, FrameSearchOutput
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeSelector, check_cache
@@ -52,8 +53,14 @@ class CanvasGazeSelector(GazeSelector):
 
     knows_gains = True
     takes_any_grid = True
-    cache_class = CanvasGazeCache
+    cache_class: type[CanvasGazeCache] = CanvasGazeCache
     """Class of the state of a stream."""
+    search: CanvasSearch
+
+    if TYPE_CHECKING:  # see [`GazeSelector`]
+
+        @property
+        def dtype(self) -> torch.dtype: ...
 
     def make_search(self, grid: GazeGrid) -> CanvasSearch:
         """Creates the search on a grid."""
@@ -154,6 +161,7 @@ class CanvasGazeSelector(GazeSelector):
         start = self._initial_canvas(cache, values)
         num_values = start.image[0].numel()
         max_error = None if threshold is None else self.loss_to_mse(threshold).double() * num_values
+        found: FrameSearchOutput | CanvasSearchOutput
         losses = None
         if token_budget is None:
             found = self._search_frames(values, budget, max_error, start)

@@ -56,17 +56,17 @@ class CellTables(NamedTuple):
 
         scales = torch.arange(len(grid.grids))
         num_rows, num_cols = zip(*grid.grids, strict=True)
-        rows = torch.cat([_parts(count, cells[0]) for count in num_rows])
-        cols = torch.cat([_parts(count, cells[1]) for count in num_cols])
+        row_parts = torch.cat([_parts(count, cells[0]) for count in num_rows])
+        col_parts = torch.cat([_parts(count, cells[1]) for count in num_cols])
         row_scale = scales.repeat_interleave(torch.tensor(num_rows))
         col_scale = scales.repeat_interleave(torch.tensor(num_cols))
-        gain_rows = ((scales <= row_scale[:, None])[:, :, None] * rows[:, None]).flatten(1)
+        gain_rows = ((scales <= row_scale[:, None])[:, :, None] * row_parts[:, None]).flatten(1)
         is_patch = row_scale[:, None] == col_scale
         search = (
             gain_rows,
-            cols.T.contiguous(),
-            gain_rows.repeat_interleave(len(cols), dim=0)[:, :, None],
-            cols.repeat(len(rows), 1)[:, None],
+            col_parts.T.contiguous(),
+            gain_rows.repeat_interleave(len(col_parts), dim=0)[:, :, None],
+            col_parts.repeat(len(row_parts), 1)[:, None],
             torch.zeros(is_patch.shape, dtype=torch.float64).masked_fill(~is_patch, -math.inf),
             is_patch.flatten().cumsum(0) - 1,
         )
@@ -134,7 +134,8 @@ def choose_patches(
         state.mask.view(len(errors), -1)[:, is_patch] = state.mask.new_zeros(is_kept.shape).masked_fill_(
             is_kept, -math.inf
         )
-    slots, totals, total = [], [], state.drops.sum((1, 2))
+    slots: list[torch.Tensor] = []
+    totals, total = [], state.drops.sum((1, 2))
     for _ in range(budget):
         gain, slot = state.gains().max(-1)
         if limit is not None and slots:

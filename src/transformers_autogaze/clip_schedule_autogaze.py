@@ -6,7 +6,6 @@ which it is visible: a lasting change is worth a token, a change of a single fra
 given price per token, the best schedule of a place is a shortest path over its frames. The caller searches for the price.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,9 +58,7 @@ class ClipSchedule:
     ```
     """
 
-    def __init__(
-        self, patches: Sequence[torch.Tensor], previous_patches: torch.Tensor, extra: torch.Tensor, unit: float
-    ):
+    def __init__(self, patches: list[torch.Tensor], previous_patches: torch.Tensor, extra: torch.Tensor, unit: float):
         self.previous_patches, self.extra, self.unit = previous_patches, extra, unit
         self.windows = []
         for first in range(0, len(patches), _WINDOW):

@@ -62,10 +62,10 @@ class GreedySearchOutput(NamedTuple):
             Reconstruction of the last frame; `previous` for the frames that follow.
     """
 
-    ids: torch.LongTensor
-    mse: torch.FloatTensor
-    counts: torch.LongTensor
-    reconstruction: torch.FloatTensor
+    ids: torch.Tensor
+    mse: torch.Tensor
+    counts: torch.Tensor
+    reconstruction: torch.Tensor
 
 
 class ReconstructionOutput(NamedTuple):
@@ -79,8 +79,8 @@ class ReconstructionOutput(NamedTuple):
             Task loss of each frame, as the reconstruction defines it.
     """
 
-    reconstruction: torch.FloatTensor
-    loss: torch.FloatTensor
+    reconstruction: torch.Tensor
+    loss: torch.Tensor
 
 
 def check_reconstruction_inputs(

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -61,7 +61,7 @@ CODE_FILES = tuple(
     )
 )
 """Modules that are saved with a checkpoint, as its remote code."""
-_STRATEGIES = {
+_STRATEGIES: dict[str, dict[str, dict[str, float]]] = {
     "gazing_ratio_config": {
         "fixed": {"gazing_ratio": 0.5},
         "uniform": {"gazing_ratio_min": 0, "gazing_ratio_max": 1},
@@ -101,6 +101,8 @@ class GazeSelectorConfig(PreTrainedConfig):
         ValueError: if a scale, the factor or a standard deviation is out of range.
     """
 
+    if TYPE_CHECKING:  # at run time, the annotation would make this a field of a dataclass
+        max_num_frames: int | None
     # Defaults: RGB frames, one frame of gaze per video frame, and clips of any length.
     num_channels = 3
     frame_sampling_rate = 1
@@ -161,8 +163,8 @@ class GazeSelectorConfig(PreTrainedConfig):
         """
         os.makedirs(save_directory, exist_ok=True)
         for name in CODE_FILES:
-            source = Path(__file__).parent / name
-            if not source.exists() and self.name_or_path:
+            source: Path | str | None = Path(__file__).parent / name
+            if not os.path.exists(source) and self.name_or_path:
                 # If this module is remote code, the other ones may be missing in its cache folder.
                 source = cached_file(self.name_or_path, name, _raise_exceptions_for_missing_entries=False)
             target = Path(save_directory) / name
@@ -255,7 +257,7 @@ class AutoGazeDecoderConfig(LlamaConfig):
             raise ValueError(
                 f"`decoder_config.num_multi_token_pred` must be a positive integer, got {num_multi_token_pred!r}"
             )
-        defaults = {
+        defaults: dict[str, Any] = {
             "hidden_size": 192,
             "intermediate_size": 384,
             "num_hidden_layers": 4,
@@ -413,12 +415,12 @@ class AutoGazeConfig(GazeSelectorConfig):
         return self.grid.num_patches
 
     @property
-    def num_channels(self) -> int:
+    def num_channels(self) -> int:  # type: ignore[override]  # a constant in the base class
         """Colour channels of the frames."""
         return self.vision_config.num_channels
 
     @property
-    def frame_sampling_rate(self) -> int:
+    def frame_sampling_rate(self) -> int:  # type: ignore[override]  # a constant in the base class
         """Video frames per frame of gaze."""
         return self.vision_config.temporal_patch_size
 
@@ -438,7 +440,7 @@ class AutoGazeConfig(GazeSelectorConfig):
 def _complete_strategies(name: str, given: dict | None) -> dict:
     """Fills the configuration of a distribution with defaults and checks its strategies and their parameters."""
     defaults = copy.deepcopy(_STRATEGIES[name])
-    config = {
+    config: dict[str, Any] = {
         "sample_strategy_during_training": next(iter(defaults)),
         "sample_strategy_during_inference": next(iter(defaults)),
         **defaults,

@@ -1,6 +1,7 @@
 """Functions on memory at fixed addresses that CUDA replays as a graph; they run as usual where that is not possible."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -36,7 +37,7 @@ class ReplayedCall:
     ```
     """
 
-    def __init__(self, function: Callable[[], object], device: torch.device, pool: object | None = None):
+    def __init__(self, function: Callable[[], object], device: torch.device, pool: Any = None):
         self.function, self.pool = function, pool
         self.can_capture = device.type == "cuda"
         self.has_run = False

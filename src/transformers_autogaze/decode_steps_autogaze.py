@@ -179,7 +179,7 @@ class DecodeSteps:
         """
         _, key_heads, clips, seen, size = keys.shape
         num_shared = self.decoder.num_heads // key_heads
-        keys, values = keys.flatten(1, 2).mT.unbind(), values.flatten(1, 2).unbind()
+        layer_keys, layer_values = keys.flatten(1, 2).mT.unbind(), values.flatten(1, 2).unbind()
         num_heads, head_queries, scaling = key_heads * clips, num_shared * num_queries, self.decoder.scaling
         # As many heads at once as have scores that fit into the CPU's caches, and at least one per core.
         num_threads, head_scores = torch.get_num_threads(), head_queries * seen
@@ -187,7 +187,7 @@ class DecodeSteps:
         if len(self.scores) < at_once * head_scores:
             # Enough for the whole clip, as the first use of new memory is slow.
             capacity = num_threads * head_queries * self.cache.keys.shape[3]
-            self.scores = keys[0].new_empty(max(_MAX_CACHED_SCORES, capacity, at_once * head_scores))
+            self.scores = layer_keys[0].new_empty(max(_MAX_CACHED_SCORES, capacity, at_once * head_scores))
         all_scores = self.scores[: at_once * head_scores].view(at_once, head_queries, seen)
         all_masked = all_scores.view(-1, num_queries, seen)[:, :, seen - num_queries :]
 
@@ -206,9 +206,10 @@ class DecodeSteps:
                 query = query.unflatten(0, (key_heads, num_shared)).transpose(1, 2).flatten(2, 3)
             query = query.flatten(0, 1)
             if at_once == num_heads:
-                attended = attend_to_part(query, keys[index], values[index])
+                attended = attend_to_part(query, layer_keys[index], layer_values[index])
             else:
-                parts = zip(*(states.split(at_once) for states in (query, keys[index], values[index])), strict=True)
+                inputs = (query, layer_keys[index], layer_values[index])
+                parts = zip(*(states.split(at_once) for states in inputs), strict=True)
                 attended = torch.cat([attend_to_part(*part) for part in parts])
             attended = attended.view(key_heads, clips, num_shared, num_queries, size)
             return attended.permute(1, 3, 0, 2, 4).reshape(clips * num_queries, -1)
@@ -232,10 +233,13 @@ class DecodeSteps:
             positions = torch.arange(max(offsets) + size + self.num_tokens, device=self.decoder.like.device)
             tables = self.decoder.rotations(positions[None] + self.first_position)
             self.cos, self.sin = (table[0] for table in tables)
-        tables = (self.cos, self.sin)
         if len(offsets) == 1:
-            return tuple(table[None, offsets[0] : offsets[0] + size] for table in tables)
-        return tuple(torch.stack([table[offset : offset + size] for offset in offsets]) for table in tables)
+            part = slice(offsets[0], offsets[0] + size)
+            return self.cos[None, part], self.sin[None, part]
+        cos, sin = (
+            torch.stack([table[offset : offset + size] for offset in offsets]) for table in (self.cos, self.sin)
+        )
+        return cos, sin
 
 
 def choose_ids(

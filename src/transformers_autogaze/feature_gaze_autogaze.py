@@ -64,10 +64,12 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
     ```
     """
 
+    config: FeatureGazeConfig
+    search: FeatureSearch
     config_class = FeatureGazeConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values_videos"
-    input_modalities = ("video",)
+    input_modalities = ["video"]
     cache_class = FeatureGazeCache
 
     def __init__(self, config: FeatureGazeConfig | None = None):
@@ -130,11 +132,11 @@ class FeatureGazeModel(CanvasGazeSelector, GazeGenerationMixin, PreTrainedModel)
 
 def _interpolate(values: torch.Tensor, start: tuple[float, ...], stop: tuple[float, ...]) -> torch.Tensor:
     """Maps values by linear interpolation between the knots `start` and `stop`, clamped at both ends."""
-    start, stop = (torch.tensor(numbers, dtype=values.dtype, device=values.device) for numbers in (start, stop))
-    values = values.clamp(start[0], start[-1])
-    above = torch.searchsorted(start, values.contiguous()).clamp(min=1)
-    share = (values - start[above - 1]) / (start[above] - start[above - 1])
-    return torch.lerp(stop[above - 1], stop[above], share)
+    x, y = (torch.tensor(numbers, dtype=values.dtype, device=values.device) for numbers in (start, stop))
+    values = values.clamp(x[0], x[-1])
+    above = torch.searchsorted(x, values.contiguous()).clamp(min=1)
+    share = (values - x[above - 1]) / (x[above] - x[above - 1])
+    return torch.lerp(y[above - 1], y[above], share)
 
 
 FeatureGazeConfig.register_for_auto_class()

@@ -255,10 +255,11 @@ class FeatureGazeNetwork(PreTrainedModel):
     ```
     """
 
+    config: FeatureGazeConfig
     config_class = FeatureGazeConfig
     base_model_prefix = "network"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: FeatureGazeConfig):
         super().__init__(config)
@@ -272,7 +273,7 @@ class FeatureGazeNetwork(PreTrainedModel):
             FeatureGazeNorm(second, eps=1e-6),
             nn.Conv2d(second, last, 2, 2),
         )
-        blocks = [FeatureGazeBlock(last) for _ in range(config.depths[2])]
+        blocks: list[nn.Module] = [FeatureGazeBlock(last) for _ in range(config.depths[2])]
         blocks.insert(len(blocks) // 2, FeatureGazeContext(last))
         self.late = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(last, eps=1e-6)

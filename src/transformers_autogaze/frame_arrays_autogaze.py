@@ -124,7 +124,7 @@ def to_clip(video: Any, indices: Sequence[int], input_data_format: str | None, n
         }
         if len(kinds) > 1:
             raise ValueError(f"{name} must hold frames of one kind, got {sorted(kinds)}")
-        numbers = range(len(video))
+        numbers: Sequence[int] = range(len(video))
         if isinstance(video[0], Image.Image):
             # Converting pictures is slow, so only the requested ones are converted.
             video, numbers = [pixels_of(video[index]) for index in indices], indices

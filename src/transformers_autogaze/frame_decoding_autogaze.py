@@ -98,24 +98,24 @@ def read_video(
         indices, timeline = _choose_pictures(source, num_frames, fps)
         frames = np.stack(list(read_pictures(source, indices)))
         return frames, timeline.metadata(frames[0], indices)
-    source = resolve_source(source)
-    track = _probe(source)
-    indices = _indices_of(source, track.timeline, num_frames, fps, track.expected)
-    if track.is_intact and _is_seeking_faster(indices, track.seek_table) and _first_and_last_decode(source, track):
+    video = resolve_source(source)
+    track = _probe(video)
+    indices = _indices_of(video, track.timeline, num_frames, fps, track.expected)
+    if track.is_intact and _is_seeking_faster(indices, track.seek_table) and _first_and_last_decode(video, track):
         try:
-            frames = _gather(_decode_by_seeking(source, indices, track.seek_table), len(indices))
+            frames = _gather(_decode_by_seeking(video, indices, track.seek_table), len(indices))
             return frames, track.timeline.metadata(frames[0], indices)
         except _FrameNotFoundError:
             pass
-    frames, stamps = _decode(source, indices, track.threads)
-    while len(stamps) != track.timeline.count:
+    frames, stamps = _decode(video, indices, track.threads)
+    while len(stamps) != track.timeline.num_frames:
         # The number of packets was not that of frames, so the indices are wrong.
         track = track.counted(stamps)
-        indices = _indices_of(source, track.timeline, num_frames, fps, track.expected)
-        frames, stamps = _decode(source, indices, track.threads)
+        indices = _indices_of(video, track.timeline, num_frames, fps, track.expected)
+        frames, stamps = _decode(video, indices, track.threads)
     if frames is None:
-        raise _no_frame(source)
-    _warn_about_damage(source, track)
+        raise _no_frame(video)
+    _warn_about_damage(video, track)
     return frames, track.timeline.metadata(frames[0], indices)
 
 
@@ -145,19 +145,19 @@ def stream_video(
         check_start_frame(start_frame, len(indices))
         frames = read_pictures(source, indices[start_frame:])
     else:
-        source = resolve_source(source)
+        video = resolve_source(source)
         is_sampled = num_frames is not None or fps is not None
         # With `start_frame` and no sampling, callers read many short clips of one video. The video is not checked each time;
         # instead it is decoded so that damage affects no other frames.
         is_checked = is_sampled or not start_frame
-        track = _checked_probe(source, is_sampled) if is_checked else _probe(source)._replace(threads="SLICE")
+        track = _checked_probe(video, is_sampled) if is_checked else _probe(video)._replace(threads="SLICE")
         timeline = track.timeline
-        indices = _indices_of(source, timeline, num_frames, fps, track.expected)
+        indices = _indices_of(video, timeline, num_frames, fps, track.expected)
         check_start_frame(start_frame, len(indices))
-        frames = _stream(source, indices[start_frame:], track)
+        frames = _stream(video, indices[start_frame:], track)
     first = next(frames, None)
     if first is None:
-        raise _no_frame(source)
+        raise _no_frame(video)
     return timeline.metadata(first, indices), chain([first], frames)
 
 
@@ -199,11 +199,11 @@ def _indices_of(
     source: VideoSource, timeline: Timeline, num_frames: int | None, fps: float | None, expected: int = 0
 ) -> list[int]:
     try:
-        return timeline.choose(num_frames, fps) if timeline.count else []
+        return timeline.choose(num_frames, fps) if timeline.num_frames else []
     except ValueError as error:
         note = ""
-        if num_frames is not None and timeline.count < expected:
-            note = f"; the file is damaged or cut off: {timeline.count} of its {expected} frames can be decoded"
+        if num_frames is not None and timeline.num_frames < expected:
+            note = f"; the file is damaged or cut off: {timeline.num_frames} of its {expected} frames can be decoded"
         raise ValueError(f"`source` {source.name}: {error}{note}") from error
 
 
@@ -293,11 +293,11 @@ def _checked_probe(source: VideoSource, is_sampled: bool) -> _Track:
     track = _probe(source)
     # Short videos are simply decoded twice. Without a seek table, the last frames are found only by decoding everything, which
     # is too slow if all frames of a long video are requested.
-    is_long = track.timeline.count * track.pixels > _MAX_CHECKED_PIXELS
+    is_long = track.timeline.num_frames * track.pixels > _MAX_CHECKED_PIXELS
     if track.is_intact and is_long and (track.seek_table or not is_sampled) and _first_and_last_decode(source, track):
         return track
     stamps = [frame.pts for frame in _frames(source, track.threads)]
-    while len(stamps) != track.timeline.count:
+    while len(stamps) != track.timeline.num_frames:
         track = track.counted(stamps)
         stamps = [frame.pts for frame in _frames(source, track.threads)]
     _warn_about_damage(source, track)
@@ -461,7 +461,7 @@ def _gather(frames: Iterator[Any], count: int) -> np.ndarray | None:
 
 
 def _warn_about_damage(source: VideoSource, track: _Track, count: int | None = None):
-    count = track.timeline.count if count is None else count
+    count = track.timeline.num_frames if count is None else count
     if count < track.expected:
         warnings.warn(
             f"{source.name} is damaged or cut off: {count} of its {track.expected} frames could be decoded",

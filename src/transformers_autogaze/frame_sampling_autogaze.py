@@ -114,14 +114,14 @@ class Timeline(NamedTuple):
     Display times of the frames of a video.
 
     Args:
-        count (`int`): number of frames.
+        num_frames (`int`): number of frames.
         fps (`float`, *optional*): frames per second, the mean rate if times are uneven; `None` if unknown.
-        times (`np.ndarray` of shape `(count,)`, *optional*):
+        times (`np.ndarray` of shape `(num_frames,)`, *optional*):
             Times in seconds from the first frame, if they are uneven.
         duration (`float`, *optional*): duration in seconds, including that of the last frame.
     """
 
-    count: int
+    num_frames: int
     fps: float | None = None
     times: np.ndarray | None = None
     duration: float | None = None
@@ -135,14 +135,14 @@ class Timeline(NamedTuple):
         """
         check_sampling(num_frames, fps)
         if self.times is None or fps is None:
-            return sample_indices(self.count, self.fps, num_frames, fps)
+            return sample_indices(self.num_frames, self.fps, num_frames, fps)
         moments = np.arange(max(1, int(self.duration * fps + 0.5))) / fps
         return np.unique(np.searchsorted(self.times, moments + _ROUNDING, side="right") - 1).tolist()
 
     def metadata(self, frame: np.ndarray, indices: list[int]) -> VideoMetadata:
         """Returns the metadata of the video, given one of its frames and the sampled indices."""
         fields = {
-            "total_num_frames": self.count,
+            "total_num_frames": self.num_frames,
             "fps": self.fps,
             "width": frame.shape[1],
             "height": frame.shape[0],
@@ -175,8 +175,8 @@ def measure_timeline(
     has_times = count > 1 and tick is not None and None not in stamps
     ordered = np.sort(np.asarray(stamps, dtype=np.int64)) if has_times else np.zeros(0, np.int64)
     if len(ordered) < 2 or (np.diff(ordered) <= 0).any():
-        rate = float(rates[0]) if rates else None
-        return Timeline(count, rate, None, count / rate if rate else None)
+        fps = float(rates[0]) if rates else None
+        return Timeline(count, fps, None, count / fps if fps else None)
     times = (ordered - ordered[0]) * float(tick)
     for rate in [*rates, _rate_of(count, int(ordered[-1] - ordered[0]), tick)]:
         if np.abs(times * float(rate) - np.arange(count)).max() <= 0.5:

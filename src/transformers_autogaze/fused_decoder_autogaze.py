@@ -1,21 +1,40 @@
 """
-The layers and heads of the gaze decoder with fused weights, for reading few tokens at a time.
+The gaze decoder, and its layers and heads with fused weights, for reading few tokens at a time.
 
-Callers provide the attention, and with it the key-value cache and the mask.
+Callers of the fused decoder provide the attention, and with it the key-value cache and the mask.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, eager_attention_forward
+
+from .configuration_autogaze import AutoGazeDecoderConfig
 
 
 # Takes the index of a layer, and query, key and value of the new tokens, all `(heads, clips, new, head size)`. Returns the
 # attention output `(clips * new, heads * head size)`, in the last layer of one token per clip.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class AutoGazeDecoder(nn.Module):
+    """A Llama that predicts the logits of the next `k` patches and the loss before each of them."""
+
+    def __init__(self, config: AutoGazeDecoderConfig):
+        super().__init__()
+        self.step_size = config.num_multi_token_pred
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size * self.step_size, bias=False)
+        self.task_loss_prediction_head = nn.Linear(config.hidden_size, self.step_size, bias=False)
+
+    def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns logits `(.., k, vocabulary)` and predicted losses `(.., k)` of hidden states `(.., hidden)`."""
+        return self.lm_head(hidden).unflatten(-1, (self.step_size, -1)), self.task_loss_prediction_head(hidden)
 
 
 class FusedDecoder:
@@ -26,13 +45,13 @@ class FusedDecoder:
     for the last token of each clip only. Weights are fused once, so a new instance is needed after they change.
 
     Args:
-        decoder (`nn.Module`): the model's gaze decoder.
+        decoder ([`AutoGazeDecoder`]): the model's gaze decoder.
         implementation (`str`, *optional*): attention implementation: `"eager"`; anything else means sdpa.
         like (`torch.Tensor`, *optional*):
             A tensor with the device and dtype of the hidden states; by default the embeddings of the patch ids.
     """
 
-    def __init__(self, decoder: nn.Module, implementation: str | None, like: torch.Tensor | None = None):
+    def __init__(self, decoder: AutoGazeDecoder, implementation: str | None, like: torch.Tensor | None = None):
         self.decoder, self.model = decoder, decoder.model
         self.like = (self.model.embed_tokens.weight if like is None else like).new_empty(0)
         self.is_eager = implementation == "eager"
@@ -55,7 +74,7 @@ class FusedDecoder:
                 ),
                 _fused_residual(layer.mlp.down_proj),
             )
-            for layer in self.model.layers
+            for layer in cast(Iterable[LlamaDecoderLayer], self.model.layers)
         ]
         self.last = len(self.layers) - 1
         config = self.model.config
@@ -156,7 +175,9 @@ class FusedDecoder:
         return attended.flatten(2).flatten(0, 1)
 
 
-def _fused_projections(width: int, norm: nn.Module, *projections: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _fused_projections(
+    width: int, norm: LlamaRMSNorm, *projections: nn.Module
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fuses a norm and projections into one function of `(tokens, hidden)`, which returns `(parts, tokens, width)`."""
     weight = _fused_weight(*projections)
     if weight is None:
@@ -164,7 +185,7 @@ def _fused_projections(width: int, norm: nn.Module, *projections: nn.Module) -> 
     return _normed_product(norm, weight, width)
 
 
-def _normed_product(norm: nn.Module, weight: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _normed_product(norm: LlamaRMSNorm, weight: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fuses a norm and a weight into one function of `(tokens, hidden)`, which returns `(parts, tokens, width)`."""
     if weight.dtype not in (torch.float32, torch.float64):
         return lambda hidden: _in_parts(norm(hidden) @ weight, width)
@@ -208,7 +229,7 @@ def _fused_weight(*projections: nn.Module) -> torch.Tensor | None:
     return torch.cat([projection.weight for projection in projections]).T.contiguous()
 
 
-def _are_plain(projections: Sequence[nn.Module]) -> bool:
+def _are_plain(projections: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
     return all(
         type(projection) is nn.Linear and projection.bias is None and not projection.weight.is_meta
         for projection in projections

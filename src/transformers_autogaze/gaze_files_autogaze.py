@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -46,7 +46,7 @@ UNITS = {
     "records.box": "pixels of the video: left, top, right, bottom",
     "records.order": "place of choice in the frame, from 0",
 }
-_KINDS = {
+_KINDS: dict[str, Callable[[Any], bool]] = {
     "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
     "whole number": lambda value: type(value) is int,
     "whole number of at least 1": lambda value: type(value) is int and value > 0,

@@ -160,7 +160,7 @@ def draw_legend(names: Sequence[str], width: int, heading: str = "") -> Image.Im
     """
     size, gap = text_size(width), 8
     font, line = ImageFont.load_default(size=size), size + gap
-    items = [(None, heading)] * bool(heading)
+    items: list[tuple[tuple[int, int, int] | None, str]] = [(None, heading)] * bool(heading)
     items += [(SCALE_COLOURS[index % len(SCALE_COLOURS)], name) for index, name in enumerate(names)]
     places, x, y = [], _MARGIN, 0
     for colour, text in items:

@@ -77,18 +77,18 @@ class GazeOutput(ModelOutput):
     ```
     """
 
-    gazing_pos: torch.LongTensor | None = None
-    if_padded_gazing: torch.BoolTensor | None = None
-    num_gazing_each_frame: torch.LongTensor | None = None
-    gazing_mask: list[torch.BoolTensor] | None = None
+    gazing_pos: torch.Tensor | None = None
+    if_padded_gazing: torch.Tensor | None = None
+    num_gazing_each_frame: torch.Tensor | None = None
+    gazing_mask: list[torch.Tensor] | None = None
     scales: list[int | tuple[int, int]] | None = None
     patch_size: int | None = None
     frame_sampling_rate: int | None = None
     num_vision_tokens_each_frame: int | None = None
-    log_action_probs: torch.FloatTensor | None = None
-    task_loss_prediction: torch.FloatTensor | None = None
-    task_loss_requirement: torch.FloatTensor | None = None
-    clip_num_gazing_each_frame: torch.LongTensor | None = None
+    log_action_probs: torch.Tensor | None = None
+    task_loss_prediction: torch.Tensor | None = None
+    task_loss_requirement: torch.Tensor | None = None
+    clip_num_gazing_each_frame: torch.Tensor | None = None
     first_frame: int | None = None
     cache: object | None = None
 

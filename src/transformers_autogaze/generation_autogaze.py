@@ -15,12 +15,14 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .composite_autogaze import CompositeReconstruction
+from .configuration_autogaze import AutoGazeConfig
 from .decode_steps_autogaze import DecodeSteps
-from .fused_decoder_autogaze import FusedDecoder
+from .fused_decoder_autogaze import AutoGazeDecoder, FusedDecoder
 from .gazing_autogaze import GazeOutput
 from .graphed_steps_autogaze import GraphedSteps, graphed_steps
 from .measured_stopping_autogaze import FrameLossTracker
@@ -178,6 +180,21 @@ def _rotate_back(keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 class GazeDecoding(GazeSelector):
     """Mixin of [`AutoGazeModel`] with its decode loop."""
 
+    config: AutoGazeConfig
+    gaze_decoder: AutoGazeDecoder
+    training: bool
+
+    if TYPE_CHECKING:  # defined by [`AutoGazeModel`]
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+
+        def embed_video(
+            self, frames: torch.Tensor, past: list[torch.Tensor] | None = None
+        ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def _gaze(
         self,
         frames: torch.Tensor,
@@ -207,7 +224,7 @@ class GazeDecoding(GazeSelector):
         num_tokens += self.config.decoder_config.num_multi_token_pred
         num_tokens += int(budget.sum() if threshold is None else budget.max())
         tracker = self._loss_tracker(frames, cache) if is_kept or threshold is not None else None
-        sampling = {"temperature": temperature if do_sample else None, "generator": generator}
+        sampling: dict[str, Any] = {"temperature": temperature if do_sample else None, "generator": generator}
 
         ids, is_real, slots = [], [], []
         # Inference mode makes thousands of small operations a tenth faster. The tensors of the gaze are created outside it.
@@ -294,8 +311,8 @@ class GazeDecoding(GazeSelector):
         steps.begin_frame(vision)
         if tracker is not None:
             tracker.begin_frame()
-        active = list(range(batch_size))
-        for start in range(0, budget, step_size):
+        active, start = list(range(batch_size)), 0
+        while True:
             stop = min(start + step_size, budget)
             chosen, losses = steps.propose(stop - start)
             for clip in active:
@@ -325,6 +342,7 @@ class GazeDecoding(GazeSelector):
                 return ids[:, :stop], is_real[:, :stop], num_slots
             steps.read_chosen(continuing)
             active = [active[index] for index in continuing]
+            start = stop
 
     def _prepare_cache(self, cache: GazeCache | None, batch_size: int, like: torch.Tensor | None = None) -> GazeCache:
         """Allocates an empty cache for a batch; keys and values have the device and dtype of `like`."""

@@ -9,7 +9,7 @@ clips are tensors on the device, and all clips attend in one batch, each to its 
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -207,7 +207,7 @@ _WORKSPACES: "weakref.WeakKeyDictionary[nn.Module, _Workspace]" = weakref.WeakKe
 
 
 @contextmanager
-def graphed_steps(model: nn.Module, batch_size: int):
+def graphed_steps(model: Any, batch_size: int) -> Iterator[GraphedSteps | None]:
     """
     Yields the graphed steps of a model; `None` while another thread uses them, or if the weights cannot be fused.
 

@@ -112,9 +112,12 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
     ```
     """
 
+    config: GreedyGazeConfig
+    search: CompositeReconstruction
+    place: torch.Tensor
     config_class = GreedyGazeConfig
     main_input_name = "pixel_values_videos"
-    input_modalities = ("video",)
+    input_modalities = ["video"]
     cache_class = GreedyGazeCache
 
     def __init__(self, config: GreedyGazeConfig | None = None):
@@ -141,7 +144,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
         return self.place.dtype
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # only this configuration
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *args,
@@ -188,7 +191,9 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
             selector.name_or_path = selector.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(  # type: ignore[override]  # there are no weights
+        self, save_directory: str | os.PathLike, **kwargs
+    ) -> None:
         """
         Writes `config.json` and the code that loads it with `trust_remote_code=True`.
 
@@ -198,7 +203,7 @@ class GreedyGazeSelector(CanvasGazeSelector, GazeGenerationMixin, PreTrainedMode
         """
         self.config.architectures = [type(self).__name__]
         os.makedirs(save_directory, exist_ok=True)
-        custom_object_save(self, save_directory, config=self.config)
+        custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]  # or a configuration
         self.config.save_pretrained(save_directory, **kwargs)
 
     def to_pixels(self, frames: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -43,9 +44,9 @@ class GazeGrid:
             raise ValueError(f"`patch_size` must be a positive number of pixels, got {patch_size!r}")
         if isinstance(scales, (str, int)) or len(scales) == 0:
             raise ValueError(f"`scales` must be a list of sizes in pixels such as [32, 64, 112, 224], got {scales!r}")
-        sizes = []
+        sizes: list[tuple[int, int]] = []
         for index, scale in enumerate(scales):
-            size = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+            size: Any = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
             if len(size) != 2 or any(not isinstance(s, int) or s < patch_size or s % patch_size for s in size):
                 raise ValueError(
                     f"`scales[{index}]` must be a positive multiple of the patch size {patch_size}, got {scale!r}"

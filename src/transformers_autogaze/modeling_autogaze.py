@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -25,10 +25,10 @@ from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction  # noqa: F401
-from .configuration_autogaze import AutoGazeConfig, AutoGazeDecoderConfig, AutoGazeVisionConfig
+from .configuration_autogaze import AutoGazeConfig, AutoGazeVisionConfig
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .decode_steps_autogaze import DecodeSteps  # noqa: F401
-from .fused_decoder_autogaze import FusedDecoder  # noqa: F401
+from .fused_decoder_autogaze import AutoGazeDecoder
 from .gaze_batches_autogaze import stack_gazes  # noqa: F401
 from .gaze_files_autogaze import save_gaze  # noqa: F401
 from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
@@ -68,14 +68,14 @@ class AutoGazeModelOutput(ModelOutput):
             Attention weights of each layer.
     """
 
-    loss: torch.FloatTensor | None = None
-    next_token_loss: torch.FloatTensor | None = None
-    task_loss_error: torch.FloatTensor | None = None
-    log_action_probs: torch.FloatTensor | None = None
-    task_loss_prediction: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    next_token_loss: torch.Tensor | None = None
+    task_loss_error: torch.Tensor | None = None
+    log_action_probs: torch.Tensor | None = None
+    task_loss_prediction: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class _SlotLayout(NamedTuple):
@@ -158,27 +158,13 @@ class AutoGazeConnector(nn.Module):
         return vision + self.pos_embed
 
 
-class AutoGazeDecoder(nn.Module):
-    """A Llama that predicts the logits of the next `k` patches and the loss before each of them."""
-
-    def __init__(self, config: AutoGazeDecoderConfig):
-        super().__init__()
-        self.step_size = config.num_multi_token_pred
-        self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size * self.step_size, bias=False)
-        self.task_loss_prediction_head = nn.Linear(config.hidden_size, self.step_size, bias=False)
-
-    def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns logits `(.., k, vocabulary)` and predicted losses `(.., k)` of hidden states `(.., hidden)`."""
-        return self.lm_head(hidden).unflatten(-1, (self.step_size, -1)), self.task_loss_prediction_head(hidden)
-
-
 class AutoGazePreTrainedModel(PreTrainedModel):
+    config: AutoGazeConfig
     config_class = AutoGazeConfig
     # The published checkpoint keeps all weights under this name; loading strips it.
     base_model_prefix = "gazing_model"
     main_input_name = "pixel_values_videos"
-    input_modalities = ("video",)
+    input_modalities = ["video"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "AutoGazeVisionModel"]
     _supports_sdpa = True
@@ -223,6 +209,8 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
     ```
     """
 
+    config: AutoGazeConfig
+
     def __init__(self, config: AutoGazeConfig):
         super().__init__(config)
         self.vision_model = AutoGazeVisionModel(config.vision_config)
@@ -234,7 +222,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
         """The embeddings of the patch ids."""
         return self.gaze_decoder.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # no other module
         self.gaze_decoder.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -346,7 +334,7 @@ class AutoGazeModel(GazeDecoding, GazeGenerationMixin, AutoGazePreTrainedModel):
             task_loss_error = _masked_mean(errors.square(), is_counted)
         losses = [loss for loss in (next_token_loss, task_loss_error) if loss is not None]
         return AutoGazeModelOutput(
-            loss=sum(losses) if losses else None,
+            loss=sum(losses) if losses else None,  # type: ignore[arg-type]  # never the 0 of an empty sum
             next_token_loss=next_token_loss,
             task_loss_error=task_loss_error,
             log_action_probs=(_select_last(log_probs, ids).exp() + 1e-8).log(),

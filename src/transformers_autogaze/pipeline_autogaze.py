@@ -17,6 +17,7 @@ from .canvas_search_autogaze import Canvas  # noqa: F401
 from .cells_autogaze import CellTables  # noqa: F401
 from .clip_schedule_autogaze import ClipSchedule  # noqa: F401
 from .composite_autogaze import CompositeReconstruction
+from .configuration_autogaze import GazeSelectorConfig  # noqa: F401
 from .cuda_graphs_autogaze import ReplayedCall  # noqa: F401
 from .frame_arrays_autogaze import flatten_videos
 from .frame_decoding_autogaze import read_video  # noqa: F401 (see modeling_autogaze)
@@ -64,7 +65,8 @@ def gaze_clip_by_clip(
     """
     total = pixel_values_videos.shape[1]
     length = min(selector.config.max_num_frames or total, total)
-    for name, setting in {"gazing_ratio": gazing_ratio, "task_loss_requirement": task_loss_requirement}.items():
+    per_frame: dict[str, Any] = {"gazing_ratio": gazing_ratio, "task_loss_requirement": task_loss_requirement}
+    for name, setting in per_frame.items():
         if setting is not None and np.ndim(setting) and len(setting) != length:
             expected = f"{length} of them, one for each frame of the video"
             if length < total:
@@ -74,7 +76,7 @@ def gaze_clip_by_clip(
                 )
             raise ValueError(f"`{name}` must be one number or {expected}, got {len(setting)}")
 
-    def of_clip(setting: Setting, frames: int) -> Setting:
+    def of_clip(setting: Any, frames: int) -> Any:
         return setting if setting is None or not np.ndim(setting) else setting[:frames]
 
     return GazeOutput.concatenate(
@@ -120,16 +122,22 @@ class VideoTokenPruningPipeline(Pipeline):
     ```
     """
 
+    model: Any  # a `PreTrainedModel` that is a `GazeSelector`
+    processor: AutoGazeProcessor
+
     _load_processor = None
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    # The library declares these as `None` only.
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
 
     def __init__(self, model, processor: AutoGazeProcessor | None = None, **kwargs):
         processor = AutoGazeProcessor() if processor is None else processor
         super().__init__(model=model, processor=processor, **kwargs)
 
-    def __call__(self, videos: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]]:
+    def __call__(  # type: ignore[override]  # as in other pipelines, the first argument has its own name
+        self, videos: Any, **kwargs
+    ) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]]:
         """
         Prunes one video or many.
 
@@ -221,19 +229,17 @@ class VideoTokenPruningPipeline(Pipeline):
             'pipeline("video-token-pruning")', unknown, [self._sanitize_parameters], ("batch_size", "num_workers")
         )
         # Only given arguments, so that others do not override the pipeline's defaults.
-        parts = (preprocess, forward, {})
-        return tuple({key: value for key, value in part.items() if value is not None} for part in parts)
+        return _without_none(preprocess), _without_none(forward), {}
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, Any]]:
         """Processes videos in order, in batches of consecutive videos of equal shape."""
         check_sampling(preprocess_params.get("num_frames"), preprocess_params.get("fps"))
+        prepared: Dataset
         if isinstance(inputs, Iterator):
-            prepared, num_workers = (
-                PipelineIterator(inputs, self._try_preprocess, preprocess_params),
-                min(num_workers, 1),
-            )
+            prepared = PipelineIterator(inputs, self._try_preprocess, preprocess_params)
+            num_workers = min(num_workers, 1)
         else:
             prepared = PipelineDataset(inputs, self._try_preprocess, preprocess_params)
         is_single = hasattr(inputs, "__len__") and len(inputs) == 1
@@ -253,7 +259,7 @@ class VideoTokenPruningPipeline(Pipeline):
                 item = {"gaze": gaze.select(index), "frame_size": item["frame_size"], **own}
                 yield self.postprocess(item, **postprocess_params)
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # pipelines name their own arguments
         self,
         video: Any,
         num_frames: int | None = None,
@@ -277,7 +283,7 @@ class VideoTokenPruningPipeline(Pipeline):
         )
         return {"pixel_values_videos": features["pixel_values_videos"], "frame_size": tuple(clips[0].shape[-2:])}
 
-    def _forward(
+    def _forward(  # type: ignore[override]  # pipelines name their own arguments
         self,
         model_inputs: dict[str, torch.Tensor],
         return_patches: bool = False,
@@ -287,7 +293,7 @@ class VideoTokenPruningPipeline(Pipeline):
         # Frames are resized in float32 at least, before the model converts them to its dtype.
         video = model_inputs["pixel_values_videos"].to(torch.promote_types(self.model.dtype, torch.float32))
         gaze = gaze_clip_by_clip(self.model, video, **settings)
-        outputs = {"gaze": gaze}
+        outputs: dict[str, Any] = {"gaze": gaze}
         if return_patches or return_reconstruction:
             pixels = self.processor.video_processor.to_pixels(video.float()).clamp(0, 1)
             if return_patches:
@@ -299,7 +305,9 @@ class VideoTokenPruningPipeline(Pipeline):
                 outputs["psnr"] = -10 * error.clamp(min=1e-10).log10()
         return outputs
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
+    def postprocess(  # type: ignore[override]  # there are no arguments
+        self, model_outputs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Converts the gaze of one video to records and statistics."""
         gaze = model_outputs["gaze"]
         result = {
@@ -313,6 +321,10 @@ class VideoTokenPruningPipeline(Pipeline):
             result["reconstruction"] = model_outputs["reconstruction"]
             result["statistics"]["psnr"] = float(model_outputs["psnr"])
         return result
+
+
+def _without_none(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _batches_of_equal_shape(items: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:

@@ -4,11 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from .configuration_autogaze import GazeSelectorConfig
 from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .token_budgets_autogaze import (
@@ -46,10 +47,16 @@ class GazeSelector:
     which chooses patches of clips of its own size, and `_draw_settings`.
     """
 
+    config: GazeSelectorConfig
     knows_gains: bool = False
     """Whether the gain of each patch is known, which budgets over time need; `_gaze` then takes a `token_budget`."""
     takes_any_grid: bool = False
     """Whether patches of any grid can be chosen; `for_grid` then takes any grid, and `_gaze` a `tubelet_size`."""
+
+    if TYPE_CHECKING:  # defined by the selectors, most of which are a `PreTrainedModel`
+
+        @property
+        def device(self) -> torch.device: ...
 
     def for_grid(self, grid: GazeGrid) -> "GazeSelector":
         """
@@ -135,7 +142,7 @@ class GazeSelector:
         Raises:
             ValueError: if an argument is out of range or does not fit the frames; the message names it.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "gazing_ratio": gazing_ratio,
             "task_loss_requirement": task_loss_requirement,
             "clip_ratio": clip_ratio,
@@ -152,7 +159,8 @@ class GazeSelector:
             )
         if target_scales is None:
             return self._gaze_at(pixel_values_videos, settings, past_key_values, use_cache, tubelet_size, options)
-        whole = self._target_grid(target_scales, target_patch_size, tuple(pixel_values_videos.shape[-2:]))
+        height, width = pixel_values_videos.shape[-2:]
+        whole = self._target_grid(target_scales, target_patch_size, (height, width))
         if self.takes_any_grid:
             selector = self.for_grid(whole)
             return selector._gaze_at(pixel_values_videos, settings, past_key_values, use_cache, tubelet_size, options)
@@ -177,11 +185,11 @@ class GazeSelector:
     def _gaze_at(
         self,
         video: torch.Tensor,
-        settings: dict[str, object],
+        settings: dict[str, Any],
         past_key_values: object | None,
         use_cache: bool,
         tubelet_size: int,
-        options: dict[str, object],
+        options: dict[str, Any],
         tiles: int = 1,
     ) -> GazeOutput:
         """Chooses patches on the selector's own grid; `tiles` consecutive entries belong to one clip. See `generate`."""
@@ -262,9 +270,10 @@ class GazeSelector:
         frames: torch.Tensor,
         budget: torch.Tensor,
         threshold: torch.Tensor | None,
-        past_key_values: object | None,
+        past_key_values: Any,
         use_cache: bool,
-        **options,
+        *args: Any,
+        **options: Any,
     ) -> GazeOutput:
         """Chooses patches of clips `(batch, frames, channels, image_size, image_size)`; see `generate`."""
         raise NotImplementedError
@@ -346,12 +355,12 @@ def check_names(
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    known = dict.fromkeys([*known, *others])
+    known = list(dict.fromkeys([*known, *others]))
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"{owner} knows no argument {', '.join(unknown)}; it takes {', '.join(known)}")
 
 
-def check_cache(cache: Any, cache_class: type, batch_size: int) -> None:
+def check_cache(cache: Any, cache_class: type[Any], batch_size: int) -> None:
     """
     Checks the state of a stream.
 
@@ -405,11 +414,11 @@ def resize_frames(video: torch.Tensor, size: int | tuple[int, int]) -> torch.Ten
     Returns:
         `torch.FloatTensor` of shape `(batch, frames, channels, *size)`.
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if tuple(video.shape[-2:]) == size:
+    height, width = (size, size) if isinstance(size, int) else size
+    if tuple(video.shape[-2:]) == (height, width):
         return video
-    frames = F.interpolate(video.flatten(0, 1), size=size, mode="bicubic", align_corners=False)
-    return frames.view(*video.shape[:3], *size)
+    frames = F.interpolate(video.flatten(0, 1), size=(height, width), mode="bicubic", align_corners=False)
+    return frames.view(*video.shape[:3], height, width)
 
 
 def pixel_scale_and_offset(config) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,7 +124,7 @@ def read_token_budget(
     return None
 
 
-def check_clip_ratio(clip_ratio: object) -> None:
+def check_clip_ratio(clip_ratio: Any) -> None:
     """
     Checks a share of a clip's tokens.
 
@@ -137,7 +137,7 @@ def check_clip_ratio(clip_ratio: object) -> None:
         )
 
 
-def check_rate(name: str, value: object) -> None:
+def check_rate(name: str, value: Any) -> None:
     """
     Checks a number of frames or tokens per second.
 
@@ -183,7 +183,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """Returns the number in a tensor or array without dimensions; other values as they are."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 

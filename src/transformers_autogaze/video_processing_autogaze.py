@@ -1,6 +1,7 @@
 """The video processor of AutoGaze: resizing, cropping and normalisation, and its inverse, without torchvision."""
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -94,7 +95,7 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
     ```
     """
 
-    valid_kwargs = AutoGazeVideosKwargs
+    valid_kwargs = AutoGazeVideosKwargs  # type: ignore[assignment]  # the library's declares those of images
     model_input_names = ["pixel_values_videos"]
 
     do_resize = True
@@ -115,8 +116,8 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
 
     def __init__(self, **kwargs: Unpack[AutoGazeVideosKwargs]):
         # The published file has the class of the published code here, which must not be saved again.
-        kwargs.pop("image_processor_type", None)
-        super().__init__(**kwargs)
+        own: dict[str, Any] = {name: value for name, value in kwargs.items() if name != "image_processor_type"}
+        super().__init__(**own)
 
     def preprocess(self, videos: Any, **kwargs: Unpack[AutoGazeVideosKwargs]) -> BatchFeature:
         """
@@ -154,17 +155,18 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
         """
         options = self._options(kwargs)
         clips, metadata = self.load_clips(videos, **kwargs)
-        clips = [self._preprocess_clip(clip, options) for clip in clips]
+        processed = [self._preprocess_clip(clip, options) for clip in clips]
+        values: list[torch.Tensor] | torch.Tensor = processed
         if (return_tensors := kwargs.get("return_tensors")) is not None:
-            shapes = [tuple(clip.shape) for clip in clips]
+            shapes = [tuple(clip.shape) for clip in processed]
             if len(set(shapes)) > 1:
                 raise ValueError(
                     f"`videos` have the shapes {shapes} (frames, channels, height, width) after preprocessing and "
                     "cannot be stacked; give `num_frames` and a `size` with height and width, or leave out "
                     "`return_tensors` to get a list"
                 )
-            clips = torch.stack(clips)
-        features = BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
+            values = torch.stack(processed)
+        features = BatchFeature({"pixel_values_videos": values}, tensor_type=return_tensors)
         if options["return_metadata"]:
             features["video_metadata"] = metadata
         return features
@@ -243,10 +245,10 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
             `torch.ByteTensor` of shape `(frames, 3, *size)`, on the same device.
         """
         if size is None:
-            size = _target_size(self.size, *levels.shape[-2:], "size")
-        return _resize(levels, tuple(size), self.resample)
+            size = _target_size(self.size, levels.shape[-2], levels.shape[-1], "size")
+        return _resize(levels, (size[0], size[1]), self.resample)
 
-    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Fills in a call's arguments from the configuration, and checks them before anything is decoded."""
         known = self.valid_kwargs.__annotations__
         if unknown := sorted(kwargs.keys() - known):
@@ -288,10 +290,12 @@ class AutoGazeVideoProcessor(BaseVideoProcessor):
     def _preprocess_clip(self, clip: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         clip = clip.to(options["device"] or clip.device)
         if options["do_resize"]:
-            size = _target_size(options["size"], *clip.shape[-2:], "size", options["default_to_square"])
+            height, width = clip.shape[-2:]
+            size = _target_size(options["size"], height, width, "size", options["default_to_square"])
             clip = _resize(clip, size, options["resample"])
         if options["do_center_crop"]:
-            clip = _center_crop(clip, _target_size(options["crop_size"], *clip.shape[-2:], "crop_size"))
+            height, width = clip.shape[-2:]
+            clip = _center_crop(clip, _target_size(options["crop_size"], height, width, "crop_size"))
         clip = _normalise(clip, options)
         return clip.permute(0, 2, 3, 1).contiguous() if options["data_format"] == ChannelDimension.LAST else clip
 
@@ -304,7 +308,8 @@ def _load_frames(
         video, metadata = pair[0], metadata or pair[1]
     if is_decoder(video):
         metadata = {"fps": rate_of_decoder(video), **dict(metadata or {})}
-    count, chosen = len(video), list(range(len(video)))
+    count = len(video)
+    chosen: Sequence[int] = list(range(count))
     metadata = {key: value for key, value in dict(metadata or {}).items() if value is not None}
     metadata = VideoMetadata(**{"total_num_frames": count, "frames_indices": chosen, **metadata})
     if num_frames is not None or fps is not None:
@@ -336,15 +341,15 @@ def _target_size(size: Any, height: int, width: int, name: str, is_square: bool 
         wanted = dict(size)
     except (TypeError, ValueError):
         wanted = {}
+    target: tuple[Any, Any] = (None, None)
     if wanted.keys() == {"height", "width"}:
         target = wanted["height"], wanted["width"]
     elif wanted.keys() == {"shortest_edge"} and name == "size":
         edge, shorter = wanted["shortest_edge"], min(height, width)
-        target = (None,)
         if isinstance(edge, Integral):
-            target = tuple(min(edge * side // shorter, _MAX_ASPECT_RATIO * edge) for side in (height, width))
-    else:
-        target = (None,)
+            edge = int(edge)
+            longest = _MAX_ASPECT_RATIO * edge
+            target = min(edge * height // shorter, longest), min(edge * width // shorter, longest)
     if any(not isinstance(side, Integral) or side < 1 for side in target):
         kinds = "{'height': .., 'width': ..}" + (" or {'shortest_edge': ..}" if name == "size" else "")
         raise ValueError(f"`{name}` must be a number of pixels or {kinds}, got {size!r}")
@@ -390,7 +395,8 @@ def _scale_and_shift(options: dict[str, Any], device: torch.device) -> tuple[tor
     if options["do_normalize"]:
         mean, std = (torch.tensor(options[key], dtype=torch.float64) for key in ("image_mean", "image_std"))
         scale, shift = scale / std, (shift - mean) / std
-    return tuple(x.float().view(-1, 1, 1).to(device) for x in (scale, shift))
+    scale, shift = (x.float().view(-1, 1, 1).to(device) for x in (scale, shift))
+    return scale, shift
 
 
 AutoGazeVideoProcessor.register_for_auto_class()

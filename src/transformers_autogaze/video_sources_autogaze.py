@@ -16,7 +16,7 @@ from http.client import HTTPException
 from io import BytesIO, TextIOBase
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple, TypeGuard
 from urllib.parse import quote, unquote_to_bytes, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
@@ -32,7 +32,9 @@ PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 # FFmpeg's flags of a still picture, such as the cover of a song, and of the default stream.
 _COVER_PICTURE, _DEFAULT = 0x400, 0x1
 # Metadata that are not UTF-8 are no reason to refuse a file. PyAV 19 accepts them and has no such option.
-_METADATA_OPTIONS = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+_METADATA_OPTIONS: dict[str, Any] = (
+    {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+)
 # Pixels that FFmpeg's command line adds to the size of the default stream when it compares streams.
 _DEFAULT_BONUS = 5_000_000
 # Self-contained formats. Those that refer to other files or addresses (concat, hls, dash, imf, sdp, rtsp, mlv, vobsub,
@@ -62,15 +64,15 @@ class VideoSource(NamedTuple):
     A video that can be opened repeatedly.
 
     Args:
-        target (`str` or `BinaryIO`): its path, or a binary file object that can be rewound.
+        target (`str` or `IO[bytes]`): its path, or a binary file object that can be rewound.
         name (`str`): its name in messages.
     """
 
-    target: str | BinaryIO
+    target: str | IO[bytes]
     name: str
 
 
-def is_picture_list(value: Any) -> bool:
+def is_picture_list(value: Any) -> TypeGuard[Sequence[str | os.PathLike]]:
     """Returns whether `value` is a list of paths of picture files, which together are one video."""
     return (
         isinstance(value, (list, tuple))
@@ -189,7 +191,7 @@ class _HttpOnly(HTTPRedirectHandler):
         return super().redirect_request(request, response, code, message, headers, url)
 
 
-def _download(url: str, name: str) -> BinaryIO:
+def _download(url: str, name: str) -> IO[bytes]:
     # FFmpeg does not check certificates by default.
     try:
         request = Request(_quote_url(url), headers={"User-Agent": "transformers-autogaze"})
@@ -209,7 +211,7 @@ def _quote_url(url: str) -> str:
     return urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
-def _spool(read: Callable[[int], bytes], expected: int | None = None) -> BinaryIO:
+def _spool(read: Callable[[int], bytes], expected: int | None = None) -> IO[bytes]:
     """Reads a stream that cannot be rewound into a temporary file, up to a limit."""
     setting = os.environ.get(_DOWNLOAD_VARIABLE) or str(_DOWNLOAD_LIMIT)
     if not setting.isdecimal():
@@ -234,7 +236,7 @@ def _spool(read: Callable[[int], bytes], expected: int | None = None) -> BinaryI
 class _RewoundFile:
     """A binary file object for PyAV, without its name, which FFmpeg would use to open other files."""
 
-    def __init__(self, file: BinaryIO, suffix: str):
+    def __init__(self, file: IO[bytes], suffix: str):
         self.file, self.name = file, f"video{suffix}"
         self.file.seek(0)
 
@@ -268,17 +270,18 @@ def open_video(source: VideoSource, threads: str = "AUTO") -> Iterator[tuple[Any
     Raises:
         ValueError: if it is not a video, or has no video stream.
     """
-    target, file = source.target, None
-    if not isinstance(target, str):
-        suffix = os.path.splitext(str(getattr(target, "name", "") or ""))[1].lower()
+    target: str | _RewoundFile
+    file, given = None, source.target
+    if not isinstance(given, str):
+        suffix = os.path.splitext(str(getattr(given, "name", "") or ""))[1].lower()
         target = _RewoundFile(
-            target, suffix if re.fullmatch(r"\.\w+", suffix) and suffix not in PICTURE_SUFFIXES else ""
+            given, suffix if re.fullmatch(r"\.\w+", suffix) and suffix not in PICTURE_SUFFIXES else ""
         )
-    elif target.lower().endswith(PICTURE_SUFFIXES):
-        file = open(target, "rb")  # noqa: SIM115 - FFmpeg reads the name of a picture as a pattern
+    elif given.lower().endswith(PICTURE_SUFFIXES):
+        file = open(given, "rb")  # noqa: SIM115 - FFmpeg reads the name of a picture as a pattern
         target = _RewoundFile(file, "")
     else:
-        target = f"file:{target}"  # otherwise, a name with a colon would be read as a URL
+        target = f"file:{given}"  # otherwise, a name with a colon would be read as a URL
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if isinstance(target, str) else "none"}
     try:
         with _open_container(target, options, source.name) as container:

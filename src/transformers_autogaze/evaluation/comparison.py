@@ -179,17 +179,17 @@ def evaluate_selectors(
     ```
     """
     composite = CompositeReconstruction(_common_grid(selectors, clips))
-    settings = [GazeSetting(*setting) for setting in settings]
-    if not settings:
+    named_settings = [GazeSetting(*setting) for setting in settings]
+    if not named_settings:
         raise ValueError("`settings` must hold at least one setting, got none")
-    for setting in settings:
+    for setting in named_settings:
         budget_each_frame(setting.gazing_ratio, 1, composite.grid.num_patches)
     processor = AutoGazeVideoProcessor() if processor is None else processor
 
     scores = []
-    steps = len(settings) * len(selectors) * len(clips.names)
+    steps = len(named_settings) * len(selectors) * len(clips.names)
     with tqdm(total=steps, unit="clip", desc="evaluating", disable=not progress) as bar:
-        for setting in settings:
+        for setting in named_settings:
             for name, selector in selectors.items():
                 accumulator = _ScoreAccumulator(composite)
                 for values in clips.pixel_values_videos.split(batch_size):
@@ -225,12 +225,10 @@ def compare_scores(scores: Sequence[SelectorScores]) -> None:
 
 def _gaze(selector: GazeSelector, values: torch.Tensor, setting: GazeSetting) -> tuple[GazeOutput, bool]:
     """Returns a gaze, and whether its losses are predictions."""
+    if isinstance(selector, AutoGazeModel):
+        return selector.generate(values.to(selector.dtype), **setting._asdict(), output_scores=True), True
     # Other selectors measure their losses.
-    predicts = isinstance(selector, AutoGazeModel)
-    if predicts:
-        values = values.to(selector.dtype)
-    options = {"output_scores": True} if predicts else {}
-    return selector.generate(values, **setting._asdict(), **options), predicts
+    return selector.generate(values, **setting._asdict()), False
 
 
 class _ScoreAccumulator:
@@ -309,4 +307,5 @@ def _common_grid(selectors: Mapping[str, GazeSelector], clips: EvaluationClips):
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

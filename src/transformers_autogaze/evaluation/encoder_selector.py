@@ -36,9 +36,9 @@ class EncoderClipSelector(ClipSelector):
             for axis, count in ((2, rows), (3, cols)):
                 features = features.repeat_interleave(self._search.cells[axis - 2] // count, dim=axis)
             maps.append(features)
-        maps = torch.stack(maps, dim=1)
-        maps = maps - maps[:, -1].mean((0, 2, 3))[:, None, None]
-        return (maps / (2 * maps.abs().amax()).clamp(min=1e-12))[None]
+        stacked = torch.stack(maps, dim=1)
+        stacked = stacked - stacked[:, -1].mean((0, 2, 3))[:, None, None]
+        return (stacked / (2 * stacked.abs().amax()).clamp(min=1e-12))[None]
 
     def gaze(self, prepared: torch.Tensor, num_tokens: int, allocation: str) -> GazeOutput:
         if allocation == EVENLY:

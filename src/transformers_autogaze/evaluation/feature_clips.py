@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def encoder_normalization(encoder: str | os.PathLike, model_type: str) -> AutoGa
         OSError: if the configuration cannot be read.
         ValueError: if there is none.
     """
-    settings: dict[str, object] = {"rescale_factor": 1 / 255, "offset": False}
+    settings: dict[str, Any] = {"rescale_factor": 1 / 255, "offset": False}
     files = ("processor_config.json", "preprocessor_config.json")
     # The error of an existing file that cannot be read is raised.
     if any(cached_file(str(encoder), file, _raise_exceptions_for_missing_entries=False) for file in files):

@@ -150,7 +150,7 @@ class FeatureComparison:
         """Returns the number of tokens of a clip for a budget, at least one."""
         return max(1, int(budget * num_frames * self.finest.num_patches + 1e-6))
 
-    def row_keys(self, clip: FeatureClip) -> list[tuple[str | float, ...]]:
+    def row_keys(self, clip: FeatureClip) -> list[tuple[str, str, str, str, float, str]]:
         """Returns the keys of all rows of a clip, in order."""
         clip_key = clip.name, clip.sampling
         keys = [
@@ -261,7 +261,8 @@ def finest_grid(tower: nn.Module, size: int | None = None) -> GazeGrid:
         ValueError: if `size` is no multiple of the patch size, or the tower's tokens cover several frames.
     """
     adapter = GazeVisionModel(tower).adapter
-    patch = adapter.patch_embedding.kernel_size[-1]
+    embedding: Any = adapter.patch_embedding
+    patch = embedding.kernel_size[-1]
     if adapter.tubelet_size != 1:
         raise ValueError(
             f"`encoder` must be an image tower, whose tokens cover one frame, got {adapter.model_type}, whose tokens "

@@ -66,7 +66,7 @@ class ClipSelector:
         """
         return clip
 
-    def gaze(self, prepared: Any, num_tokens: int | float, allocation: str) -> GazeOutput:
+    def gaze(self, prepared: Any, num_tokens: Any, allocation: str) -> GazeOutput:
         """
         Chooses the patches of one clip.
 
@@ -107,14 +107,14 @@ class PixelClipSelector(ClipSelector):
         self.knows_gains = getattr(selector, "knows_gains", False)
         self.takes_threshold = isinstance(selector, FeatureGazeModel)
         super().__init__(grid, (EVENLY, OVER_TIME) if self.knows_gains or published_way else (EVENLY,))
-        self._target = {}
+        self._target: dict[str, Any] = {}
         if selector.config.grid != grid:
             self._target = {"target_scales": grid.scales, "target_patch_size": grid.patch_size}
 
     def prepare(self, clip: EncodedClip) -> torch.Tensor:
         return self.processor.to_pixel_values(clip.levels)[None]
 
-    def gaze(self, prepared: torch.Tensor, num_tokens: int | float, allocation: str) -> GazeOutput:
+    def gaze(self, prepared: torch.Tensor, num_tokens: Any, allocation: str) -> GazeOutput:
         if allocation == UP_TO_LOSS:
             return self.selector.generate(prepared, task_loss_requirement=num_tokens, gazing_ratio=1.0, **self._target)
         if allocation == OVER_TIME and self.knows_gains:
@@ -247,10 +247,13 @@ def pixel_clip_selectors(size: int, patch_size: int, device: torch.device | str 
     ```
     """
 
-    def make(selector: type[GazeSelector], grid: GazeGrid | None) -> ClipSelector | None:
+    def make(
+        selector: type[GreedyGazeSelector] | type[GainRankingSelector], grid: GazeGrid | None
+    ) -> ClipSelector | None:
         if grid is None:
             return None
-        return PixelClipSelector(selector(GreedyGazeConfig(grid.scales, grid.patch_size)).to(device), grid)
+        module: Any = selector(GreedyGazeConfig(grid.scales, grid.patch_size))
+        return PixelClipSelector(module.to(device), grid)
 
     finest, scales = GazeGrid([size], patch_size), scales_of_encoder(size, patch_size)
     selectors = {

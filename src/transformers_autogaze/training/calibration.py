@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..evaluation.features import canvas_features
 from ..feature_network_autogaze import FeatureGazeNetwork
@@ -20,6 +19,7 @@ from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from .augmentation import pan_and_zoom, resize_pixels
 from .crops import Source, read_source
+from .distillation import CropPairDataset
 from .teacher_features import TeacherFeatures
 
 
@@ -43,13 +43,13 @@ class PredictionQuality(NamedTuple):
 
 
 @torch.no_grad()
-def measure_predictions(network: FeatureGazeNetwork, pairs: Dataset, batch_size: int = 8) -> PredictionQuality:
+def measure_predictions(network: FeatureGazeNetwork, pairs: CropPairDataset, batch_size: int = 8) -> PredictionQuality:
     """
     Measures the R2 of a network's predictions on crops.
 
     Args:
         network ([`FeatureGazeNetwork`]): the network.
-        pairs (`Dataset`): a [`CropPairDataset`] of files that were not trained on.
+        pairs ([`CropPairDataset`]): pairs of files that were not trained on.
         batch_size (`int`, *optional*, defaults to 8): pairs in a batch.
 
     Returns:
@@ -182,8 +182,8 @@ def ascending_knots(predicted: Sequence[float], measured: Sequence[float]) -> li
         groups.append((x, min(y, 1.0), 1))
         # Means are compared as they are rounded below, so that no pair is returned twice.
         while len(groups) > 1 and round(groups[-1][1] / groups[-1][2], 5) <= round(groups[-2][1] / groups[-2][2], 5):
-            last, before = groups.pop(), groups.pop()
-            groups.append(tuple(a + b for a, b in zip(last, before, strict=True)))
+            (x1, y1, n1), (x2, y2, n2) = groups.pop(), groups.pop()
+            groups.append((x1 + x2, y1 + y2, n1 + n2))
     pairs = [[round(x / n, 5), round(y / n, 5)] for x, y, n in groups]
     return [[0.0, 0.0], *(pair for pair in pairs if min(pair) > 0)]
 

@@ -70,7 +70,9 @@ class DistillationArguments(TrainingArguments):
     ```
     """
 
-    output_dir: str | None = HfArg(aliases=["-o", "--output"], default=None, help="Folder to write to.")
+    output_dir: str | None = HfArg(  # type: ignore[assignment]  # declared to return a `Field`, as `field` is not
+        aliases=["-o", "--output"], default=None, help="Folder to write to."
+    )
     scales: list[int] = field(
         default_factory=lambda: [2, 4, 7, 14], metadata={"help": "Rows of patches of each scale, coarse to fine."}
     )
@@ -173,7 +175,9 @@ class CropPairDataset(Dataset):
         self.weights = features.components.weights(whitening)
         grid = features.teacher.grid
         self._patch_at = grid.patches_at(*grid.grids[-1])
-        self._first = [row for source in sources for row in range(*features.first_row[source : source + 2], 2)]
+        self._first = [
+            row for source in sources for row in range(features.first_row[source], features.first_row[source + 1], 2)
+        ]
 
     def __len__(self) -> int:
         return len(self._first)

@@ -126,10 +126,10 @@ class Rollout(NamedTuple):
             Reconstruction losses of these frames, the negative rewards.
     """
 
-    pixel_values_videos: torch.FloatTensor
+    pixel_values_videos: torch.Tensor
     gaze: GazeOutput
     rewarded: list[int]
-    loss: torch.FloatTensor
+    loss: torch.Tensor
 
 
 def slot_advantages(
@@ -180,9 +180,9 @@ def slot_advantages(
 
 def _last_real_slots(gaze: GazeOutput, frames: Sequence[int]) -> torch.Tensor:
     """Returns the last real slot of each of some frames, `(batch, len(frames))`; every frame has one."""
-    frames = torch.tensor(frames, device=gaze.gazing_pos.device)
-    slots = torch.arange(gaze.gazing_pos.shape[1], device=frames.device)
-    is_candidate = ~gaze.if_padded_gazing[:, None] & (gaze.frame_of_slot == frames[:, None])
+    wanted = torch.tensor(frames, device=gaze.gazing_pos.device)
+    slots = torch.arange(gaze.gazing_pos.shape[1], device=wanted.device)
+    is_candidate = ~gaze.if_padded_gazing[:, None] & (gaze.frame_of_slot == wanted[:, None])
     return (slots * is_candidate).amax(-1)
 
 

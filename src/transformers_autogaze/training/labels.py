@@ -139,7 +139,8 @@ class GreedyLabeller:
             frame = pixels[:, t]
             errors = self.composite.cell_errors(frame, previous_reconstruction)
             kept = torch.zeros(1, self.grid.num_patches, dtype=torch.bool, device=pixels.device)
-            ids, losses = [], []
+            ids: list[int] = []
+            losses: list[float] = []
             while len(ids) < budget:
                 gains = self.composite.gains(errors, kept)[0].masked_fill(kept[0], -torch.inf)
                 candidates = gains.topk(min(self.beam, self.grid.num_patches - len(ids))).indices

@@ -211,7 +211,7 @@ class AutoGazeTrainer(GazeClipTrainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:

@@ -8,7 +8,7 @@ selector would choose.
 import copy
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ..grid_autogaze import GazeGrid
 
 
 # With this normalisation, a selector takes pixels in 0..1.
-_PIXELS = {"rescale_factor": 1 / 255, "offset": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+_PIXELS: dict[str, Any] = {"rescale_factor": 1 / 255, "offset": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
 
 
 class FrameLosses(NamedTuple):
@@ -69,11 +69,12 @@ class GazeTask(nn.Module):
     def __init__(self, grid: GazeGrid, model: FeatureGazeModel | None = None):
         super().__init__()
         self.grid = grid
+        self.selector: GreedyGazeSelector | FeatureGazeModel
         if model is None:
             self.selector = GreedyGazeSelector(GreedyGazeConfig(grid.scales, grid.patch_size, **_PIXELS))
         elif isinstance(model, FeatureGazeModel):
             # A shallow copy shares the weights with the model.
-            self.selector = copy.copy(model.for_grid(grid))
+            self.selector = copy.copy(cast(FeatureGazeModel, model.for_grid(grid)))
             self.selector.config = type(model.config)(**{**self.selector.config.to_diff_dict(), **_PIXELS})
         else:
             raise ValueError(f"`model` must be a FeatureGazeModel, got {type(model).__name__}")

@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
@@ -31,7 +31,7 @@ class FeatureTeacher(ABC):
 
     Args:
         encoder (`str` or `os.PathLike`): folder or Hub repository that it was loaded from.
-        tower (`nn.Module`): its tower.
+        tower (`nn.Module`): its tower, with a `config`.
         grid ([`GazeGrid`]): scales and patches, each of which has one feature.
         hidden_size (`int`): channels of a feature.
         device (`torch.device`): device of the tower.
@@ -41,7 +41,7 @@ class FeatureTeacher(ABC):
     def __init__(
         self,
         encoder: str | os.PathLike,
-        tower: nn.Module,
+        tower: Any,
         grid: GazeGrid,
         hidden_size: int,
         device: torch.device,

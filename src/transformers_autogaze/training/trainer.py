@@ -92,6 +92,9 @@ class GazeClipTrainer(MetricsTrainer):
         kwargs: the other arguments of [`~transformers.Trainer`].
     """
 
+    model: AutoGazeModel
+    processing_class: Any  # an `AutoGazeVideoProcessor`, except while it is saved
+
     def __init__(
         self,
         model: AutoGazeModel,

@@ -141,8 +141,10 @@ class VideoCollection:
     def _count_frames(self, number: int) -> int:
         if number not in self._lengths:
             source = self._load(number) if self._in_memory is None else self._in_memory[number]
-            is_file = isinstance(source, (str, bytes))
-            self._lengths[number] = stream_video(source)[0].total_num_frames if is_file else len(source)
+            if isinstance(source, (str, bytes)):
+                self._lengths[number] = stream_video(source)[0].total_num_frames
+            else:
+                self._lengths[number] = len(source)
         return self._lengths[number]
 
     def _count_decodable(self, number: int, source: str | bytes) -> int:
