@@ -30,7 +30,7 @@ class VideoLayout:
     order: str
     thumbnail_interval: int | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         numbers = {"chunk_frames": self.chunk_frames, "max_batch_size": self.max_batch_size}
         if self.thumbnail_interval is not None:
             numbers["thumbnail_interval"] = self.thumbnail_interval

@@ -201,7 +201,9 @@ class PackedAttention:
 
         first, end = self.key_range
 
-        def is_visible(batch, head, query, key):
+        def is_visible(
+            batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        ) -> torch.Tensor:
             return (key >= first[query]) & (key < end[query])
 
         num_keys = len(first if self.key_index is None else self.key_index)
@@ -326,7 +328,7 @@ def _packed_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention of `(1, heads, tokens, head_dim)` by the active plan; returns `(1, tokens, heads, head_dim)`."""
     plan, implementation, extend = _active_plan.get()

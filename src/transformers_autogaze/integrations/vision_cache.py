@@ -48,7 +48,7 @@ class GazeVisionCache:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:

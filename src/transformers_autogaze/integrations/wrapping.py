@@ -76,7 +76,7 @@ class ModelWrapper(PushToHubMixin, nn.Module):
     main_input_name = "input_ids"
     base_model_prefix = ""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
 

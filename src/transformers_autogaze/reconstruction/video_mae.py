@@ -85,7 +85,7 @@ class GazeVideoMAEConfig(PreTrainedConfig):
         offset: bool = True,
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
-        **kwargs,
+        **kwargs: Any,
     ):
         for name in ("scale_embed", "time_embed", "causal"):
             if not kwargs.pop(name, True):

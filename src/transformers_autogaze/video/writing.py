@@ -109,7 +109,7 @@ def _encode(
         container.mux(stream.encode(picture))
 
 
-def _check_frame(frame: np.ndarray, index: int, shape: tuple[int, ...] | None):
+def _check_frame(frame: np.ndarray, index: int, shape: tuple[int, ...] | None) -> None:
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         what = f"{frame.dtype} of shape {frame.shape}" if isinstance(frame, np.ndarray) else type(frame)
         raise ValueError(f"`frames[{index}]` must be a uint8 array of shape (height, width, 3), got {what}")
