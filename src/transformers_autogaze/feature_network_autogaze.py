@@ -144,8 +144,9 @@ class FeatureGazeConfig(GazeSelectorConfig):
             ]
             if not found:
                 raise ValueError(
-                    f"`scales` must be {[round(factor, 4) for factor in self.scale_factors]} of the finest, which are the "
-                    f"`scale_factors` that this network was made for, got {size} with {grid.sizes[-1]}"
+                    f"`scales` must be {[round(factor, 4) for factor in self.scale_factors]} of the finest, or some of them, which "
+                    f"are the `scale_factors` that this network was made for, got a scale of {size} pixels with a finest one of "
+                    f"{grid.sizes[-1]}"
                 )
             indices.append(found[0])
         return indices

@@ -254,7 +254,7 @@ class GazeSelector:
         if token_budget is not None and not self.knows_gains:
             raise ValueError(
                 "`clip_ratio`, `tokens_per_clip` and `tokens_per_second` need a selector that knows what patches gain, such "
-                f"as GreedyGazeSelector; {type(self).__name__} takes `gazing_ratio`, as one number or one per frame"
+                f"as the default; {type(self).__name__} takes `gazing_ratio`, as one number or one per frame"
             )
 
     def check_task_loss_requirement(self, threshold: torch.Tensor) -> None:

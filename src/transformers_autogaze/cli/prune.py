@@ -63,7 +63,7 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
     # Errors of a single video are reported before the selector is loaded.
     opened = _open(next(iter(videos)), options) if is_single else None
     name = options.model or options.selector or SELECTORS[0]
-    loaded = load_selector(name, device=device)
+    loaded = load_selector(name, argument="--model" if options.model else "--selector", device=device)
     status = 0
     for video, title, folder in zip(videos, titles or videos, folders, strict=True):
         try:

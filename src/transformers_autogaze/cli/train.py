@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "train",
         parents=[
-            clip_arguments(),
+            clip_arguments("checkpoint to start from; a new model if not given"),
             task_arguments(),
             dataclass_arguments(AutoGazeTrainingArguments, BudgetSchedule, ClipAugmentation),
         ],
@@ -54,7 +54,11 @@ def add_commands(commands: Any) -> None:
     train_grpo = add_command(
         commands,
         "train-grpo",
-        parents=[clip_arguments(), task_arguments(), dataclass_arguments(AutoGazeGRPOConfig, ClipAugmentation)],
+        parents=[
+            clip_arguments("checkpoint to train further, such as that of `autogaze train`"),
+            task_arguments(),
+            dataclass_arguments(AutoGazeGRPOConfig, ClipAugmentation),
+        ],
         usage="autogaze train-grpo VIDEOS --model DIR -o DIR [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

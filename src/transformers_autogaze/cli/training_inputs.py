@@ -20,14 +20,12 @@ from ..training.videos import VideoCollection
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
-def clip_arguments() -> argparse.ArgumentParser:
+def clip_arguments(model_help: str) -> argparse.ArgumentParser:
     """Makes a parent parser with the arguments of the model and of the training clips."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("videos", type=nonempty_path, metavar="VIDEOS", help="folder of videos to train on")
     parser.add_argument("--eval-videos", type=nonempty_path, metavar="DIR", help="folder of videos to evaluate on")
-    parser.add_argument(
-        "--model", type=nonempty_string, metavar="DIR", help="checkpoint to start from; a new model if not given"
-    )
+    parser.add_argument("--model", type=nonempty_string, metavar="DIR", help=model_help)
     parser.add_argument("--num-frames", type=positive_integer, default=16, metavar="N", help="frames of a clip")
     parser.add_argument(
         "--max-stride", type=int, default=4, metavar="N", help="largest distance between the frames of a clip"

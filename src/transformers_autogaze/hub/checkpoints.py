@@ -129,7 +129,7 @@ def load_selector(
     if not isinstance(config, tuple(configs)):
         kinds = ", ".join(kind.model_type for kind in configs)
         raise ValueError(
-            f"`{argument}` must be a checkpoint of a gaze model ({kinds}), but {name!r} is one of {config.model_type!r}"
+            f"`{argument}` must be a checkpoint of a gaze model ({kinds}), but {name!r} has the model type {config.model_type!r}"
         )
     if isinstance(config, GreedyGazeConfig):  # It has no weights.
         model = _read_part(name, argument, "config.json", lambda: AutoModel.from_pretrained(name, config=config))
