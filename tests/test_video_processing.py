@@ -268,7 +268,7 @@ def test_extreme_shapes_stay_small(processor, height, width, expected):
 
 def test_ambiguous_channels_are_announced_and_can_be_settled(plain):
     video = noise(2, 3, 5, 3)
-    with pytest.warns(UserWarning, match="taken as channels_last; `input_data_format` settles it"):
+    with pytest.warns(UserWarning, match="taken as channels_last; give `input_data_format` to choose"):
         assert levels(plain, video).shape == (2, 3, 3, 5)
     with pytest.warns(UserWarning, match="taken as channels_first"):
         assert levels(plain, torch.from_numpy(video)).shape == (2, 3, 5, 3)

@@ -44,7 +44,7 @@ def frames_of_decoder(decoder: Any, indices: Sequence[int]) -> Any:
     except RuntimeError as error:  # as both report damage
         raise ValueError(
             f"`source` {type(decoder).__name__} cannot decode all of the frames {indices[0]} to {indices[-1]}; give the path of "
-            f"the video, of which PyAV reads what is whole: {error}"
+            f"the video, whose undamaged part PyAV reads: {error}"
         ) from error
     return frames.asnumpy() if hasattr(frames, "asnumpy") else frames
 
@@ -173,7 +173,7 @@ def _channels_are_last(video: torch.Tensor, input_data_format: str | None, prefe
             likely = [formats[prefers_last]]
             warnings.warn(
                 f"{name} of shape {tuple(video.shape)} could have its channels first or last and is taken as "
-                f"{likely[0].value}; `input_data_format` settles it",
+                f"{likely[0].value}; give `input_data_format` to choose",
                 stacklevel=2,
             )
     elif input_data_format in formats:

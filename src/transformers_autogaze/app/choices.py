@@ -1,4 +1,4 @@
-"""The settings that a visitor chooses on the page, and the arguments of [`prune_video`] that they stand for."""
+"""The settings that a visitor chooses on the page, and the arguments of [`prune_video`] for them."""
 
 import math
 from dataclasses import dataclass
