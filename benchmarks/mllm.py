@@ -4,9 +4,9 @@ Measures the time to the first token of a video MLLM that sees only gazed patche
 The time from normalised frames to the first token is measured for a LLaVA-OneVision with a `SiglipVisionModel` of the base size (12
 layers, 768 channels, patch 16, 224x224) and a Qwen2 of the width of the 0.5B model, with fewer layers and a smaller vocabulary,
 on 16 frames of the demo clip. The dense model runs as in transformers, with pooling to a quarter of the patches, and without
-pooling. `GazeVideoLM` is measured with and without the time of the selector: the greedy selector keeps a share of the pooled
-places of the whole clip, and the model of the published size a share of the patches of four scales in every frame, each of
-which is a token. All cases run alternately. Weights are random, which does not change the times for a given number of patches.
+pooling. `GazeVideoLM` is measured with and without the time of the selector: the default selector and the greedy one keep pooled
+places of the whole clip, and the model of the published size keeps patches of four scales in every frame, each of which is a
+token. All cases run alternately. Weights of the MLLM are random, which does not change the times for a given number of patches.
 Prints a table and writes JSON.
 
     python benchmarks/mllm.py --threads 2 --runs 5 -o mllm.json
@@ -19,15 +19,16 @@ from pathlib import Path
 
 import torch
 from measurement import DTYPES, machine, now
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, SiglipImageProcessor
+from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, SiglipImageProcessor
 
-from transformers_autogaze import AutoGazeConfig, AutoGazeModel, GreedyGazeSelector
+from transformers_autogaze import DEFAULT_SELECTOR, AutoGazeConfig, AutoGazeModel, GreedyGazeSelector
 from transformers_autogaze.integrations.mllm import GazeVideoLM
 from transformers_autogaze.video.demo import render_demo_clip
 
 
 VIDEO, IMAGE, WORDS = 31998, 31999, 30
-BUDGETS = {"model": "gazing_ratio", "greedy": "clip_ratio"}
+BUDGETS = {"default": "clip_ratio", "greedy": "clip_ratio", "model": "gazing_ratio"}
+OTHER_BUDGETS = [{"tokens_per_clip": 100}, {"task_loss_requirement": 0.2}]  # of the default selector
 FIRST_TOKEN = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
 
 
@@ -48,9 +49,12 @@ def main() -> None:
     torch.manual_seed(0)
     mllm = small_mllm(options.tower_layers, options.layers).to(options.device, DTYPES[options.dtype])
     selectors = {
-        "model": AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(options.device, mllm.dtype),
+        "default": AutoModel.from_pretrained(DEFAULT_SELECTOR).eval().to(options.device),
         "greedy": GreedyGazeSelector().to(options.device),
+        "model": AutoGazeModel(AutoGazeConfig(decoding_positions="frame_tail")).eval().to(options.device, mllm.dtype),
     }
+    budgets = [(name, {BUDGETS[name]: ratio}) for ratio in options.ratios for name in selectors]
+    budgets += [("default", budget) for budget in OTHER_BUDGETS]
     image_processor = SiglipImageProcessor(size={"height": 224, "width": 224})
     gazed = {name: GazeVideoLM(mllm, selector, image_processor) for name, selector in selectors.items()}
     frames = list(render_demo_clip(options.num_frames))
@@ -63,9 +67,9 @@ def main() -> None:
         for case, (pooling, tokens_per_frame) in dense.items():
             mllm.model.apply_pooling = pooling
             measured |= time_dense(mllm, video, tokens_per_frame, case)
-        for ratio in options.ratios:
-            for name, model in gazed.items():
-                measured |= time_gazed(model, video, {BUDGETS[name]: ratio}, f"{name}, {BUDGETS[name]} {ratio:g}")
+        for name, budget in budgets:
+            [(argument, value)] = budget.items()
+            measured |= time_gazed(gazed[name], video, budget, f"{name}, {argument} {value:g}")
         if run:  # The first run is a warm-up.
             for case, (value, _) in measured.items():
                 seconds.setdefault(case, []).append(value)
