@@ -52,11 +52,13 @@ def test_every_frame_meets_the_threshold_or_uses_its_budget(selector, video):
     assert (meets & ~used_up).any() and (used_up & ~meets).any()
 
 
-def test_the_loss_it_tells_is_the_measured_one(selector, video):
+def test_the_predicted_loss_is_the_measured_one(selector, video):
     gaze = selector.generate(video, gazing_ratio=0.4)
     last = gaze.num_gazing_each_frame.cumsum(0) - 1
-    told = task_loss_to_mse(gaze.task_loss_prediction[:, last])
-    torch.testing.assert_close(told, measured_mse(selector, video, gaze).to(told.dtype), rtol=1e-4, atol=1e-9)
+    predicted = task_loss_to_mse(gaze.task_loss_prediction[:, last])
+    torch.testing.assert_close(
+        predicted, measured_mse(selector, video, gaze).to(predicted.dtype), rtol=1e-4, atol=1e-9
+    )
 
 
 def test_a_batch_gives_each_clip_what_it_gets_alone(selector, video):

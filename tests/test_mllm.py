@@ -325,15 +325,15 @@ def test_a_budget_for_the_clip_is_kept_over_the_whole_video(kind, settings, tile
         model = GazeVideoLM(build("llava"), selector, TOWER_PIXELS, chunk_frames=chunk_frames).eval()
         gazes = model.gaze(videos, tiles=tiles, **settings)
         places = 16 * tiles[0] * tiles[1]
-        asked = [
+        expected = [
             settings.get("tokens_per_clip", int(settings.get("clip_ratio", 0.1) * len(video) * places + 1e-6))
             for video in videos
         ]
-        assert [int(gaze.num_real) for gaze in gazes] == asked
+        assert [int(gaze.num_real) for gaze in gazes] == expected
         masks.append([gaze.gazing_mask[0] for gaze in gazes])
         prompt = torch.tensor([[5, *[IMAGE, 6] * len(videos)]])
         inputs = model.prepare_inputs(prompt, videos, tiles=tiles, **settings)
-        assert inputs["inputs_embeds"].shape[1] == sum(asked) + len(videos) + 1
+        assert inputs["inputs_embeds"].shape[1] == sum(expected) + len(videos) + 1
     assert all(torch.equal(*pair) for pair in zip(*masks, strict=True))
 
 

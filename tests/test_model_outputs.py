@@ -33,15 +33,15 @@ def test_return_dict_false_gives_a_tuple_in_a_call_and_by_the_configuration(mode
     )
 
 
-def test_hidden_states_and_attentions_come_when_asked_for_and_by_the_configuration(model, video):
+def test_hidden_states_and_attentions_come_when_output_for_and_by_the_configuration(model, video):
     gaze = model.generate(video, gazing_ratio=0.6)
     plain = scored(model, video, gaze)
     assert plain.hidden_states is None and plain.attentions is None
-    asked = scored(model, video, gaze, output_hidden_states=True, output_attentions=True)
+    output = scored(model, video, gaze, output_hidden_states=True, output_attentions=True)
     length = video.shape[1] * model.config.num_vision_tokens + gaze.gazing_pos.shape[1]
-    assert [tuple(states.shape) for states in asked.hidden_states] == [(2, length, 16)] * 3
-    assert [tuple(attention.shape) for attention in asked.attentions] == [(2, 2, length, length)] * 2
-    torch.testing.assert_close(asked.attentions[0].sum(-1), torch.ones(2, 2, length))
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, length, 16)] * 3
+    assert [tuple(attention.shape) for attention in output.attentions] == [(2, 2, length, length)] * 2
+    torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(2, 2, length))
     model.config.output_hidden_states = model.config.output_attentions = True
     by_config = scored(model, video, gaze)
     assert len(by_config.hidden_states) == 3 and len(by_config.attentions) == 2
@@ -88,9 +88,9 @@ def test_the_learned_reconstruction_gives_the_same(video):
     assert (
         isinstance(given, tuple) and torch.equal(given[0], plain.reconstruction) and torch.equal(given[1], plain.loss)
     )
-    asked = reconstruction(pixels, gaze, output_hidden_states=True, output_attentions=True)
-    assert [tuple(states.shape) for states in asked.hidden_states] == [(2, 16, 16)] * 3
-    assert [tuple(attention.shape) for attention in asked.attentions] == [(2, 2, 16, 16)] * 2
+    output = reconstruction(pixels, gaze, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 16, 16)] * 3
+    assert [tuple(attention.shape) for attention in output.attentions] == [(2, 2, 16, 16)] * 2
     reconstruction.config.output_hidden_states = reconstruction.config.output_attentions = True
     by_config = reconstruction(pixels, gaze)
     assert len(by_config.hidden_states) == 3 and len(by_config.attentions) == 2

@@ -57,10 +57,10 @@ def test_a_cropped_stream_chooses_after_a_day_what_it_chooses_at_the_start(model
 
 
 def test_frames_of_a_cropped_stream_cost_the_same_however_many_went_before(model, frames, monkeypatch):
-    asked, capacities = [], []
+    calls, capacities = [], []
     rotary = model.gaze_decoder.model.rotary_emb
     hook = rotary.register_forward_pre_hook(
-        lambda module, args, kwargs: asked.append((kwargs["position_ids"].numel(), int(kwargs["position_ids"].max()))),
+        lambda module, args, kwargs: calls.append((kwargs["position_ids"].numel(), int(kwargs["position_ids"].max()))),
         with_kwargs=True,
     )
     cache = GazeCache()
@@ -68,7 +68,7 @@ def test_frames_of_a_cropped_stream_cost_the_same_however_many_went_before(model
         stream(model, [frame], cache)
         capacities.append(cache.keys.shape[3])
     hook.remove()
-    assert len(asked) == len(frames) * 4 and asked[8:] == asked[8:9] * len(asked[8:])
+    assert len(calls) == len(frames) * 4 and calls[8:] == calls[8:9] * len(calls[8:])
     assert capacities[8:] == capacities[8:9] * len(capacities[8:])
 
 
