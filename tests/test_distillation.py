@@ -405,3 +405,15 @@ def test_the_trainer_accepts_only_its_own_arguments(tmp_path):
     with pytest.raises(ValueError, match="must be DistillationArguments, got TrainingArguments"):
         DistillationTrainer(None, TrainingArguments(str(tmp_path)))
     assert callable(distill)
+
+
+def test_a_finished_run_that_is_resumed_makes_no_further_step(encoder, files, tmp_path):
+    pytest.importorskip("accelerate")
+    arguments = ["--cache-dir", tmp_path / "cache", "--save-steps", "1"]
+    assert run(encoder, [files], tmp_path / "one", *arguments) == 0
+    resumed = ["--resume-from-checkpoint", tmp_path / "one" / "checkpoint-2"]
+    assert run(encoder, [files], tmp_path / "two", *arguments, *resumed) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert "| steps | 2, of " in (tmp_path / "two" / "README.md").read_text()
+    assert not (tmp_path / "two" / "checkpoint-3").exists()
