@@ -18,6 +18,7 @@ from ..training.label_files import read_labels
 from ..training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
 from ..training.videos import VideoCollection
 from ..utils.output_files import replacing
+from ..utils.video_files import find_videos
 from .dataclass_arguments import check_output, dataclass_arguments, from_arguments
 from .training_inputs import clip_arguments, load_clips, load_model, load_task
 
@@ -66,7 +67,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _check_start(options: argparse.Namespace) -> None:
-    """Checks the initial checkpoint and the output folder."""
+    """Checks the folders of videos, the initial checkpoint and the output folder."""
+    find_videos(options.videos, "VIDEOS")
+    if options.eval_videos is not None:
+        find_videos(options.eval_videos, "`--eval-videos`")
     check_output(options.output_dir, options.model)
     if options.resume_from_checkpoint is not None:
         load_selector(options.resume_from_checkpoint, [AutoGazeConfig], "--resume-from-checkpoint")

@@ -315,7 +315,9 @@ class FeatureResults:
                 raise ValueError(f"{self.path} must hold {expected}, got {describe_json(content[key])} as {key!r}")
         before = content["settings"]
         if tuple(content["columns"]) != _COLUMNS:
-            raise ValueError(f"{self.path} must hold {expected}, with the columns {_COLUMNS}, got {content['columns']}")
+            raise ValueError(
+                f"{self.path} must hold {expected}, with the columns {_COLUMNS}, got {content['columns']}"
+            )
         try:
             self.statistics = {key: FeatureStatistics(*values) for key, values in content["statistics"].items()}
             self.rows = [FeatureRow(*row) for row in content["rows"]]

@@ -240,10 +240,14 @@ class TeacherFeatures:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"`cache_dir`: {str(path)!r} must hold components, but reading it gave {error}; {_REMEDY}") from error
+            raise ValueError(
+                f"`cache_dir`: {str(path)!r} must hold components, but reading it gave {error}; {_REMEDY}"
+            ) from error
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes:
-            raise ValueError(f"`cache_dir`: {str(path)!r} must hold tensors of the shapes {shapes}, got {found}; {_REMEDY}")
+            raise ValueError(
+                f"`cache_dir`: {str(path)!r} must hold tensors of the shapes {shapes}, got {found}; {_REMEDY}"
+            )
         return Components(**tensors)
 
     def _open(self, arrays: dict[str, tuple[tuple[int, ...], Any]]) -> None:
@@ -295,7 +299,9 @@ def _open_array(path: Path, shape: tuple[int, ...], kind: Any) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r+")
     except (OSError, ValueError) as error:
-        raise ValueError(f"`cache_dir`: {str(path)!r} must hold an array, but reading it gave {error}; {_REMEDY}") from error
+        raise ValueError(
+            f"`cache_dir`: {str(path)!r} must hold an array, but reading it gave {error}; {_REMEDY}"
+        ) from error
     if array.shape != shape or array.dtype != kind:
         raise ValueError(
             f"`cache_dir`: {str(path)!r} must hold {np.dtype(kind)} of the shape {shape}, got {array.dtype} of the shape "

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from ..evaluation.feature_clips import encoder_normalization
 from ..gazing_autogaze import GazeOutput
