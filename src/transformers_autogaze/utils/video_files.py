@@ -24,8 +24,8 @@ def find_videos(folder: Path, argument: str = "`videos`") -> list[str]:
         ValueError: if the folder does not exist or holds no video.
     """
     if not folder.is_dir():
-        found = f"{str(folder)!r} is a file" if folder.exists() else f"there is no folder {str(folder)!r}"
-        raise ValueError(f"{argument} must be a folder of videos, but {found}")
+        problem = f"{str(folder)!r} is a file" if folder.exists() else f"there is no folder {str(folder)!r}"
+        raise ValueError(f"{argument} must be a folder of videos, but {problem}")
     found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not found:
         raise ValueError(f"{argument} {str(folder)!r} must hold videos ({', '.join(VIDEO_SUFFIXES)}), found none")
