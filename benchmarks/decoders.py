@@ -23,7 +23,7 @@ from torchcodec import __version__ as torchcodec_version
 from torchcodec.decoders import VideoDecoder
 
 from transformers_autogaze import read_video, stream_video
-from transformers_autogaze.training.videos import find_videos
+from transformers_autogaze.utils.video_files import find_videos
 
 
 ROUTES = {"read": "into one array", "stream": "frame by frame"}

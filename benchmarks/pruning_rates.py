@@ -22,7 +22,7 @@ from transformers_autogaze import OpenedVideo
 from transformers_autogaze.dataset_pruning import PruneSettings, prune_to_row
 from transformers_autogaze.dataset_pruning.samples import write_sample
 from transformers_autogaze.dataset_pruning.shards import key_of, tar_of, write_row, write_shard
-from transformers_autogaze.training.videos import find_videos
+from transformers_autogaze.utils.video_files import find_videos
 
 
 COSTS = ("decode", "choose", "quality", "patches")

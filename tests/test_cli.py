@@ -137,7 +137,9 @@ def test_the_command_is_installed(tmp_path):
         assert result.returncode == 0 and "prune" in result.stdout and "demo" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["prune", "--help"], ["prune", "a.mp4", "-o", ""]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["prune", "--help"], ["label", "--help"], ["prune", "a.mp4", "-o", ""]]
+)
 def test_help_and_errors_of_arguments_do_not_import_torch(arguments):
     code = f"""
 import sys
@@ -149,6 +151,75 @@ finally:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("set()\n") and "Traceback" not in result.stderr
+
+
+def test_pruning_does_not_import_the_trainer():
+    code = "import sys, transformers_autogaze.cli.prune as _; print({'transformers.trainer_utils', 'peft'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr
+
+
+@pytest.mark.parametrize("command", ["label", "train", "train-grpo", "distill"])
+def test_help_shows_defaults_that_say_something(command, capsys):
+    pytest.importorskip("accelerate")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = capsys.readouterr()
+    text = " ".join(printed.out.split())
+    assert "(default: None)" not in text and "(default: [])" not in text
+    assert (
+        "frames of a clip (default: 16)" in text
+        or "frames to sample of each video (default: 16)" in text
+        or ("Crops of each video. (default: 96)" in text)
+    )
+    assert "gemm_4bit" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "missing.mp4", "--clip-ratio", "2"], "`clip_ratio` must be above 0 and at most 1"),
+        (["prune", "missing.mp4", "--model", "no/such", "--gazing-ratio", "2"], "`gazing_ratio` must lie in 0..1"),
+        (["prune", "missing.mp4", "--tokens-per-second", "0"], "`tokens_per_second` must be a number above 0"),
+        (["demo", "--clip-ratio", "2"], "`clip_ratio` must be above 0 and at most 1"),
+        (["evaluate", "no/such", "missing.mp4", "--gazing-ratio", "0.1", "2"], "`gazing_ratio` must lie in 0..1"),
+        (["evaluate", "no/such", "missing.mp4", "--max-gazing-ratio", "2"], "`--max-gazing-ratio` must lie in 0..1"),
+        (["evaluate", "--encoder", "no/such", "missing.mp4", "--clip-ratio", "3/2"], "`clip_ratio` must be above 0"),
+        (
+            ["evaluate", "--encoder", "no/such", "missing.mp4", "--task-loss-requirement", "2"],
+            "`--task-loss-requirement` must lie in 0..1 with `--encoder`",
+        ),
+    ],
+)
+def test_budgets_are_checked_before_videos_and_models(tmp_path, capsys, arguments, message):
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and not (tmp_path / "out").exists()
+
+
+def test_a_threshold_that_the_selector_refuses_is_an_error_before_the_progress_bar(clip, tmp_path, capsys):
+    assert main(["prune", str(clip), "--task-loss-requirement", "2", "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "`task_loss_requirement` must lie in 0..1" in error and "pruning:" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoder", "no/such", "nomodel", "{clip}"], "there is neither a model nor a video 'nomodel'"),
+        (
+            ["--encoder", "no/such", "features", "no.mp4"],
+            "VIDEO must be a video file or an http(s) URL, but there is no 'no.mp4'",
+        ),
+        (["--encoder", "no/such", "features"], "at least one VIDEO must be given, got only the MODEL 'features'"),
+        (["--encoder", "no/such", "features", "{folder}"], "is a folder"),
+        (["features", "no.mp4"], "VIDEO must be a video file or an http(s) URL, but there is no 'no.mp4'"),
+    ],
+)
+def test_evaluate_names_the_model_or_video_that_is_missing(clip, tmp_path, capsys, arguments, message):
+    arguments = [argument.format(clip=clip, folder=tmp_path) for argument in arguments]
+    assert main(["evaluate", *arguments, "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_version_is_printed(capsys):

@@ -113,6 +113,17 @@ def test_train_accepts_label_files_and_a_checkpoint(videos, checkpoint, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_a_finished_training_that_is_resumed_makes_no_further_step(videos, checkpoint, tmp_path):
+    pytest.importorskip("accelerate")
+    arguments = ["--model", checkpoint, "--ratio-max", "0.02", "--save-steps", "1"]
+    assert train(videos, tmp_path / "one", *arguments) == 0
+    resumed = ["--resume-from-checkpoint", tmp_path / "one" / "checkpoint-2"]
+    assert train(videos, tmp_path / "two", *arguments, *resumed) == 0
+    one, two = (AutoGazeModel.from_pretrained(tmp_path / folder) for folder in ("one", "two"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert "| steps | 2 |" in (tmp_path / "two" / "README.md").read_text()
+
+
 def test_both_stages_train_on_the_task_of_features(videos, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     labels = str(tmp_path / "labels.json")
@@ -193,13 +204,25 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["label", "nowhere", "-o", "labels.json"], "there is no folder 'nowhere'"),
+        (
+            ["label", "nowhere", "-o", "labels.json"],
+            "VIDEOS must be a folder of videos, but there is no folder 'nowhere'",
+        ),
+        (["label", "{videos}/clip0.mp4", "-o", "labels.json"], "clip0.mp4' is a file"),
+        (["label", "nowhere", "-o", "labels.json", "--gazing-ratio", "2"], "`gazing_ratio` must lie in 0..1"),
         (["label", "{videos}", "-o", "labels.txt"], "`output` must end in .json"),
         (
             ["label", "{videos}", "-o", "labels.json", "--shard", "3"],
             "`--shard` must be two numbers such as 3/16, got '3'",
         ),
-        (["train", "nowhere", "--output-dir", "out", "--use-cpu"], "there is no folder 'nowhere'"),
+        (
+            ["train", "nowhere", "--output-dir", "out", "--use-cpu"],
+            "VIDEOS must be a folder of videos, but there is no folder 'nowhere'",
+        ),
+        (
+            ["train", "{videos}", "--eval-videos", "nowhere", "--output-dir", "out", "--use-cpu"],
+            "`--eval-videos` must be a folder of videos, but there is no folder 'nowhere'",
+        ),
         (["train", "{videos}", "--output-dir", "out", "--min-crop", "2"], "`min_crop` must lie above 0"),
         (["train", "{videos}", "--output-dir", "out", "--on-policy", "2"], "`on_policy` must lie in 0..1"),
         (

@@ -239,7 +239,7 @@ def test_a_folder_takes_rows_of_one_run_with_one_set_of_settings(clips, selector
     with pytest.raises(ValueError, match="`clip_ratio` 0.2, but it is 0.3 now"):
         folder_of(tmp_path, clip_ratio=0.3)
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="must be a file of an earlier run"):
+    with pytest.raises(ValueError, match="must hold the settings of an earlier run, got an empty object"):
         folder_of(tmp_path)
 
 

@@ -21,6 +21,7 @@ from transformers import (
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
+    VideoMAEConfig,
     set_seed,
 )
 
@@ -362,9 +363,14 @@ def test_knots_always_ascend():
         (["{encoder}", "{files}/a.png"], "at least two videos or two pictures"),
         (
             ["no/such/one", "{files}"],
-            "`encoder` must be a checkpoint's folder or Hub repository, but the config.json of 'no/such/one'",
+            "`ENCODER` must be a checkpoint's folder or Hub repository, but the config.json of 'no/such/one'",
         ),
-        (["{bert}", "{files}"], "must be of one of the families"),
+        (
+            ["{bert}", "{files}"],
+            "`ENCODER` must be an encoder of one of the families siglip_vision_model, clip_vision_model",
+        ),
+        (["{bert}", "{files}"], "qwen2_5_vl, qwen3_vl, but"),
+        (["{videomae}", "{files}"], "videomae', whose tokens cover 2 frames"),
         (["{encoder}", "{files}", "--scales", "4", "2"], "`scales` must be rows of patches"),
         (["{encoder}", "{files}", "--num-components", "33"], "`num_components` must lie in 1..32"),
         (["{encoder}", "{files}", "--whitening", "2"], "`whitening` must lie in 0..1"),
@@ -381,7 +387,10 @@ def test_invalid_input_is_an_error_before_any_work(encoder, files, tmp_path, mon
     (tmp_path / "text" / "broken.png").write_text("no picture")
     config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path / "bert")
-    places = {"encoder": encoder, "files": files} | {name: tmp_path / name for name in ("empty", "text", "bert")}
+    VideoMAEConfig().save_pretrained(tmp_path / "videomae")
+    places = {"encoder": encoder, "files": files} | {
+        name: tmp_path / name for name in ("empty", "text", "bert", "videomae")
+    }
     arguments = [argument.format(**places) for argument in arguments]
     monkeypatch.setattr("transformers_autogaze.training.teachers.FeatureTeacher.__call__", None)
     assert run(arguments[0], [arguments[1]], tmp_path / "out", *arguments[2:]) == 2
@@ -405,3 +414,15 @@ def test_the_trainer_accepts_only_its_own_arguments(tmp_path):
     with pytest.raises(ValueError, match="must be DistillationArguments, got TrainingArguments"):
         DistillationTrainer(None, TrainingArguments(str(tmp_path)))
     assert callable(distill)
+
+
+def test_a_finished_run_that_is_resumed_makes_no_further_step(encoder, files, tmp_path):
+    pytest.importorskip("accelerate")
+    arguments = ["--cache-dir", tmp_path / "cache", "--save-steps", "1", "--per-device-train-batch-size", 1]
+    assert run(encoder, [files], tmp_path / "one", *arguments) == 0
+    resumed = ["--resume-from-checkpoint", tmp_path / "one" / "checkpoint-2"]
+    assert run(encoder, [files], tmp_path / "two", *arguments, *resumed) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert "| steps | 2, of " in (tmp_path / "two" / "README.md").read_text()
+    assert not (tmp_path / "two" / "checkpoint-3").exists()

@@ -470,15 +470,18 @@ def test_a_model_for_any_grid_is_measured_on_the_finest_scale_and_its_own(encode
             ["--encoder", "{missing}", "{clip}", "--num-frames", "4"],
             "`--encoder` must be a checkpoint's folder or Hub repository, but",
         ),
-        (["--encoder", "{bert}", "{clip}", "--num-frames", "4"], "`vision_model` must be of one of the families"),
+        (
+            ["--encoder", "{bert}", "{clip}", "--num-frames", "4"],
+            "`--encoder` must be an encoder of one of the families",
+        ),
         (["--encoder", "{siglip}", "{clip}", "--num-frames", "4"], "must have a preprocessor_config.json"),
         (["--encoder", "{encoder}", "{clip}"], "has 8 frames, a clip needs 16"),
         (["--encoder", "{encoder}", "{clip}", "{clip}"], "`videos` must have different names"),
-        (["--encoder", "{encoder}", "{encoder}"], "`videos` must name at least one video"),
+        (["--encoder", "{encoder}", "{encoder}"], "at least one VIDEO must be given, got only the MODEL"),
         (["--encoder", "{encoder}", "{clip}", "--num-frames", "4", "--size", "30"], "multiple of the encoder's patch"),
         (
             ["--encoder", "{encoder}", "{clip}", "--num-frames", "4", "--clip-ratio", "1.5"],
-            "`budgets` must be above 0",
+            "`clip_ratio` must be above 0",
         ),
         (
             ["--encoder", "{encoder}", "{clip}", "--gazing-ratio", "0.5"],

@@ -11,6 +11,8 @@ from transformers_autogaze import (
     FeatureGazeConfig,
     FeatureGazeModel,
     GreedyGazeSelector,
+    VideoTokenPruningPipeline,
+    prune_video,
     stream_gaze,
     write_video,
 )
@@ -33,6 +35,36 @@ SELECTORS = {
     "features": lambda: FeatureGazeModel(FeatureGazeConfig(hidden_sizes=[8, 8, 8], depths=[1, 1, 1], feature_size=8)),
     "autogaze": lambda: AutoGazeModel(small_config()),
 }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gazing_ratio": 2}, "`gazing_ratio` must lie in 0..1, .* got 2"),
+        ({"clip_ratio": 2}, "`clip_ratio` must be above 0 and at most 1, .* got 2"),
+        ({"tokens_per_second": -1}, "`tokens_per_second` must be a number above 0, got -1"),
+        ({"gazing_ratio": 0.5, "clip_ratio": 0.5}, "only one of .* can be given"),
+    ],
+)
+@pytest.mark.parametrize("prune", [stream_gaze, prune_video])
+def test_budgets_are_checked_before_the_video_is_opened(prune, options, message):
+    with pytest.raises(ValueError, match=message):
+        prune(*([GreedyGazeSelector(), "missing.mp4"][:: 1 if prune is stream_gaze else -1]), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_ratio": 2}, "`clip_ratio` must be above 0"),
+        ({"tokens_per_clip": 0.5}, "`tokens_per_clip` must be a whole"),
+    ],
+)
+def test_the_pipeline_checks_budgets_before_a_video_is_opened(options, message):
+    prune = VideoTokenPruningPipeline(GreedyGazeSelector(), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        prune("missing.mp4", **options)
+    with pytest.raises(ValueError, match=message):
+        VideoTokenPruningPipeline(GreedyGazeSelector(), device="cpu", **options)
 
 
 @pytest.mark.parametrize("kind", SELECTORS)

@@ -116,9 +116,16 @@ def load_gaze(kind: type["GazeOutput"], path: str | os.PathLike) -> "GazeOutput"
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"`path` must be a whole file of a gaze, got {str(path)!r}: {error}") from error
     _check_version(facts, path)
+    if missing := [name for name in ("scales", *_NUMBERS) if name not in facts]:
+        raise ValueError(f"`path` must be a whole file of a gaze, got {str(path)!r} without {', '.join(missing)}")
     masks = [tensors.pop(key) for key in sorted((key for key in tensors if key.startswith(_MASK)), key=_number_of)]
     scales = [tuple(scale) if isinstance(scale, list) else scale for scale in facts["scales"]]
-    return kind(**tensors, gazing_mask=masks, scales=scales, **{name: facts[name] for name in _NUMBERS})
+    try:
+        return kind(**tensors, gazing_mask=masks, scales=scales, **{name: facts[name] for name in _NUMBERS})
+    except TypeError as error:
+        raise ValueError(
+            f"`path` must be a whole file of a gaze, got {str(path)!r} with the tensors {', '.join(tensors)}"
+        ) from error
 
 
 class GazeFileWriter:
@@ -263,15 +270,15 @@ class GazeFile:
             from .gazing_autogaze import GazeOutput as kind
         try:
             facts = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`path` must be a gaze.json, got {str(path)!r}: {error}") from error
         _check_version(facts, path)
         _check_fields(facts, path)
+        records = facts.pop("records")
         try:
-            records = facts.pop("records")
             return cls(_gaze_of_records(kind, records, facts), records, facts)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"`path` must be a whole gaze.json, got {str(path)!r} without {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`path` must be a whole gaze.json, got {str(path)!r}: {error}") from error
 
     def frame_at(self, time: float) -> int:
         """
@@ -286,7 +293,7 @@ class GazeFile:
         Raises:
             ValueError: if the file has no times of frames.
         """
-        times = self.facts["frame_times"]
+        times = self.facts.get("frame_times")
         if times is None:
             raise ValueError(
                 f"`time` needs the times of frames, got {time} for a video without time stamps; use `frame_indices`"
@@ -312,7 +319,12 @@ def _gaze_of_records(
 
 
 def _check_fields(facts: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Checks the types of the fields of a file; a missing field is reported where it is needed."""
+    """Checks that the fields that a gaze needs are there, and the types of all fields."""
+
+    def require(holder: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
+        if missing := [field for field in fields if field not in holder]:
+            names = ", ".join(f"`{where}{field}`" for field in missing)
+            raise ValueError(f"`path` must be a whole gaze.json, got {str(path)!r} without {names}")
 
     def check(holder: Mapping[str, Any], key: str, field: str, kind: str) -> None:
         if key not in holder or (holder[key] is None and kind.endswith("?")) or _KINDS[kind.rstrip("?")](holder[key]):
@@ -323,14 +335,17 @@ def _check_fields(facts: Mapping[str, Any], path: str | os.PathLike) -> None:
     for field, kind in _FIELDS.items():
         part, _, key = field.rpartition(".")
         check(facts.get(part, {}) if part else facts, key, field, kind)
-    for number, record in enumerate(facts.get("records", ())):
+    require(facts, ("grid", "frame_indices", "records"), "")
+    require(facts["grid"], ("scales", "patch_size", "frame_sampling_rate"), "grid.")
+    for number, record in enumerate(facts["records"]):
         if not isinstance(record, dict):
             raise ValueError(
                 f"`records[{number}]` of {str(path)!r} must be of the type object, got {repr(record)[:80]}"
             )
         for key, kind in _RECORD_FIELDS.items():
             check(record, key, f"records[{number}].{key}", kind)
-    indices, times = facts.get("frame_indices", ()), facts.get("frame_times")
+        require(record, ("frame", "order", "id"), f"records[{number}].")
+    indices, times = facts["frame_indices"], facts.get("frame_times")
     if times is not None and len(times) != len(indices):
         raise ValueError(
             f"`frame_times` of {str(path)!r} must be one for each of the {len(indices)} frames, got {len(times)}"
@@ -342,12 +357,21 @@ def _check_version(facts: Any, path: str | os.PathLike) -> None:
         isinstance(facts, dict) and isinstance(facts.get("version"), int) and facts.get("format", FORMAT) == FORMAT
     )
     if not is_ours:
-        raise ValueError(f"`path` must be a gaze that this package wrote, got {str(path)!r}")
+        raise ValueError(f"`path` must be a gaze that this package wrote, got {str(path)!r} with {_describe(facts)}")
     if facts["version"] > FORMAT_VERSION:
         raise ValueError(
             f"`path` must be a gaze of version {FORMAT_VERSION} or before, got {facts['version']} in {str(path)!r}; a newer "
             "transformers-autogaze reads it"
         )
+
+
+def _describe(facts: Any) -> str:
+    """Describes the content of a file in a few words, for messages."""
+    if not isinstance(facts, dict):
+        return "no facts about a gaze" if facts is None else f"a {type(facts).__name__}"
+    if facts.get("format", FORMAT) != FORMAT:
+        return f"the format {str(facts['format'])[:80]!r} instead of {FORMAT!r}"
+    return f"the version {str(facts.get('version'))[:80]} instead of a whole number"
 
 
 def _number_of(key: str) -> int:

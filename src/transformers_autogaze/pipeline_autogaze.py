@@ -30,7 +30,7 @@ from .gazing_autogaze import GazeOutput
 from .grid_autogaze import GazeGrid
 from .processing_autogaze import AutoGazeProcessor
 from .selection_autogaze import GazeSelector, check_names, resize_frames
-from .token_budgets_autogaze import ClipBudget  # noqa: F401
+from .token_budgets_autogaze import check_budgets
 from .video_processing_autogaze import AutoGazeVideoProcessor  # noqa: F401 (see modeling_autogaze)
 from .video_sources_autogaze import resolve_source  # noqa: F401 (see modeling_autogaze)
 
@@ -228,6 +228,7 @@ class VideoTokenPruningPipeline(Pipeline):
         check_names(
             'pipeline("video-token-pruning")', unknown, [self._sanitize_parameters], ("batch_size", "num_workers")
         )
+        check_budgets(gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip)
         # Only given arguments, so that others do not override the pipeline's defaults.
         return _without_none(preprocess), _without_none(forward), {}
 

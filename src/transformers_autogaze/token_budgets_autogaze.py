@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -97,9 +97,7 @@ def read_token_budget(
     clip_ratio, tokens_per_clip, tokens_per_second, frame_rate = map(
         _plain, (clip_ratio, tokens_per_clip, tokens_per_second, frame_rate)
     )
-    given = [name for name, value in budgets.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"only one of {', '.join(f'`{name}`' for name in budgets)} can be given, got {given}")
+    _check_single(budgets)
     if (frame_rate is None) != (tokens_per_second is None):
         raise ValueError(
             f"`tokens_per_second` and `frame_rate` must be given together, got {tokens_per_second} and {frame_rate}"
@@ -109,8 +107,7 @@ def read_token_budget(
         return ClipBudget(max(1, math.floor(clip_ratio * num_frames * grid.num_patches_each_scale[-1] + 1e-6)))
     if tokens_per_clip is not None:
         most = num_frames * grid.num_patches
-        is_whole = isinstance(tokens_per_clip, Integral) and not isinstance(tokens_per_clip, bool)
-        if not is_whole or not 1 <= tokens_per_clip <= most:
+        if not _is_whole(tokens_per_clip) or not 1 <= tokens_per_clip <= most:
             raise ValueError(
                 f"`tokens_per_clip` must be a whole number in 1..{most}, all patches of {num_frames} frames, got "
                 f"{tokens_per_clip!r}"
@@ -122,6 +119,59 @@ def read_token_budget(
         rate = frame_rate / tubelet_size
         return StreamBudget(tokens_per_second / rate, max(1, round(WINDOW_SECONDS * rate)))
     return None
+
+
+def check_budgets(
+    gazing_ratio: Any = None,
+    task_loss_requirement: Any = None,
+    clip_ratio: Any = None,
+    tokens_per_clip: Any = None,
+    tokens_per_second: Any = None,
+) -> None:
+    """
+    Checks budgets and a threshold as far as no selector and no clip is needed: their types and ranges.
+
+    Args:
+        gazing_ratio, task_loss_requirement, clip_ratio, tokens_per_clip, tokens_per_second (*optional*):
+            As in [`~GazeSelector.generate`] and [`stream_gaze`].
+
+    Raises:
+        ValueError: if one of them is out of range for every selector and every clip, or more than one budget is given.
+
+    Example:
+
+    ```python
+    >>> from transformers_autogaze.token_budgets_autogaze import check_budgets
+
+    >>> check_budgets(clip_ratio=2)
+    Traceback (most recent call last):
+    ValueError: `clip_ratio` must be above 0 and at most 1, the share of a dense encoder's tokens, got 2
+
+    ```
+    """
+    budgets = {
+        "gazing_ratio": gazing_ratio,
+        "clip_ratio": clip_ratio,
+        "tokens_per_clip": tokens_per_clip,
+        "tokens_per_second": tokens_per_second,
+    }
+    if gazing_ratio is not None:
+        _read_shares(gazing_ratio)
+    if task_loss_requirement is not None:
+        _read_thresholds(task_loss_requirement)
+    check_clip_ratio(_plain(clip_ratio))
+    if tokens_per_clip is not None and (not _is_whole(_plain(tokens_per_clip)) or _plain(tokens_per_clip) < 1):
+        raise ValueError(f"`tokens_per_clip` must be a whole number of at least 1, got {tokens_per_clip!r}")
+    if tokens_per_second is not None:
+        check_rate("tokens_per_second", _plain(tokens_per_second))
+    _check_single(budgets)
+
+
+def _check_single(budgets: Mapping[str, Any]) -> None:
+    """Raises a ValueError if more than one budget is given."""
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"only one of {', '.join(f'`{name}`' for name in budgets)} can be given, got {given}")
 
 
 def check_clip_ratio(clip_ratio: Any) -> None:
@@ -181,6 +231,10 @@ def read_number(name: str, value: object) -> float:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:
@@ -314,14 +368,12 @@ def budget_each_frame(
     Raises:
         ValueError: if a ratio is not in 0..1, or there are not one or `frames` of them.
     """
-    ratio = _read_numbers("gazing_ratio", gazing_ratio).cpu()
+    ratio = _read_shares(gazing_ratio)
     if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != num_frames):
         raise ValueError(
             f"`gazing_ratio` must be one number or one for each of the {num_frames} frames, got the shape "
             f"{tuple(ratio.shape)}"
         )
-    if not ((ratio >= 0) & (ratio <= 1)).all():
-        raise ValueError(f"`gazing_ratio` must lie in 0..1, the share of patches to keep, got {gazing_ratio}")
     return (ratio * num_patches + 1e-6).floor().clamp(min=1).long().expand(num_frames)
 
 
@@ -344,9 +396,7 @@ def threshold_each_frame(
     Raises:
         ValueError: if the shape is none of these or a number is NaN.
     """
-    threshold = _read_numbers("task_loss_requirement", task_loss_requirement)
-    if threshold.isnan().any():
-        raise ValueError(f"`task_loss_requirement` must be numbers, got NaN in {task_loss_requirement}")
+    threshold = _read_thresholds(task_loss_requirement)
     if threshold.shape == (batch_size,) and batch_size != num_frames:
         threshold = threshold[:, None]
     allowed = [(), (1,), (num_frames,), (1, num_frames), (batch_size, 1), (batch_size, num_frames)]
@@ -356,6 +406,22 @@ def threshold_each_frame(
             f"the {batch_size} clips, or both, got the shape {tuple(threshold.shape)}"
         )
     return threshold.expand(batch_size, num_frames)
+
+
+def _read_shares(gazing_ratio: Any) -> torch.Tensor:
+    """Reads shares of patches, on the CPU; raises a ValueError if one is not in 0..1."""
+    ratio = _read_numbers("gazing_ratio", gazing_ratio).cpu()
+    if not ((ratio >= 0) & (ratio <= 1)).all():
+        raise ValueError(f"`gazing_ratio` must lie in 0..1, the share of patches to keep, got {gazing_ratio}")
+    return ratio
+
+
+def _read_thresholds(task_loss_requirement: Any) -> torch.Tensor:
+    """Reads thresholds; raises a ValueError if one is NaN."""
+    threshold = _read_numbers("task_loss_requirement", task_loss_requirement)
+    if threshold.isnan().any():
+        raise ValueError(f"`task_loss_requirement` must be numbers, got NaN in {task_loss_requirement}")
+    return threshold
 
 
 def _read_numbers(name: str, value: Any) -> torch.Tensor:

@@ -6,6 +6,7 @@ module of the given command is imported.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,7 +25,7 @@ COMMANDS = {
         "compare selectors, by rebuilt pixels or by the features that an encoder preserves",
         "transformers_autogaze.cli.evaluate",
     ),
-    "label": ("label videos by greedy search, for later training", "transformers_autogaze.cli.label"),
+    "label": ("label videos by greedy search, for later training", "transformers_autogaze_cli.label"),
     "train": ("train a model on labels (stage 1)", "transformers_autogaze.cli.train"),
     "train-grpo": (
         "train a model further on gazes that it samples itself (stage 2)",
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: exit status, 0 for success and 2 for invalid input.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Training loads peft, and peft bitsandbytes, which reports a missing kernel for 4-bit weights. No command uses these.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         options = _parser(arguments[0] if arguments else None).parse_args(arguments)
         return options.run(options) or 0

@@ -57,3 +57,30 @@ def add_device(parser: Any) -> None:
         metavar="DEVICE",
         help="device to compute on; if not given, cuda if it is available, or else cpu",
     )
+
+
+def task_arguments() -> argparse.ArgumentParser:
+    """Makes a parent parser with the arguments of the task of labels and rewards, `transformers_autogaze.training.task`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--task",
+        choices=["pixels", "features"],
+        default="pixels",
+        help="loss that patches minimise: of reconstructed pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
+        "their variance that a frame loses, 0..1",
+    )
+    parser.add_argument(
+        "--feature-model",
+        type=nonempty_string,
+        metavar="DIR",
+        help="selector distilled from the encoder, for --task features; if not given, the package's selector distilled from "
+        "DINOv2",
+    )
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text, unless there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)

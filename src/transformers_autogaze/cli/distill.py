@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers_autogaze_cli.arguments import add_command, nonempty_path, nonempty_string
+from transformers_autogaze_cli.arguments import HelpFormatter, add_command, nonempty_path, nonempty_string
 
 from ..hub.checkpoints import check_weights_files
 from ..training.distill import distill
 from ..training.distillation import DistillationArguments
+from ..training.teachers import check_encoder
 from ..utils.output_files import check_not_inputs
 from .dataclass_arguments import check_output, dataclass_arguments, from_arguments
 
@@ -20,7 +21,7 @@ def add_commands(commands: Any) -> None:
         "distill",
         parents=[dataclass_arguments(DistillationArguments)],
         usage="autogaze distill ENCODER VIDEOS_OR_PICTURES ... -o DIR [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     command.add_argument(
         "encoder",
@@ -44,6 +45,7 @@ def add_commands(commands: Any) -> None:
 def _distill(options: argparse.Namespace) -> None:
     args = from_arguments(DistillationArguments, options)
     check_output(args.output_dir, options.encoder)
+    check_encoder(options.encoder, "ENCODER")
     if options.credits is not None:
         check_not_inputs([Path(args.output_dir) / "README.md"], [options.credits])
     if args.resume_from_checkpoint is not None:

@@ -20,6 +20,7 @@ from ..evaluation.feature_report import LABELS, fraction
 from ..evaluation.plots import check_matplotlib
 from ..evaluation.report import CURVES
 from ..hub.checkpoints import check_device
+from ..token_budgets_autogaze import check_budgets
 from ..utils.output_files import check_folder, check_not_inputs
 from .evaluate_features import evaluate_on_features
 from .evaluate_pixels import evaluate_on_pixels
@@ -150,6 +151,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, default in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
+    _check_ranges(options)
     check_folder(options.output)
     check_not_inputs([options.output / name for name in _FILES], options.inputs)
     check_matplotlib()
@@ -158,3 +160,19 @@ def _evaluate(options: argparse.Namespace) -> None:
         evaluate_on_pixels(options)
     else:
         evaluate_on_features(options)
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
+    """Checks budgets and thresholds before a video is opened or a model is loaded."""
+    for name in ("gazing_ratio", "clip_ratio", "task_loss_requirement"):
+        for value in getattr(options, name) or ():
+            check_budgets(**{name: value})
+    most = options.max_gazing_ratio
+    if most is not None and not 0 <= most <= 1:
+        raise ValueError(f"`--max-gazing-ratio` must lie in 0..1, the share of patches to keep, got {most:g}")
+    for threshold in options.task_loss_requirement if options.encoder is not None else ():
+        if not 0 <= threshold <= 1:
+            raise ValueError(
+                "`--task-loss-requirement` must lie in 0..1 with `--encoder`, the share of the variance of features that a frame "
+                f"may lose, got {threshold:g}"
+            )

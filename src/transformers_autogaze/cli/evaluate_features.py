@@ -25,13 +25,12 @@ from ..evaluation.feature_selectors import (
 from ..grid_autogaze import GazeGrid
 from ..hub.checkpoints import load_encoder, load_selector
 from ..integrations.vision import GazeVisionModel
+from ..utils.video_files import check_videos, is_url
 
 
 def evaluate_on_features(options: argparse.Namespace) -> None:
     """Measures the chosen selectors, reuses earlier results of the same folder, and writes tables and curves."""
-    folder, videos = None, options.inputs
-    if os.path.isdir(videos[0]) or (videos[0] in SELECTORS and not os.path.exists(videos[0])):
-        folder, *videos = videos
+    folder, videos = _split_inputs(options.inputs)
     num_clips = count_clips(videos, options.sampling, options.num_frames, options.max_clips)
     model, processor = load_encoder(options.encoder, getattr(torch, options.dtype))
     tower = model.vision_model
@@ -54,6 +53,22 @@ def evaluate_on_features(options: argparse.Namespace) -> None:
     written = [results.path, *write_feature_report(results.rows, options.output, about, dense_tokens)]
     print((options.output / "results.md").read_text(encoding="utf-8"))
     print("written: " + ", ".join(map(str, written)))
+
+
+def _split_inputs(inputs: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """Returns the model, if one is given, and the videos."""
+    first, *others = inputs
+    is_model = os.path.isdir(first) or (first in SELECTORS and not os.path.exists(first))
+    if not is_model and not is_url(first) and not os.path.exists(first):
+        raise FileNotFoundError(
+            "with `--encoder`, the first argument must be a MODEL, a folder or one of "
+            f"{', '.join(SELECTORS)}, or a VIDEO, a file or an http(s) URL, but there is neither a model nor a video {first!r}"
+        )
+    if is_model and not others:
+        raise ValueError(f"at least one VIDEO must be given, got only the MODEL {first!r}")
+    videos = others if is_model else inputs
+    check_videos(videos)
+    return (first if is_model else None), videos
 
 
 def _collect_settings(

@@ -9,6 +9,7 @@ from ..evaluation.report import markdown_tables, write_report
 from ..evaluation.selectors import baseline_selectors
 from ..frame_decoding_autogaze import stream_video
 from ..hub.checkpoints import load_selector
+from ..utils.video_files import check_videos
 
 
 def evaluate_on_pixels(options: argparse.Namespace) -> None:
@@ -18,6 +19,7 @@ def evaluate_on_pixels(options: argparse.Namespace) -> None:
         raise ValueError(f"a MODEL and at least one VIDEO must be given, got only {name}")
     settings = [GazeSetting(ratio) for ratio in options.gazing_ratio]
     settings += [GazeSetting(options.max_gazing_ratio, loss) for loss in options.task_loss_requirement]
+    check_videos(videos)
     for video in videos:
         stream_video(video)  # A video that cannot be read is reported before the model is loaded.
     model, processor = load_selector(name, argument="MODEL")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from ..processing_autogaze import AutoGazeProcessor
 from ..pruning.opened_video import OpenedVideo
 from ..pruning.video_pruning import FILES, GAZE_FILE, OVERLAY, VideoPruning, prune_video
 from ..selection_autogaze import GazeSelector
-from ..training.videos import find_videos
+from ..token_budgets_autogaze import check_budgets
 from ..utils.output_files import check_folder, check_not_inputs
+from ..utils.video_files import find_videos, is_url
 from ..video.demo import render_demo_clip
 from ..video.writing import write_video
 
@@ -32,6 +32,7 @@ _SETTINGS = ("clip_ratio", "tokens_per_second", "gazing_ratio", "task_loss_requi
 
 def demo(options: argparse.Namespace) -> int:
     """Runs `autogaze demo`."""
+    _check_budgets(options)
     check_folder(options.output)
     with tempfile.TemporaryDirectory() as folder:
         # The clip is not kept, since it is part of the overlay and could replace a file of the user.
@@ -53,6 +54,7 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
         `int`: exit status; 2 where one of several videos failed.
     """
     check_frames(options)
+    _check_budgets(options)
     videos = _name_videos(options.videos)
     is_single = len(videos) == 1
     folders = [options.output if is_single else options.output / name for name in videos.values()]
@@ -76,6 +78,10 @@ def prune(options: argparse.Namespace, titles: Sequence[str] | None = None) -> i
     return status
 
 
+def _check_budgets(options: argparse.Namespace) -> None:
+    check_budgets(**{setting: getattr(options, setting) for setting in _SETTINGS})
+
+
 def _prune_video(
     video: OpenedVideo,
     loaded: tuple[GazeSelector, AutoGazeProcessor],
@@ -84,17 +90,18 @@ def _prune_video(
     title: str,
     folder: Path,
 ) -> None:
+    pruning = prune_video(
+        video,
+        *loaded,
+        tiles=options.tiles,
+        max_tiles=options.max_tiles,
+        **{setting: getattr(options, setting) for setting in _SETTINGS},
+        title=title,
+        selector_name=selector_name,
+        progress=lambda done, _: bar.update(done - bar.n),
+    )
+    # The bar is opened once every argument is checked.
     with tqdm(total=len(video), unit="frame", desc="pruning") as bar:
-        pruning = prune_video(
-            video,
-            *loaded,
-            tiles=options.tiles,
-            max_tiles=options.max_tiles,
-            **{setting: getattr(options, setting) for setting in _SETTINGS},
-            title=title,
-            selector_name=selector_name,
-            progress=lambda done, _: bar.update(done - bar.n),
-        )
         start = time.perf_counter()
         pruning.save(folder, overlay=not options.no_overlay, timeline=options.timeline)
         seconds = time.perf_counter() - start
@@ -106,20 +113,19 @@ def _name_videos(inputs: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for item in inputs:
-        is_url = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", item) is not None
-        if not is_url and not os.path.exists(item):
+        if not is_url(item) and not os.path.exists(item):
             raise FileNotFoundError(
                 f"VIDEO must be a video file, a folder of videos or an http(s) URL, but there is no {item!r}"
             )
         if os.path.isdir(item):
-            paths = [path for path in map(Path, find_videos(Path(item))) if not _is_overlay(path)]
+            paths = [path for path in map(Path, find_videos(Path(item), "VIDEO folder")) if not _is_overlay(path)]
             if not paths:
                 raise ValueError(
                     f"VIDEO folder {item!r} must hold videos other than those that an earlier run wrote, found none"
                 )
             found = {str(path): str(path.relative_to(item).with_suffix("")) for path in paths}
         else:
-            path = urlsplit(item).path if is_url and not os.path.exists(item) else item
+            path = urlsplit(item).path if is_url(item) and not os.path.exists(item) else item
             found = {item: Path(path[-_MAX_NAME:]).stem or "video"}
         for video, name in found.items():
             if video in names:

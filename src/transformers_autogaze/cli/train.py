@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, Trainer, set_seed
 
-from transformers_autogaze_cli.arguments import add_command, nonempty_path
+from transformers_autogaze_cli.arguments import HelpFormatter, add_command, nonempty_path, task_arguments
 
 from ..configuration_autogaze import AutoGazeConfig
 from ..hub.checkpoints import load_selector
@@ -18,8 +18,9 @@ from ..training.label_files import read_labels
 from ..training.ntp import AutoGazeTrainer, AutoGazeTrainingArguments
 from ..training.videos import VideoCollection
 from ..utils.output_files import replacing
+from ..utils.video_files import find_videos
 from .dataclass_arguments import check_output, dataclass_arguments, from_arguments
-from .training_inputs import clip_arguments, load_clips, load_model, load_task, task_arguments
+from .training_inputs import clip_arguments, load_clips, load_model, load_task
 
 
 def add_commands(commands: Any) -> None:
@@ -33,7 +34,7 @@ def add_commands(commands: Any) -> None:
             dataclass_arguments(AutoGazeTrainingArguments, BudgetSchedule, ClipAugmentation),
         ],
         usage="autogaze train VIDEOS -o DIR [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     train.add_argument(
         "--num-multi-token-pred",
@@ -60,13 +61,16 @@ def add_commands(commands: Any) -> None:
             dataclass_arguments(AutoGazeGRPOConfig, ClipAugmentation),
         ],
         usage="autogaze train-grpo VIDEOS --model DIR -o DIR [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     train_grpo.set_defaults(run=_train_grpo)
 
 
 def _check_start(options: argparse.Namespace) -> None:
-    """Checks the initial checkpoint and the output folder."""
+    """Checks the folders of videos, the initial checkpoint and the output folder."""
+    find_videos(options.videos, "VIDEOS")
+    if options.eval_videos is not None:
+        find_videos(options.eval_videos, "`--eval-videos`")
     check_output(options.output_dir, options.model)
     if options.resume_from_checkpoint is not None:
         load_selector(options.resume_from_checkpoint, [AutoGazeConfig], "--resume-from-checkpoint")

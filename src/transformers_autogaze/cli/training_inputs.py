@@ -35,26 +35,6 @@ def clip_arguments(model_help: str) -> argparse.ArgumentParser:
     return parser
 
 
-def task_arguments() -> argparse.ArgumentParser:
-    """Makes a parent parser with the arguments of a [`GazeTask`]."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--task",
-        choices=["pixels", "features"],
-        default="pixels",
-        help="loss that patches minimise: of reconstructed pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
-        "their variance that a frame loses, 0..1",
-    )
-    parser.add_argument(
-        "--feature-model",
-        type=nonempty_string,
-        metavar="DIR",
-        help="selector distilled from the encoder, for --task features; if not given, the package's selector distilled from "
-        "DINOv2",
-    )
-    return parser
-
-
 def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
     """Makes the task of the arguments."""
     if options.task == "pixels":

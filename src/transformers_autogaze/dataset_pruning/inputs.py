@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..training.videos import VIDEO_SUFFIXES
+from ..utils.video_files import VIDEO_SUFFIXES
 
 
 PLAN = pa.schema([("identity", pa.string()), ("address", pa.string()), ("row", pa.int64()), ("group", pa.int64())])

@@ -15,6 +15,7 @@ from ..hub.checkpoints import load_selector
 from ..processing_autogaze import AutoGazeProcessor
 from ..pruning.video_pruning import VideoPruning, prune_video
 from ..selection_autogaze import GazeSelector
+from ..token_budgets_autogaze import check_budgets
 from ..video.writing import write_video
 
 
@@ -65,6 +66,12 @@ class PruneSettings:
         Raises:
             ValueError: if there is no such selector, or a setting is out of range or not supported by the selector.
         """
+        check_budgets(
+            gazing_ratio=self.gazing_ratio,
+            task_loss_requirement=self.task_loss_requirement,
+            clip_ratio=self.clip_ratio,
+            tokens_per_second=self.tokens_per_second,
+        )
         selector, processor = self.load()
         with tempfile.TemporaryDirectory() as folder:
             # The clip has two frames, whatever `num_frames` is; a video with too few frames gets a row with its error.

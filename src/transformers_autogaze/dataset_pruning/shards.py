@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..utils.json_files import describe_json, read_json_object
 from ..utils.output_files import check_folder, lock_file, replacing
 from .samples import join_samples
 
@@ -100,7 +101,7 @@ class PrunedFolder:
 
     def finished(self) -> set[str]:
         """Returns the names of the videos whose rows are in shards."""
-        return {name for shard in self.shards for name in pq.read_table(shard, columns=["identity"])[0].to_pylist()}
+        return {name for shard in self.shards for name in read_shard(shard, ["identity"])[0].to_pylist()}
 
     def waiting(self) -> set[str]:
         """Returns the keys (see [`key_of`]) of the videos whose rows are not in a shard yet."""
@@ -124,13 +125,11 @@ class PrunedFolder:
                     f"OUTPUT must be a folder that is new or of an earlier run, but {str(path)!r} is missing"
                 )
             return
-        try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            version, made_with = contents["version"], contents["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"OUTPUT: {str(path)!r} must be a file of an earlier run, but reading it gave {error}"
-            ) from error
+        where, expected = f"OUTPUT: {str(path)!r}", "the settings of an earlier run"
+        contents = read_json_object(path, where, expected, ["version", "settings"])
+        version, made_with = contents["version"], contents["settings"]
+        if not isinstance(made_with, dict):
+            raise ValueError(f"{where} must hold {expected}, got {describe_json(made_with)} as 'settings'")
         if version != _VERSION:
             raise ValueError(
                 f"OUTPUT: {str(path)!r} must be of version {_VERSION}, got {version}; give another folder"
@@ -236,6 +235,35 @@ def write_shard(folder: Path, number: int, identities: Sequence[str]) -> None:
         _remove_files(unfinished, key)
 
 
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """
+    Reads a shard.
+
+    Args:
+        path (`Path`): the shard.
+        columns (`Sequence[str]`, *optional*): the columns to read; all by default.
+
+    Returns:
+        `pa.Table`
+
+    Raises:
+        ValueError: if the file is no Parquet table, or has not the columns of a shard.
+    """
+    wanted = ROWS.names if columns is None else list(columns)
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"shard {str(path)!r} must be a whole Parquet table, but reading it gave {error}") from error
+    with file:
+        found = file.schema_arrow.names
+        if missing := [name for name in wanted if name not in found]:
+            raise ValueError(
+                f"shard {str(path)!r} must have the columns that `autogaze prune-dataset` writes, but {', '.join(missing)} are "
+                f"missing; it has {', '.join(found)}"
+            )
+        return file.read(columns=wanted)
+
+
 def read_rows(folder: str | os.PathLike, columns: Sequence[str] | None = None) -> pa.Table:
     """
     Reads the rows of an output folder, sorted by `identity`.
@@ -248,13 +276,13 @@ def read_rows(folder: str | os.PathLike, columns: Sequence[str] | None = None) -
         `pa.Table`
 
     Raises:
-        ValueError: if the folder has no shard.
+        ValueError: if the folder has no shard, or one cannot be read.
     """
     shards = find_shards(folder)
     if not shards:
         raise ValueError(f"`folder` must hold shards that `autogaze prune-dataset` wrote, got {str(folder)!r}")
     wanted = None if columns is None else list(dict.fromkeys([*columns, "identity"]))
-    table = pa.concat_tables([pq.read_table(shard, columns=wanted) for shard in shards])
+    table = pa.concat_tables([read_shard(shard, wanted) for shard in shards])
     table = table.take(pc.sort_indices(table, sort_keys=[("identity", "ascending")]))
     return table if columns is None else table.select(list(columns))
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .shards import find_shards
+from .shards import find_shards, read_shard
 
 
 _COLUMNS = ["error", "duration", "num_frames", "num_patches", "reduction_factor"]
@@ -48,7 +47,7 @@ class DatasetSummary:
         """Adds up the shards of a folder; `num_done` and `seconds` are those of the run that ends."""
         summary = cls(folder, num_done=num_done, seconds=seconds)
         for shard in find_shards(folder):
-            summary._add(pq.read_table(shard, columns=_COLUMNS))
+            summary._add(read_shard(shard, _COLUMNS))
         return summary
 
     def _add(self, rows: pa.Table) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from ..integrations.vision import GazeVisionModel
+from ..utils.json_files import describe_json, read_json_object
 from ..utils.output_files import replacing
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .feature_clips import FeatureClip
@@ -306,16 +307,24 @@ class FeatureResults:
         """Mean and variance of dense features that scores are relative to, by sampling of the clips."""
         if not self.path.exists():
             return
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            before, columns, rows, statistics = (content[key] for key in ("settings", "columns", "rows", "statistics"))
-            self.statistics = {sampling: FeatureStatistics(*values) for sampling, values in statistics.items()}
-            if tuple(columns) != _COLUMNS:
-                raise ValueError(f"its columns are {columns}")
-            self.rows = [FeatureRow(*row) for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
+        expected = "results of such a comparison, to be resumed (choose another folder, or delete it)"
+        kinds = {"settings": dict, "statistics": dict, "columns": list, "rows": list}
+        content = read_json_object(self.path, str(self.path), expected, kinds)
+        for key, kind in kinds.items():
+            if not isinstance(content[key], kind):
+                raise ValueError(f"{self.path} must hold {expected}, got {describe_json(content[key])} as {key!r}")
+        before = content["settings"]
+        if tuple(content["columns"]) != _COLUMNS:
             raise ValueError(
-                f"{self.path} must hold results of such a comparison to be resumed; choose another folder, or delete it"
+                f"{self.path} must hold {expected}, with the columns {_COLUMNS}, got {content['columns']}"
+            )
+        try:
+            self.statistics = {key: FeatureStatistics(*values) for key, values in content["statistics"].items()}
+            self.rows = [FeatureRow(*row) for row in content["rows"]]
+        except TypeError as error:
+            raise ValueError(
+                f"{self.path} must hold {expected}, with {len(_COLUMNS)} values in each row and a mean and a variance for each "
+                "sampling, got others"
             ) from error
         for key in {**before, **self.settings}:
             if before.get(key) != self.settings.get(key):

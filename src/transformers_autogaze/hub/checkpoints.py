@@ -27,7 +27,7 @@ from ..evaluation.feature_clips import encoder_normalization
 from ..feature_network_autogaze import FeatureGazeConfig
 from ..greedy_autogaze import GreedyGazeConfig
 from ..integrations.vision import GazeVisionModel
-from ..integrations.vision_adapters import ADAPTERS
+from ..integrations.vision_adapters import ADAPTERS, find_tower
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import GazeSelector
 from ..video_processing_autogaze import AutoGazeVideoProcessor
@@ -157,19 +157,49 @@ def load_encoder(
             file cannot be read.
     """
     name = _find(name, argument)
-    config = load_config(name, argument)
-    vision_config = getattr(config, "vision_config", None)
-    config = vision_config if getattr(vision_config, "model_type", None) in ADAPTERS else config
-    if config.model_type not in ADAPTERS:
-        # An unsupported architecture is reported before the weights are loaded.
-        _read_part(
-            name, argument, "model", lambda: GazeVisionModel(AutoModel.from_config(config, trust_remote_code=False))
-        )
+    config = load_tower_config(name, argument)
     tower = GazeVisionModel(load_complete(AutoModel, name, config, argument, dtype, _UNUSED_WEIGHTS))
     processor = _read_part(
         name, argument, "image processor", lambda: encoder_normalization(name, tower.config.model_type)
     )
     return tower.eval().requires_grad_(False), processor
+
+
+def load_tower_config(
+    name: str | os.PathLike, argument: str = "--encoder", others: Iterable[str] = ()
+) -> PreTrainedConfig:
+    """
+    Loads the configuration of a vision tower, to report an unsupported one before the weights are loaded.
+
+    Args:
+        name (`str` or `os.PathLike`): a folder or a repository of the Hub; of a vision-language model, the vision model counts.
+        argument (`str`, *optional*, defaults to `"--encoder"`): name of the argument in messages.
+        others (`Iterable[str]`, *optional*): model types that the caller supports besides towers.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`] of the tower, or of the whole model if its type is one of `others`.
+
+    Raises:
+        ValueError: if the checkpoint does not exist, or has no tower of a supported family.
+    """
+    name, others = _find(name, argument), tuple(others)
+    config = load_config(name, argument)
+    vision_config = getattr(config, "vision_config", None)
+    if config.model_type in others:
+        return config
+    if getattr(vision_config, "model_type", None) in ADAPTERS:
+        return vision_config
+    if config.model_type not in ADAPTERS:
+        make = functools.partial(AutoModel.from_config, config, trust_remote_code=False)
+        model = _read_part(name, argument, "model", make)
+        try:
+            find_tower(model)
+        except ValueError:
+            raise ValueError(
+                f"`{argument}` must be an encoder of one of the families {', '.join((*ADAPTERS, *others))}, but {name!r} has the "
+                f"model type {config.model_type!r}"
+            ) from None
+    return config
 
 
 def load_config(name: str | os.PathLike, argument: str) -> PreTrainedConfig:

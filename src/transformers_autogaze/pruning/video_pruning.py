@@ -18,7 +18,7 @@ from ..gaze_pictures_autogaze import contact_sheet, name_scales, stack_pictures
 from ..gazing_autogaze import GazeOutput
 from ..processing_autogaze import AutoGazeProcessor
 from ..selection_autogaze import GazeSelector
-from ..token_budgets_autogaze import read_number
+from ..token_budgets_autogaze import check_budgets, read_number
 from ..utils.output_files import replacing_files
 from ..video.streaming import GazeChunk, next_frames, stream_gaze
 from ..video.tiles import FRAME_RATE, to_levels
@@ -129,6 +129,7 @@ def prune_video(
         "task_loss_requirement": task_loss_requirement,
     }
     settings = {name: read_number(name, value) for name, value in given.items() if value is not None}
+    check_budgets(**settings)
     if title is None and isinstance(source, (str, os.PathLike)):
         title = source
     video = source if isinstance(source, OpenedVideo) else OpenedVideo(source, num_frames, fps)

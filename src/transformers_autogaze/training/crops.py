@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..frame_decoding_autogaze import read_video, stream_video
-from .videos import VIDEO_SUFFIXES
+from ..utils.video_files import VIDEO_SUFFIXES
 
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..grid_autogaze import GazeGrid
+from ..utils.json_files import describe_json, parse_json, read_json_object
 from ..utils.output_files import lock_file, replacing
 
 
 _SETTINGS, _SIZE = "settings", "file_size"
+_EXPECTED_UNFINISHED = "the labels of an unfinished run, which is resumed (give another file, or delete it)"
+_EXPECTED = 'labels, {video: {"gazing_pos": .., "task_losses": ..}}'
 
 
 class ClipLabels(NamedTuple):
@@ -95,7 +98,7 @@ def read_labels(
     for path in paths:
         file_labels, file_settings, sizes = _read(path)
         if not file_labels and not file_settings:
-            raise ValueError(f"`paths`: {str(path)!r} must hold labels, got none")
+            raise ValueError(f"label file {str(path)!r} must hold labels, got none")
         check_file_sizes(path, sizes, file_sizes or {})
         file_grid = grid or _grid_of(path, file_settings)
         if file_settings:
@@ -109,7 +112,7 @@ def read_labels(
     if len(lengths) > 1:
         (one, name), (other, other_name) = list(lengths.items())[:2]
         raise ValueError(
-            f"`paths` must hold clips with equal numbers of frames, got {one} of {name!r} and {other} of {other_name!r}"
+            f"label files must hold clips with equal numbers of frames, got {one} of {name!r} and {other} of {other_name!r}"
         )
     return labels
 
@@ -239,20 +242,31 @@ class UnfinishedLabels:
 
     def _read(self, settings: Mapping[str, Any]) -> None:
         """Reads the labels of an earlier run, and removes a last line that was cut off."""
+        where = f"label file {str(self.path)!r}"
         self.file.seek(0)
-        text = self.file.read()
+        try:
+            text = self.file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} must hold {_EXPECTED_UNFINISHED}, but it is no text: {error}") from error
         complete = text[: text.rfind("\n") + 1]
-        if len(complete) < len(text):
-            self.file.truncate(len(complete.encode()))
-        lines = [json.loads(line) for line in complete.splitlines()]
+        lines = [parse_json(line, where, _EXPECTED_UNFINISHED) for line in complete.splitlines()]
         if not lines:
+            self.file.truncate(0)
             self.file.write(json.dumps({_SETTINGS: settings}) + "\n")
             self.file.flush()
             return
-        file_settings = lines[0].get(_SETTINGS, {}) if isinstance(lines[0], dict) else {}
-        check_label_settings(self.path, file_settings, settings)
-        check_file_sizes(self.path, _sizes_of(dict(lines[1:])), self.file_sizes)
-        self.done = {name: ClipLabels(entry["gazing_pos"], entry["task_losses"]) for name, entry in lines[1:]}
+        head, *entries = lines
+        if not isinstance(head, dict) or not isinstance(head.get(_SETTINGS), dict):
+            raise ValueError(f"{where} must hold {_EXPECTED_UNFINISHED}, got {describe_json(head)} on the first line")
+        for entry in entries:
+            if not isinstance(entry, list) or len(entry) != 2:
+                raise ValueError(f"{where} must hold {_EXPECTED_UNFINISHED}, got {describe_json(entry)}")
+        labels = {name: _from_entry(where, name, entry) for name, entry in entries}
+        check_label_settings(self.path, head[_SETTINGS], settings)
+        check_file_sizes(self.path, _sizes_of(dict(entries)), self.file_sizes)
+        if len(complete) < len(text):
+            self.file.truncate(len(complete.encode()))
+        self.done = labels
 
 
 def _to_entry(name: str, labels: ClipLabels, file_sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -266,17 +280,23 @@ def _sizes_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, ClipLabels], dict[str, Any], dict[str, int]]:
     """Reads the labels, settings and video sizes of a file, each empty if the file has none."""
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        settings = entries.get(_SETTINGS, {})
-        settings = {} if "gazing_pos" in settings else entries.pop(_SETTINGS, {})
-        labels = {name: ClipLabels(clip["gazing_pos"], clip["task_losses"]) for name, clip in entries.items()}
-        return labels, settings, _sizes_of(entries)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'`paths`: {str(path)!r} must hold {{video: {{"gazing_pos": .., "task_losses": ..}}}}, but reading it '
-            f"gave {type(error).__name__}: {error}"
-        ) from error
+    where = f"label file {str(path)!r}"
+    entries = read_json_object(path, where, _EXPECTED)
+    settings = entries.get(_SETTINGS, {})
+    # A video can have this name as well.
+    if not (isinstance(settings, dict) and "gazing_pos" in settings):
+        settings = entries.pop(_SETTINGS, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f'{where} must hold an object as "{_SETTINGS}", got {describe_json(settings)}')
+    labels = {name: _from_entry(where, name, entry) for name, entry in entries.items()}
+    return labels, settings, _sizes_of(entries)
+
+
+def _from_entry(where: str, name: object, entry: Any) -> ClipLabels:
+    """Returns the labels of one video of a label file, whose frames are not checked."""
+    if not isinstance(name, str) or not isinstance(entry, dict) or not {"gazing_pos", "task_losses"} <= set(entry):
+        raise ValueError(f"{where} must hold {_EXPECTED}, got {describe_json(entry)} for {name!r}")
+    return ClipLabels(entry["gazing_pos"], entry["task_losses"])
 
 
 def _grid_of(path: str | os.PathLike, settings: Mapping[str, Any]) -> GazeGrid | None:
@@ -287,17 +307,17 @@ def _grid_of(path: str | os.PathLike, settings: Mapping[str, Any]) -> GazeGrid |
         return GazeGrid([tuple(size) for size in settings["scales"]], settings["patch_size"])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`paths`: {str(path)!r} must have the scales and patch size of a grid in its settings: {error}"
+            f"label file {str(path)!r} must have the scales and patch size of a grid in its settings: {error}"
         ) from error
 
 
 def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None:
     if not all(isinstance(part, list) and all(isinstance(frame, list) for frame in part) for part in labels):
-        raise ValueError(f"`paths`: {where} must hold a list of patches and one of losses for each frame")
+        raise ValueError(f"label file {where} must hold a list of patches and one of losses for each frame")
     counts = [[len(frame) for frame in part] for part in labels]
     if counts[0] != counts[1] or not counts[0] or min(counts[0]) < 1:
         raise ValueError(
-            f"`paths`: {where} must hold at least one patch for each frame and one loss for each patch, got "
+            f"label file {where} must hold at least one patch for each frame and one loss for each patch, got "
             f"{counts[0]} patches and {counts[1]} losses"
         )
     highest = math.inf if grid is None else grid.num_patches - 1
@@ -305,12 +325,12 @@ def _check_labels(where: str, labels: ClipLabels, grid: GazeGrid | None) -> None
         for id in ids:
             if type(id) is not int or not 0 <= id <= highest:
                 allowed = "whole numbers of at least 0" if grid is None else f"ids in 0..{highest}"
-                raise ValueError(f"`paths`: {where} must hold {allowed}, got {id!r}")
+                raise ValueError(f"label file {where} must hold {allowed}, got {id!r}")
         if len(set(ids)) < len(ids):
-            raise ValueError(f"`paths`: {where} must hold no patch twice in a frame, got {ids}")
+            raise ValueError(f"label file {where} must hold no patch twice in a frame, got {ids}")
         for loss in losses:
             if type(loss) not in (int, float) or not math.isfinite(loss):
-                raise ValueError(f"`paths`: {where} must hold numbers as losses, got {loss!r}")
+                raise ValueError(f"label file {where} must hold numbers as losses, got {loss!r}")
 
 
 def labels_to_table(labels: Mapping[str, ClipLabels]) -> Any:

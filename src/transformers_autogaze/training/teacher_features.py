@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..feature_network_autogaze import STRIDE
+from ..utils.json_files import read_json_object
 from ..utils.output_files import replacing
 from .crops import Source, cut_pairs
 from .teachers import FeatureTeacher
 
 
 _FORMAT = 1
+_REMEDY = "give another folder, or delete this one"
 _FIRST_SOURCES, _FIRST_PAIRS = 48, 4  # files, and pairs of each, that the components are computed on, at most
 _BATCH_SIZE = 8  # crops in a batch of the encoder
 
@@ -229,7 +232,23 @@ class TeacherFeatures:
                     save_file(self.components._asdict(), unfinished)
         self.barrier()
         if path is not None:
-            self.components = Components(**load_file(path))
+            self.components = self._read_components(path)
+
+    def _read_components(self, path: Path) -> Components:
+        hidden, kept = self.teacher.hidden_size, self.num_components
+        shapes = {"mean": (hidden,), "axes": (kept, hidden), "variances": (hidden,)}
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"`cache_dir`: {str(path)!r} must hold components, but reading it gave {error}; {_REMEDY}"
+            ) from error
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != shapes:
+            raise ValueError(
+                f"`cache_dir`: {str(path)!r} must hold tensors of the shapes {shapes}, got {found}; {_REMEDY}"
+            )
+        return Components(**tensors)
 
     def _open(self, arrays: dict[str, tuple[tuple[int, ...], Any]]) -> None:
         if self.folder is None:
@@ -250,7 +269,7 @@ class TeacherFeatures:
                     unfinished.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         self.barrier()
         self.levels, self.features, self.first_features, self.done = (
-            np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in arrays
+            _open_array(self.folder / f"{name}.npy", *expected) for name, expected in arrays.items()
         )
 
     def _flush(self) -> None:
@@ -275,15 +294,29 @@ def teacher_vectors(features: torch.Tensor, weights: torch.Tensor, patch_at: tor
     return vectors[:, patch_at.flatten()].unflatten(1, tuple(patch_at.shape)).permute(0, 1, 4, 2, 3)
 
 
-def _check_same(path: Path, settings: dict[str, Any]) -> None:
+def _open_array(path: Path, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    """Opens an array of the cache for reading and writing."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = {}
+        array = np.load(path, mmap_mode="r+")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`cache_dir`: {str(path)!r} must hold an array, but reading it gave {error}; {_REMEDY}"
+        ) from error
+    if array.shape != shape or array.dtype != kind:
+        raise ValueError(
+            f"`cache_dir`: {str(path)!r} must hold {np.dtype(kind)} of the shape {shape}, got {array.dtype} of the shape "
+            f"{array.shape}; {_REMEDY}"
+        )
+    return array
+
+
+def _check_same(path: Path, settings: dict[str, Any]) -> None:
+    where = f"`cache_dir`: {str(path)!r}"
+    found = read_json_object(path, where, f"the settings of an earlier run ({_REMEDY})")
     for name, value in settings.items():
         if found.get(name) != value:
             ours, theirs = (f"{len(value)} files", "others") if name == "inputs" else (value, found.get(name))
             raise ValueError(
                 f"`cache_dir` {str(path.parent)!r} holds features of another run: {name} is {theirs} there and {ours} here; "
-                "give another folder, or delete this one"
+                f"{_REMEDY}"
             )

@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from ..evaluation.feature_clips import encoder_normalization
 from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
-from ..hub.checkpoints import load_complete, load_config, load_encoder
+from ..hub.checkpoints import load_complete, load_encoder, load_tower_config
 from ..integrations.qwen_vl_tower import encode_units
 from ..integrations.qwen_vl_units import fold_units
 from ..integrations.vision import GazeVisionModel
@@ -114,11 +119,6 @@ class TowerTeacher(FeatureTeacher):
 
     def __init__(self, encoder: str | os.PathLike, scales: Sequence[int], device: torch.device, dtype: torch.dtype):
         model, _ = load_encoder(encoder, argument="encoder")
-        if model.adapter.tubelet_size != 1:
-            raise ValueError(
-                f"`encoder` must be a tower for images, got {model.config.model_type}, whose tokens cover "
-                f"{model.adapter.tubelet_size} frames"
-            )
         tower = GazeVisionModel(model.vision_model, [scale * model.grid.patch_size for scale in scales])
         super().__init__(encoder, tower, tower.grid, tower.hidden_size, device, dtype)
         self._finest_tower = GazeVisionModel(model.vision_model, tower.grid.sizes[-1:], attention="canvas").eval()
@@ -202,8 +202,32 @@ def load_teacher(
         ValueError: if the encoder does not exist, is not supported or encodes videos, or the scales do not fit.
     """
     check_scales(scales)
-    is_qwen = load_config(encoder, "encoder").model_type in _QWEN
+    is_qwen = check_encoder(encoder).model_type in _QWEN
     return (UnitTeacher if is_qwen else TowerTeacher)(encoder, scales, torch.device(device), dtype)
+
+
+def check_encoder(encoder: str | os.PathLike, argument: str = "encoder") -> PreTrainedConfig:
+    """
+    Checks that features can be learned from an encoder, before its weights are loaded.
+
+    Args:
+        encoder (`str` or `os.PathLike`): folder or Hub repository; see [`load_teacher`].
+        argument (`str`, *optional*, defaults to `"encoder"`): name of the argument in messages.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`] of the tower, or of the Qwen-VL.
+
+    Raises:
+        ValueError: if the encoder does not exist, is not supported or encodes videos.
+    """
+    config = load_tower_config(encoder, argument, _QWEN)
+    num_frames = 1 if config.model_type in _QWEN else getattr(config, "tubelet_size", 1)
+    if num_frames != 1:
+        raise ValueError(
+            f"`{argument}` must be a tower for images, got {os.fspath(encoder)!r} of the model type {config.model_type!r}, whose "
+            f"tokens cover {num_frames} frames"
+        )
+    return config
 
 
 def check_scales(scales: Sequence[int]) -> None:

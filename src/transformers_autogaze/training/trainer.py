@@ -71,6 +71,17 @@ class MetricsTrainer(Trainer):
             self._metrics.clear()
         super().log(logs, start_time)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """
+        Returns the batches of the next step, none if all steps are made; see [`~transformers.Trainer`].
+
+        `Trainer` looks for the end only after a step, so a resumed run that was finished would make another one.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if not self.args.should_save:

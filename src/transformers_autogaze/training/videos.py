@@ -12,10 +12,10 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from ..frame_decoding_autogaze import read_video, sample_indices, stream_video
+from ..utils.video_files import find_videos
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _IN_MEMORY_EDGE = 320  # pixels; maximum of the shorter side of frames that are kept in memory
 
 
@@ -56,6 +56,10 @@ class VideoCollection:
         self.column = column
         if isinstance(videos, (str, os.PathLike)):
             folder = Path(videos)
+            if not folder.is_dir():
+                raise ValueError(
+                    f"`videos` must be a folder of videos or a sequence of videos, but there is no folder {str(folder)!r}"
+                )
             self.videos: Sequence[Any] = find_videos(folder)
             self.names = [Path(path).relative_to(folder).as_posix() for path in self.videos]
         else:
@@ -194,27 +198,6 @@ def _decode_range(source: str | bytes, chosen: range) -> torch.Tensor:
     if len(decoded) < len(chosen):
         raise ValueError(f"only {len(decoded)} of {len(chosen)} frames from frame {chosen.start} on can be decoded")
     return _to_levels(np.stack(decoded))
-
-
-def find_videos(folder: Path) -> list[str]:
-    """
-    Finds the videos in a folder and its subfolders by their suffixes.
-
-    Args:
-        folder (`Path`): the folder.
-
-    Returns:
-        `list[str]`: sorted paths.
-
-    Raises:
-        ValueError: if the folder does not exist or holds no video.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"`videos` must be a folder of videos or a sequence, but there is no folder {str(folder)!r}")
-    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
-        raise ValueError(f"`videos` {str(folder)!r} must hold videos ({', '.join(VIDEO_SUFFIXES)}), found none")
-    return found
 
 
 def _decode_small(source: str | bytes | torch.Tensor) -> torch.Tensor:

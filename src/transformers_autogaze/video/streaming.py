@@ -18,7 +18,13 @@ from ..frame_decoding_autogaze import stream_video
 from ..frame_sampling_autogaze import check_start_frame, sample_indices
 from ..gazing_autogaze import GazeOutput
 from ..selection_autogaze import GazeSelector
-from ..token_budgets_autogaze import budget_each_frame, check_rate, read_token_budget, threshold_each_frame
+from ..token_budgets_autogaze import (
+    budget_each_frame,
+    check_budgets,
+    check_rate,
+    read_token_budget,
+    threshold_each_frame,
+)
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .tiles import FRAME_RATE, MAX_WHOLE_FRAMES, Setting, TileGazer
 
@@ -193,6 +199,7 @@ def stream_gaze(
     }
     if all(setting is None for setting in settings.values()):
         settings["clip_ratio"] = getattr(config, "clip_ratio", None)
+    check_budgets(**settings)
     if frame_rate is not None:
         check_rate("frame_rate", frame_rate)
     processor = AutoGazeVideoProcessor() if processor is None else processor
