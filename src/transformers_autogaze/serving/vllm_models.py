@@ -27,7 +27,7 @@ from .vllm_tower import encode_kept_units
 class _GazeModel(nn.Module, SupportsMultiModal, SupportsEncoderCudaGraph, SupportsMRoPE):
     """Encodes the kept units of gazed videos and gives them their M-RoPE positions; to be the first base class."""
 
-    config: Any
+    config: Any  # both are set by vLLM's models
     visual: Any
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
