@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 test: lint
 	$(VENV)/bin/python -m pytest
 
-# The types of the files that pyproject.toml names. mypy is not needed for the tests, so it is installed here.
+# The types of the package. mypy is not needed for the tests, so it is installed here.
 types: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet "mypy>=2.4,<3"
 	$(VENV)/bin/mypy

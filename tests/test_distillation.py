@@ -33,7 +33,7 @@ from transformers_autogaze.training.augmentation import vary_light
 from transformers_autogaze.training.calibration import ascending_knots, keep_to_threshold
 from transformers_autogaze.training.crops import Source, cut_pairs, find_sources
 from transformers_autogaze.training.distill import choose_held_out
-from transformers_autogaze.training.distillation import CropPairDataset
+from transformers_autogaze.training.distillation_trainer import CropPairDataset
 from transformers_autogaze.training.teacher_features import Components, TeacherFeatures
 from transformers_autogaze.training.teachers import FeatureTeacher, load_teacher
 from transformers_autogaze.video import write_video

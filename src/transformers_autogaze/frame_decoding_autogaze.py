@@ -144,6 +144,7 @@ def stream_video(
         indices, timeline = _choose_pictures(source, num_frames, fps)
         check_start_frame(start_frame, len(indices))
         frames = read_pictures(source, indices[start_frame:])
+        first = next(frames)
     else:
         video = resolve_source(source)
         is_sampled = num_frames is not None or fps is not None
@@ -155,9 +156,9 @@ def stream_video(
         indices = _indices_of(video, timeline, num_frames, fps, track.expected)
         check_start_frame(start_frame, len(indices))
         frames = _stream(video, indices[start_frame:], track)
-    first = next(frames, None)
-    if first is None:
-        raise _no_frame(video)
+        first = next(frames, None)
+        if first is None:
+            raise _no_frame(video)
     return timeline.metadata(first, indices), chain([first], frames)
 
 

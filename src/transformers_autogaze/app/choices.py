@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from transformers_autogaze_cli.prune import SELECTORS
 
@@ -61,9 +62,9 @@ class Choices:
             "Frames are seen as": (self.tiles, TILES),
             "MLLM": (self.mllm, MLLMS),
         } | {f"Selector {number}": (name, SELECTORS) for number, name in enumerate(self.selectors, 1)}
-        for label, (value, known) in options.items():
-            if value not in known:
-                raise ValueError(f"{label} must be one of {', '.join(known)}, got {value!r}.")
+        for label, (choice, known) in options.items():
+            if choice not in known:
+                raise ValueError(f"{label} must be one of {', '.join(known)}, got {choice!r}.")
         if not _is_number(self.ratio) or not 0 < self.ratio <= 1:
             raise ValueError(f"The share must be a number above 0 and up to 1, got {self.ratio!r}.")
         if self.threshold is not None and not _is_number(self.threshold):
@@ -79,13 +80,13 @@ class Choices:
         """Number of consecutive frames that each token covers."""
         return QWEN_UNIT.frames if self.patches == OF_MLLM and self.mllm == QWEN else 1
 
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """Returns budget and threshold as arguments of [`prune_video`]."""
         budget = BUDGETS[self.budget]
-        settings = {} if budget is None else {budget: float(self.ratio)}
+        settings: dict[str, Any] = {} if budget is None else {budget: float(self.ratio)}
         return settings if self.threshold is None else settings | {"task_loss_requirement": float(self.threshold)}
 
-    def layout(self) -> dict[str, str | int]:
+    def layout(self) -> dict[str, Any]:
         """Returns `tiles` and `max_tiles` as arguments of [`prune_video`]."""
         if self.patches == OF_MLLM:
             tiles = "grid" if self.mllm == NVILA else "whole"

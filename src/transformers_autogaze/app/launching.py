@@ -88,8 +88,8 @@ def _theme() -> Any:
         "button_primary_background_fill_dark": "*primary_700",
         "button_primary_background_fill_hover_dark": "*primary_800",
     }
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gr.themes.Default(**fonts).set(**colours)
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return theme.set(**colours)
 
 
 def _stop_at_sigterm() -> None:

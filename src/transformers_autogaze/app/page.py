@@ -133,7 +133,7 @@ class Page:
         results += self.overlays
         results += [button for files in self.downloads for button in files]
         # Private: these handlers are no public API.
-        options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         self.start.click(self.prune, [self.video, *choices], results, **options)
         self.cancel.click(self.stop, None, self.cancel, **options)
         self.example.click(self.take_example, None, self.video, **options)
@@ -225,7 +225,7 @@ class Page:
         except Exception:
             logger.exception("A job failed")
             return {self.status: message("Pruning failed because of an internal error.", is_error=True)}
-        updates = {
+        updates: dict[Any, Any] = {
             self.status: message(f"Done in {sum(result.seconds for result in results):.1f} s."),
             self.timeline: timeline(results),
             self.figures: figures(results, choices),

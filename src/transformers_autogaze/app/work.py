@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch.overrides import TorchFunctionMode
 
@@ -187,7 +187,7 @@ def _prune(
     video.report = report
     pruning = prune_video(
         video,
-        reporting,
+        cast(GazeSelector, reporting),
         processor,
         **choices.layout(),
         **choices.settings(),

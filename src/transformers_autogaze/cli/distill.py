@@ -8,7 +8,7 @@ from transformers_autogaze_cli.arguments import HelpFormatter, add_command, none
 
 from ..hub.checkpoints import check_weights_files
 from ..training.distill import distill
-from ..training.distillation import DistillationArguments
+from ..training.distillation_trainer import DistillationArguments
 from ..training.teachers import check_encoder
 from ..utils.output_files import check_not_inputs
 from .dataclass_arguments import check_output, dataclass_arguments, from_arguments

@@ -191,7 +191,8 @@ def load_tower_config(
         return vision_config
     if config.model_type not in ADAPTERS:
         make = functools.partial(AutoModel.from_config, config, trust_remote_code=False)
-        model = _read_part(name, argument, "model", make)
+        with torch.device("meta"):  # so that no memory is taken
+            model = _read_part(name, argument, "model", make)
         try:
             find_tower(model)
         except ValueError:

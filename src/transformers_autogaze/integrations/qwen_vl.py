@@ -19,16 +19,14 @@ from ..video.tiles import Setting
 from ..video_processing_autogaze import AutoGazeVideoProcessor
 from .generation_options import check_generation_options, generate_on_pruned_prompts
 from .normalization import normalizing_part
-from .prompts import IGNORED_LABEL, padding_side_of, with_labels
+from .prompts import padding_side_of, with_labels
 from .qwen_vl_gazing import UnitGazer, UnitSizes, warn_of_fixed_scales
 from .qwen_vl_prompts import (
     GazedPrompt,
+    WholePrompt,
     check_placeholders,
-    compute_next_position,
     compute_position_ids,
-    find_kept_tokens,
-    index_visual_tokens,
-    insert_features,
+    drop_tokens,
     language_model_inputs,
 )
 from .qwen_vl_tower import UNIT_ATTENTION_CHOICES, encode_units
@@ -365,8 +363,6 @@ class GazeQwenVL(ModelWrapper):
             [pixel_values, pixel_values_videos],
             [image_grid_thw, video_grid_thw],
         )
-        is_kept = attention_mask.bool().masked_scatter(is_video, is_unit_kept)
-        visual_index = index_visual_tokens(is_image, is_video & is_kept)
         position_ids = compute_position_ids(
             self._base,
             input_ids=input_ids,
@@ -376,19 +372,9 @@ class GazeQwenVL(ModelWrapper):
             second_per_grid_ts=second_per_grid_ts,
             mm_token_type_ids=is_image + 2 * is_video if mm_token_type_ids is None else mm_token_type_ids,
         )
-
-        index, is_real = find_kept_tokens(is_kept, padding_side)
-        input_ids, visual_index = input_ids.gather(1, index), visual_index.gather(1, index).masked_fill(~is_real, -1)
-        return GazedPrompt(
-            input_ids=input_ids,
-            attention_mask=is_real.long(),
-            inputs_embeds=insert_features(self.mllm.get_input_embeddings()(input_ids), features, visual_index),
-            position_ids=position_ids.gather(2, index.expand(3, -1, -1)),
-            next_position=compute_next_position(position_ids, attention_mask),
-            visual_index=visual_index,
-            deepstack=deepstack,
-            labels=None if labels is None else labels.gather(1, index).masked_fill(~is_real, IGNORED_LABEL),
-        )
+        whole = WholePrompt(input_ids, attention_mask, is_video, is_image, position_ids, labels)
+        embedding = self.mllm.get_input_embeddings()
+        return drop_tokens(whole, is_unit_kept, embedding, features, deepstack, padding_side)
 
     def _encode_units(
         self, is_kept: torch.Tensor, pixels: list[torch.Tensor | None], grids: list[torch.Tensor | None]

@@ -4,11 +4,33 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .prompts import IGNORED_LABEL
+
+
+class WholePrompt(NamedTuple):
+    """
+    Prompts with the tokens of all merge units.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.
+        attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 where a prompt is padded.
+        is_video, is_image (`torch.BoolTensor` of shape `(batch, length)`): true for the placeholders of videos, of images.
+        position_ids (`torch.LongTensor` of shape `(3, batch, length)`): time, height and width of every token.
+        labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to learn, -100 elsewhere.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    is_video: torch.Tensor
+    is_image: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +148,47 @@ def compute_position_ids(mllm: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     return get_rope_index(**{key: value for key, value in inputs.items() if key in names})[0]
 
 
-def index_visual_tokens(is_image: torch.Tensor, is_video: torch.Tensor) -> torch.Tensor:
+def drop_tokens(
+    whole: WholePrompt,
+    is_unit_kept: torch.Tensor,
+    embedding: nn.Module,
+    features: torch.Tensor,
+    deepstack: list[torch.Tensor],
+    padding_side: str,
+) -> GazedPrompt:
+    """
+    Removes the tokens of dropped units from prompts, and embeds the others.
+
+    Args:
+        whole ([`WholePrompt`]): the prompts.
+        is_unit_kept (`torch.BoolTensor` of shape `(units,)`): which merge units of the videos to keep, in the order of tokens.
+        embedding (`nn.Module`): the input embeddings of the language model.
+        features (`torch.FloatTensor` of shape `(visual tokens, hidden_size)`): of images, then of the kept units of videos.
+        deepstack (`list[torch.FloatTensor]` of shape `(visual tokens, hidden_size)`): as in [`GazedPrompt`].
+        padding_side (`str`): `"left"` or `"right"`, where prompts of unequal length are padded.
+
+    Returns:
+        [`GazedPrompt`]
+    """
+    is_kept = whole.attention_mask.bool().masked_scatter(whole.is_video, is_unit_kept)
+    visual_index = _index_visual_tokens(whole.is_image, whole.is_video & is_kept)
+    index, is_real = _find_kept_tokens(is_kept, padding_side)
+    input_ids = whole.input_ids.gather(1, index)
+    visual_index = visual_index.gather(1, index).masked_fill(~is_real, -1)
+    labels = None if whole.labels is None else whole.labels.gather(1, index).masked_fill(~is_real, IGNORED_LABEL)
+    return GazedPrompt(
+        input_ids=input_ids,
+        attention_mask=is_real.long(),
+        inputs_embeds=_insert_features(embedding(input_ids), features, visual_index),
+        position_ids=whole.position_ids.gather(2, index.expand(3, -1, -1)),
+        next_position=_compute_next_position(whole.position_ids, whole.attention_mask),
+        visual_index=visual_index,
+        deepstack=deepstack,
+        labels=labels,
+    )
+
+
+def _index_visual_tokens(is_image: torch.Tensor, is_video: torch.Tensor) -> torch.Tensor:
     """Numbers the tokens of images and then those of videos, both masks `(batch, length)`; words have the index -1."""
     num_images, num_videos = int(is_image.sum()), int(is_video.sum())
     index = torch.full(is_image.shape, -1, device=is_image.device)
@@ -135,7 +197,7 @@ def index_visual_tokens(is_image: torch.Tensor, is_video: torch.Tensor) -> torch
     return index
 
 
-def insert_features(inputs_embeds: torch.Tensor, features: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:
+def _insert_features(inputs_embeds: torch.Tensor, features: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:
     """
     Replaces the embeddings of placeholders by visual features. Gradients flow to both.
 
@@ -149,7 +211,7 @@ def insert_features(inputs_embeds: torch.Tensor, features: torch.Tensor, visual_
     return inputs_embeds.masked_scatter(is_visual.to(inputs_embeds.device)[..., None], inserted)
 
 
-def find_kept_tokens(is_kept: torch.Tensor, padding_side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_kept_tokens(is_kept: torch.Tensor, padding_side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Finds the kept tokens of prompts, in order and padded to one length.
 
@@ -168,7 +230,7 @@ def find_kept_tokens(is_kept: torch.Tensor, padding_side: str) -> tuple[torch.Te
     return index, is_kept.gather(1, index)
 
 
-def compute_next_position(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def _compute_next_position(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """
     Computes the position of the first token of the answer to each prompt, `(batch,)`.
 

@@ -50,16 +50,17 @@ class MeasuredMLLM:
     Args:
         mllm ([`~transformers.PreTrainedModel`]): the MLLM.
         gazed ([`GazeQwenVL`] or [`GazeVideoLM`], *optional*): its wrapper with a selector. Without it videos are not pruned.
-        settings (`dict[str, float]`, *optional*): budgets and thresholds, as arguments of the wrapper's `gaze`.
+        settings (`dict[str, Any]`, *optional*): budgets and thresholds, as arguments of the wrapper's `gaze`.
     """
 
     def __init__(
         self,
         mllm: PreTrainedModel,
         gazed: GazeQwenVL | GazeVideoLM | None = None,
-        settings: dict[str, float] | None = None,
+        settings: dict[str, Any] | None = None,
     ):
-        self.mllm, self.gazed, self.settings = mllm, gazed, settings or {}
+        self.mllm: Any = mllm
+        self.gazed, self.settings = gazed, settings or {}
         self.costs: AnswerCosts | None = None
         self.error: Exception | None = None
 

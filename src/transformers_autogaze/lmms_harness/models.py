@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
+from lmms_eval.api.model import lmms
 from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
 from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.simple.llava_hf import LlavaHf
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..hub.checkpoints import load_selector
@@ -27,7 +29,7 @@ from .measuring import AnswerCosts, MeasuredMLLM
 from .settings import NO_SELECTOR, read_settings
 
 
-class GazedModel:
+class GazedModel(lmms):
     """
     Mixin with what the models have in common; it precedes lmms-eval's own model in the base classes.
 
@@ -72,7 +74,8 @@ class GazedModel:
         gazed = None
         if loaded is not None:
             gaze_model, gaze_processor = loaded
-            gazed = self._wrap(self.model, gaze_model.to(self.model.device), gaze_processor.video_processor)
+            cast(nn.Module, gaze_model).to(self.model.device)  # every selector that loads is a module
+            gazed = self._wrap(self.model, gaze_model, gaze_processor.video_processor)
         self._measured = MeasuredMLLM(self.model, gazed, settings)
 
     def _wrap(

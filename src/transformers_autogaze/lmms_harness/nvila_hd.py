@@ -5,12 +5,13 @@ Processor and MLLM are the published remote code; a selector of this package can
 `integrations.nvila`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
@@ -88,7 +89,8 @@ class GazeNvilaHD(lmms):
             pretrained, trust_remote_code=True, device_map=device_map, max_batch_size_siglip=max_batch_size_siglip
         ).eval()
         if gaze_model is not None:
-            attach(self.processor, gaze_model.to(self.model.device))
+            cast(nn.Module, gaze_model).to(self.model.device)  # every selector that loads is a module
+            attach(self.processor, gaze_model)
         self._measure_selector()
 
     def _measure_selector(self) -> None:

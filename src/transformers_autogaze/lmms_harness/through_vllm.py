@@ -55,7 +55,8 @@ class GazeVLLM(VLLMGenerate):
             `list[GenerationResult]`, in the order of the requests, each with its [`AnswerCosts`]; `answering_seconds` are those
             from the start of the request in the engine, vision tower included.
         """
-        generate, costs = self.client.generate, []
+        generate = self.client.generate
+        costs: list[AnswerCosts] = []
 
         def measured_generate(*args: Any, **kwargs: Any) -> list[Any]:
             outputs = generate(*args, **kwargs)

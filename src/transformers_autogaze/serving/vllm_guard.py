@@ -10,7 +10,8 @@ from .settings import GAZE_ARGUMENTS
 
 def refuse_elsewhere() -> None:
     """Patches vLLM's base processor so that processors without `can_gaze` refuse the arguments of gazing; once per process."""
-    apply = BaseMultiModalProcessor.apply
+    processor: Any = BaseMultiModalProcessor
+    apply = processor.apply
     if hasattr(apply, "refuses_gaze"):
         return
 
@@ -27,5 +28,5 @@ def refuse_elsewhere() -> None:
                 )
         return apply(self, inputs, timing_ctx)
 
-    checked.refuses_gaze = True
-    BaseMultiModalProcessor.apply = checked
+    processor.apply = checked
+    processor.apply.refuses_gaze = True

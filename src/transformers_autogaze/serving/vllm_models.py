@@ -1,9 +1,11 @@
 """vLLM's Qwen2.5-VL and Qwen3-VL, whose towers encode only the kept merge units of gazed videos."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph, SupportsMRoPE, SupportsMultiModal
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
@@ -22,8 +24,11 @@ from .vllm_processing import (
 from .vllm_tower import encode_kept_units
 
 
-class _GazeModel:
+class _GazeModel(nn.Module, SupportsMultiModal, SupportsEncoderCudaGraph, SupportsMRoPE):
     """Encodes the kept units of gazed videos and gives them their M-RoPE positions; to be the first base class."""
+
+    config: Any  # both are set by vLLM's models
+    visual: Any
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         is_kept = kwargs.pop(KEPT, None)
@@ -62,7 +67,9 @@ class _GazeModel:
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
         # vLLM counts the positions in the prompt with all units; those of dropped units are then left out.
-        tokens, is_left, features, copied = [], [], [], 0
+        tokens: list[int] = []
+        is_left: list[bool] = []
+        features, copied = [], 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             position = feature.mm_position
             text = input_tokens[copied : position.offset]
@@ -83,11 +90,12 @@ class _GazeModel:
         """Adds the dropped units to the placeholder of a video; gives its tokens, and whether each is in the prompt."""
         if feature.data is None or KEPT not in feature.data:
             return placeholder, [True] * len(placeholder)
-        is_kept = feature.data[KEPT].data
+        is_kept = cast(torch.Tensor, feature.data[KEPT].data)
         video_token, start_token = self.config.video_token_id, self.config.vision_start_token_id
         if start_token not in placeholder:  # Qwen2.5-VL: nothing but units
             return [video_token] * len(is_kept), is_kept.tolist()
-        frames = iter(is_kept.view(int(feature.data["video_grid_thw"].data[0]), -1).tolist())
+        grid = cast(torch.Tensor, feature.data["video_grid_thw"].data)
+        frames = iter(is_kept.view(int(grid[0]), -1).tolist())
         tokens, is_left = [], []
         for token in placeholder:
             if token != video_token:

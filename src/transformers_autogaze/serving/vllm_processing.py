@@ -5,10 +5,10 @@ The processor's outputs have one more field, the mask of kept merge units (`KEPT
 are removed. `vllm_models` encodes the kept units and computes their positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import BatchFeature
@@ -16,6 +16,8 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor,
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
     InputProcessingContext,
     PromptReplacement,
     PromptUpdate,
@@ -52,7 +54,7 @@ class GazeProcessingContext(InputProcessingContext):
         return settings
 
 
-class _GazeInfo:
+class _GazeInfo(BaseProcessingInfo):
     """Replaces the context of a processor by [`GazeProcessingContext`]; to be the first base class."""
 
     def __init__(self, ctx: InputProcessingContext):
@@ -67,7 +69,7 @@ class GazeQwen3VLProcessingInfo(_GazeInfo, Qwen3VLProcessingInfo):
     """vLLM's information about the processor of Qwen3-VL."""
 
 
-class _GazeProcessor:
+class _GazeProcessor(BaseMultiModalProcessor):
     """Gazes after vLLM's own preprocessing; to be the first base class."""
 
     can_gaze = True
@@ -156,20 +158,24 @@ class _GazeProcessor:
     ) -> Sequence[PromptUpdate]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [
-            self._without_dropped(update, out_mm_kwargs) if update.modality == "video" else update
+            self._without_dropped(cast(PromptReplacement, update), out_mm_kwargs)
+            if update.modality == "video"
+            else update
             for update in updates
         ]
 
     def _without_dropped(self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems) -> PromptReplacement:
         """Removes the placeholder tokens of dropped units from the replacement of a video."""
         video_token = self.info.get_hf_config().video_token_id
+        whole_video = cast(Callable[[int], Any], update.replacement)
 
         def replacement(item_idx: int) -> Any:
-            whole = update.replacement(item_idx)
+            whole = whole_video(item_idx)
             item = out_mm_kwargs["video"][item_idx]
-            if KEPT not in item or bool(item[KEPT].data.all()):
+            kept = cast(torch.Tensor, item[KEPT].data) if KEPT in item else None
+            if kept is None or bool(kept.all()):
                 return whole
-            is_kept = iter(item[KEPT].data.tolist())
+            is_kept = iter(kept.tolist())
             tokens = whole.full if isinstance(whole, PromptUpdateDetails) else whole
             left = [token for token in tokens if token != video_token or next(is_kept)]
             return PromptUpdateDetails.select_token_id(left, video_token)

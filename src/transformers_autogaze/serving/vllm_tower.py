@@ -8,9 +8,9 @@ transformers.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 from vllm.model_executor.models.utils import cast_overflow_tensors
 
 from ..integrations.packed_attention import PackedAttention, attend
@@ -18,7 +18,7 @@ from ..integrations.qwen_vl_tower import learned_positions, plan_units
 
 
 def encode_kept_units(
-    tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor, is_kept: torch.Tensor
+    tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor, is_kept: torch.Tensor
 ) -> torch.Tensor:
     """
     Runs the tower on the kept merge units alone, as [`encode_units`] does with `attention="canvas"`.
@@ -64,11 +64,11 @@ def encode_kept_units(
 
 
 @contextmanager
-def _attending(attention: nn.Module, plan: PackedAttention) -> Iterator[None]:
+def _attending(attention: Any, plan: PackedAttention) -> Iterator[None]:
     """Replaces the attention of a layer, between its projections, by that of a plan."""
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> torch.Tensor:
-        return attend(attention, *(part.transpose(1, 2) for part in (query, key, value)), plan)
+        return attend(attention, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), plan)
 
     attention.forward = forward
     try:
@@ -77,7 +77,7 @@ def _attending(attention: nn.Module, plan: PackedAttention) -> Iterator[None]:
         del attention.forward
 
 
-def _frame_positions(tower: nn.Module, rows: int, cols: int) -> torch.Tensor:
+def _frame_positions(tower: Any, rows: int, cols: int) -> torch.Tensor:
     """Gives the learned positions of a frame, `(rows, cols, hidden_size)`, as the tower itself interpolates them."""
     merge = tower.spatial_merge_size
     positions = tower.fast_pos_embed_interpolate([[1, rows, cols]])

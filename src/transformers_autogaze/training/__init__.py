@@ -3,7 +3,7 @@
 from .augmentation import ClipAugmentation
 from .data import BudgetSchedule, GazeClipDataset, GazeCollator
 from .distill import distill
-from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer
+from .distillation_trainer import CropPairDataset, DistillationArguments, DistillationTrainer
 from .grpo import AutoGazeGRPOConfig, AutoGazeGRPOTrainer
 from .label_files import ClipLabels, read_labels, write_labels
 from .labels import GreedyLabeller, label_videos

@@ -19,7 +19,7 @@ from ..gazing_autogaze import GazeOutput
 from ..grid_autogaze import GazeGrid
 from .augmentation import pan_and_zoom, resize_pixels
 from .crops import Source, read_source
-from .distillation import CropPairDataset
+from .distillation_trainer import CropPairDataset
 from .teacher_features import TeacherFeatures
 
 

@@ -1,4 +1,4 @@
-"""Distillation of a [`FeatureGazeModel`] from an encoder: crops, features, training, calibration and model card."""
+"""Distillation from files to the checkpoint of a [`FeatureGazeModel`]: crops, features, training, calibration and model card."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from ..processing_autogaze import AutoGazeProcessor
 from ..utils.output_files import replacing_files
 from .calibration import PredictionQuality, calibrate, measure_predictions
 from .crops import Source, find_sources
-from .distillation import CropPairDataset, DistillationArguments, DistillationTrainer, new_network
 from .distillation_card import make_card
+from .distillation_trainer import CropPairDataset, DistillationArguments, DistillationTrainer, new_network
 from .teacher_features import TeacherFeatures
 from .teachers import load_teacher
 

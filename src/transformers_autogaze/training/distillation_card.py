@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import EvalResult
 
 from ..hub.model_cards import TASK, card_metadata
-from .distillation import DistillationArguments
+from .distillation_trainer import DistillationArguments
 
 
 _TEXT = """# A selector distilled from {encoder}

@@ -1,8 +1,8 @@
 """
-Distillation: a small network learns to predict an encoder's features at every place of a frame, for [`FeatureGazeModel`].
+The trainer of distillation: a small network learns to predict an encoder's features at every place of a frame.
 
-This module has the arguments, the loss and the trainer. Targets are made by `teacher_features`; `distill` runs all steps from
-files to a checkpoint.
+This module has the arguments, the dataset, the loss and the trainer. Targets are made by `teacher_features`; `distill` runs all
+steps from files to a checkpoint of a [`FeatureGazeModel`].
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ class DistillationArguments(TrainingArguments):
     Example:
 
     ```python
-    >>> from transformers_autogaze.training.distillation import DistillationArguments
+    >>> from transformers_autogaze.training.distillation_trainer import DistillationArguments
 
     >>> DistillationArguments("gaze", scales=[14, 7])
     Traceback (most recent call last):
