@@ -21,7 +21,7 @@ AUTOGAZE ?= outputs/autogaze
 STEPS ?= 4500
 PACKAGES = plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds
 
-.PHONY: demo test types docs common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
+.PHONY: demo test types coverage docs common-tests wheel-test ray-test app-test vllm-test lmms-eval-test lint weights autogaze-weights clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/autogaze demo -o outputs/demo
@@ -33,6 +33,16 @@ test: lint
 types: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet "mypy>=2.4,<3"
 	$(VENV)/bin/mypy
+
+# The lines that the tests run, in subprocesses as well, as a table, and as pages in outputs/coverage/html. Tests that are skipped, such as
+# those of the web page, vLLM, lmms-eval and Ray, count as not run.
+coverage: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet "coverage>=7.13,<8"
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage html --quiet
+	$(VENV)/bin/coverage report
 
 # The documentation site, in outputs/site; a warning is an error.
 docs: $(DOCS_VENV)/installed

@@ -48,6 +48,17 @@ def test_hidden_states_and_attentions_come_when_output_for_and_by_the_configurat
     assert scored(model, video, gaze, output_attentions=False).attentions is None
 
 
+def test_token_places_are_those_of_the_decoder_s_inputs(model, video):
+    gaze = model.generate(video, gazing_ratio=0.6)
+    inputs = scored(model, video, gaze, output_hidden_states=True).hidden_states[0]
+    vision, slots = model.token_places(gaze.num_gazing_each_frame)
+    assert torch.equal(torch.cat([vision.flatten(), slots]).sort().values, torch.arange(inputs.shape[1]))
+    torch.testing.assert_close(inputs[:, vision], model.embed_video(video)[0])
+    ids = gaze.gazing_pos % model.config.grid.num_patches
+    ids = ids.masked_fill(gaze.if_padded_gazing, model.config.end_id)
+    torch.testing.assert_close(inputs[:, slots], model.get_input_embeddings()(ids))
+
+
 def test_attentions_are_refused_where_none_are_kept(video):
     model = AutoGazeModel(small_config(attn_implementation="sdpa")).eval()
     gaze = model.generate(video, gazing_ratio=0.6)

@@ -119,6 +119,18 @@ def test_the_mllm_loads_without_the_package(tmp_path):
     assert wrapped.dtype == torch.float64 and wrapped.layout == model.layout
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_an_mllm_that_was_saved_without_a_wrapper_is_wrapped(name, tmp_path):
+    mllm, kind = WRAPPERS[name]().mllm, type(WRAPPERS[name]())
+    mllm.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path, GreedyGazeSelector(), TOWER_PIXELS)
+    assert not loaded.training
+    assert torch.equal(outputs_of(loaded), outputs_of(kind(mllm, GreedyGazeSelector(), TOWER_PIXELS).eval()))
+    GreedyGazeSelector(SELECTOR).save_pretrained(tmp_path / "selector")
+    with pytest.raises(ValueError, match="must be a model of transformers, got .*GreedyGazeSelector"):
+        kind.from_pretrained(tmp_path / "selector")
+
+
 def test_layout_selector_and_time_embedding_are_saved(tmp_path):
     options = {"order": "tile", "separator": [3, 4], "thumbnail_interval": 2, "chunk_frames": 2, "max_batch_size": 3}
     gaze_processor = AutoGazeVideoProcessor(image_mean=[0.4] * 3)
