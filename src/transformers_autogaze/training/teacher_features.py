@@ -6,12 +6,14 @@ cached on disk or in memory.
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..feature_network_autogaze import STRIDE
@@ -229,7 +231,7 @@ class TeacherFeatures:
                     save_file(self.components._asdict(), unfinished)
         self.barrier()
         if path is not None:
-            self.components = Components(**load_file(path))
+            self.components = Components(**self._load(path, load_file))
 
     def _open(self, arrays: dict[str, tuple[tuple[int, ...], Any]]) -> None:
         if self.folder is None:
@@ -243,15 +245,29 @@ class TeacherFeatures:
             if path.exists():
                 _check_same(path, settings)
             else:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    raise ValueError(f"`cache_dir` must be a folder, but {str(self.folder)!r} is a file") from None
                 for name, (shape, kind) in arrays.items():
                     np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, shape).flush()
                 with replacing(path) as unfinished:
                     unfinished.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         self.barrier()
         self.levels, self.features, self.first_features, self.done = (
-            np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in arrays
+            self._load(self.folder / f"{name}.npy", partial(np.load, mmap_mode="r+")) for name in arrays
         )
+
+    @staticmethod
+    def _load(path: Path, load: Callable[[Path], Any]) -> Any:
+        """Loads a file of the cache."""
+        try:
+            return load(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"`cache_dir` {str(path.parent)!r} is damaged: {path.name} cannot be read ({error}); delete this folder, or "
+                "give another one"
+            ) from error
 
     def _flush(self) -> None:
         for array in (self.levels, self.features, self.first_features, self.done):
