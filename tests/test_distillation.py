@@ -404,6 +404,7 @@ def test_knots_always_ascend():
             "`per_device_train_batch_size` must be at least 1, got 0",
         ),
         (["{encoder}", "{files}", "--cache-dir", "{files}/a.png"], "`cache_dir` must be a folder"),
+        (["{encoder}", "{files}", "--push-to-hub"], "`push_to_hub` must be False"),
         (["{encoder}", "{files}", "--whitening", "2"], "`whitening` must lie in 0..1"),
         (["{encoder}", "{files}", "--crops-per-video", "3"], "`crops_per_video` must be an even number"),
         (["{encoder}", "{files}", "--eval-share", "1"], "`eval_share` must lie above 0 and below 1"),
