@@ -259,6 +259,10 @@ def test_train_makes_a_new_model_of_the_published_sizes(videos, tmp_path):
             "`--feature-model` must be a checkpoint of a gaze model (autogaze_features), but",
         ),
         (
+            ["train", "{videos}", "-o", "out", "--task", "features", "--model", str(FIXTURES / "tiny-1")],
+            "`--feature-model` must take patches of GazeGrid(scales=[16, 32, 64], patch_size=16): `scales` must be",
+        ),
+        (
             ["train", "{videos}", "--output-dir", "out", "--task", "features", "--threshold-max", "2"],
             "`threshold_min` and `threshold_max` must be losses of the task",
         ),

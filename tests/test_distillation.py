@@ -170,6 +170,21 @@ def test_a_selector_can_be_distilled_from_any_encoder(request, files, tmp_path, 
         assert f" {measured:.3f} |" in card
 
 
+def test_a_selector_can_be_distilled_from_pictures_alone(encoder, files, tmp_path):
+    pytest.importorskip("accelerate")
+    assert run(encoder, [files / "a.png", files / "inside"], tmp_path / "out") == 0
+    assert len(AutoModel.from_pretrained(tmp_path / "out").config.loss_knots) > 1
+    assert "0 videos, 2 pictures" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_missing_output_is_an_error(encoder, files, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    assert main(["distill", str(encoder), str(files), *SMALL.split(), "--max-steps", "1", "--use-cpu"]) == 2
+    assert "`--output` must name a folder to write to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_run_is_resumed_bit_equal(encoder, files, tmp_path):
     pytest.importorskip("accelerate")
     arguments = ["--cache-dir", tmp_path / "cache", "--save-steps", "1"]
@@ -373,6 +388,20 @@ def test_knots_always_ascend():
         (["{videomae}", "{files}"], "videomae', whose tokens cover 2 frames"),
         (["{encoder}", "{files}", "--scales", "4", "2"], "`scales` must be rows of patches"),
         (["{encoder}", "{files}", "--num-components", "33"], "`num_components` must lie in 1..32"),
+        (
+            ["{encoder}", "{files}", "--num-components", "0"],
+            "`num_components` must be a whole number of at least 1, got 0",
+        ),
+        (
+            ["{encoder}", "{files}", "--learning-rate", "nan"],
+            "`learning_rate` must be a number of at least 0, got nan",
+        ),
+        (
+            ["{encoder}", "{files}", "--per-device-train-batch-size", "0"],
+            "`per_device_train_batch_size` must be at least 1, got 0",
+        ),
+        (["{encoder}", "{files}", "--cache-dir", "{files}/a.png"], "`cache_dir` must be a folder"),
+        (["{encoder}", "{files}", "--push-to-hub"], "`push_to_hub` must be False"),
         (["{encoder}", "{files}", "--whitening", "2"], "`whitening` must lie in 0..1"),
         (["{encoder}", "{files}", "--crops-per-video", "3"], "`crops_per_video` must be an even number"),
         (["{encoder}", "{files}", "--eval-share", "1"], "`eval_share` must lie above 0 and below 1"),
@@ -401,8 +430,12 @@ def test_unreadable_files_are_left_out_with_a_warning(files, tmp_path):
     shutil.copytree(files, tmp_path / "files")
     (tmp_path / "files" / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "files" / "broken.mp4").write_bytes(b"no video")
+    picture = (tmp_path / "files" / "a.png").read_bytes()
+    (tmp_path / "files" / "cut.png").write_bytes(picture[: len(picture) // 2])
+    (tmp_path / "files" / "damaged.png").write_bytes(picture[:100] + bytes(8) + picture[108:])
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "files" / "huge.png")  # more pixels than Pillow reads
     (tmp_path / "files" / "again.png").symlink_to(tmp_path / "files" / "a.png")
-    with pytest.warns(UserWarning, match="2 files are left out"):
+    with pytest.warns(UserWarning, match="5 files are left out"):
         sources = find_sources([tmp_path / "files"])
     assert [source.is_video for source in sources].count(True) == 2 and len(sources) == 4
 

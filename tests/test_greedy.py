@@ -140,7 +140,9 @@ def test_saving_and_loading_keeps_the_configuration(selector, tmp_path):
     ("arguments", "message"),
     [
         ({"gazing_ratio": 1.2}, "`gazing_ratio` must lie in 0..1, got 1.2"),
-        ({"task_loss_requirement": float("nan")}, "`task_loss_requirement` must be a number, got NaN"),
+        ({"gazing_ratio": "0.5"}, "`gazing_ratio` must be a finite number, got '0.5'"),
+        ({"task_loss_requirement": float("nan")}, "`task_loss_requirement` must be a number, got nan"),
+        ({"task_loss_requirement": None}, "`task_loss_requirement` must be a number, got None"),
         ({"image_std": [1, 0, 1]}, "three values of `image_std` must be positive"),
         ({"scales": [10]}, r"`scales\[0\]`"),
     ],

@@ -263,6 +263,12 @@ def test_the_configuration_names_the_share_where_nothing_is_given(video):
         GreedyGazeConfig(clip_ratio=2)
 
 
+@pytest.mark.parametrize("rate", [1e4, 1e18, 1e300])
+def test_a_rate_beyond_all_patches_keeps_them_all(video, rate):
+    gaze = GreedyGazeSelector(ONE_SCALE).generate(video, tokens_per_second=rate, frame_rate=3)
+    assert (gaze.num_real_each_frame == gaze.grid.num_patches).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -279,6 +285,9 @@ def test_the_configuration_names_the_share_where_nothing_is_given(video):
         ({"frame_rate": 3}, "`tokens_per_second` and `frame_rate` must be given together"),
         ({"tokens_per_second": -1, "frame_rate": 3}, "`tokens_per_second` must be a number above 0"),
         ({"tokens_per_second": 1, "frame_rate": float("inf")}, "`frame_rate` must be a number above 0"),
+        ({"tokens_per_second": 1, "frame_rate": 1e9}, "`frame_rate` must be at most 1000000 .* got 1000000000.0"),
+        ({"gazing_ratio": True}, "`gazing_ratio` must be a number such as 0.25"),
+        ({"task_loss_requirement": False}, "`task_loss_requirement` must be a number such as 0.25"),
         ({"clip_ratio": 0.5, "gazing_ratio": 0.5}, "only one of .* can be given, got .'gazing_ratio', 'clip_ratio'"),
         ({"clip_ratio": 0.5, "tokens_per_clip": 5}, "only one of .* can be given"),
         ({"clip_ratio": 0.5, "tubelet_size": 4}, "must hold a multiple of 4 frames, got 6"),

@@ -6,6 +6,7 @@ A small convolutional network that predicts an encoder's features at every place
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_autogaze import GazeSelectorConfig, have_equal_content
 from .grid_autogaze import GazeGrid
-from .token_budgets_autogaze import check_clip_ratio
+from .token_budgets_autogaze import check_clip_ratio, read_number
 
 
 STRIDE = 16
@@ -95,13 +96,13 @@ class FeatureGazeConfig(GazeSelectorConfig):
         factors = [float(factor) for factor in scale_factors]
         if not factors or factors[0] <= 0 or factors[-1] != 1 or factors != sorted(set(factors)):
             raise ValueError(f"`scale_factors` must ascend from above 0 to 1, got {list(scale_factors)}")
-        if not 0 < feature_variance < math.inf:
+        if not read_number("feature_variance", feature_variance) > 0:
             raise ValueError(f"`feature_variance` must be a number above 0, got {feature_variance}")
         for name, share in {
             "gazing_ratio": gazing_ratio,
             "task_loss_requirement": task_loss_requirement,
         }.items():
-            if not 0 <= share <= 1:
+            if not 0 <= read_number(name, share) <= 1:
                 raise ValueError(f"`{name}` must lie in 0..1, got {share}")
         check_clip_ratio(clip_ratio)
         self.scale_factors = factors
@@ -155,8 +156,8 @@ class FeatureGazeConfig(GazeSelectorConfig):
 def _checked_knots(knots: Sequence[Sequence[float]]) -> list[list[float]]:
     """Checks pairs of predicted and measured loss."""
     pairs = [[float(value) for value in knot] for knot in knots]
-    ascends = all(low[0] < high[0] and low[1] < high[1] for low, high in zip(pairs, pairs[1:], strict=False))
-    if len(pairs) < 2 or any(len(pair) != 2 or min(pair) < 0 for pair in pairs) or not ascends:
+    are_pairs = len(pairs) > 1 and all(len(pair) == 2 and min(pair) >= 0 for pair in pairs)
+    if not are_pairs or not all(low[0] < high[0] and low[1] < high[1] for low, high in pairwise(pairs)):
         raise ValueError(
             "`loss_knots` must be two or more pairs of predicted and measured loss, at least 0 and ascending, got "
             f"{[list(knot) for knot in knots]}"

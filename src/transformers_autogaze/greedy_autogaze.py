@@ -7,6 +7,7 @@ It needs no weights, so its checkpoint consists of a configuration.
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ from .gaze_pictures_autogaze import paint_gaze  # noqa: F401
 from .gazing_autogaze import GazeOutput  # noqa: F401 (see modeling_autogaze)
 from .grid_autogaze import GazeGrid
 from .selection_autogaze import GazeGenerationMixin, frames_to_pixels, pixel_scale_and_offset
-from .token_budgets_autogaze import check_clip_ratio
+from .token_budgets_autogaze import check_clip_ratio, read_number
 
 
 class GreedyGazeConfig(GazeSelectorConfig):
@@ -62,11 +63,11 @@ class GreedyGazeConfig(GazeSelectorConfig):
         clip_ratio: float | None = None,
         **kwargs,
     ):
-        if not 0 <= gazing_ratio <= 1:
+        if not 0 <= read_number("gazing_ratio", gazing_ratio) <= 1:
             raise ValueError(f"`gazing_ratio` must lie in 0..1, got {gazing_ratio}")
         check_clip_ratio(clip_ratio)
-        if math.isnan(task_loss_requirement):
-            raise ValueError("`task_loss_requirement` must be a number, got NaN")
+        if not isinstance(task_loss_requirement, Real) or math.isnan(task_loss_requirement):
+            raise ValueError(f"`task_loss_requirement` must be a number, got {task_loss_requirement!r}")
         self.gazing_ratio = gazing_ratio
         self.task_loss_requirement = task_loss_requirement
         self.clip_ratio = clip_ratio

@@ -17,6 +17,7 @@ WINDOW_SECONDS = 10.0
 """Length of the window of a stream that keeps to the budget, wherever it starts."""
 _TOLERANCE = 0.08  # share of the budget of a window; the documented tolerance is 0.1
 _MEMORY = 3  # windows over which the marginal gain is averaged
+_MAX_FRAME_RATE = 1_000_000  # memory grows with the number of frames in a window
 _LEAST_GAIN = 2.0**-60  # replaces a gain of 0, which has no logarithm
 
 
@@ -116,8 +117,14 @@ def read_token_budget(
     if tokens_per_second is not None:
         check_rate("tokens_per_second", tokens_per_second)
         check_rate("frame_rate", frame_rate)
+        if frame_rate > _MAX_FRAME_RATE:
+            raise ValueError(
+                f"`frame_rate` must be at most {_MAX_FRAME_RATE} with `tokens_per_second`, got {frame_rate!r}"
+            )
         rate = frame_rate / tubelet_size
-        return StreamBudget(tokens_per_second / rate, max(1, round(WINDOW_SECONDS * rate)))
+        # More than twice all patches of a frame is the same as twice, and integers would overflow.
+        tokens_per_frame = min(tokens_per_second / rate, 2.0 * grid.num_patches)
+        return StreamBudget(tokens_per_frame, max(1, round(WINDOW_SECONDS * rate)))
     return None
 
 
@@ -426,7 +433,10 @@ def _read_thresholds(task_loss_requirement: Any) -> torch.Tensor:
 
 def _read_numbers(name: str, value: Any) -> torch.Tensor:
     try:
-        return torch.as_tensor(value, dtype=torch.float64)
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+        if torch.as_tensor(value).dtype == torch.bool:
+            raise ValueError("a truth value is no number")
+        return numbers
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"`{name}` must be a number such as 0.25, or a sequence or tensor of them, got {value!r}"

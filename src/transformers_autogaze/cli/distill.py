@@ -43,8 +43,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
+    check_output(options.output_dir, options.encoder)  # first, as a missing folder gets a default name below
     args = from_arguments(DistillationArguments, options)
-    check_output(args.output_dir, options.encoder)
     check_encoder(options.encoder, "ENCODER")
     if options.credits is not None:
         check_not_inputs([Path(args.output_dir) / "README.md"], [options.credits])

@@ -43,7 +43,10 @@ def load_task(options: argparse.Namespace, grid: GazeGrid) -> GazeTask:
         return GazeTask(grid)
     folder = FEATURES_SELECTOR if options.feature_model is None else options.feature_model
     model, _ = load_selector(folder, [FeatureGazeConfig], "--feature-model")
-    return GazeTask(grid, cast(FeatureGazeModel, model))
+    try:
+        return GazeTask(grid, cast(FeatureGazeModel, model))
+    except ValueError as error:
+        raise ValueError(f"`--feature-model` must take patches of {grid}: {error}") from error
 
 
 def load_model(options: argparse.Namespace, **config: Any) -> tuple[AutoGazeModel, AutoGazeVideoProcessor]:

@@ -211,4 +211,5 @@ def _read_clips(sources: Sequence[Source], seed: int) -> Iterator[torch.Tensor]:
 
 def _choose_evenly(sources: Sequence[Source]) -> list[Source]:
     """Chooses at most `_MAX_FILES` files, evenly spread, since files with neighbouring names are often similar."""
-    return [sources[index] for index in np.unique(np.linspace(0, len(sources) - 1, _MAX_FILES).round().astype(int))]
+    count = min(_MAX_FILES, len(sources))
+    return [sources[index] for index in np.unique(np.linspace(0, len(sources) - 1, count).round().astype(int))]

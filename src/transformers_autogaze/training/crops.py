@@ -139,8 +139,11 @@ def _paths(item: str) -> list[str]:
 def _open(path: str) -> Source:
     if Path(path).suffix.lower() in VIDEO_SUFFIXES:
         return Source(path, True, stream_video(path)[0].total_num_frames)
-    with Image.open(path) as picture:
-        picture.verify()
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (SyntaxError, Image.DecompressionBombError) as error:  # a damaged PNG file, or too many pixels
+        raise ValueError(str(error)) from error
     return Source(path, False, 1)
 
 

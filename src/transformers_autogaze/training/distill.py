@@ -69,6 +69,11 @@ def distill(
 
     ```
     """
+    if args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` must be False, as checkpoints of the training are no selectors, got True; upload the result with "
+            "examples/push_to_hub.py"
+        )
     set_seed(args.seed)
     sources = find_sources(inputs)
     held_out = choose_held_out(sources, args.eval_share, args.seed)

@@ -114,13 +114,22 @@ class DistillationArguments(TrainingArguments):
         for name in ("coarse_loss_weight", "change_loss_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
+        if not isinstance(self.num_components, int) or self.num_components < 1:
+            raise ValueError(f"`num_components` must be a whole number of at least 1, got {self.num_components!r}")
         if not 0 <= self.whitening <= 1:
             raise ValueError(f"`whitening` must lie in 0..1, got {self.whitening}")
         if not 0 < self.eval_share < 1:
             raise ValueError(f"`eval_share` must lie above 0 and below 1, got {self.eval_share}")
         for name in ("crops_per_video", "crops_per_picture"):
-            if getattr(self, name) < 2 or getattr(self, name) % 2:
-                raise ValueError(f"`{name}` must be an even number of at least 2, got {getattr(self, name)}")
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 2 or number % 2:
+                raise ValueError(f"`{name}` must be an even number of at least 2, got {number!r}")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(
+                f"`per_device_train_batch_size` must be at least 1, got {self.per_device_train_batch_size}"
+            )
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"`learning_rate` must be a number of at least 0, got {self.learning_rate}")
         if not self.cache_size_gb > 0:
             raise ValueError(f"`cache_size_gb` must be above 0, got {self.cache_size_gb}")
         self.network_config()

@@ -262,7 +262,10 @@ class TeacherFeatures:
             if path.exists():
                 _check_same(path, settings)
             else:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    raise ValueError(f"`cache_dir` must be a folder, but {str(self.folder)!r} is a file") from None
                 for name, (shape, kind) in arrays.items():
                     np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, shape).flush()
                 with replacing(path) as unfinished:
