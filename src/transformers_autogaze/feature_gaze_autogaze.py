@@ -26,9 +26,8 @@ from .selection_autogaze import GazeGenerationMixin, frames_to_pixels, pixel_sca
 from .token_budgets_autogaze import ClipBudget  # noqa: F401
 
 
-_SPREAD = (
-    8.0  # the RMS length of vectors is 1 / 8, so that clamping to -0.5..0.5, the range of the search, changes few
-)
+# The RMS length of vectors is 1 / 8, so that clamping to -0.5..0.5, the range of the search, changes few.
+_SPREAD = 8.0
 _GROUP_PLACES = 1568  # places in a batch of frames of the network; a batch has at least one frame
 
 

@@ -47,7 +47,7 @@ gaze = model.generate(**processor(videos="video.mp4", num_frames=16, return_tens
 | AdamW | learning rate {learning_rate:g}, {lr_scheduler_type}; weight decay {weight_decay:g} |
 | weights of the loss | finest scale 1, each other scale {coarse_loss_weight:g}, change between two crops of a place {change_loss_weight:g} |
 | precision | {precision} |
-| time | {teacher_seconds:.0f} s for crops and features, {train_seconds:.0f} s of training; {processes} processes of {threads} threads on {device} |
+| time | {teacher_seconds:.0f} s for crops and features, {train_seconds:.0f} s of training, in the last run; processes: {processes}, threads of each: {threads}, device: {device} |
 | seed | {seed} |
 
 ## Quality of the predictions
