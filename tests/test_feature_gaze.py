@@ -21,6 +21,7 @@ from transformers_autogaze import (
 from transformers_autogaze import feature_network_autogaze as feature_network
 from transformers_autogaze.feature_network_autogaze import FeatureGazeNetwork
 from transformers_autogaze.feature_search_autogaze import FeatureSearch
+from transformers_autogaze.video import streaming
 
 
 TINY = {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 2], "feature_size": 6, "initializer_range": 0.2}
@@ -406,3 +407,18 @@ def test_streaming_checks_thresholds_before_it_decodes(model):
 def test_bad_configurations_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         FeatureGazeConfig(**arguments)
+
+
+@pytest.mark.parametrize(("most", "lengths"), [(2**27, [50, 50]), (20 * 64 * 64, [20] * 5)])
+def test_a_long_video_is_cut_into_clips_that_keep_their_share(model, monkeypatch, most, lengths):
+    monkeypatch.setattr(streaming, "_MAX_CLIP_PIXELS", most)
+    frames = np.random.default_rng(0).integers(0, 256, (100, 64, 64, 3), np.uint8)
+    frames[1:20] = frames[0]
+    chunks = list(stream_gaze(model, frames, clip_ratio=0.25))
+    assert [chunk.gaze.num_frames for chunk in chunks] == lengths
+    places = model.config.grid.num_patches
+    assert [int(chunk.gaze.num_real) for chunk in chunks] == [int(0.25 * length * places) for length in lengths]
+    if lengths[0] == 50:  # a still frame keeps nothing as long as others of its clip change
+        counts = chunks[0].gaze.num_real_each_frame[0]
+        assert counts[0] == places and not counts[1:20].any() and counts[20:].any()
+    assert len(list(stream_gaze(model, frames, clip_ratio=0.25, chunk_frames=16))) == 7

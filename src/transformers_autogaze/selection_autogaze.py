@@ -22,7 +22,7 @@ from .token_budgets_autogaze import (
 )
 
 
-_MAX_ABS_PIXEL = 1000.0  # far beyond normalised pixels; a float16 network does not overflow below it
+_MAX_ABS_PIXEL = 100.0  # far beyond normalised pixels, but not beyond frames of 0..255
 
 
 class GazeGenerationMixin:
@@ -390,7 +390,7 @@ def check_pixels(frames: torch.Tensor) -> None:
         frames (`torch.FloatTensor` of shape `(batch, frames, channels, height, width)`): normalised frames.
 
     Raises:
-        ValueError: if a pixel is NaN, infinite or beyond -1000..1000.
+        ValueError: if a pixel is NaN, infinite or beyond -100..100.
     """
     lowest, highest = torch.stack(frames.detach().aminmax()).tolist()
     if not (lowest >= -_MAX_ABS_PIXEL and highest <= _MAX_ABS_PIXEL):

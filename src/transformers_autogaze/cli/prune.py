@@ -158,7 +158,7 @@ def _print_table(pruning: VideoPruning, seconds: float, written: Sequence[Path])
     tokens = f"{factor:.1f}x fewer than the {round(factor * kept)} of a dense encoder" if factor else "none"
     device = pruning.selector.device
     rows = {
-        "video": f"{Path(_shorten(pruning.title)).name}, {count} frames of {metadata.width}x{metadata.height}",
+        "video": f"{Path(_shorten(pruning.title)).name}, {count} frame{'s' if count != 1 else ''} of {metadata.width}x{metadata.height}",
         "selector": f"{pruning.selector_name}, {settings}",
         "patches kept": f"{kept}, {kept / count:.1f} a frame ({scales})",
         "tokens": tokens,

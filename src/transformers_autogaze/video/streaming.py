@@ -4,6 +4,8 @@ Gazing at videos of any size and length, chunk by chunk, in memory that does not
 This module checks arguments, opens sources of frames and cuts the frames into chunks; `tiles` gazes at the chunks.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
@@ -30,6 +32,7 @@ from .tiles import FRAME_RATE, MAX_WHOLE_FRAMES, Setting, TileGazer
 
 
 _CHUNK_FRAMES = 16  # for selectors without a maximum
+_MAX_CLIP_PIXELS = 2**27  # of the original frames of a clip of a long video; a clip has 16 frames at least
 _END = object()  # not `None`, which an iterable of frames may contain by mistake
 _TILINGS = ("whole", "grid", "native")
 _MAX_TILES = 48
@@ -154,9 +157,11 @@ def stream_gaze(
             to every chunk from its start.
         clip_ratio (`float`, *optional*):
             Share of a dense encoder's tokens to keep of the video: those with the largest gains. A video of up to 64 frames,
-            and 2**25 pixels in all, is searched as a whole and keeps exactly that many, unless `chunk_frames` cuts it; any
-            other is a stream with the same number of tokens per second, which keeps 0.92 to 1.02 times as many. For a selector
-            of several scales, the budget applies to each tile separately.
+            and 2**25 pixels in all, is searched as a whole and keeps exactly that many. For a selector of one
+            scale and `tiles="whole"`, a longer one of known length is cut into clips of about equal length, of up to 64 frames
+            (16 for 4K), each of which keeps its share. Any other video, and one with `chunk_frames`, is a stream with the same
+            number of tokens per second, which keeps 0.92 to 1.02 times as many. For a selector of several scales, the budget
+            applies to each tile separately.
         tokens_per_second (`float`, *optional*):
             Tokens to keep per second; every interval of ten seconds is within a tenth of that.
         frame_rate (`float`, *optional*):
@@ -211,19 +216,27 @@ def stream_gaze(
     rate = frame_rate or known_rate or FRAME_RATE
     gazer = TileGazer(selector, processor, tiles, max_tiles or _MAX_TILES, max_batch_size, settings, rate)
     total = None if indices is None else len(indices) - start_frame
-    # Only a selector without a maximum of frames can gaze at a whole video as one clip.
-    is_clip = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
-    if is_clip and total is not None and total <= MAX_WHOLE_FRAMES:
+    # Only a selector without a maximum of frames can gaze at so many frames as one clip.
+    is_free = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
+    is_long = total is None or total > MAX_WHOLE_FRAMES
+    if is_free and not is_long:
         chunk_frames = max(total, config.frame_sampling_rate)
     chunk_frames = chunk_frames or config.max_num_frames or _CHUNK_FRAMES
     _check_settings(selector, settings, chunk_frames)
     start = int(start_frame)
-    return _gaze_chunks(gazer, _chunks_of(frames, chunk_frames, start), start, total, indices, progress)
+    # Several scales would need many passes over every clip.
+    are_clips = is_free and total is not None and tiles == "whole" and len(config.grid.grids) == 1
+    if is_long and are_clips and not np.ndim(task_loss_requirement):
+        chunks = _clips_of(frames, total, start, config.frame_sampling_rate)
+    else:
+        chunks, are_clips = _chunks_of(frames, chunk_frames, start), total is not None and total <= chunk_frames
+    return _gaze_chunks(gazer, chunks, are_clips, start, total, indices, progress)
 
 
 def _gaze_chunks(
     gazer: TileGazer,
     chunks: Iterator[np.ndarray],
+    are_clips: bool,
     start: int,
     total: int | None,
     indices: Sequence[int] | None,
@@ -235,7 +248,7 @@ def _gaze_chunks(
         for pixels in _prefetch(chunks) if gazer.device.type == "cuda" else chunks:
             stop = start + len(pixels)
             frame_indices = list(range(start, stop)) if indices is None else list(indices[start:stop])
-            gaze, levels, extent = gazer.gaze(pixels, is_whole=len(pixels) == total)
+            gaze, levels, extent = gazer.gaze(pixels, are_clips)
             chunk = GazeChunk(gaze, start, stop, frame_indices, pixels, levels, extent)
             bar.update(stop - start)
             # Without these references the chunk can be freed before the next one is decoded.
@@ -361,6 +374,16 @@ def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.nda
         size, start = chunk.shape[1:3], start + len(chunk)
         yield chunk
         del chunk
+
+
+def _clips_of(frames: Iterator[Any], total: int, start: int, multiple: int) -> Iterator[np.ndarray]:
+    """Yields `total` frames as arrays of about equal length; their number is `multiple` times a whole number."""
+    if (first := next(frames, _END)) is _END:
+        return
+    pixels = max(1, math.prod(np.shape(first)[:2]))
+    most = max(_CHUNK_FRAMES, min(MAX_WHOLE_FRAMES, _MAX_CLIP_PIXELS // pixels))
+    count = math.ceil(total / math.ceil(total / most) / multiple) * multiple
+    yield from _chunks_of(itertools.chain([first], frames), count, start)
 
 
 def _prefetch(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

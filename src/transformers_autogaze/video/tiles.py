@@ -17,7 +17,7 @@ Setting = float | Sequence[float] | None
 """A budget or threshold: one number, or one for each frame."""
 
 MAX_WHOLE_FRAMES, MAX_WHOLE_PIXELS = 64, 2**25
-"""Maximum length, and number of pixels, of a video that is searched as a whole if it has a budget over time."""
+"""Maximum length, and number of pixels, of frames that are searched as one clip if they have a budget over time."""
 FRAME_RATE = 30.0
 """Frames per second of videos whose rate is unknown; it only affects the length of the intervals of a budget over time."""
 _MAX_PIXELS = 2**22  # of frames that are searched together without tiles; at least one frame is
@@ -116,15 +116,17 @@ class TileGazer:
         self.needs_no_tiles = selector.takes_any_grid and len(selector.config.grid.grids) == 1 and tiles != "whole"
         self.size: tuple[int, int] | None = None
         self.states: dict[int, object] = {}
+        self.searches_clips: bool | None = None
+        """Whether every chunk has a share of the budget of its own; `None` before the first one."""
 
     @torch.no_grad()
-    def gaze(self, frames: np.ndarray, is_whole: bool) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
+    def gaze(self, frames: np.ndarray, is_clip: bool) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
         """
         Gazes at the frames of the next chunk.
 
         Args:
             frames (`np.ndarray` of shape `(frames, height, width, 3)` and type uint8): the frames.
-            is_whole (`bool`): whether they are the whole video.
+            is_clip (`bool`): whether they keep their own share of a budget over time, if they are small enough.
 
         Returns:
             `tuple`: `gaze`, `levels` and `extent` of [`GazeChunk`].
@@ -135,7 +137,7 @@ class TileGazer:
         levels = to_levels(frames, self.processor, self.tiles, size, self.device)
         if self.tiles == "whole":
             self.tile_size = levels.shape[-2], levels.shape[-1]
-        settings, step = self._settings(levels, is_whole)
+        settings, step = self._settings(levels, is_clip)
         if self.rows * self.cols == 1:
             steps = range(0, len(levels), step)
             gazes = [self._gaze_tiles(levels[first : first + step], range(1), settings, first) for first in steps]
@@ -163,13 +165,15 @@ class TileGazer:
             first_frame=parts[0].first_frame,
         )
 
-    def _settings(self, levels: torch.Tensor, is_whole: bool) -> tuple[dict[str, Any], int]:
+    def _settings(self, levels: torch.Tensor, is_clip: bool) -> tuple[dict[str, Any], int]:
         """Returns the settings for the next frames, and the number of frames that are gazed at together."""
         settings = dict(self.settings)
         pixels = levels[0, 0].numel()
         step = max(1, _MAX_PIXELS // pixels) if self.needs_no_tiles else len(levels)
         if settings["clip_ratio"] is not None:
-            if is_whole and len(levels) * pixels <= MAX_WHOLE_PIXELS:
+            if self.searches_clips is None:
+                self.searches_clips = is_clip and len(levels) * pixels <= MAX_WHOLE_PIXELS
+            if self.searches_clips:
                 step = len(levels)
             else:
                 share = settings.pop("clip_ratio") * self.selector.config.grid.num_patches_each_scale[-1]
