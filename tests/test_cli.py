@@ -159,6 +159,16 @@ def test_pruning_does_not_import_the_trainer():
     assert result.stdout == "set()\n", result.stderr
 
 
+def test_a_warning_is_one_line_without_a_place_in_the_source(tmp_path):
+    video = str(FIXTURES / "videos" / "ftrunc_25.mp4")
+    arguments = ["prune", video, "--selector", "finest", "--no-overlay", "-o", str(tmp_path / "out")]
+    code = f"from transformers_autogaze_cli import main; main({arguments})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    [line] = [line for line in result.stderr.splitlines() if "damaged" in line]
+    assert line == f"autogaze: warning: {video!r} is damaged or cut off: 12 of its 50 frames could be decoded"
+    assert "Warning:" not in result.stderr
+
+
 @pytest.mark.parametrize("command", ["label", "train", "train-grpo", "distill"])
 def test_help_shows_defaults_that_say_something(command, capsys):
     pytest.importorskip("accelerate")

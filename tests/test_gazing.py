@@ -32,6 +32,12 @@ def test_ids_and_places_are_inverse(grid):
     assert torch.equal(grid.ids(*grid.locate(ids)), ids)
 
 
+@pytest.mark.parametrize("size", [(0, 8), (8, -1)])
+def test_boxes_need_a_frame_with_pixels(size):
+    with pytest.raises(ValueError, match="`height` and `width` must be at least 1, got "):
+        GazeGrid([16, 32], 8).boxes(torch.arange(3), *size)
+
+
 @pytest.mark.parametrize("size", [(100, 100), (37, 53)])
 @pytest.mark.parametrize("grid", [PUBLISHED, RECTANGULAR])
 def test_boxes_of_every_scale_tile_the_frame(grid, size):

@@ -158,7 +158,12 @@ class GazeGrid:
 
         Returns:
             `torch.FloatTensor` of shape `(*ids.shape, 4)`: left, top, right, bottom in pixels, inside the frame.
+
+        Raises:
+            ValueError: if the height or the width is below 1.
         """
+        if height < 1 or width < 1:
+            raise ValueError(f"`height` and `width` must be at least 1, got {height} and {width}")
         scale, row, col = self.locate(ids)
         rows, cols = torch.tensor(self.grids, device=ids.device)[scale].unbind(-1)
 

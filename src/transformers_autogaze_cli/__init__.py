@@ -8,6 +8,7 @@ module of the given command is imported.
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -49,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # Training loads peft, and peft bitsandbytes, which reports a missing kernel for 4-bit weights. No command uses these.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    format_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"autogaze: warning: {message}\n"
     try:
         options = _parser(arguments[0] if arguments else None).parse_args(arguments)
         return options.run(options) or 0
     except (ImportError, OSError, ValueError) as error:
         print_error(error)
         return 2
+    finally:
+        warnings.formatwarning = format_before
 
 
 def print_error(error: object) -> None:

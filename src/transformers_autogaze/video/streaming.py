@@ -378,7 +378,8 @@ def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.nda
 
 def _clips_of(frames: Iterator[Any], total: int, start: int, multiple: int) -> Iterator[np.ndarray]:
     """Yields `total` frames as arrays of about equal length; their number is `multiple` times a whole number."""
-    if (first := next(frames, _END)) is _END:
+    first: Any = next(frames, _END)
+    if first is _END:
         return
     pixels = max(1, math.prod(np.shape(first)[:2]))
     most = max(_CHUNK_FRAMES, min(MAX_WHOLE_FRAMES, _MAX_CLIP_PIXELS // pixels))
