@@ -182,8 +182,8 @@ def test_what_is_no_video_is_refused_by_name(tmp_path):
     for source, message in (
         (tmp_path, "is a folder"),
         (tmp_path / "notes.txt", "notes.txt' has no video stream, only text"),
-        (tmp_path / "junk.mp4", "junk.mp4' is no video that FFmpeg can open"),
-        (b"", "of 0 bytes is no video"),
+        (tmp_path / "junk.mp4", "junk.mp4' is not a video that FFmpeg can open"),
+        (b"", "of 0 bytes is not a video"),
         (io.StringIO("text"), "must be a path, an http"),
         (7, "must be a path, an http"),
     ):

@@ -95,7 +95,7 @@ def test_lists_of_other_files_are_not_followed(tmp_path, monkeypatch, clip, kind
         (tmp_path / name).write_bytes(LISTS[kind])
     with (tmp_path / "list.mp4").open("rb") as file, answering(body=LISTS[kind]) as url:
         for source in ("list.mp4", "list.m3u8", "list.sdp", LISTS[kind], file, f"{url}/list.mp4", f"{url}/list.m3u8"):
-            with pytest.raises(ValueError, match="is no video that FFmpeg can open|has no video stream, only text"):
+            with pytest.raises(ValueError, match="is not a video that FFmpeg can open|has no video stream, only text"):
                 read_video(source)
 
 

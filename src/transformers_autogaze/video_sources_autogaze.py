@@ -187,7 +187,7 @@ class _HttpOnly(HTTPRedirectHandler):
 
     def redirect_request(self, request, response, code, message, headers, url):
         if not re.match(r"https?://", url, re.IGNORECASE):
-            raise ValueError(f"it redirects to {_short(repr(url))}, which is no http(s) URL")
+            raise ValueError(f"it redirects to {_short(repr(url))}, which is not an http(s) URL")
         return super().redirect_request(request, response, code, message, headers, url)
 
 
@@ -302,7 +302,7 @@ def _open_container(target: Any, options: dict[str, str], name: str) -> Any:
         is_refused = error.errno == errno.EINVAL
         note = "; playlists and other lists of files are not followed" if is_refused else ""
         raise ValueError(
-            f"`source` {name} is no video that FFmpeg can open, or it is incomplete ({error.strerror}{note}); give a "
+            f"`source` {name} is not a video that FFmpeg can open, or it is incomplete ({error.strerror}{note}); give a "
             "complete video file such as MP4, WebM or AVI"
         ) from error
 
@@ -380,7 +380,9 @@ def read_pictures(paths: Sequence[str | os.PathLike], indices: Sequence[int]) ->
             with Image.open(path) as picture:
                 pixels = pixels_of(ImageOps.exif_transpose(picture))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"`source`: {_short(repr(str(path)))} is no picture that can be read: {error}") from error
+            raise ValueError(
+                f"`source`: {_short(repr(str(path)))} is not a picture that can be read: {error}"
+            ) from error
         if pixels.dtype != np.uint8:
             raise ValueError(
                 f"`source`: {_short(repr(str(path)))} holds {pixels.dtype} numbers, whose range is unknown; give pictures of 8 "

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 COMMANDS = {
     "prune": ("prune videos and show the kept patches", "transformers_autogaze_cli.prune"),
-    "demo": ("prune a rendered demo clip", "transformers_autogaze_cli.prune"),
+    "demo": ("prune a synthetic demo clip", "transformers_autogaze_cli.prune"),
     "app": ("serve a web page that prunes videos and shows the kept patches", "transformers_autogaze_cli.app"),
     "prune-dataset": (
         "prune any number of videos with Ray, into Parquet shards with one row for each video",

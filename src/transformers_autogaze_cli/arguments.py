@@ -66,7 +66,7 @@ def task_arguments() -> argparse.ArgumentParser:
         "--task",
         choices=["pixels", "features"],
         default="pixels",
-        help="loss that patches minimise: of reconstructed pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
+        help="loss that the chosen patches minimise: of reconstructed pixels, (40 - PSNR) / 20, or of an encoder's features, the share of "
         "their variance that a frame loses, 0..1",
     )
     parser.add_argument(

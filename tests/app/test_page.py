@@ -140,7 +140,7 @@ def test_work_can_be_cancelled_and_something_else_done(visit, clips, server):
 @pytest.mark.parametrize(
     ("clip", "reason"),
     [
-        ("broken", r"broken\.mp4.* is no video that FFmpeg can open"),
+        ("broken", r"broken\.mp4.* is not a video that FFmpeg can open"),
         ("long", "has 6[78] seconds and 61 frames. Videos of up"),
     ],
 )

@@ -66,7 +66,7 @@ def test_every_good_video_has_the_gaze_of_prune_video_and_every_bad_one_a_reason
         gaze = prune_video(clips / row["identity"], selector, processor, clip_ratio=0.2).gaze
         found = gaze_of_row(row)
         assert [ids.tolist() for ids in found.ids_each_frame()] == [ids.tolist() for ids in gaze.ids_each_frame()]
-    assert all("is no video" in row["error"] for row in rows[10:])
+    assert all("is not a video" in row["error"] for row in rows[10:])
     assert (summary.num_videos, summary.num_failed, summary.num_done) == (12, 2, 12)
     assert "12, 2 of them with an error; 12 done in this run" in str(summary)
 

@@ -54,7 +54,7 @@ class Limits:
             name (`str`): its name in error messages.
 
         Raises:
-            ValueError: if the file is no video, or exceeds a limit.
+            ValueError: if the file is not a video, or exceeds a limit.
         """
         size = os.stat(path).st_size
         if size > self.megabytes * _MEGABYTE:

@@ -109,7 +109,7 @@ def _add_feature_options(group: Any) -> None:
         "--size",
         type=positive_integer,
         metavar="PIXELS",
-        help="height and width of the encoder's frames (default: 14 of its patches)",
+        help="height and width of the encoder's frames (default: 14 patches per side)",
     )
     group.add_argument(
         "--sampling",

@@ -116,7 +116,7 @@ def prune_to_row(
     >>> row["num_frames"], row["num_patches"], gaze_of_row(row).num_frames
     (20, 23, 20)
     >>> prune_to_row("text", b"no video", GreedyGazeSelector())["error"][:44]
-    'ValueError: `source` of 8 bytes is no video '
+    'ValueError: `source` of 8 bytes is not a video '
 
     ```
     """

@@ -247,7 +247,7 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         `pa.Table`
 
     Raises:
-        ValueError: if the file is no Parquet table, or has not the columns of a shard.
+        ValueError: if the file is not a Parquet table, or has not the columns of a shard.
     """
     wanted = ROWS.names if columns is None else list(columns)
     try:

@@ -259,7 +259,7 @@ def finest_grid(tower: nn.Module, size: int | None = None) -> GazeGrid:
         [`GazeGrid`] of one scale.
 
     Raises:
-        ValueError: if `size` is no multiple of the patch size, or the tower's tokens cover several frames.
+        ValueError: if `size` is not a multiple of the patch size, or the tower's tokens cover several frames.
     """
     adapter = GazeVisionModel(tower).adapter
     embedding: Any = adapter.patch_embedding

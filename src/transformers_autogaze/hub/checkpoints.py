@@ -338,7 +338,7 @@ def _load_processor(name: str, argument: str) -> AutoGazeProcessor:
 
 
 def _check_object(file: str) -> None:
-    """Raises a ValueError if a file is no JSON object, since the error of transformers would be unclear."""
+    """Raises a ValueError if a file is not a JSON object, since the error of transformers would be unclear."""
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{os.path.basename(file)} must hold a JSON object, got a {type(content).__name__}")

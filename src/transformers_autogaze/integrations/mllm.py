@@ -61,7 +61,7 @@ class GazeVideoLM(ModelWrapper):
 
     If the MLLM pools the patches of a frame to fewer places, the selector chooses among these places: the tower encodes the
     patches of the kept ones, and the MLLM's own pooling makes one embedding of each. At `scales` other than the tower's own,
-    or if the pooling is no weighted mean, the selector chooses among patches, and none are pooled.
+    or if the pooling is not a weighted mean, the selector chooses among patches, and none are pooled.
     [`~GazeVideoLM.count_tokens`] counts the tokens that the language model reads, and those of the whole video.
 
     `generate` answers prompts; `forward` returns logits and, with labels, the training loss. Values per frame are for the

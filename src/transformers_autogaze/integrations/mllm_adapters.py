@@ -82,7 +82,7 @@ class MLLMAdapter:
         return rows // stride, cols // stride
 
     def pooling_weights(self) -> torch.Tensor | None:
-        """Returns the weights of patches in pooled tokens, `(tokens, patches)`; `None` if pooling is no weighted mean."""
+        """Returns the weights of patches in pooled tokens, `(tokens, patches)`; `None` if pooling is not a weighted mean."""
         if self.config.spatial_pool_mode != "average":
             return None
         return self._compute_weights(self.mllm.model.vision_resampler)

@@ -95,7 +95,7 @@ def check_separator(
     Checks the separator between chunks, and returns it as ids or `"image_newline"`.
 
     Raises:
-        ValueError: if it is no token of the MLLM, and no new line that it has.
+        ValueError: if it is not a token of the MLLM, and no new line that it has.
     """
     if separator is None:
         return None

@@ -188,7 +188,7 @@ def _gaze_at(processor: Any, videos: Sequence[torch.Tensor], kind: str) -> dict[
 
 def _to_tensors(gaze: GazeOutput, kind: str) -> dict[str, torch.Tensor]:
     return {
-        # The padding of a first frame may have the id -1, which is no valid index.
+        # The padding of a first frame may have the id -1, which is not a valid index.
         f"gazing_pos_{kind}": gaze.gazing_pos.clamp(min=0),
         f"num_gazing_each_frame_{kind}": gaze.num_gazing_each_frame.repeat(gaze.batch_size, 1),
         f"if_padded_gazing_{kind}": gaze.if_padded_gazing,

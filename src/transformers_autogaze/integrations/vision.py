@@ -116,7 +116,7 @@ class GazeVisionModel(ModelWrapper):
             `"block_causal"` for towers with tubelets or at several scales.
 
     Raises:
-        ValueError: if the family is not supported, a scale is no multiple of the patch size, the tower's patches are not
+        ValueError: if the family is not supported, a scale is not a multiple of the patch size, the tower's patches are not
             square, or `attention` is none of these.
 
     Example:

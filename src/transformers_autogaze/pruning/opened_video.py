@@ -34,7 +34,7 @@ class OpenedVideo:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the source is no video, or does not have that many frames.
+        ValueError: if the source is not a video, or does not have that many frames.
 
     Example:
 

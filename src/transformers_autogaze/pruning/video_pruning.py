@@ -103,7 +103,7 @@ def prune_video(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if an argument is out of range, or the source is no video.
+        ValueError: if an argument is out of range, or the source is not a video.
 
     Example:
 

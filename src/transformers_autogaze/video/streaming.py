@@ -176,7 +176,7 @@ def stream_gaze(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if an argument is out of range, the source is no video, or frames are no such arrays or change their
+        ValueError: if an argument is out of range, the source is not a video, or frames are no such arrays or change their
             size. Everything but the frames is checked before this function returns.
 
     Example:
@@ -211,7 +211,7 @@ def stream_gaze(
     indices, frames, known_rate = open_source(source, num_frames, fps, start_frame)
     if tokens_per_second is not None and frame_rate is None and known_rate is None:
         raise ValueError(
-            "`frame_rate` must be given with `tokens_per_second` where the source is no video file, got None"
+            "`frame_rate` must be given with `tokens_per_second` where the source is not a video file, got None"
         )
     rate = frame_rate or known_rate or FRAME_RATE
     gazer = TileGazer(selector, processor, tiles, max_tiles or _MAX_TILES, max_batch_size, settings, rate)
@@ -319,7 +319,7 @@ def open_source(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the source is no video, or does not have that many frames.
+        ValueError: if the source is not a video, or does not have that many frames.
     """
     if is_video_source(source):
         metadata, frames = stream_video(source, num_frames, fps, start_frame)
