@@ -94,7 +94,7 @@ def test_prune_gazes_at_tiles(clip, tmp_path, selector, tiles, finest):
     ("arguments", "message"),
     [
         (["prune", "missing.mp4"], "missing.mp4"),
-        (["prune", "{text}"], "no video"),
+        (["prune", "{text}"], "is not a video"),
         (["prune", "{clip}", "--gazing-ratio", "1.5"], "`gazing_ratio` must lie in 0..1"),
         (["prune", "{clip}", "--task-loss-requirement", "nan"], "--task-loss-requirement: must be a finite number"),
         (["prune", "{clip}", "--task-loss-requirement", "inf"], "must be a finite number such as 0.25, got 'inf'"),

@@ -186,7 +186,7 @@ def test_the_greedy_selector_takes_a_long_video_as_one():
     [
         ([], {}, "at least one video"),
         ("missing.mp4", {}, "missing.mp4"),
-        (b"no video at all", {}, "no video"),
+        (b"no video at all", {}, "is not a video"),
         (np.zeros((0, 8, 8, 3), np.uint8), {}, "at least one frame"),
         (np.zeros((2, 8, 8, 5), np.uint8), {}, "channels"),
         (np.zeros((2, 8, 8, 3), np.uint8), {"gazing_ratio": 1.5}, "`gazing_ratio` must lie in 0..1"),

@@ -168,7 +168,7 @@ def test_uploaded_playlists_are_not_followed(server, internal, secret, name):
     for number, text in enumerate((playlist, concat)):
         path = upload(server, name, text.encode())
         status, output = prune(server, file_data(path), f"lister{number}")
-        assert status == 200 and "no video that FFmpeg can open" in output and SECRET.decode() not in output
+        assert status == 200 and "not a video that FFmpeg can open" in output and SECRET.decode() not in output
         assert str(server.temporary) not in output.split("status", 1)[-1]
     assert requested == []
 

@@ -115,8 +115,8 @@ def prune_to_row(
     >>> row = prune_to_row("still", np.zeros((20, 90, 160, 3), dtype=np.uint8), GreedyGazeSelector())
     >>> row["num_frames"], row["num_patches"], gaze_of_row(row).num_frames
     (20, 23, 20)
-    >>> prune_to_row("text", b"no video", GreedyGazeSelector())["error"][:44]
-    'ValueError: `source` of 8 bytes is not a video '
+    >>> prune_to_row("text", b"no video", GreedyGazeSelector())["error"][:46]
+    'ValueError: `source` of 8 bytes is not a video'
 
     ```
     """
