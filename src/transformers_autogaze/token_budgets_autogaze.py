@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -89,16 +89,10 @@ def read_token_budget(
 
     ```
     """
-    budgets = {
-        "gazing_ratio": gazing_ratio,
-        "clip_ratio": clip_ratio,
-        "tokens_per_clip": tokens_per_clip,
-        "tokens_per_second": tokens_per_second,
-    }
+    _check_single(gazing_ratio, clip_ratio, tokens_per_clip, tokens_per_second)
     clip_ratio, tokens_per_clip, tokens_per_second, frame_rate = map(
         _plain, (clip_ratio, tokens_per_clip, tokens_per_second, frame_rate)
     )
-    _check_single(budgets)
     if (frame_rate is None) != (tokens_per_second is None):
         raise ValueError(
             f"`tokens_per_second` and `frame_rate` must be given together, got {tokens_per_second} and {frame_rate}"
@@ -156,12 +150,6 @@ def check_budgets(
 
     ```
     """
-    budgets = {
-        "gazing_ratio": gazing_ratio,
-        "clip_ratio": clip_ratio,
-        "tokens_per_clip": tokens_per_clip,
-        "tokens_per_second": tokens_per_second,
-    }
     if gazing_ratio is not None:
         _read_shares(gazing_ratio)
     if task_loss_requirement is not None:
@@ -171,11 +159,17 @@ def check_budgets(
         raise ValueError(f"`tokens_per_clip` must be a whole number of at least 1, got {tokens_per_clip!r}")
     if tokens_per_second is not None:
         check_rate("tokens_per_second", _plain(tokens_per_second))
-    _check_single(budgets)
+    _check_single(gazing_ratio, clip_ratio, tokens_per_clip, tokens_per_second)
 
 
-def _check_single(budgets: Mapping[str, Any]) -> None:
+def _check_single(gazing_ratio: Any, clip_ratio: Any, tokens_per_clip: Any, tokens_per_second: Any) -> None:
     """Raises a ValueError if more than one budget is given."""
+    budgets = {
+        "gazing_ratio": gazing_ratio,
+        "clip_ratio": clip_ratio,
+        "tokens_per_clip": tokens_per_clip,
+        "tokens_per_second": tokens_per_second,
+    }
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"only one of {', '.join(f'`{name}`' for name in budgets)} can be given, got {given}")

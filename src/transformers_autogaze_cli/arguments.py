@@ -80,7 +80,7 @@ def task_arguments() -> argparse.ArgumentParser:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text, unless there is none."""
+    """Appends the default to each help text, unless it is `None` or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "", []) else super()._get_help_string(action)

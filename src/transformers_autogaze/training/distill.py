@@ -71,7 +71,7 @@ def distill(
     """
     if args.push_to_hub:
         raise ValueError(
-            "`push_to_hub` must be False, as checkpoints of the training are no selectors, got True; upload the result with "
+            "`push_to_hub` must be False, as checkpoints of the training are not selectors, got True; upload the result with "
             "examples/push_to_hub.py"
         )
     set_seed(args.seed)

@@ -217,15 +217,15 @@ def stream_gaze(
     gazer = TileGazer(selector, processor, tiles, max_tiles or _MAX_TILES, max_batch_size, settings, rate)
     total = None if indices is None else len(indices) - start_frame
     # Only a selector without a maximum of frames can gaze at so many frames as one clip.
-    is_free = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
+    can_choose_length = settings["clip_ratio"] is not None and config.max_num_frames is None and chunk_frames is None
     is_long = total is None or total > MAX_WHOLE_FRAMES
-    if is_free and not is_long:
+    if can_choose_length and not is_long:
         chunk_frames = max(total, config.frame_sampling_rate)
     chunk_frames = chunk_frames or config.max_num_frames or _CHUNK_FRAMES
     _check_settings(selector, settings, chunk_frames)
     start = int(start_frame)
     # Several scales would need many passes over every clip.
-    are_clips = is_free and total is not None and tiles == "whole" and len(config.grid.grids) == 1
+    are_clips = can_choose_length and total is not None and tiles == "whole" and len(config.grid.grids) == 1
     if is_long and are_clips and not np.ndim(task_loss_requirement):
         chunks = _clips_of(frames, total, start, config.frame_sampling_rate)
     else:
@@ -242,7 +242,7 @@ def _gaze_chunks(
     indices: Sequence[int] | None,
     progress: bool,
 ) -> Iterator[GazeChunk]:
-    """Gazes at chunks of `total` frames, which start at the frame `start` of those taken."""
+    """Gazes at chunks, `total` frames in all, from the frame `start` of those taken; `are_clips` as in `TileGazer.gaze`."""
     with tqdm(total=total, unit="frame", desc="gazing", disable=not progress) as bar:
         # With a GPU the next chunk is decoded in the meantime; on a CPU that would save no time.
         for pixels in _prefetch(chunks) if gazer.device.type == "cuda" else chunks:
@@ -377,7 +377,7 @@ def _chunks_of(frames: Iterator[Any], count: int, start: int) -> Iterator[np.nda
 
 
 def _clips_of(frames: Iterator[Any], total: int, start: int, multiple: int) -> Iterator[np.ndarray]:
-    """Yields `total` frames as arrays of about equal length; their number is `multiple` times a whole number."""
+    """Yields `total` frames as arrays of about equal length, a multiple of `multiple`; only the last may be shorter."""
     first: Any = next(frames, _END)
     if first is _END:
         return

@@ -117,7 +117,7 @@ class TileGazer:
         self.size: tuple[int, int] | None = None
         self.states: dict[int, object] = {}
         self.searches_clips: bool | None = None
-        """Whether every chunk has a share of the budget of its own; `None` before the first one."""
+        """Whether every chunk keeps its own share of a budget over time; `None` before the first chunk."""
 
     @torch.no_grad()
     def gaze(self, frames: np.ndarray, is_clip: bool) -> tuple[GazeOutput, torch.Tensor, tuple[int, int]]:
